@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from adapter_bits import draw
 from safetensors.numpy import load_file, save
 
 import lorascope as ls
+from lorascope.cli.main import main
 from lorascope.diagnosis.inspection import inspect
 from lorascope.runs.loading import is_whole_model
 
@@ -298,3 +301,26 @@ def test_ia3_without_one_axis_is_refused(on_input: np.ndarray, tmp_path: Path) -
     file = store(tmp_path / "a.safetensors", {f"{Q}.weight": draw(2, 6), f"{Q}.on_input": on_input})
     with pytest.raises(ValueError, match="must have one value on_input, got shape"):
         ls.load(file, base)
+
+
+@pytest.mark.parametrize("flat_name", ["down_blocks_0_", "_orig_mod_down_blocks_0_", "down_blocks_0__orig_mod_"])
+def test_flattened_names_of_a_compiled_model_are_named(flat_name: str, tmp_path: Path, capsys: Any) -> None:
+    """kohya writes the dots of _orig_mod. as underscores too, and the base has no such module."""
+    tensors = load_file(LYCORIS / "locon.safetensors")
+    renamed = {name.replace("down_blocks_0_", flat_name): tensor for name, tensor in tensors.items()}
+    file = store(tmp_path / "style.safetensors", renamed)
+    is_compiled = "_orig_mod_" in flat_name
+    found, expected = (ls.load(path, LYCORIS / "base") for path in (file, LYCORIS / "locon.safetensors"))
+    for module, update in expected.updates().items():
+        assert np.array_equal(found.updates()[module].dense(), update.dense())
+    assert ls.load(file).ranks() == ls.load(LYCORIS / "locon.safetensors").ranks()
+    for options in [], ["--base", str(LYCORIS / "base")]:
+        assert main(["doctor", str(file), *options, "--json"]) == is_compiled
+        findings = json.loads(capsys.readouterr().out)["findings"]
+        assert [finding["id"] for finding in findings] == ["LS025"] * is_compiled
+        for finding in findings:
+            start = "1 of 2 modules has a name with _orig_mod_, so programs leave them out: lora_unet_down_blocks_0_att"
+            assert finding["message"].startswith(start)
+            assert "or _orig_mod_ from those of kohya" in finding["fix"]
+    ls.export.convert(found, tmp_path / "plain.safetensors", "kohya")
+    assert load_file(tmp_path / "plain.safetensors").keys() >= tensors.keys()

@@ -135,3 +135,74 @@ def test_head_of_another_class_is_not_compared(tmp_path: Path) -> None:
     assert all(name.startswith(("cls.", "bert.pooler")) for name in check.tensor_names("not compared"))
     assert len(check.tensor_names("saved")) == 2
     assert not check.is_conclusive
+
+
+LYCORIS = Path(__file__).parent / "fixtures" / "lycoris"
+SHAPES = {"weight": (4, 3), "bias": (4,)}
+
+
+def test_differences_of_biases_are_in_the_merge_of_lycoris(tmp_path: Path) -> None:
+    """The library itself has merged the file, whose modules have flattened names."""
+    adapter = load_adapter(LYCORIS / "full.safetensors", LYCORIS / "base")
+    base, merged = (load_file(LYCORIS / folder / "model.safetensors") for folder in ("base", "merged"))
+    check = check_merge(adapter, PretrainedWeights(LYCORIS / "merged"))
+    assert check.findings == ()
+    biases = {name for name in base if name.endswith(".bias")}
+    assert set(check.tensor_names("saved")) == biases
+    assert len(biases) == 2
+    shutil.copytree(LYCORIS / "merged", tmp_path / "merged")
+    folder = rewritten(tmp_path, lambda tensors: tensors | {name: base[name] for name in biases})
+    check = check_merge(adapter, PretrainedWeights(tmp_path / folder))
+    assert set(check.tensor_names("lost")) == biases
+    assert {finding.id for finding in check.findings} == {"LS308"}
+    # Added twice.
+    twice = {name: 2 * merged[name] - base[name] for name in biases}
+    save_file(merged | twice, tmp_path / folder / "model.safetensors")
+    check = check_merge(adapter, PretrainedWeights(tmp_path / folder))
+    assert set(check.tensor_names("changed")) == biases
+
+
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_difference_of_a_bias_that_the_base_lacks_is_the_bias(is_merged: bool, tmp_path: Path) -> None:
+    """LyCORIS then adds a bias to the module."""
+    base, merged = (load_file(LYCORIS / folder / "model.safetensors") for folder in ("base", "merged"))
+    differences = load_file(LYCORIS / "full.safetensors")
+    (name, difference), *_ = ((name, tensor) for name, tensor in differences.items() if name.endswith(".diff_b"))
+    bias = next(key for key in base if name == f"lora_unet_{key.removesuffix('.bias').replace('.', '_')}.diff_b")
+    base.pop(bias)
+    merged.pop(bias)
+    if is_merged:
+        merged[bias] = difference
+    for folder, tensors in {"base": base, "merged": merged}.items():
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    check = check_merge(
+        load_adapter(LYCORIS / "full.safetensors", tmp_path / "base"), PretrainedWeights(tmp_path / "merged")
+    )
+    assert (bias in check.tensor_names("saved")) == is_merged
+    assert (bias in check.tensor_names("lost")) != is_merged
+    assert len(check.findings) == (not is_merged)
+
+
+def test_difference_of_a_joined_bias_is_not_compared(tmp_path: Path) -> None:
+    """The authors of Flux join query, key and value in one module, whose rows are three modules of diffusers."""
+    torch.manual_seed(0)
+    modules = [f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
+    base = {f"{module}.{end}": torch.randn(*shape) for module in modules for end, shape in SHAPES.items()}
+    joined = "lora_unet_double_blocks_0_img_attn_qkv"
+    differences = {f"{joined}.diff": torch.randn(12, 3), f"{joined}.diff_b": torch.randn(12)}
+    merged = {}
+    for end, key in {"weight": "diff", "bias": "diff_b"}.items():
+        for module, rows in zip(modules, differences[f"{joined}.{key}"].split(4), strict=True):
+            merged[f"{module}.{end}"] = base[f"{module}.{end}"] + rows
+    for folder, tensors in {"base": base, "merged": merged}.items():
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    save_file(differences, tmp_path / "style.safetensors")
+    check = check_merge(
+        load_adapter(tmp_path / "style.safetensors", tmp_path / "base"), PretrainedWeights(tmp_path / "merged")
+    )
+    assert check.findings == ()
+    assert set(check.tensor_names("not compared")) == {f"{module}.bias" for module in modules}
+    assert {module.module for module in check.modules} == set(modules)
+    assert not check.is_conclusive

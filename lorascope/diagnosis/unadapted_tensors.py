@@ -16,6 +16,7 @@ import numpy as np
 from lorascope.array_types import Float32
 from lorascope.files.safetensors_io import FLOATS
 from lorascope.files.small_floats import round_to_dtype
+from lorascope.formats.image_names import BaseNames, swaps_halves
 from lorascope.formats.peft_whole_weights import WholeWeight, whole_weights
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
@@ -23,6 +24,11 @@ from lorascope.runs.adapter import Adapter
 TensorVerdict = Literal["kept", "saved", "lost", "changed", "missing", "added", "not compared"]
 # Constants that checkpoints of old versions of transformers contain, and new versions compute.
 _BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+# Tensors of a module that whole weights of an adapter change; PEFT does not apply the other kinds.
+_ENDS: dict[str, str] = {
+    **dict.fromkeys(("full", "tokens"), "weight"),
+    **dict.fromkeys(("bias", "bias update", "bias difference"), "bias"),
+}
 _LN_TUNING = ".ln_tuning_layers"
 _SCALES_BIASES = ("IA3", "ROAD")  # PEFT merges them into the biases of adapted modules as well
 
@@ -38,7 +44,7 @@ class ComparedTensor:
     verdict : str
         ``"kept"`` equals the base, ``"saved"`` equals the adapter's tensor, ``"lost"`` does not, although the adapter
         has one. ``"changed"``, ``"missing"`` and ``"added"`` differ from the base. ``"not compared"`` belongs to a head
-        that only one of the models has, or to a bias that the adapter scales.
+        that only one of the models has, or to a bias that the adapter scales or stores together with others.
     """
 
     name: str
@@ -70,18 +76,32 @@ class _Comparison:
         self.adapter, self.base, self.merged = adapter, adapter.base, merged
         self.adapted = set(chain.from_iterable(map(self.base.stored_names, adapter.files.parts)))
         self.saved: dict[str, WholeWeight] = {}
+        # Tensors with only some rows of a saved one, or its rows in another order.
+        self.divided: set[str] = set()
+        # Only adapters of image models have other names than the model.
+        flat_names = BaseNames(self.base.all_modules() if "spelling" in adapter.files.config else ())
         for weight in whole_weights(adapter.files):
-            if (target := _target(weight)) is not None:
-                name = self.base.find_tensor(target)
-                if name is not None:
-                    target = self.base.in_files(name)
-                self.saved[target] = weight
+            end = _ENDS.get(weight.kind)
+            if end is None:
+                continue
+            module = weight.module.removesuffix(_LN_TUNING)
+            modules = flat_names.find(module) or (module,)
+            targets = [self._in_base(f"{name}.{end}") for name in modules]
+            if len(targets) > 1 or swaps_halves(module, modules[0]):
+                self.divided.update(targets)
+            else:
+                self.saved[targets[0]] = weight
         # Base and merged model may have other heads: one of masked language modeling and one of classes.
         same_class = self.base.architectures == merged.architectures
         self.unexplained: tuple[TensorVerdict, TensorVerdict] = ("not compared", "not compared")
         if same_class:
             self.unexplained = ("missing", "added")
         self.visited: set[str] = set()
+
+    def _in_base(self, tensor: str) -> str:
+        """Return the name of a tensor in the files of the base; the given one if it has no such tensor."""
+        name = self.base.find_tensor(tensor)
+        return tensor if name is None else self.base.in_files(name)
 
     def of_base(self) -> Iterator[ComparedTensor]:
         """Yield the comparison of every tensor of the base without an update."""
@@ -117,6 +137,8 @@ class _Comparison:
         return next(filter(None, names), None)
 
     def _verdict(self, name: str, merged_name: str) -> TensorVerdict:
+        if name in self.divided:
+            return "not compared"
         weight = self.saved.get(name)
         peft_type = self.adapter.files.config.get("peft_type")
         module = name.removesuffix(".bias")
@@ -138,6 +160,8 @@ class _Comparison:
         """Return what the adapter makes of a tensor: its own values, or a change of those of the base."""
         values = self._values(weight)
         if weight.kind not in ("tokens", "bias update", "bias difference"):
+            return values
+        if weight.kind == "bias difference" and self.base.find_tensor(name) is None:
             return values
         expected = np.array(self.base.file(name)[name], np.float32)
         if weight.kind == "tokens":
@@ -171,16 +195,6 @@ class _Comparison:
         if len(self.merged.file(name).shape(name)) < 2:
             return False
         return any(_is_equal(self.merged, name, self.merged, other) for other in self.visited)
-
-
-def _target(weight: WholeWeight) -> str | None:
-    """Return the tensor of the model that a whole weight of an adapter changes; None if PEFT does not apply it."""
-    module = weight.module.removesuffix(_LN_TUNING)
-    if weight.kind in ("full", "tokens"):
-        return f"{module}.weight"
-    if weight.kind in ("bias", "bias update", "bias difference"):
-        return f"{module}.bias"
-    return None
 
 
 def _is_equal(base: PretrainedWeights, name: str, merged: PretrainedWeights, merged_name: str) -> bool:

@@ -17,7 +17,7 @@ from lorascope.export.pipeline_names import pipeline_layers, refuse_flat, split_
 from lorascope.files.printable import printable
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
 from lorascope.formats.peft_whole_weights import whole_weights
-from lorascope.formats.stored_update import COMPILED, PREFIX, plain_name
+from lorascope.formats.stored_update import PREFIX, plain_name, uncompiled_name
 
 # The other keys of a configuration describe how the adapter was trained.
 _CONFIG_FIELDS = (
@@ -98,5 +98,5 @@ def _further_weights(lora: WritableLora) -> Mapping[str, TypedTensor]:
     for file in lora.adapter.files.files:
         for name in file:
             if plain_name(name) in further_names:
-                tensors[name.replace(COMPILED, "")] = TypedTensor.read(file, name)
+                tensors[uncompiled_name(name)] = TypedTensor.read(file, name)
     return tensors

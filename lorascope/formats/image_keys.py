@@ -15,7 +15,7 @@ from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.peft_factors import require_factor
 from lorascope.formats.pretrained_weights import OptionalBase, base_with_weight
-from lorascope.formats.stored_update import COMPILED, StoredTensor, in_order, stored_tensors
+from lorascope.formats.stored_update import StoredTensor, in_order, stored_tensors, uncompiled_name
 
 Tensors = dict[str, StoredTensor]
 """Tensors of one module by factor."""
@@ -94,7 +94,7 @@ def _split_key(name: str) -> tuple[str, str] | None:
 
 def _module(name: str, number: str) -> str:
     """Return the name of a module without the segments that trainers add to it."""
-    name = name.replace(COMPILED, "")
+    name = uncompiled_name(name)
     above, _, leaf = name.rpartition(".processor.")
     if above and number:  # XLabs
         return f"{above}.{_ATTENTION.get(number, 'processor')}.{leaf}"

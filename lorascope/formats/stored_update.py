@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from lorascope.files.safetensors_io import TensorFile, Unread
 from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.schema.image_roles import FLATTENED
 from lorascope.schema.module_roles import parse, position
 from lorascope.updates import Update, from_factors
 from lorascope.updates.low_rank import Product
@@ -20,6 +21,8 @@ PREFIX = "base_model.model."
 """Prefix of module names in PEFT's files."""
 COMPILED = "_orig_mod."
 """Segment that torch.compile adds to the names of a model and its modules."""
+FLAT_COMPILED = COMPILED.replace(".", "_")
+"""The same segment in the names of kohya, whose dots are underscores."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,16 @@ def in_order(modules: Mapping[str, T]) -> dict[str, T]:
     return {module: modules[module] for module in ordered}
 
 
+def uncompiled_name(name: str) -> str:
+    """Return the name of a stored tensor or module as before torch.compile."""
+    if FLATTENED.match(name):
+        name = name.replace(FLAT_COMPILED, "")
+    return name.replace(COMPILED, "")
+
+
 def plain_name(name: str) -> str:
     """Return the name of a stored tensor in its model: without PEFT's prefix, and as before torch.compile."""
-    return name.replace(COMPILED, "").removeprefix(PREFIX)
+    return uncompiled_name(name).removeprefix(PREFIX)
 
 
 def stored_tensors(files: Iterable[TensorFile]) -> Iterator[StoredTensor]:

@@ -12,8 +12,9 @@ from lorascope.diagnosis.training_case import Evidence
 from lorascope.files.printable import count_phrase
 from lorascope.formats.peft_config import CONFIG
 from lorascope.formats.peft_experts import ExpertPart
-from lorascope.formats.stored_update import COMPILED, plain_name, stored_tensors
+from lorascope.formats.stored_update import COMPILED, FLAT_COMPILED, plain_name, stored_tensors, uncompiled_name
 from lorascope.runs.adapter import Adapter
+from lorascope.schema.image_roles import FLATTENED
 from lorascope.schema.name_patterns import Ends, Patterns
 
 REPLACING = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight
@@ -128,24 +129,29 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Findings:
     severity="caution",
     needs="config",
     problem="Tensors have the names of a compiled model, so programs do not find their modules.",
-    evidence=f"names with {COMPILED}, which torch.compile adds; PEFT leaves out these tensors and does not name them",
-    fix=f"rename the tensors: remove {COMPILED} from their names; next time, adapt the model before torch.compile",
+    evidence=f"names with {COMPILED}, which torch.compile adds ({FLAT_COMPILED} in those of kohya); programs leave out "
+    "these tensors, PEFT without naming them",
+    fix=f"rename the tensors: remove {COMPILED} from their names, or {FLAT_COMPILED} from those of kohya; next time, "
+    "adapt the model before torch.compile",
 )
 def compiled_names(case: Case) -> Findings:
     """Find adapters of a compiled model, whose names a model that is not compiled lacks."""
-    names = [plain_name(tensor.name) for tensor in stored_tensors(case.files.files) if COMPILED in tensor.name]
-    if names:
-        updates = case.stored_updates
-        modules = []
-        for module in updates:
-            if any(name.startswith(f"{module}.") for name in names):
-                modules.append(module)
-        # Experts in one tensor have other names than their tensors.
-        modules = modules or list(updates)
-        evidence = {"modules": len(modules), "of": len(updates)}
-        names_of = inflect(len(modules), "has a name", "have names")
-        message = f"{len(modules)} of {len(updates)} modules {names_of} with {COMPILED}, so PEFT leaves them out"
-        yield finding(message, modules, **evidence)
+    stored_names = [tensor.name for tensor in stored_tensors(case.files.files)]
+    compiled = [name for name in stored_names if uncompiled_name(name) != name]
+    if not compiled:
+        return
+    updates, segment, program = case.stored_updates, COMPILED, "PEFT leaves"
+    modules = [module for module in updates if any(plain_name(name).startswith(f"{module}.") for name in compiled)]
+    flat_names = [plain_name(name) for name in compiled if FLATTENED.match(name)]
+    if flat_names:  # the module may have the name of the base
+        modules = list(dict.fromkeys(name.partition(".")[0] for name in flat_names))
+        segment, program = FLAT_COMPILED, "programs leave"
+    # Experts in one tensor have other names than their tensors.
+    modules = modules or list(updates)
+    evidence = {"modules": len(modules), "of": len(updates)}
+    names_of = inflect(len(modules), "has a name", "have names")
+    message = f"{len(modules)} of {len(updates)} modules {names_of} with {segment}, so {program} them out"
+    yield finding(message, modules, **evidence)
 
 
 @DoctorRule(

@@ -16,7 +16,7 @@ from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, i
 from lorascope.files.printable import printable
 from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.stored_update import COMPILED, AdapterFiles
+from lorascope.formats.stored_update import AdapterFiles, uncompiled_name
 from lorascope.runs.adapter import Adapter
 from lorascope.schema.plugins import load_plugins
 
@@ -51,7 +51,7 @@ class Target:
     @property
     def keys(self) -> list[str]:
         """Names of all tensors of the adapter, without the segments of torch.compile, which are a separate finding."""
-        return [key.replace(COMPILED, "") for key in chain.from_iterable(self.files.files)]
+        return list(map(uncompiled_name, chain.from_iterable(self.files.files)))
 
     def keys_without(self, pattern: re.Pattern[str]) -> list[str]:
         """Return the names of the tensors in which a pattern does not occur."""

@@ -84,7 +84,7 @@ FILLERS = {
 }
 PROTOCOL = {
     "main", "read", "write", "draw", "load", "forward", "update", "fit", "init", "apply", "lines", "arms", "figures",
-    "measure", "subspace_similarity", "add_run",
+    "measure", "subspace_similarity", "add_run", "study_arms",
 }  # fmt: skip
 """Public functions that several modules define on purpose: a command, a reader, a backend, an optimizer, a meter.
 

@@ -92,7 +92,7 @@ def test_output_that_is_a_dangling_link_raises(tmp_path: Path, fresh_bert, task)
         assert outcome(act) == f"cannot use {link}: {reason}"
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (3, 6), (2, 2), (4, 3), (12,), (3, 2, 2)])
+@pytest.mark.parametrize("shape", [(4, 4), (3, 6), (2, 2)])
 @pytest.mark.parametrize("every", [1, 3])
 def test_weight_that_is_resized_while_it_is_recorded_raises(tmp_path: Path, shape: tuple[int, int], every: int) -> None:
     model, optimizer = small()

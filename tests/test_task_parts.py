@@ -68,6 +68,15 @@ def test_quarters_of_a_seed_are_a_partition_of_train(whole):
         pd.testing.assert_frame_equal(part.split("test"), whole.split("test"))
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_random_parts_of_a_seed_are_a_partition_of_train(whole, count):
+    parts = [task_parts.random_part(whole, number, count, 7) for number in range(1, count + 1)]
+    assert sorted(text for part in parts for text in texts(part)) == sorted(texts(whole))
+    sizes = [len(texts(part)) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    pd.testing.assert_frame_equal(parts[-1].split("test"), whole.split("test"))
+
+
 def test_first_test_rows_are_the_first_of_the_split(whole):
     part = task_parts.first_test_rows(whole, 10)
     assert texts(part, "test") == texts(whole, "test")[:10]
@@ -79,6 +88,7 @@ def test_every_part_has_another_hash(whole):
         whole, task_parts.restrict(whole, "group 0"), task_parts.restrict(whole, "group 1"),
         task_parts.subsample(whole, 20, 0), task_parts.subsample(whole, 20, 1), task_parts.subsample(whole, 21, 0),
         task_parts.quarter(whole, 1, 0), task_parts.quarter(whole, 2, 0), task_parts.quarter(whole, 1, 1),
+        task_parts.random_part(whole, 1, 3, 0), task_parts.random_part(whole, 1, 4, 0),
         task_parts.first_test_rows(whole, 10), task_parts.subsample(task_parts.restrict(whole, "group 0"), 20, 0),
     ]  # fmt: skip
     assert len({part.hash for part in parts}) == len({part.name for part in parts}) == len(parts)
@@ -92,6 +102,7 @@ def test_every_part_has_another_hash(whole):
         (lambda task: task_parts.subsample(task, 0, 0), r"from 1 to \d+, the training rows of numbers, got 0"),
         (lambda task: task_parts.subsample(task, 401, 0), "got 401"),
         (lambda task: task_parts.quarter(task, 0, 0), "one of 1, 2, 3, 4, got 0"),
+        (lambda task: task_parts.random_part(task, 4, 3, 0), "from 1 to 3, got 4"),
         (lambda task: task_parts.first_test_rows(task, 401), r"from 1 to \d+, the test rows of numbers, got 401"),
     ],
 )

@@ -59,6 +59,23 @@ def quarter(task: Task, number: int, seed: int) -> Task:
     return _select_train(task, is_in_quarter, f"random quarter {number}, draw {seed}", ["quarter", number, seed])
 
 
+def random_part(task: Task, number: int, count: int, seed: int) -> Task:
+    """Return a part of a task: one of ``count`` random parts of its train split, and all of validation and test.
+
+    The parts of a seed have no row in common and together are the train split.
+
+    Raises
+    ------
+    ValueError
+        The number of the part is not from 1 to ``count``.
+    """
+    if not 1 <= number <= count:
+        raise ValueError(f"number must be from 1 to {count}, got {number}")
+    is_in_part = _shuffled_positions(task, seed) % count == number - 1
+    name = f"random part {number} of {count}, draw {seed}"
+    return _select_train(task, is_in_part, name, ["part", number, count, seed])
+
+
 def first_test_rows(task: Task, number: int) -> Task:
     """Return a part of a task whose test split has only its first ``number`` rows, a random sample.
 

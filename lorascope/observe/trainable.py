@@ -146,7 +146,7 @@ def joint_tile_sums(
     groups = _tile_groups(tensor)
     subtracted: list[Any] = []
     for other in subtrahends:
-        if other is not None and other.shape != tensor.shape:
+        if other is not None and other.numel() != tensor.numel():
             before, now = tuple(other.shape), tuple(tensor.shape)
             raise ValueError(f"cannot record a weight that was resized from {before} to {now}: call ls.record again")
         subtracted.append(repeat(None, len(groups)) if other is None else _tile_groups(other))

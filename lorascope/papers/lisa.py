@@ -24,21 +24,30 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from lorascope import plots
 from lorascope.analysis import norms
+from lorascope.charts.chart import Chart, Panels
+from lorascope.charts.marks import Axis, Point
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels, training_loss
 from lorascope.papers.judging.statistics import Accuracy, Constant, LogLikelihood, OfRun
+from lorascope.papers.judging.study_statistics import Comparison, OfTable
 from lorascope.papers.lora import FULL, LOW
 from lorascope.papers.probe import Arm, Probe, decoder_settings, encoder_settings
+from lorascope.plots.builders import curves
 from lorascope.runs.run import Run
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from lorascope.methods.method import Method
 
 ADAPTED, SMALL = "LoRA with embedding", "LoRA with embedding, small initial B"
 ADAPTED_DECODER = "LoRA with embedding and head, whole SmolLM2"
@@ -189,6 +198,125 @@ FIGURES = [
         draw=lambda runs: replace(plots.ablations(runs, start=0.5), title="LISA compared with full fine-tuning"),
     ),
 ]
+
+NORM_FULL, NORM_LORA = "full fine-tuning, SmolLM2", "LoRA, rank 16, SmolLM2"
+NORM_SMALL, NORM_LISA = "LoRA, rank 16, small start, SmolLM2", "LISA, 2 of 30 blocks, SmolLM2"
+ENCODER_FULL, ENCODER_LORA = "full fine-tuning, minilm", "LoRA, rank 16, minilm"
+ENCODER_LISA = "LISA, 2 of 6 blocks, minilm"
+DECODER_NORMS = {
+    "full fine-tuning": NORM_FULL,
+    "LoRA": NORM_LORA,
+    "LoRA, small start": NORM_SMALL,
+    "LISA": NORM_LISA,
+}
+ENCODER_NORMS = {"full fine-tuning": ENCODER_FULL, "LoRA": ENCODER_LORA, "LISA": ENCODER_LISA}
+"""Labels in the legend -> arms whose norms by layer are drawn, on the decoder and on the encoder."""
+READINGS = {
+    "weight": "weight_norm",
+    "update": "update_norm",
+    "factors": "adapter_norm",
+    "factors − start": "factor_change",
+}
+"""Readings of "weight norm" in the paper's figure 2 -> recorded quantity."""
+
+
+def study_arms() -> list[Arm]:
+    """Return the arms whose norms by layer are recorded, at fixed rates; LISA and the encoder are only drawn."""
+    from lorascope import observe
+    from lorascope.methods import LISA, Full, LoRA
+
+    # A norm needs no score, but a run must be seen to learn.
+    settings = {"eval_every": 0, "eval_size": 16, "test_size": 200}
+    decoder = {**settings, "steps": 40, "batch_size": 8, "observe": [observe.norms(every=5)]}
+    encoder = {**settings, "steps": 300, "batch_size": 16, "observe": [observe.norms(every=10)]}
+    lora = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed", "lm_head"), lr=1e-3, head_lr=1e-3)
+    on_decoder: dict[str, Method] = {
+        NORM_FULL: Full(lr=1e-5, head_lr=1e-5),
+        NORM_LORA: lora,
+        # PEFT draws the embedding's B with standard deviation 1, so equal changes of A move it far more than others.
+        NORM_SMALL: replace(lora, embedding_init="linear"),
+        NORM_LISA: LISA(n_active=2, interval=4, lr=3e-4, head_lr=3e-4),
+    }
+    on_encoder: dict[str, Method] = {
+        ENCODER_FULL: Full(lr=1e-4, head_lr=1e-4),
+        ENCODER_LORA: replace(lora, targets=("all-linear", "embed")),
+        ENCODER_LISA: LISA(n_active=2, lr=3e-4, head_lr=3e-4),
+    }
+    return [
+        *(Arm(label=label, method=method, settings=decoder, model="smollm2") for label, method in on_decoder.items()),
+        *(Arm(label=label, method=method, settings=encoder) for label, method in on_encoder.items()),
+    ]
+
+
+def norms_by_layer(run: Run) -> pd.DataFrame:
+    """Return the table ``norms`` of a run: ``reading, place, block, value``, mean over the recorded steps after 0.
+
+    ``place`` is the number of a block, or the role of any other module; ``block`` says which of them it is.
+    """
+    tables = []
+    for reading, quantity in READINGS.items():
+        if (run.table["quantity"] == quantity).any():
+            layers = norms.mean_over_steps(norms.pool_modules(norms.select_quantity(run.table, quantity)))
+            tables.append(layers.assign(reading=reading, block=layers["layer"].notna()))
+    layers = pd.concat([table.astype({"place": "str"}) for table in tables], ignore_index=True)
+    return layers[["reading", "place", "block", "value"]]
+
+
+def log_skew(table: pd.DataFrame, role: str) -> float:
+    """Compute log10 of the update's norm in a role outside the blocks over its median norm in the blocks."""
+    rows = table[table["reading"] == "update"]
+    of_role, blocks = rows.loc[rows["place"] == role, "value"].item(), rows.loc[rows["block"], "value"].median()
+    return float(np.log10(of_role / blocks))
+
+
+def _skew(arm: str, role: str) -> OfTable:
+    return OfTable(partial(log_skew, role=role), "norms", arm)
+
+
+_START = _skew(NORM_LORA, "embed") - _skew(NORM_SMALL, "embed")
+# The head of full fine-tuning is tied to the embedding, and its norm recorded there.
+JUDGED = {
+    "norms.embedding": Comparison(_skew(NORM_SMALL, "embed") - _skew(NORM_FULL, "embed"), positive=_START),
+    "norms.head": Comparison(_skew(NORM_LORA, "head") - _skew(NORM_FULL, "embed"), positive=_START),
+    "norms.start": Comparison(_START),
+}
+KEPT_TABLES: dict[str, list[tuple[tuple[str, ...], Callable[..., pd.DataFrame]]]] = {
+    "norms": [((label,), norms_by_layer) for label in (*DECODER_NORMS.values(), *ENCODER_NORMS.values())]
+}
+"""Kept tables by name: labels of arms, and ``function(*runs)`` of their finished runs with one seed, in this order.
+
+The function returns the table without ``arm, seed, run``; it belongs to the run of the last label.
+"""
+
+
+def norms_figure(table: pd.DataFrame) -> Panels:
+    """Draw the norms by layer from the kept table ``norms``, the decoder above the encoder, one panel per reading."""
+    rows = []
+    for model, arms in {"SmolLM2": DECODER_NORMS, "minilm": ENCODER_NORMS}.items():
+        labels = dict(zip(arms.values(), arms, strict=True))
+        layers = table[table["arm"].isin(labels) & (table["block"] | table["place"].isin(["embed", "head"]))]
+        by_cell = layers.assign(method=layers["arm"].map(labels)).groupby(["method", "reading", "place"], sort=False)
+        cells = by_cell["value"].agg(value="mean", low="min", high="max").reset_index()
+        blocks = sorted(set(layers.loc[layers["block"], "place"]), key=int)
+        x = Axis(label=f"layer of {model}", order=["embed", *blocks, "head"])
+        charts: list[Chart] = []
+        for reading in READINGS:
+            of_reading = cells[cells["reading"] == reading]
+            # The paper's claim is about the ends of the axis, where lines are hard to see.
+            dots = Point("place", "value", "method", data=of_reading[of_reading["place"].isin(["embed", "head"])])
+            # Without a label, the axes of panels have different limits.
+            y = Axis(label="" if charts else f"norm, {model}", log=reading != "weight")
+            chart = curves(of_reading, "place", (x, y), dots, color="method", points=False, colors=arms)
+            charts.append(replace(chart, title=reading))
+        rows.append(tuple(charts))
+    caption = (
+        "Norm of every layer, mean over the recorded steps after step 0. Lines are means and bands ranges over seeds. "
+        "Weights hardly change, so their lines coincide. The head of SmolLM2 is tied to its embedding: only LoRA has a "
+        "second norm there."
+    )
+    rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
+    return Panels(tuple(rows))
+
 
 PROBE = Probe(
     name="lisa",

@@ -182,10 +182,11 @@ class Result(ABC):
         # Recorded values take precedence, because they include a weight that trains below its adapter.
         whole = updates.keys() - self.incomplete_updates(state=state)
         unmeasured = [name for name in frame.index[frame["stable_rank"].isna()] if name in whole]
-        measured = []
-        for sigma in spectra([updates[name] for name in unmeasured]):
-            measured.append([float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)])
-        if measured:  # set at once, because pandas takes milliseconds per assignment
+        if unmeasured:
+            measured = [
+                [float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)]
+                for sigma in spectra([updates[name] for name in unmeasured])
+            ]
             frame.loc[unmeasured, ["update_norm", "stable_rank", "effective_rank"]] = measured
         frame["exact"] = ~frame.index.isin(self.input_dependent_modules(state))
         if not all:

@@ -1,0 +1,273 @@
+"""HydraLoRA's motivation: similarity of A and of B between LoRAs trained on different domains or tasks.
+
+Are the A's of different domains similar because of training, or because of a shared initial A? The paper trains one
+LoRA per domain, all with the same seed, and plots every factor by t-SNE. The A's of one module coincide, and the B's
+separate by domain. But A starts random, B starts at zero, and A changes little, so a shared initial A already explains
+the figure. Runs on the same text therefore start from a shared A and from separate A's. Random thirds of
+one text show which distances between B's are due to the order of the data.
+
+Shared fraction: the fraction of A's (or B's) whose nearest A (B) of the same shape in another task belongs to the same
+module. Own-group fraction: the fraction of B's whose nearest B of the same module is of the same domain, or third.
+
+Source: HydraLoRA (arXiv 2404.19245), section 2.3, figures 3 and 9; the objection to a single seed: Ban & Ji (arXiv
+2509.25414).
+
+Departs:
+
+- A small encoder on three domains of one task instead of LLaMA-2-7B on subsets of Dolly.
+- Every run has a separate classifier head and data order. The head is new here, unlike that of a language model, and a
+  shared one would make the B's similar.
+- Nearest by spaces is the largest overlap of the row spaces of A, or the column spaces of B, because raw arrays depend
+  on how an update is split into B and A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from operator import attrgetter
+
+import numpy as np
+import pandas as pd
+from scipy.linalg import block_diag
+
+from lorascope.analysis.factor_embeddings import FactorSet, Updates, build_factor_sets, factored_updates, tsne
+from lorascope.array_types import Float
+from lorascope.charts.chart import Chart, Panels
+from lorascope.charts.marks import Axis, Point
+from lorascope.papers.judging.study_statistics import Comparison, Constant, OfTable
+from lorascope.papers.probe import Arm
+from lorascope.runs.run import Run
+
+DOMAINS = ("tweets", "movies", "products")
+THIRDS = ("third 1", "third 2", "third 3")
+TASKS = ("task 1", "task 2", "task 3", "task 4")
+SEPARATE, SHARED = "separate starts", "shared start"
+SHARED_A, UNRELATED = "tasks share A", "unrelated updates"
+_TEXT_RUNS = 2 * len(DOMAINS)
+"""Runs of a set on text, two orders of each domain or third, and seeds that a replicate uses."""
+
+
+def _text_set(groups: tuple[str, ...], start: str) -> dict[str, str]:
+    """Return the label of each run of a set on text -> its domain or third."""
+    return {f"LoRA, {group}, order {order}, {start}": group for group in groups for order in (1, 2)}
+
+
+def _planted_set(truth: str, start: str) -> dict[str, str]:
+    """Return the label of each run of a set on planted teachers -> its task."""
+    return {f"LoRA, rank 4, {task}, {start}, {truth}": task for task in TASKS}
+
+
+_FIRST, *_ = _text_set(DOMAINS, SEPARATE)
+TEXT, TEXT_SHARED, TEXT_THIRDS = "domains, separate starts", "domains, shared start", "thirds, shared start"
+SHARED_A_SEPARATE, SHARED_A_SHARED = f"{SHARED_A}, {SEPARATE}", f"{SHARED_A}, {SHARED}"
+UNRELATED_SEPARATE, UNRELATED_SHARED = f"{UNRELATED}, {SEPARATE}", f"{UNRELATED}, {SHARED}"
+SETS: dict[str, dict[str, str]] = {
+    TEXT: _text_set(DOMAINS, SEPARATE),
+    # The other runs start from the initial A of the first run, so it is in both sets.
+    TEXT_SHARED: {_FIRST: DOMAINS[0]} | dict([*_text_set(DOMAINS, SHARED).items()][1:]),
+    TEXT_THIRDS: _text_set(THIRDS, SHARED),
+    SHARED_A_SEPARATE: _planted_set(SHARED_A, SEPARATE),
+    SHARED_A_SHARED: _planted_set(SHARED_A, SHARED),
+    UNRELATED_SEPARATE: _planted_set(UNRELATED, SEPARATE),
+    UNRELATED_SHARED: _planted_set(UNRELATED, SHARED),
+}
+"""Sets of runs of one seed whose factors are compared: label of each run -> its task, domain or third."""
+
+
+def study_arms() -> list[Arm]:
+    """Return the arms whose factors are compared, at fixed rates: 17 runs per replicate on text."""
+    from lorascope.methods import LoRA
+
+    settings = {"steps": 300, "batch_size": 16, "eval_every": 0, "eval_size": 16, "test_size": 400, "observe": []}
+    arms: dict[str, Arm] = {}
+    for name in (TEXT, TEXT_SHARED, TEXT_THIRDS):
+        # ``_of_replicate`` replaces the 0 by the seed of the replicate's first run.
+        init_seed = None if name == TEXT else 0
+        method = LoRA(rank=8, alpha=8.0, init_seed=init_seed, lr=1.8e-3, head_lr=1.8e-3)
+        for number, (label, group) in enumerate(SETS[name].items()):
+            arm = Arm(label=label, method=method, settings=settings, task=f"sentiment/{group}")
+            if name == TEXT_THIRDS:
+                arm = replace(arm, task="sentiment", vary=partial(_of_third, number))
+            else:
+                arm = replace(arm, vary=partial(_of_replicate, number))
+            arms.setdefault(label, arm)
+    return list(arms.values())
+
+
+def _of_replicate(number: int, arm: Arm, seed: int) -> Arm:
+    """Return the arm of a replicate, with a seed for head and data order that no other run of its set has.
+
+    Runs with a shared start take the initial A of the replicate's first run.
+    """
+    from lorascope.methods import LoRA
+
+    first = seed * _TEXT_RUNS  # so that the seeds of two replicates never overlap
+    method = arm.method
+    if isinstance(method, LoRA) and method.init_seed is not None:
+        method = replace(method, init_seed=first)
+    return replace(arm, method=method, settings={**arm.settings, "seed": first + number})
+
+
+def _of_third(number: int, arm: Arm, seed: int) -> Arm:
+    """Return the arm of a replicate on one of three random parts of the text, which the seed deals."""
+    from lorascope.inputs import tasks
+    from lorascope.inputs.task_parts import random_part
+
+    task = random_part(tasks.load("sentiment"), 1 + number // 2, len(THIRDS), seed)
+    return _of_replicate(number, replace(arm, task=task), seed)
+
+
+def nearest_factors(updates: Updates, tasks: Mapping[str, str]) -> pd.DataFrame:
+    """Find the nearest factor of every A and B, by raw arrays and by spaces in other tasks, and in its module.
+
+    Parameters
+    ----------
+    updates : mapping run -> module -> update
+        Updates with factors A and B.
+    tasks : mapping run -> task
+        Task of each run.
+
+    Returns
+    -------
+    DataFrame
+        ``factor, view, module, task, other_module, other_task, x, y``, one row per factor and view. Views "raw" (cosine
+        of the arrays) and "space" (overlap of row spaces of A or column spaces of B) find the nearest factor of the
+        same shape in another task, and "module" the nearest raw array of the same module in another run. ``x, y`` is
+        the position of a raw array in a t-SNE plane of all A's, or of all B's.
+    """
+    tables = []
+    for factor in ("A", "B"):
+        raw = build_factor_sets(updates, tasks, (factor,), "raw")
+        spaces = build_factor_sets(updates, tasks, (factor,), "space")
+        for view, clouds in {"raw": raw, "space": spaces, "module": raw}.items():
+            table = pd.concat(map(partial(_find_nearest, in_module=view == "module"), clouds), ignore_index=True)
+            table = table.assign(factor=factor, view=view, x=np.nan, y=np.nan)
+            if view == "raw":
+                table[["x", "y"]] = _embed(raw)
+            tables.append(table)
+    columns = ["factor", "view", "module", "task", "other_module", "other_task", "x", "y"]
+    return pd.concat(tables, ignore_index=True)[columns].astype({"x": "float32", "y": "float32"})
+
+
+def _find_nearest(cloud: FactorSet, in_module: bool) -> pd.DataFrame:
+    """Return the nearest factor of every factor in other tasks, or in its module."""
+    points = cloud.table().rename(columns={"domain": "task"})
+    column = points["module" if in_module else "task"].to_numpy()
+    is_allowed = (column[:, None] == column) == in_module
+    np.fill_diagonal(is_allowed, False)
+    nearest = np.where(is_allowed, cloud.flat, -np.inf).argmax(axis=1)
+    neighbors = points.loc[nearest, ["module", "task"]].add_prefix("other_").reset_index(drop=True)
+    return points.join(neighbors)
+
+
+def _embed(clouds: Sequence[FactorSet]) -> Float[np.ndarray, "point 2"]:
+    """Embed the factors of all shapes in one plane by t-SNE; two of different shapes count as orthogonal."""
+    cosine = block_diag(*map(attrgetter("flat"), clouds))
+    size = len(cosine) // len(clouds[0].runs), len(clouds[0].runs)
+    names = [""] * size[0]  # t-SNE reads the cosines only
+    return tsne(replace(clouds[0], modules=names, factors=names, cosine=cosine.reshape(*size, *size)))
+
+
+def nearest_table(*runs: Run, name: str) -> pd.DataFrame:
+    """Return the table ``nearest`` of a set of runs, given in the order of ``SETS[name]``; see ``nearest_factors``."""
+    tasks = SETS[name]
+    updates = {label: factored_updates(run.updates()) for label, run in zip(tasks, runs, strict=True)}
+    table = nearest_factors(updates, tasks)
+    table.insert(0, "set", name)
+    return table
+
+
+KEPT_TABLES: dict[str, list[tuple[tuple[str, ...], Callable[..., pd.DataFrame]]]] = {
+    "nearest": [(tuple(labels), partial(nearest_table, name=name)) for name, labels in SETS.items()]
+}
+"""Kept tables by name: labels of arms, and ``function(*runs)`` of their finished runs with one seed, in this order.
+
+The function returns the table without ``arm, seed, run``; it belongs to the run of the last label.
+"""
+
+
+def shared_fraction(table: pd.DataFrame, factor: str, view: str) -> float:
+    """Compute the percentage of factors whose nearest factor in another task belongs to the same module."""
+    rows = table[(table["factor"] == factor) & (table["view"] == view)]
+    return float(100 * (rows["module"] == rows["other_module"]).mean())
+
+
+def own_group_fraction(table: pd.DataFrame) -> float:
+    """Compute the percentage of B's whose nearest B of the same module is of the same task."""
+    rows = table[(table["factor"] == "B") & (table["view"] == "module")]
+    return float(100 * (rows["task"] == rows["other_task"]).mean())
+
+
+def _of_set(function: Callable[[pd.DataFrame], float], name: str) -> OfTable:
+    *labels, last = SETS[name]
+    return OfTable(function, "nearest", last, tuple(labels))
+
+
+def sharing_in(name: str, factor: str, view: str) -> OfTable:
+    """Return the shared fraction of A or B in a set of runs."""
+    return _of_set(partial(shared_fraction, factor=factor, view=view), name)
+
+
+def own_group_in(name: str) -> OfTable:
+    """Return the own-group fraction of a set of runs."""
+    return _of_set(own_group_fraction, name)
+
+
+POWER = sharing_in(SHARED_A_SEPARATE, "A", "space") - sharing_in(UNRELATED_SEPARATE, "A", "space")
+CHANCE = Constant(100 / (_TEXT_RUNS - 1))
+"""One of the five other runs has the same domain."""
+
+JUDGED = {
+    "factors.start": Comparison(sharing_in(TEXT_SHARED, "A", "raw") - sharing_in(TEXT, "A", "raw")),
+    "factors.space": Comparison(sharing_in(TEXT, "A", "space") - sharing_in(TEXT, "B", "space"), positive=POWER),
+    "factors.domain": Comparison(
+        own_group_in(TEXT_SHARED) - own_group_in(TEXT_THIRDS), positive=own_group_in(TEXT_SHARED) - CHANCE
+    ),
+    "factors.artifact": Comparison(
+        sharing_in(UNRELATED_SHARED, "A", "space") - sharing_in(UNRELATED_SEPARATE, "A", "space")
+    ),
+    "factors.power": Comparison(POWER),
+}
+
+_ROWS = {
+    "text": (TEXT, TEXT_SHARED),
+    SHARED_A: (SHARED_A_SEPARATE, SHARED_A_SHARED),
+    UNRELATED: (UNRELATED_SEPARATE, UNRELATED_SHARED),
+}
+
+
+def factors_figure(table: pd.DataFrame) -> Panels:
+    """Draw the t-SNE planes of A and B from the kept table ``nearest``: text above, planted teachers below.
+
+    The dots are of the first seed, and the shared fractions in the titles of all seeds.
+    """
+    raw = table[table["view"] == "raw"]
+    # A dot below a smaller one remains visible as a ring.
+    sizes = dict(zip((*DOMAINS, *TASKS), (1.0, 0.55, 0.2, 1.0, 0.6, 0.3, 0.1), strict=True))
+    rows = []
+    for ground, names in _ROWS.items():
+        if not set(names).issubset(raw["set"]):  # the runs on text are trained first
+            continue
+        charts: list[Chart] = []
+        for factor in ("A", "B"):
+            for name, start in zip(names, (SEPARATE, SHARED), strict=True):
+                of_set = raw[(raw["set"] == name) & (raw["factor"] == factor)]
+                dots = of_set[of_set["seed"] == of_set["seed"].min()]
+                # A plane has neither an origin nor a unit.
+                low, high = dots[["x", "y"]].min(), dots[["x", "y"]].max()
+                scaled = (dots[["x", "y"]] - (low + high) / 2) / (high - low).max()
+                title = f"{factor}, {start}: {shared_fraction(of_set, factor, 'raw'):.0f}%"
+                x = Axis(ticks={}, limits=(-0.6, 0.6))
+                y = replace(x, label="" if charts else ground)
+                dots = dots.assign(x=scaled["x"], y=scaled["y"], size=dots["task"].map(sizes))
+                mark = Point("x", "y", "task", size="size")
+                charts.append(Chart(dots, [mark], title=title, x=x, y=y, colors=sizes))
+        rows.append(tuple(charts))
+    caption = (
+        "Each dot is the A or B of one module in one run, placed by t-SNE; dots in one place appear as rings. Titles: "
+        "factors whose nearest factor in another task (cosine) belongs to the same module, over all seeds."
+    )
+    rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
+    return Panels(tuple(rows))

@@ -117,7 +117,7 @@ def test_a_kill_at_any_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     write, unlink = kept_study.write_bytes, Path.unlink
     remaining = 0
 
-    def counted(function: Any) -> Any:
+    def killing(function: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal remaining
             if remaining == 0:
@@ -127,8 +127,8 @@ def test_a_kill_at_any_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
 
         return call
 
-    monkeypatch.setattr(kept_study, "write_bytes", counted(write))
-    monkeypatch.setattr(Path, "unlink", counted(unlink))
+    monkeypatch.setattr(kept_study, "write_bytes", killing(write))
+    monkeypatch.setattr(Path, "unlink", killing(unlink))
     for count in range(30):
         remaining = count
         try:
@@ -136,7 +136,7 @@ def test_a_kill_at_any_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
         except Killed:
             monkeypatch.setattr(Path, "unlink", unlink)
             assert same(kept_study.read(tmp_path), whole), count
-            monkeypatch.setattr(Path, "unlink", counted(unlink))
+            monkeypatch.setattr(Path, "unlink", killing(unlink))
         else:
             break
     assert count > 6  # each file of the folder, and each added one

@@ -111,6 +111,11 @@ class StudyEvidence:
         judged = self.runs[self.runs["role"] == "judged"]
         return dict(iter(judged.groupby(["arm", "seed"])))  # type: ignore[arg-type]
 
+    @cached_property
+    def _phases(self) -> dict[tuple[str, int, str], pd.DataFrame]:
+        judged = self.runs[self.runs["role"] == "judged"]
+        return dict(iter(judged.groupby(["arm", "seed", "phase"])))  # type: ignore[arg-type]
+
     def judged(self, arm: str, seed: int) -> pd.DataFrame:
         """Return the rows of the judged run of an arm, one per phase and task.
 
@@ -125,26 +130,28 @@ class StudyEvidence:
         """Return the id of the judged run of an arm; see ``judged``."""
         return str(self.judged(arm, seed)["run"].iloc[0])
 
+    def has(self, arm: str, seed: int) -> bool:
+        """Return whether an arm has a judged run with this seed."""
+        return (arm, seed) in self._judged
+
     def seeds(self, arm: str) -> list[int]:
         """Return the seeds of the judged runs of an arm in increasing order."""
         return sorted(seed for label, seed in self._judged if label == arm)
 
     def of_phase(self, arm: str, seed: int, phase: str = "") -> pd.DataFrame:
         """Return the rows of a judged run in one phase, one per task; "" is the last phase, which is judged."""
-        rows = self.judged(arm, seed)
-        of_phase = rows[rows["phase"] == phase]
-        if of_phase.empty:
-            raise ValueError(f"the run of {printable(arm)!r} with seed {seed} has no phase {printable(phase)!r}")
-        return of_phase
+        if (arm, seed, phase) not in self._phases:
+            raise ValueError(f"{printable(arm)!r} has no judged run with seed {seed} and phase {printable(phase)!r}")
+        return self._phases[arm, seed, phase]
 
     def closed(self, arm: str, seed: int, phase: str = "") -> float:
         """Return the gap closed in points, 100 (1 - gap / gap of the base), averaged over tasks."""
         rows = self.of_phase(arm, seed, phase)
-        return float((100 * (1 - rows["gap"] / rows["base_gap"])).mean(skipna=False))
+        return float(np.mean(100 * (1 - rows["gap"].to_numpy() / rows["base_gap"].to_numpy())))
 
     def final_loss(self, arm: str, seed: int) -> float:
         """Return the loss at the end, averaged over tasks."""
-        return float(self.of_phase(arm, seed)["loss"].mean(skipna=False))
+        return float(np.mean(self.of_phase(arm, seed)["loss"].to_numpy()))
 
     def table(self, name: str, arm: str, seed: int) -> pd.DataFrame:
         """Return the rows of a table that belong to the judged run of an arm."""

@@ -1,0 +1,52 @@
+"""Words of the second edition's claims, as functions of their 95% intervals.
+
+A *gain* claim has the smallest gain m that matters, a *cost* claim the largest acceptable cost d; either is its bound.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+RuleKind = Literal["gain", "cost"]
+NOT_RUN, NOT_LEARNED, NO_HEADROOM = "not run", "not learned", "no headroom"
+"""Words of claims that are not judged by their interval."""
+
+
+def word(kind: RuleKind, bound: float, low: float, high: float) -> str:
+    """Judge a claim by the interval of its effect.
+
+    A gain claim is a "gain" if low > 0, "no gain" if high < m, "gain below m" if both, a "loss" if high < 0. A cost
+    claim has "no cost" if low > -d, a "cost" if high < 0, a "cost below d" if both. Otherwise it is "open".
+    """
+    if kind == "gain":
+        # First, because a loss is below m as well.
+        if high < 0:
+            return "loss"
+        if low > 0:
+            return "gain below m" if high < bound else "gain"
+        return "no gain" if high < bound else "open"
+    if low > -bound:
+        return "cost below d" if high < 0 else "no cost"
+    return "cost" if high < 0 else "open"
+
+
+def pair_word(word_for: str, difference_low: float) -> str:
+    """Judge a pair by the word at the favorable truth and the difference between the effects at its two truths.
+
+    It is "as claimed" if there is a gain (no cost) and the difference is above 0, "not only there" if it is not,
+    and "not even there" if there is no gain or a loss (a cost). Other words, "gain below m" and "cost below d"
+    included, decide neither, and are returned as they are.
+    """
+    if word_for in ("gain", "no cost"):
+        return "as claimed" if difference_low > 0 else "not only there"
+    return "not even there" if word_for in ("no gain", "loss", "cost") else word_for
+
+
+def has_headroom(kind: RuleKind, low: float, high: float) -> bool:
+    """Return whether the interval of the positive control shows a gain, or a cost for a cost claim."""
+    return low > 0 if kind == "gain" else high < 0
+
+
+def excludes(value: float, low: float, high: float) -> str:
+    """Return "yes" if a value is outside of an interval, else "no"."""
+    return "no" if low <= value <= high else "yes"

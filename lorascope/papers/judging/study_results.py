@@ -97,7 +97,7 @@ def _judge(
     _, low, high, n = intervals["for"]
     row: dict[str, Any] = {"n": n, "excludes_zero": excludes(0.0, low, high)}
     for name, interval in intervals.items():
-        prefix = "" if name == "for" else f"{name}_"
+        prefix = f"{name}_".removeprefix("for_")
         row |= {f"{prefix}{column}": value for column, value in zip(_INTERVAL, interval, strict=False)}
     # Points of accuracy are not points of the gap.
     printed = claim.paper.printed
@@ -125,5 +125,6 @@ def _unlearned(runs: Sequence[tuple[str, int]], evidence: StudyEvidence) -> Iter
 
 
 def _first_of(names: Sequence[str]) -> str:
-    count = len(names) - 1
-    return f"{names[0]} and {count} more" if count else names[0]
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} and {len(names) - 1} more"

@@ -22,12 +22,10 @@ def word(kind: RuleKind, bound: float, low: float, high: float) -> str:
         # First, because a loss is below m as well.
         if high < 0:
             return "loss"
-        if low > 0:
-            return "gain below m" if high < bound else "gain"
-        return "no gain" if high < bound else "open"
-    if low > -bound:
-        return "cost below d" if high < 0 else "no cost"
-    return "cost" if high < 0 else "open"
+        words = {(True, False): "gain", (False, True): "no gain", (True, True): "gain below m"}
+        return words.get((low > 0, high < bound), "open")
+    words = {(True, False): "no cost", (False, True): "cost", (True, True): "cost below d"}
+    return words.get((low > -bound, high < 0), "open")
 
 
 def pair_word(word_for: str, difference_low: float) -> str:
@@ -37,9 +35,11 @@ def pair_word(word_for: str, difference_low: float) -> str:
     and "not even there" if there is no gain or a loss (a cost). Other words, "gain below m" and "cost below d"
     included, decide neither, and are returned as they are.
     """
-    if word_for in ("gain", "no cost"):
-        return "as claimed" if difference_low > 0 else "not only there"
-    return "not even there" if word_for in ("no gain", "loss", "cost") else word_for
+    if word_for in ("no gain", "loss", "cost"):
+        return "not even there"
+    if word_for not in ("gain", "no cost"):
+        return word_for
+    return "as claimed" if difference_low > 0 else "not only there"
 
 
 def has_headroom(kind: RuleKind, low: float, high: float) -> bool:

@@ -324,13 +324,56 @@ def test_weights_without_adapter_are_all_compared(
     assert {finding.cause for finding in checked(tmp_path).findings} == causes
 
 
-def test_base_of_another_model_proves_nothing(tmp_path: Path) -> None:
+def another(folder: Path, name: str, family: str, **sizes: int) -> None:
+    shutil.rmtree(folder / name)
+    tiny(family, **sizes).save_pretrained(folder / name)
+
+
+MODULES = {f"model.layers.{layer}.self_attn.{role}_proj" for layer in range(2) for role in "qo"}
+WIDE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "base of another architecture": (lambda folder: another(folder, "base", "bert"), "not in the base"),
+    "base of other sizes": (lambda folder: another(folder, "base", "llama", **WIDE), "32 x 32, in the base 64 x 64"),
+    "merged model of another architecture": (
+        lambda folder: another(folder, "merged", "bert"),
+        "not in the merged model",
+    ),
+    "merged model of other sizes": (
+        lambda folder: another(folder, "merged", "llama", **WIDE),
+        "32 x 32, in the merged model 64 x 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+@pytest.mark.parametrize(("change", "reason"), OTHERS.values(), ids=OTHERS)
+def test_another_model_is_a_finding(
+    change: Callable[[Path], None], reason: str, start: bool | str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, config=peft.LoraConfig(**LORA, init_lora_weights=start))
+    by_peft(tmp_path, "float32")
+    change(tmp_path)
+    capsys.readouterr()
+    folders = [str(tmp_path / name) for name in ("adapter", "base", "merged")]
+    assert main(["doctor", folders[0], "--base", folders[1], "--merged", folders[2], "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    (finding,) = content["findings"]
+    assert (finding["id"], finding["evidence"]) == ("LS309", {"modules": 4, "of": 4})
+    assert {(row["module"], row["verdict"], row["note"]) for row in content["modules"]} == {
+        (module, "misfit", reason) for module in MODULES
+    }
+    assert content["tensors"] == []
+    assert f"4 of 4 modules do not fit: model.layers.0.self_attn.q_proj ({reason}) and 3 more" == finding["message"]
+
+
+def test_merged_model_without_some_modules_is_compared(tmp_path: Path) -> None:
     write(tmp_path)
     by_peft(tmp_path, "float32")
-    other = {"transformer.h.0.attn.c_attn.weight": torch.ones(4, 4)}
-    save_file(other, tmp_path / "base/model.safetensors")
-    with pytest.raises(ValueError, match=r"cannot check the merge: .* has no weight of model\.layers\.0"):
-        checked(tmp_path)
+    another(tmp_path, "merged", "llama", num_hidden_layers=1)
+    check = checked(tmp_path)
+    misfits = {module.module for module in check.modules if module.verdict == "misfit"}
+    assert misfits == {module for module in MODULES if ".1." in module}
+    assert {finding.id for finding in check.findings} == {"LS306", "LS307", "LS309"}
 
 
 def test_untrained_dora_is_found_with_and_without_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

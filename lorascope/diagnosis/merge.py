@@ -33,6 +33,7 @@ from lorascope.diagnosis.merged_weights import (
     largest_spacing,
     summation_error,
 )
+from lorascope.diagnosis.runtimes.runtime import join_sides
 from lorascope.diagnosis.unadapted_tensors import ComparedTensor, TensorVerdict, compare_tensors
 from lorascope.files.printable import count_phrase
 from lorascope.files.small_floats import round_to_dtype
@@ -104,7 +105,14 @@ _LOST = _mistake(
     evidence="biases, heads, norms or token rows that differ from those of the adapter",
     fix="merge with PeftModel.merge_and_unload, which also replaces the tensors that were saved",
 )
-KINDS = (*_KINDS.values(), _CHANGED, _LOST)
+_MISFIT = _mistake(
+    "LS309",
+    "merge-another-model",
+    problem="A module of the adapter is not in the base or the merged model, or has another shape there.",
+    evidence="names and shapes of the weights; all modules, if it is the base that lacks them",
+    fix="compare the model that the adapter was trained on with a merge into it",
+)
+KINDS = (*_KINDS.values(), _CHANGED, _LOST, _MISFIT)
 _TENSOR_STATEMENTS: dict[TensorVerdict, str] = {
     "changed": "differ from the base",
     "missing": "are missing",
@@ -156,6 +164,10 @@ class MergeCheck:
         for factor, affected in sorted(by_factor.items()):
             reason = {2.0: ", so it was merged twice", -1.0: ", so it was subtracted"}.get(factor, "")
             yield _finding(f"{len(affected)} of {count} modules contain {factor:g} times the update{reason}", affected)
+        if misfits := by_verdict["misfit"]:
+            labels = first_and_count(module.label for module in misfits)
+            message = f"{len(misfits)} of {count} modules do not fit: {labels}"
+            yield _MISFIT.finding(message, module_names(misfits), modules=len(misfits), of=count)
         for verdict, statement in _TENSOR_STATEMENTS.items():
             if names := self.tensor_names(verdict):
                 message = f"{count_phrase(len(names), 'tensor')} without an adapter {statement}"
@@ -179,7 +191,8 @@ class MergeCheck:
         """Return the number of modules and of other tensors of each verdict in one line."""
         phrases = {"merged": "merged, bit by bit", "consistent": "within the rounding, not proved",
                    "unknown": "smaller than the rounding", "not compared": "not in the base",
-                   "changed base": "not compared, because PEFT changes the base while loading"}  # fmt: skip
+                   "changed base": "not compared, because PEFT changes the base while loading",
+                   "misfit": "of another model"}  # fmt: skip
         tensor_phrases = {"kept": "equal to the base", "saved": "equal to the adapter"}
         statements = _count_verdicts(self.modules, phrases)
         if self.tensors:
@@ -216,23 +229,26 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
     Raises
     ------
     ValueError
-        The adapter has no base, the base has none of its modules, or the merged model lacks one.
+        The adapter has no base, or a weight is quantized.
     """
     if adapter.base is None:
         raise ValueError("cannot check a merged model without its base: pass base")
     base, stored_updates = adapter.base, adapter.files.parts
     merged = base.named_alike(merged)
     updates = adapter.updates()
+    is_other_base = not any(map(base.has_weight, stored_updates))
     # Samples of all updates are small enough to keep, unlike the updates.
     samples: dict[str, _Sample] = {}
     compared: list[MergedModule] = []
-    for module in stored_updates:
-        if base.has_weight(module):
-            samples[module] = _Sample.of(updates[module])
-        else:
+    for module, stored in stored_updates.items():
+        if not base.has_weight(module) and not is_other_base:  # it may be tied
             compared.append(MergedModule(module, "not compared", math.nan))
+        elif misfit := _misfit(module, stored.shape, {"base": base, "merged model": merged}):
+            compared.append(MergedModule(module, "misfit", math.nan, misfit))
+        else:
+            samples[module] = _Sample.of(updates[module])
     if not samples:
-        raise ValueError(f"cannot check the merge: {base.folder} has no weight of {first_and_count(stored_updates)}")
+        return MergeCheck(tuple(compared), ())
     experts: dict[str, _ExpertSample] = {}
     rounded: set[tuple[str, str]] = set()
     for module in samples:
@@ -261,6 +277,17 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
         if owner := owners.get(result.module):
             compared[index] = MergedModule(result.module, "experts swapped", result.factor, f"that of {owner}")
     return MergeCheck(tuple(compared), tuple(compare_tensors(adapter, merged)), tuple(sorted(rounded)))
+
+
+def _misfit(module: str, shape: tuple[int, int], models: Mapping[str, PretrainedWeights]) -> str:
+    """Return why a weight of one of two models cannot contain an update of this shape; "" if it can."""
+    for name, weights in models.items():
+        if not weights.has_weight(module):
+            return f"not in the {name}"
+        weight_shape = weights.shape(module)
+        if weight_shape not in (shape, shape[::-1]):
+            return f"{join_sides(shape)}, in the {name} {join_sides(weight_shape)}"
+    return ""
 
 
 def _is_copied(

@@ -14,7 +14,7 @@ from lorascope.updates.weight_update import Update
 
 Verdict = Literal[
     *("merged", "consistent", "unknown", "not compared", "changed base"),
-    *("not merged", "wrong scale", "rounded", "experts swapped", "another module's", "wrong adapter"),
+    *("not merged", "wrong scale", "rounded", "experts swapped", "another module's", "wrong adapter", "misfit"),
 ]
 PRECISION = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 """Bits after the leading one."""
@@ -37,11 +37,12 @@ class MergedModule:
     verdict : str
         ``"merged"`` is proved bit by bit, ``"consistent"`` within the rounding, ``"unknown"`` if the
         update is smaller than the rounding, ``"not compared"`` if the base has no such weight, ``"changed base"`` if
-        PEFT changes the base weight while loading in a way that cannot be repeated.
+        PEFT changes the base weight while loading in a way that cannot be repeated, ``"misfit"`` if one of the models
+        is another one. The other verdicts are faults of the merge.
     factor : float
         Multiple of the update that the weight contains, by least squares; NaN if it was not compared.
     note : str
-        Dtype that it was rounded to, or module whose update it contains.
+        Dtype that it was rounded to, module whose update it contains, or shapes that do not fit.
     """
 
     module: str

@@ -179,7 +179,7 @@ class PretrainedWeights:
     def _find_name(self, module: str) -> str:
         name = self._find(module)
         if name is None:
-            raise ValueError(f"cannot find the weight of {printable(module)} in {printable(self.folder)}")
+            raise BaseMisfit(self.folder, f"it has no weight of {printable(module)}")
         return name
 
     def _find(self, module: str) -> str | None:

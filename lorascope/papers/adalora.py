@@ -31,11 +31,16 @@ from lorascope.charts.marks import Axis, Line, Point
 from lorascope.papers import alora
 from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_by_rank, own_labels, printed
 from lorascope.papers.judging.statistics import Accuracy, Constant, OfPairs, OfRun, average
+from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.lora import LORA_RATES, LOW, LOWER
+from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
 from lorascope.papers.rank_tables import (
+    ALLOCATION,
     FEED_FORWARD,
+    ORACLE,
     RANKS,
+    UNIFORM_STUDENT,
     allocation_figures,
     keep_ranks,
     of_roles,
@@ -79,6 +84,34 @@ def arms() -> list[Arm]:
         Arm(label=RAW, method=replace(adapted, importance="sensitivity"), settings=settings),
         *(Arm(label=label, method=method, settings=settings) for label, method in smaller.items()),
     ]
+
+
+ALLOCATED = "AdaLoRA, rank 4 to 2"
+
+
+def study_arms() -> list[Arm]:
+    """Return the arms of AdaLoRA's pair, and those with which all allocators are compared.
+
+    AdaLoRA from rank 2 to 2 has its form and penalty, but no allocation; LoRA of rank 6 has more rank than it starts
+    with.
+    """
+    from lorascope.methods import AdaLoRA, LoRA
+    from lorascope.papers.setups.planted_truths import uneven_ranks
+
+    everywhere: Any = {"targets": "all-linear"}
+    allocated = AdaLoRA(init_rank=4, target_rank=2, alpha=64.0, **everywhere)
+    students = {
+        ALLOCATED: Student(allocated, kept_ranks=True),
+        "AdaLoRA, rank 2 to 2": replace(allocated, init_rank=2, alpha=32.0),
+        UNIFORM_STUDENT: LoRA(rank=2, alpha=8.0, **everywhere),
+        "LoRA, rank 6": LoRA(rank=6, alpha=24.0, **everywhere),
+    }
+    # With one alpha, a component of a module with few has the larger scale, as in AutoLoRA's retraining.
+    oracle = Student(lambda base, seed: LoRA(rank=uneven_ranks(base, seed), alpha=16.0))
+    return planted_arms(students, ALLOCATION) + planted_arms({ORACLE: oracle}, ALLOCATION[:1])
+
+
+JUDGED = {"pair.adalora": pair(ALLOCATED, UNIFORM_STUDENT, ORACLE, truths=ALLOCATION)}
 
 
 TYPES = {"W_q": "q", "W_k": "k", "W_v": "v", "W_o": "o", "W_f1": "ffn_in", "W_f2": "ffn_out"}

@@ -23,8 +23,19 @@ from lorascope.analysis import rank_allocations
 from lorascope.array_types import Int
 from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging.statistics import Accuracy, OfRun
+from lorascope.papers.judging.study_statistics import pair
+from lorascope.papers.planted_pairs import STEPS, Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
-from lorascope.papers.rank_tables import ATTENTION, RANKS, allocation_figures, keep_ranks, of_roles
+from lorascope.papers.rank_tables import (
+    ALLOCATION,
+    ATTENTION,
+    ORACLE,
+    RANKS,
+    UNIFORM_STUDENT,
+    allocation_figures,
+    keep_ranks,
+    of_roles,
+)
 from lorascope.runs.run import Run
 
 ADAPTED, RANDOM, UNIFORM = "ALoRA", "ALoRA, random scores", "LoRA, rank 4"
@@ -45,6 +56,21 @@ def arms() -> list[Arm]:
         Arm(label=RANDOM, method=replace(method, scores="random"), settings=settings),
         Arm(label=UNIFORM, method=LoRA(rank=4, alpha=4.0, targets="all-linear"), settings=settings),
     ]
+
+
+MOVED = "ALoRA, rank 2"
+
+
+def study_arms() -> list[Arm]:
+    """Return the arms of ALoRA's pair; the gap is recorded before the first round, which must not be too early."""
+    from lorascope.methods import ALoRA
+
+    method = ALoRA(init_rank=2, alpha=8.0)
+    first_round = STEPS // 10  # the default of ``warm_steps``
+    return planted_arms({MOVED: Student(method, after=first_round - 1, kept_ranks=True)}, ALLOCATION)
+
+
+JUDGED = {"pair.alora": pair(MOVED, UNIFORM_STUDENT, ORACLE, truths=ALLOCATION)}
 
 
 def replayed(table: pd.DataFrame, group: str) -> float:

@@ -31,8 +31,10 @@ from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging import registration
 from lorascope.papers.judging.statistics import Accuracy, OfRun, Simulated, average
+from lorascope.papers.judging.study_statistics import pair
+from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
-from lorascope.papers.rank_tables import RANKS, keep_ranks, rank_agreement
+from lorascope.papers.rank_tables import ALLOCATION, ORACLE, RANKS, UNIFORM_STUDENT, keep_ranks, rank_agreement
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 
@@ -65,6 +67,20 @@ def _with_random_ranks(arm: Arm, seed: int) -> Arm:
     ranks = (logits >= logits.mean(axis=1, keepdims=True)).sum(axis=1).tolist()
     method: Any = arm.method
     return replace(arm, method=replace(method, rank=dict(zip(names, ranks, strict=True))))
+
+
+SEARCHED = "AutoLoRA, from rank 4"
+
+
+def study_arms() -> list[Arm]:
+    """Return the arms of AutoLoRA's pair; its search is scored like its retraining."""
+    from lorascope.methods import AutoLoRA
+
+    method = AutoLoRA(rank=4, alpha=16.0, targets="all-linear", selection_lr=1e-2)
+    return planted_arms({SEARCHED: Student(method, kept_ranks=True)}, ALLOCATION)
+
+
+JUDGED = {"pair.autolora": pair(SEARCHED, UNIFORM_STUDENT, ORACLE, truths=ALLOCATION)}
 
 
 def spread(table: pd.DataFrame) -> float:

@@ -31,13 +31,17 @@ from lorascope.charts.chart import Chart
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers import autolora
 from lorascope.papers.figures.gallery_figure import GalleryFigure, add_printed_sizes, own_labels, printed
+from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.statistics import Accuracy, MeanOverRows, Reads, Statistic
+from lorascope.papers.judging.study_statistics import pair
+from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings, factor_settings
 from lorascope.plots.builders import add_printed
 from lorascope.plots.component_ablations import metric_by_band
 from lorascope.plots.run_groups import gather
 from lorascope.runs.run import Run
+from lorascope.schema.module_roles import ATTENTION
 
 DEFAULT, FEW, MANY = "FourierFT, 1536 coefficients", "FourierFT, 48 coefficients", "FourierFT, 6144 coefficients"
 RANDOM, ORTHOGONAL, ZEROS = f"{DEFAULT}, random basis", f"{DEFAULT}, orthogonal basis", f"{DEFAULT}, from zero"
@@ -76,6 +80,38 @@ def arms() -> list[Arm]:
         for label, method in drawn.items()
     ]
     return sparse + [Arm(label=label, method=method, settings=settings) for label, method in factored.items()]
+
+
+SUFFICIENT = (truth_names.OWN_ENTRIES, truth_names.ATTENTION_RANK_2)
+"""Truths of FourierFT's pair: its coefficients suffice, or LoRA's rank does."""
+BASIS = (truth_names.OWN_ENTRIES, truth_names.OTHER_ENTRIES)
+"""Truths of the pair on its basis: the update has coefficients at its entries, or at others."""
+SPARSE, ROTATED = "FourierFT, 192 coefficients from zero", "FourierFT, 192 coefficients, random basis"
+SMALL_STUDENT, LARGE_STUDENT = "LoRA, rank 2, attention", "LoRA, rank 8, attention"
+
+
+def study_arms() -> list[Arm]:
+    """Return the arms of FourierFT's pairs: the seed of a run draws its entries, and LoRA of rank 2 has equal size."""
+    from lorascope.methods import FourierFT, LoRA
+
+    sparse = FourierFT(coefficients=192, init="zeros", alpha=10.0, targets=ATTENTION)
+
+    small = LoRA(rank=2, alpha=8.0, targets=ATTENTION)
+    of_seed = Student(lambda base, seed: replace(sparse, entry_seed=seed))
+    # The seed of the entries draws the random basis as well.
+    rotated = Student(lambda base, seed: replace(sparse, basis="random", entry_seed=seed))
+    factored = {SMALL_STUDENT: small, LARGE_STUDENT: replace(small, rank=8, alpha=32.0)}
+    return [
+        *planted_arms({SPARSE: of_seed}, dict.fromkeys(SUFFICIENT + BASIS)),
+        *planted_arms({ROTATED: rotated}, BASIS),
+        *planted_arms(factored, SUFFICIENT),
+    ]
+
+
+JUDGED = {
+    "pair.fourierft": pair(SPARSE, SMALL_STUDENT, LARGE_STUDENT, truths=SUFFICIENT),
+    "pair.basis": pair(SPARSE, ROTATED, truths=BASIS),  # pair.fourierft shows its headroom
+}
 
 
 def _with_entries(arm: Arm, seed: int) -> Arm:

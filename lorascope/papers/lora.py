@@ -40,7 +40,10 @@ from lorascope.papers.figures.gallery_figure import (
     printed,
     training_loss,
 )
+from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, OfRun
+from lorascope.papers.judging.study_statistics import pair
+from lorascope.papers.planted_pairs import planted_arms
 from lorascope.papers.probe import Arm, OwnArm, Probe, Scored, encoder_settings, factor_settings
 from lorascope.plots.builders import add_printed, heat_by_role
 from lorascope.runs.run import Run
@@ -89,6 +92,26 @@ def arms() -> list[Arm | OwnArm]:
             for rank, label in LOWER.items()
         ),
     ]
+
+
+PLANTED = (truth_names.RANK_2, truth_names.RANK_24)
+"""Truths of LoRA's pair: its rank suffices where the update has rank 2, and not where it has rank 24."""
+_EVERYWHERE: Any = {"targets": "all-linear"}
+
+
+def study_arms() -> list[Arm]:
+    """Return the arms of LoRA's pair, whose alpha is four times the rank."""
+    from lorascope.methods import Full, LoRA
+
+    students = {f"LoRA, rank {rank}": LoRA(rank=rank, alpha=4.0 * rank, **_EVERYWHERE) for rank in (1, 4, 16)}
+    arms = planted_arms(students | {FULL: Full()}, PLANTED)
+    # Rank 1 is known to be worse only where the update has a high rank.
+    return [arm for arm in arms if arm.label != f"LoRA, rank 1, {truth_names.RANK_2}"]
+
+
+JUDGED = {
+    "pair.lora": pair("LoRA, rank 4", FULL, "LoRA, rank 1", truths=PLANTED, positive_truth=truth_names.RANK_24),
+}
 
 
 def _draw_examples(number: int, arm: Arm, seed: int) -> Arm:

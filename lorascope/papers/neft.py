@@ -30,14 +30,17 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_bars, own_labels, printed, training_loss
-from lorascope.papers.judging import registration
+from lorascope.papers.judging import registration, truth_names
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, Reads, Statistic, average
+from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.lora import FULL, LOW
+from lorascope.papers.planted_pairs import STEPS, Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
 from lorascope.plots.builders import add_printed, bars, curves
 from lorascope.plots.run_groups import INTERVAL
 from lorascope.runs.run import Run
+from lorascope.schema.module_roles import FFN
 
 CHANGED, RANDOM, PROBED = "NeFT, 9%", "NeFT, 9%, random", "NeFT, 9%, linear probes"
 FEW, REVERSED = "NeFT, 3%", "NeFT, 3% and 6% reversed"
@@ -72,6 +75,33 @@ def arms() -> list[Arm]:
         Arm(label=MOVIES, method=nine, task="sentiment/movies", settings=choice),
         Arm(label=TWEETS, method=nine, task="sentiment/tweets", settings=choice),
     ]
+
+
+SPARSE = (truth_names.FEW_NEURONS, truth_names.ALL_NEURONS)
+"""Truths of NeFT's pairs: the teacher changes 9 of 96 neurons per feed-forward module, or all of them."""
+ROTATED_NEURONS, PLANTED_NEURONS, RANDOM_NEURONS = "NeFT, 108 neurons", "NeFT, planted neurons", "NeFT, random neurons"
+
+
+def study_arms() -> list[Arm]:
+    """Return the arms of NeFT's pairs; full fine-tuning also records the neurons' scores."""
+    from lorascope import observe
+    from lorascope.methods import Full, NeFT
+    from lorascope.papers.setups.planted_truths import changed_neurons
+
+    method = NeFT(num_neurons=108, targets=FFN)
+    full = Student(Full(), observers=(observe.neurons(every=STEPS),))
+    planted = Student(lambda base, seed: replace(method, neurons=changed_neurons(base, seed)))
+    students = {ROTATED_NEURONS: method, RANDOM_NEURONS: replace(method, select_by="random"), FULL: full}
+    return [
+        *planted_arms(students, SPARSE),
+        *planted_arms({PLANTED_NEURONS: planted}, SPARSE[:1]),
+    ]
+
+
+JUDGED = {
+    "pair.neft": pair(ROTATED_NEURONS, FULL, PLANTED_NEURONS, truths=SPARSE),
+    "pair.choice": pair(ROTATED_NEURONS, RANDOM_NEURONS, PLANTED_NEURONS, truths=SPARSE),
+}
 
 
 def overlap(first: pd.DataFrame, second: pd.DataFrame) -> float:

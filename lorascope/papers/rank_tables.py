@@ -10,9 +10,14 @@ import pandas as pd
 
 from lorascope.analysis.rank_allocations import depth_thirds, kendall_tau
 from lorascope.pages.report_figure import ReportFigure, draw
+from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import OfPairs, OfRun
 from lorascope.runs.run import Run
 
+ALLOCATION = (truth_names.UNEVEN, truth_names.RANK_2)
+"""Truths of the allocators' pairs: modules need different ranks, or the same one."""
+UNIFORM_STUDENT, ORACLE = "LoRA, rank 2", "LoRA, planted ranks"
+"""Control of the allocators' pairs and its positive control, which AdaLoRA's file trains."""
 RANKS = "ranks"
 """Kept table ``module, stack, layer, role, value``: the final rank of every module of a run."""
 ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("ffn_in", "ffn_gate", "ffn_out")

@@ -1,6 +1,7 @@
 """Registry of the papers: probes, claims and figures that the modules of ``papers`` define.
 
 A module may define instances of ``Probe``, ``CLAIMS`` (id -> statistic and control), and ``HEADING`` with ``FIGURES``.
+For the second edition it defines ``JUDGED`` (id -> comparison), and ``study_arms``, which returns the arms.
 None of them imports torch at its top, so that verdicts are computed without it. A study reads in one order: question,
 arms, statistics and claims, kept tables, figures, probe.
 """
@@ -9,20 +10,25 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from lorascope.papers.figures.gallery_figure import GalleryFigure
+from lorascope.papers.judging.study_statistics import StudyComparison
 from lorascope.papers.judging.verdicts import Pair
-from lorascope.papers.probe import Probe
+from lorascope.papers.probe import Arm, OwnArm, Probe
 
-__all__ = ["PAIRS", "PROBES", "SECTIONS", "module_of"]
+__all__ = ["COMPARISONS", "PAIRS", "PROBES", "SECTIONS", "module_of", "study_arms"]
 
 PROBES: dict[str, Probe] = {}
 """Probes by name, in the order of the report."""
 PAIRS: dict[str, Pair] = {}
 """Statistic and control of every claim, by id."""
+COMPARISONS: dict[str, StudyComparison] = {}
+"""Comparison of every claim of the second edition, by id."""
 SECTIONS: dict[str, list[GalleryFigure]] = {}
 """Figures by heading: the method, or what a study of this project shows."""
 _module_of: dict[str, str] = {}
+_with_arms: list[Any] = []
 
 for _file in sorted(Path(__file__).parent.glob("*.py")):
     if _file.stem in ("__init__", "registry"):
@@ -33,6 +39,11 @@ for _file in sorted(Path(__file__).parent.glob("*.py")):
     if hasattr(_module, "CLAIMS"):
         PAIRS |= _module.CLAIMS
         _module_of |= dict.fromkeys(_module.CLAIMS, _module.__name__)
+    if isinstance(getattr(_module, "JUDGED", None), dict):
+        COMPARISONS |= _module.JUDGED
+        _module_of |= dict.fromkeys(_module.JUDGED, _module.__name__)
+    if hasattr(_module, "study_arms"):
+        _with_arms.append(_module)
     if hasattr(_module, "FIGURES"):
         SECTIONS.setdefault(_module.HEADING, []).extend(_module.FIGURES)
 # Sorting is stable: probes with the same number stay in the order of their files.
@@ -42,3 +53,8 @@ PROBES = dict(sorted(PROBES.items(), key=lambda item: item[1].order))
 def module_of(claim: str) -> str:
     """Return the name of the module of ``papers`` that registers a claim."""
     return _module_of[claim]
+
+
+def study_arms() -> list[Arm | OwnArm]:
+    """Return the arms of the second edition, in the order of their papers."""
+    return [arm for module in _with_arms for arm in module.study_arms()]

@@ -141,7 +141,11 @@ def compiled_names(case: Case) -> Findings:
     if not compiled:
         return
     updates, segment, program = case.stored_updates, COMPILED, "PEFT leaves"
-    modules = [module for module in updates if any(plain_name(name).startswith(f"{module}.") for name in compiled)]
+    plain_names = list(map(plain_name, compiled))
+    modules = []
+    for module in updates:
+        if any(name.startswith(f"{module}.") for name in plain_names):
+            modules.append(module)
     flat_names = [plain_name(name) for name in compiled if FLATTENED.match(name)]
     if flat_names:  # the module may have the name of the base
         modules = list(dict.fromkeys(name.partition(".")[0] for name in flat_names))

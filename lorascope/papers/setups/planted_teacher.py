@@ -62,23 +62,24 @@ class planted(Observer):
         return [Record("planted_rank", rank, module) for module, rank in self.ranks.items() if not step.finished]
 
 
-def base() -> str:
+def base(blocks: int = BLOCKS) -> str:
     """Return the folder of the planted teacher's base model and tokenizer; the first call writes it."""
 
     def write(folder: Path) -> None:
         with models.quiet():
-            _random_decoder().save_pretrained(folder)
-        words = {_word(token): token for token in range(VOCABULARY)}
-        core = Tokenizer(tokenizer_models.WordLevel(words, unk_token=_word(0)))
+            _random_decoder(blocks).save_pretrained(folder)
+        words = {token_word(token): token for token in range(VOCABULARY)}
+        core = Tokenizer(tokenizer_models.WordLevel(words, unk_token=token_word(0)))
         core.pre_tokenizer = Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=core, pad_token=_word(0)).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=core, pad_token=token_word(0)).save_pretrained(folder)
 
-    return str(package_assets.build_once(package_assets.cache() / "planted-base", write))
+    name = "planted-base" if blocks == BLOCKS else f"planted-base-{blocks}"
+    return str(package_assets.build_once(package_assets.cache() / name, write))
 
 
-def student() -> nn.Module:
+def student(blocks: int = BLOCKS) -> nn.Module:
     """Load a fresh student of the planted teacher: a copy of the base model."""
-    return models.load(base())
+    return models.load(base(blocks))
 
 
 @cache
@@ -107,15 +108,15 @@ def teacher(seed: int) -> nn.Module:
 @cache
 def task(seed: int) -> tasks.Task:
     """Sample the text of a seed's planted teacher, as a task."""
-    lines = [" ".join(map(_word, row)) for row in _sample_texts(teacher(seed), seed).tolist()]
+    lines = [" ".join(map(token_word, row)) for row in _sample_texts(teacher(seed), seed).tolist()]
     return tasks.from_frame(pd.DataFrame({"text": lines}), f"planted ranks, teacher {seed}")
 
 
-def _random_decoder() -> LlamaForCausalLM:
+def _random_decoder(blocks: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
-        num_hidden_layers=BLOCKS,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=4,
         intermediate_size=2 * WIDTH,
@@ -152,5 +153,6 @@ def _sample_texts(model: Any, seed: int) -> Int[Tensor, "texts length"]:
         return model.generate(first, attention_mask=torch.ones_like(first), generation_config=sampling)
 
 
-def _word(token: int) -> str:
+def token_word(token: int) -> str:
+    """Return the word of a token."""
     return f"w{token}"

@@ -15,7 +15,7 @@ from lorascope.methods import LoRA
 from lorascope.papers import hydralora_factors as hydra
 from lorascope.papers import lisa
 from lorascope.papers.judging.kept_study import StudyEvidence
-from lorascope.papers.setups import planted_teacher
+from lorascope.papers.setups import planted_teacher, planted_truths
 from lorascope.training.loop import train
 from lorascope.updates import LowRank
 
@@ -123,8 +123,8 @@ def test_a_replicate_has_17_runs_that_share_only_the_initial_a_of_their_set(monk
     monkeypatch.setattr(tasks, "load", lambda name: whole)
     arms = {arm.label: arm for arm in hydra.study_arms()}
     text = (hydra.TEXT, hydra.TEXT_SHARED, hydra.TEXT_THIRDS)
-    assert list(arms) == list(dict.fromkeys(label for name in text for label in hydra.SETS[name]))
-    assert len(arms) == 17
+    assert set(arms) == {label for name in hydra.SETS for label in hydra.SETS[name]}
+    assert len(arms) == 17 + 16
     seeds: dict[int, set[int]] = {}
     for seed in (200, 201, 203):
         for name in text:
@@ -140,6 +140,25 @@ def test_a_replicate_has_17_runs_that_share_only_the_initial_a_of_their_set(monk
             if name != hydra.TEXT_THIRDS:
                 assert [arm.task for arm in replicate] == [f"sentiment/{task}" for task in hydra.SETS[name].values()]
     assert len(set.union(*seeds.values())) == 18
+
+
+def test_planted_tasks_share_initial_factors_of_their_seed_only_in_the_shared_sets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learned = []
+    monkeypatch.setattr(planted_truths, "sampled_task", lambda truth, seed, task: learned.append((truth, seed, task)))
+    arms = {arm.label: arm for arm in hydra.study_arms()}
+    separate: set[int] = set()
+    for seed, truth in product((200, 201), (hydra.SHARED_A, hydra.UNRELATED)):
+        for start in (hydra.SEPARATE, hydra.SHARED):
+            replicate = [arms[label].of_seed(seed) for label in hydra.SETS[f"{truth}, {start}"]]
+            seeds = {arm.method.init_seed for arm in replicate}
+            assert len(seeds) == (4 if start == hydra.SEPARATE else 1)
+            assert not seeds & separate or truth == hydra.UNRELATED  # both truths have the same starts
+            separate |= seeds
+            assert learned[-4:] == [(truth, seed, number) for number in range(4)]
+            assert {(arm.method.rank, arm.method.alpha) for arm in replicate} == {(4, 16.0)}
+    assert len(separate) == 2 * 5
 
 
 @pytest.mark.slow

@@ -23,10 +23,12 @@ Departs:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -36,15 +38,23 @@ from lorascope.analysis.factor_embeddings import FactorSet, Updates, build_facto
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point
+from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, Constant, OfTable
+from lorascope.papers.judging.truth_names import task_name
+from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm
 from lorascope.runs.run import Run
+from lorascope.schema.module_roles import FFN
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from lorascope.methods.method import Method
 
 DOMAINS = ("tweets", "movies", "products")
 THIRDS = ("third 1", "third 2", "third 3")
-TASKS = ("task 1", "task 2", "task 3", "task 4")
+TASKS = tuple(map(task_name, range(truth_names.TASKS)))
 SEPARATE, SHARED = "separate starts", "shared start"
-SHARED_A, UNRELATED = "tasks share A", "unrelated updates"
+SHARED_A, UNRELATED = truth_names.SHARED_A, truth_names.UNRELATED
+PLANTED_STEPS = 300
 _TEXT_RUNS = 2 * len(DOMAINS)
 """Runs of a set on text, two orders of each domain or third, and seeds that a replicate uses."""
 
@@ -77,7 +87,7 @@ SETS: dict[str, dict[str, str]] = {
 
 
 def study_arms() -> list[Arm]:
-    """Return the arms whose factors are compared, at fixed rates: 17 runs per replicate on text."""
+    """Return the arms whose factors are compared: 17 runs per replicate on text, 16 per seed on planted teachers."""
     from lorascope.methods import LoRA
 
     settings = {"steps": 300, "batch_size": 16, "eval_every": 0, "eval_size": 16, "test_size": 400, "observe": []}
@@ -93,7 +103,19 @@ def study_arms() -> list[Arm]:
             else:
                 arm = replace(arm, vary=partial(_of_replicate, number))
             arms.setdefault(label, arm)
-    return list(arms.values())
+    students = {}
+    for number, task in enumerate(TASKS):
+        for start in (SEPARATE, SHARED):
+            method = partial(_of_planted_task, number + 1 if start == SEPARATE else 0)
+            students[f"LoRA, rank 4, {task}, {start}"] = Student(method, single_task=number)
+    return [*arms.values(), *planted_arms(students, (SHARED_A, UNRELATED), PLANTED_STEPS)]
+
+
+def _of_planted_task(start: int, base: Any, seed: int) -> Method:
+    """Return the method on one task of a planted teacher, with one of the initial A's of a seed."""
+    from lorascope.methods import LoRA
+
+    return LoRA(rank=4, alpha=16.0, targets=FFN, init_seed=(len(TASKS) + 1) * seed + start)
 
 
 def _of_replicate(number: int, arm: Arm, seed: int) -> Arm:
@@ -233,8 +255,8 @@ JUDGED = {
 
 _ROWS = {
     "text": (TEXT, TEXT_SHARED),
-    SHARED_A: (SHARED_A_SEPARATE, SHARED_A_SHARED),
-    UNRELATED: (UNRELATED_SEPARATE, UNRELATED_SHARED),
+    f"planted: {SHARED_A}": (SHARED_A_SEPARATE, SHARED_A_SHARED),
+    f"planted: {UNRELATED}": (UNRELATED_SEPARATE, UNRELATED_SHARED),
 }
 
 
@@ -267,7 +289,8 @@ def factors_figure(table: pd.DataFrame) -> Panels:
         rows.append(tuple(charts))
     caption = (
         "Each dot is the A or B of one module in one run, placed by t-SNE; dots in one place appear as rings. Titles: "
-        "factors whose nearest factor in another task (cosine) belongs to the same module, over all seeds."
+        "factors whose nearest factor in another task (cosine) belongs to the same module, over all seeds; at random "
+        "8% on text and 17% on planted teachers."
     )
     rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
     return Panels(tuple(rows))

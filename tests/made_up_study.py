@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from lorascope.papers.judging import kept_study, registered_study, study_results, study_statistics
-from lorascope.papers.judging.kept_study import STUDY_COLUMNS
-from lorascope.papers.judging.registered_study import FIRST_SEED, StudyRegistration
+from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS
+from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.statistics import Statistic
 
 ROWS = 3000

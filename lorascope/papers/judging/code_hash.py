@@ -19,6 +19,21 @@ _PART_OF_CLAIM = re.compile(
 """Names of the modules, and of their functions and constants, that are part of a claim."""
 _DECIDING = ("lorascope.papers.judging.verdicts", "judge_all")
 """Module and name of the function that decides claims: intervals, looks, rules and correction are what it reaches."""
+_PART_OF_COMPARISON = re.compile(
+    r"lorascope\.(analysis|papers\.judging\.(statistics|study_statistics|truth_names)"
+    r"|papers\.(?!judging|training|figures)\w+)(\.\w+)*"
+)
+"""Names of what is part of the comparison of a claim of the second edition."""
+_PART_OF_JUDGING = re.compile(
+    r"lorascope\.(analysis|papers\.judging\.(words|kept_study|statistics|study_statistics|study_results|study_rates))(\.\w+)*"
+)
+_JUDGING = (
+    ("lorascope.papers.judging.study_results", "compute"),
+    ("lorascope.papers.judging.study_rates", "chosen_rates"),
+    ("lorascope.papers.judging.study_rates", "tuned_evidence"),
+    ("lorascope.papers.judging.study_rates", "number_of_seeds"),
+)
+"""Functions that judge the second edition: intervals, words, headroom, learned, rates and seeds are what they reach."""
 # Fields that differ between versions of Python or do not change what the code computes.
 _IGNORED = {"ctx", "type_comment", "type_params", "type_ignores", "returns", "annotation", "kind"}
 
@@ -88,6 +103,38 @@ def code_hash(module: str, claim: str) -> str:
     KeyError
         The module has no row for the claim.
     """
+    row = _row(module, claim)
+    reached: dict[str, str] = {}
+    _follow(row, module, reached)
+    deciding_module, deciding_function = _DECIDING
+    _resolve([deciding_function], deciding_module, reached)
+    return _digest([_canonical(row)], reached)
+
+
+def comparison_hash(module: str, claim: str) -> str:
+    """Hash the comparison of a claim of the second edition: its row in ``JUDGED``, and all that it reaches.
+
+    Raises
+    ------
+    KeyError
+        The module has no row for the claim.
+    """
+    row = _row(module, claim)
+    reached: dict[str, str] = {}
+    _follow(row, module, reached, _PART_OF_COMPARISON)
+    return _digest([_canonical(row)], reached)
+
+
+def judging_hash() -> str:
+    """Hash the code that judges all claims of the second edition, and chooses rates and numbers of seeds."""
+    reached: dict[str, str] = {}
+    for module, function in _JUDGING:
+        _resolve([function], module, reached, _PART_OF_JUDGING)
+    return _digest([], reached)
+
+
+def _row(module: str, claim: str) -> ast.AST:
+    """Return the row of a claim in its module."""
     source, rows = _module(module), []
     for node in ast.walk(source.tree) if source else ():
         if isinstance(node, ast.Dict):
@@ -95,20 +142,20 @@ def code_hash(module: str, claim: str) -> str:
             rows += [value for key, value in items if isinstance(key, ast.Constant) and key.value == claim]
     if len(rows) != 1:
         raise KeyError(f"{module} must have one row for claim {claim!r}, got {len(rows)}")
-    reached: dict[str, str] = {}
-    _follow(rows[0], module, reached)
-    deciding_module, deciding_function = _DECIDING
-    _resolve([deciding_function], deciding_module, reached)
+    return rows[0]
+
+
+def _digest(rows: list[str], reached: Mapping[str, str]) -> str:
     # Without the paths of modules, so that moving a function changes no hash.
     bodies = sorted(f"{name.rpartition('.')[2]}: {body}" for name, body in reached.items())
-    text = "\n".join([_canonical(rows[0]), *bodies])
+    text = "\n".join([*rows, *bodies])
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _follow(node: ast.AST, module: str, reached: dict[str, str]) -> None:
+def _follow(node: ast.AST, module: str, reached: dict[str, str], covered: re.Pattern[str] | None = None) -> None:
     """Add everything that a node names, and what that names in turn."""
     for name in _names(node):
-        _resolve(name.split("."), module, reached)
+        _resolve(name.split("."), module, reached, covered)
 
 
 def _names(node: ast.AST) -> Iterator[str]:
@@ -124,30 +171,30 @@ def _names(node: ast.AST) -> Iterator[str]:
         yield from _names(child)
 
 
-def _resolve(names: list[str], module: str, reached: dict[str, str]) -> None:
-    source = _module(module)
+def _resolve(names: list[str], module: str, reached: dict[str, str], covered: re.Pattern[str] | None = None) -> None:
+    source, covered = _module(module), covered or _PART_OF_CLAIM
     if source is None:
         return
     first = names[0]
     if first in source.imported and first not in source.defined:  # a definition in the module has precedence
         target = source.imported[first]
-        if not _PART_OF_CLAIM.fullmatch(target):
+        if not covered.fullmatch(target):
             return
         if _module(target) is not None:  # ``from package import module``
             if len(names) > 1:
-                _resolve(names[1:], target, reached)
+                _resolve(names[1:], target, reached, covered)
             return
         package, _, name = target.rpartition(".")
-        _resolve([name], package, reached)
+        _resolve([name], package, reached, covered)
         return
     key = f"{module}.{first}"
     # A definition that was reached is not followed again, which also ends recursion.
-    if key in reached or first not in source.defined or not _PART_OF_CLAIM.fullmatch(module):
+    if key in reached or first not in source.defined or not covered.fullmatch(module):
         return
     nodes = source.defined[first]
     reached[key] = "; ".join(_canonical(node, _local_names(node)) for node in nodes)
     for node in nodes:
-        _follow(node, module, reached)
+        _follow(node, module, reached, covered)
 
 
 def _local_names(definition: ast.stmt) -> dict[str, str]:

@@ -46,6 +46,7 @@ A role is "judged" or "tuning". The phase is "" for the last one, which is judge
 ``gap`` and ``base_gap`` are in nats, ``accuracy`` and ``majority`` (of the most frequent class) are fractions.
 """
 _DTYPES = {name: kind.dtype for name, kind in STUDY_COLUMNS.items()}
+FIRST_SEED = 200  # of the judged runs of all arms
 _ADDED = "added"
 _KEY = ["arm", "arm_hash", "role", "seed", "rate"]  # one value per run
 
@@ -164,7 +165,8 @@ class StudyEvidence:
             raise ValueError(f"the evidence lacks the table {printable(name)!r} of run {printable(run)}")
         return self._tables_by_run[name][run]
 
-    def _rows_of(self, arm: str, seed: int) -> pd.DataFrame:
+    def test_rows(self, arm: str, seed: int) -> pd.DataFrame:
+        """Return the test rows of a judged run, in their order."""
         tasks = _joined_tasks(self.judged(arm, seed))
         # Without a text run, the table of rows has no columns.
         if self.rows.empty or not (is_of_run := self.rows["tasks"] == tasks).any():
@@ -177,11 +179,11 @@ class StudyEvidence:
         # The last byte is padded, so the number of rows comes from their table.
         if run not in self.right:
             raise ValueError(f"the evidence lacks the right rows of run {printable(run)}")
-        return 100.0 * np.unpackbits(self.right[run], count=len(self._rows_of(arm, seed)))
+        return 100.0 * np.unpackbits(self.right[run], count=len(self.test_rows(arm, seed)))
 
     def clusters(self, arm: str, seed: int) -> Int[np.ndarray, "row"]:
         """Return the cluster of each test row of a run's tasks, numbered from 0."""
-        return pd.factorize(self._rows_of(arm, seed)["cluster"])[0]
+        return pd.factorize(self.test_rows(arm, seed)["cluster"])[0]
 
 
 def _joined_tasks(rows: pd.DataFrame) -> str:
@@ -201,7 +203,9 @@ def read(folder: str | Path) -> StudyEvidence:
     # Added runs first: one that is merged and removed meanwhile is in the merged files.
     added = [run for file in _added_files(folder) if (run := _read_added(file)) is not None]
     runs = [_read_runs(folder)]
-    tables = {file.stem: [read_table(file, file)] for file in sorted(folder.glob("*.parquet"))}
+    tables: dict[str, list[pd.DataFrame]] = {}
+    for file in sorted(folder.glob("*.parquet")):
+        tables[file.stem] = [read_table(file, file)]
     row_sets = tables.pop("rows", [])
     right = _read_right(folder / "right.npz")
     ids = []
@@ -366,7 +370,16 @@ def compact(folder: str | Path) -> None:
     """
     folder = Path(folder)
     files = _added_files(folder)
-    evidence = read(folder)
+    write(folder, read(folder))
+    # Last, because until here a killed merge changes nothing that is read.
+    for file in files:
+        file.unlink()
+    if (folder / _ADDED).exists() and not any((folder / _ADDED).iterdir()):
+        (folder / _ADDED).rmdir()
+
+
+def write(folder: Path, evidence: StudyEvidence) -> None:
+    """Write evidence as the merged files of a folder."""
     for name, table in evidence.tables.items():
         write_bytes(folder / f"{name}.parquet", _parquet_bytes(_sorted(table)))
     if evidence.right:
@@ -376,11 +389,6 @@ def compact(folder: str | Path) -> None:
         write_bytes(folder / "rows.parquet", _parquet_bytes(evidence.rows))
     # Without a time in its header, the same runs give the same file.
     write_bytes(folder / "runs.csv.gz", gzip.compress(to_csv(_sorted(evidence.runs)), mtime=0))
-    # Last, because until here a killed merge changes nothing that is read.
-    for file in files:
-        file.unlink()
-    if (folder / _ADDED).exists() and not any((folder / _ADDED).iterdir()):
-        (folder / _ADDED).rmdir()
 
 
 def _sorted(table: pd.DataFrame) -> pd.DataFrame:

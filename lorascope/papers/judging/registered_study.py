@@ -15,7 +15,6 @@ from lorascope.papers.judging.registration import FILE
 from lorascope.papers.judging.words import RuleKind
 
 STUDY_FILE = FILE.with_name("registered-2.toml")
-FIRST_SEED = 200  # of the judged runs of all arms
 
 
 class PaperPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,7 +91,7 @@ class StudyArm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rate_of : str
         Arm whose chosen rate it takes; "" to choose its own.
     seeds : int
-        Number of judged runs, from ``FIRST_SEED`` on.
+        Number of judged runs, from ``kept_study.FIRST_SEED`` on.
     """
 
     label: str

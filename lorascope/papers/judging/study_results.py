@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from lorascope.papers.judging.kept_study import StudyEvidence
-from lorascope.papers.judging.registered_study import FIRST_SEED, StudyClaim, StudyRegistration
+from lorascope.papers.judging.kept_study import FIRST_SEED, StudyEvidence
+from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistration
 from lorascope.papers.judging.study_statistics import StudyComparison, are_learned, effect_interval, seed_effects
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED, NOT_RUN, excludes, has_headroom, pair_word, word
 

@@ -1,0 +1,214 @@
+"""Verification of the second edition: an untouched folder agrees, and every tampering is named by its cause."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+import pytest
+from made_up_study import around, comparisons, made_up, planted, registration
+
+from lorascope.papers import registry
+from lorascope.papers.judging import kept_study, study_verification
+from lorascope.papers.judging.code_hash import comparison_hash, judging_hash
+from lorascope.papers.judging.kept_study import STUDY_COLUMNS, StudyEvidence
+from lorascope.papers.judging.study_verification import verify_study, write_study
+
+IDS = ("gain", "text")
+COMPARISONS = {id: planted(comparison) for id, comparison in comparisons().items() if id in IDS}
+EFFECTS = {"gain": {"for": 6.0, "against": 0.0, "positive": 6.0}, "text": {"for": 0.0, "positive": -3.0}}
+TUNED = "AdaLoRA, uneven"
+
+
+def made_up_evidence(registered: Any) -> StudyEvidence:
+    """Return evidence of a pair and of a claim on text, with losses and with tuning runs of one arm."""
+    pieces = []
+    for id, by_name in EFFECTS.items():
+        effects = {}
+        for number, (name, effect) in enumerate(by_name.items()):
+            count = 5 if (id, name) == ("text", "positive") else 16
+            effects[name] = around(effect, 0.1, count, number)
+        pieces.append(made_up(registered, id, COMPARISONS[id], effects))
+    tuning = []
+    for rate, gap in ((1e-3, 0.3), (1.8e-3, 0.2), (3.2e-3, 0.4)):
+        for seed in (9001, 9002, 9003):
+            run = f"t{seed}-{rate}"
+            row = {"run": run, "arm": TUNED, "role": "tuning", "seed": seed, "rate": rate, "gap": gap, "base_gap": 1.0}
+            tuning.append(row)
+    runs = pd.concat([piece.runs for piece in pieces], ignore_index=True)
+    runs.loc[runs["arm"] == TUNED, "rate"] = 1.8e-3
+    empty = {"arm_hash": "sha256:1", "phase": "", "task": "", "commit": "", "processor": "", "capability": ""}
+    of_tuning = pd.DataFrame(tuning).assign(**empty, torch="", device="", threads=1, cpu_seconds=60.0)
+    runs = pd.concat([runs, of_tuning.reindex(columns=list(STUDY_COLUMNS))], ignore_index=True)
+    losses = runs[["arm", "seed", "run"]].assign(phase="", step=0, loss=np.float16(0.5))
+    return replace(pieces[1], runs=runs, tables={"losses": losses}, _tables_by_run={})
+
+
+def to_toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {to_toml(entry)}" for name, entry in value.items()) + " }"
+    return json.dumps(value)
+
+
+def write_registration(file: Path, registered: Any) -> None:
+    lines = ["edition = 2", f'judging = "{judging_hash()}"']
+    for name, entries in (("arm", registered.arms), ("claim", registered.claims)):
+        for entry in entries.values():
+            fields = msgspec.to_builtins(entry)
+            if name == "claim" and fields["paper"]["printed"] is None:
+                del fields["paper"]["printed"]
+            lines += [f"[[{name}]]", *(f"{key} = {to_toml(value)}" for key, value in fields.items())]
+    file.write_text("\n".join(lines), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Return the files of a folder of evidence and of its registration."""
+    data = tmp_path_factory.mktemp("data")
+    registered = registration(COMPARISONS)
+    rates = msgspec.structs.replace(registered.arms[TUNED], rates=(1e-3, 1.8e-3, 3.2e-3))
+    registered = replace(registered, arms={**registered.arms, TUNED: rates})
+    with_code = {id: msgspec.structs.replace(c, code=f"sha256:{id}") for id, c in registered.claims.items()}
+    write_registration(data / "registered-2.toml", replace(registered, claims=with_code))
+    kept_study.write(data / "evidence-2", made_up_evidence(registered))
+    write_study(data / "evidence-2", data / "registered-2.toml", COMPARISONS)
+    return {path.relative_to(data).as_posix(): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def data(contents: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(study_verification, "comparison_hash", lambda module, id: f"sha256:{id}")
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def verify(data: Path) -> list[str]:
+    return verify_study(data / "evidence-2", data / "registered-2.toml", COMPARISONS, lambda id: "papers")
+
+
+def test_an_untouched_folder_agrees(data: Path) -> None:
+    assert verify(data) == []
+    results = pd.read_csv(data / "evidence-2" / "results.csv").set_index("claim")
+    assert results["word"].to_dict() == {"gain": "gain", "text": "no cost"}
+    assert results.loc["gain", "pair"] == "as claimed"
+
+
+def edit_runs(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        file = folder / "runs.csv.gz"
+        runs = change(kept_study.read(folder).runs)
+        file.write_bytes(gzip.compress(runs.to_csv(index=False, lineterminator="\n").encode()))
+
+    return tamper
+
+
+def set_value(arm: str, seed: int, column: str, value: Any) -> Callable[[Path], None]:
+    def change(runs: pd.DataFrame) -> pd.DataFrame:
+        runs.loc[(runs["arm"] == arm) & (runs["seed"] == seed), column] = value
+        return runs
+
+    return edit_runs(change)
+
+
+def without_last_seed(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[(runs["arm"] != "LoRA, even") | (runs["seed"] != 215)]
+
+
+def flip_bit(folder: Path) -> None:
+    evidence = kept_study.read(folder)
+    run = evidence.run("full", 207)
+    bits = {**evidence.right, run: evidence.right[run] ^ np.eye(1, len(evidence.right[run]), 5, dtype=np.uint8)[0]}
+    kept_study.write(folder, replace(evidence, right=bits))
+
+
+def change_loss(folder: Path) -> None:
+    evidence = kept_study.read(folder)
+    losses = evidence.tables["losses"].copy()
+    losses.loc[3, "loss"] = np.float16(0.25)
+    kept_study.write(folder, replace(evidence, tables={"losses": losses}))
+
+
+def edit_text(name: str, before: str, after: str) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        text = (folder / name).read_text("utf-8")
+        assert before in text
+        (folder / name).write_text(text.replace(before, after, 1), "utf-8")
+
+    return tamper
+
+
+def change_effect(folder: Path) -> None:
+    effects = pd.read_csv(folder / "effects.csv")
+    effects.loc[3, "effect"] += 1e-3
+    effects.to_csv(folder / "effects.csv", index=False, lineterminator="\n")
+
+
+TAMPERINGS: dict[str, tuple[Callable[[Path], None], str, bool]] = {
+    # What is changed, a text in the only line on the cause, and whether other differences follow.
+    "gap": (set_value("LoRA, even", 204, "gap", 0.3), "runs.csv.gz: differs from MANIFEST", True),
+    "rate": (set_value(TUNED, 204, "rate", 3.2e-3), "seed 204: rate 0.0032, chosen 0.0018", True),
+    "hash": (set_value("LoRA, even", 204, "arm_hash", "sha256:2"), "arm 'LoRA, even': hash", True),
+    "arm": (set_value("LoRA, even", 204, "processor", "other"), "different machines with seed 204", True),
+    "last seed": (edit_runs(without_last_seed), "15 of 16 judged seeds, seed 215 is missing", True),
+    "tuning": (set_value(TUNED, 9001, "gap", 0.25), "runs.csv.gz: differs from MANIFEST", True),
+    "bit": (flip_bit, "right.npz: run ", True),
+    "loss": (change_loss, "losses.parquet: differs from MANIFEST", False),
+    "effect": (change_effect, "effects.csv: row 5 (gain for): effect", False),
+    "word": (edit_text("results.csv", "as claimed", "not only there"), "results.csv: row 2 (gain 16): pair", False),
+    "bound": (edit_text("../registered-2.toml", "bound = 2.0", "bound = 0.2"), "registered-2.toml: differs", False),
+    "registered rate": (edit_text("../registered-2.toml", "0.0018", "0.0019"), "registered-2.toml: differs", True),
+    "registered arms": (
+        edit_text("../registered-2.toml", '"LoRA, even"]', '"oracle, uneven"]'), "arms of against: registered", True
+    ),
+    "missing file": (lambda folder: (folder / "results.csv").unlink(), "results.csv: no such file", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_tampering_gives_one_line_for_its_cause(name: str, data: Path) -> None:
+    tamper, cause, has_consequences = TAMPERINGS[name]
+    tamper(data / "evidence-2")
+    lines = verify(data)
+    assert cause in lines[0], lines
+    assert len(lines) == 1 + has_consequences, lines
+    if has_consequences:
+        assert lines[-1].endswith("in what follows from these")
+
+
+def test_a_changed_formula_is_noticed(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_verification, "judging_hash", lambda: "sha256:other")
+    assert len(lines := verify(data)) == 1
+    assert "judging: registered sha256:" in lines[0]
+
+
+def test_a_damaged_file_gives_one_line(data: Path) -> None:
+    (data / "evidence-2" / "right.npz").write_bytes(b"no archive")
+    assert len(lines := verify(data)) == 1
+    assert "right.npz" in lines[0]
+
+
+def test_every_comparison_has_a_hash() -> None:
+    for id in getattr(registry, "COMPARISONS", {}):
+        assert comparison_hash(registry.module_of(id), id).startswith("sha256:")
+
+
+def test_judging_hash_covers_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorascope.papers.judging import code_hash
+
+    reached: dict[str, str] = {}
+    for module, function in code_hash._JUDGING:
+        code_hash._resolve([function], module, reached, code_hash._PART_OF_JUDGING)
+    names = {name.rpartition(".")[2] for name in reached}
+    expected = {"word", "pair_word", "has_headroom", "are_learned", "effect_interval", "t_estimate", "two_way_estimate"}
+    expected |= {"StudyEvidence", "choose_safe_rate", "number_of_seeds", "grid_rate", "MIN_CLOSED", "TUNING_SEEDS"}
+    assert expected <= names
+    assert not any("verdicts" in name or "kept_runs" in name for name in reached)

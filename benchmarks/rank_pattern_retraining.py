@@ -1,4 +1,4 @@
-"""Retraining with the ranks of a run: which alpha and learning rate go with smaller ranks.
+"""Retraining with the ranks of a run: which alpha goes with smaller ranks.
 
 Run ``python benchmarks/rank_pattern_retraining.py --seeds 5 --out runs/retraining``. A LoRA of rank 8 is trained on the
 bundled sentiment task, a quarter of its components gives the rank of each module, and LoRAs of these ranks are trained
@@ -33,7 +33,6 @@ def configurations(ranks: Mapping[str, int]) -> Iterator[tuple[str, LoRA]]:
     """Yield a name and a method for every configuration that is retrained."""
     for label, rank in (("ranks of the run", ranks), ("rank 2", round(BUDGET * RANK))):
         yield f"{label}, scale kept", SameScaleLoRA(rank=rank, lr=RATE)
-        yield f"{label}, scale kept, 3 times the rate", SameScaleLoRA(rank=rank, lr=3 * RATE)
         yield f"{label}, alpha kept", LoRA(rank=rank, alpha=RANK, lr=RATE)
 
 

@@ -243,6 +243,20 @@ def test_rank_pattern_of_one_alpha_needs_no_alpha_pattern(alpha: float, rslora: 
     assert again == {name: (rank, keywords["lora_alpha"] / rank) for name, (rank, _) in again.items()}
 
 
+def test_keywords_of_two_alphas_are_no_finding(tmp_path: Path) -> None:
+    """Some modules with their own rank have the common alpha, which must not look forgotten (LS011)."""
+    ranks_and_alphas = {"q_proj": (1, 8), "k_proj": (3, 16), "v_proj": (3, 16), "o_proj": (6, 16)}
+    expected = {}
+    for layer in range(2):
+        for role, (rank, alpha) in ranks_and_alphas.items():
+            expected[f"model.layers.{layer}.self_attn.{role}"] = rank, alpha / rank
+    ranks = {name: rank for name, (rank, _) in expected.items()}
+    alphas = {name: rank * scale for name, (rank, scale) in expected.items()}
+    model = save(tmp_path, **lora_keywords(ranks, alphas, ranks))
+    assert layers(model) == expected
+    assert "LS011" not in {finding.id for finding in ls.diagnose(load(tmp_path))}
+
+
 def test_rank_pattern_of_a_residual_has_the_alpha_that_trained(bert: str, task: Any, tmp_path: Path) -> None:
     """The update B A - B_0 A_0 has twice the rank that alpha belongs to."""
     _, run = trained(bert, task, PiSSA(rank=2, alpha=6, lr=0.05), tmp_path / "run", steps=1)

@@ -25,7 +25,9 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
     match only one full name. Modules of rank 0 are not targets.
     """
     ranks, products = _configurable(run, ranks, updates)
-    alphas = {name: alpha_of(product.scale, ranks[name]) for name, product in products.items()}
+    alphas = {}
+    for name, product in products.items():
+        alphas[name] = alpha_of(product.scale, ranks[name])
     return lora_keywords(ranks, alphas, _module_names(run) | updates.keys())
 
 
@@ -51,11 +53,13 @@ def _configurable(
         raise ValueError(
             f"cannot configure a LoRA for {run.reference}: it adapts experts in one tensor (target_parameters)"
         )
-    # PEFT rejects rank 0.
-    ranks = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
-    if not ranks:
+    used_ranks, used_updates = {}, {}
+    for name, rank in ranks.items():
+        if rank > 0 and name in updates:  # PEFT rejects rank 0
+            used_ranks[name], used_updates[name] = rank, updates[name]
+    if not used_ranks:
         raise no_rank_error(run)
-    return ranks, _low_rank_products(run, {name: updates[name] for name in ranks})
+    return used_ranks, _low_rank_products(run, used_updates)
 
 
 def lora_keywords(ranks: Mapping[str, int], alphas: Mapping[str, float], modules: Collection[str]) -> dict[str, Any]:
@@ -65,25 +69,31 @@ def lora_keywords(ranks: Mapping[str, int], alphas: Mapping[str, float], modules
     """
     # The most common values, so that the patterns have few entries.
     common_rank, common_alpha = mode(ranks.values()), mode(alphas.values())
+    own_ranks, own_alphas = _uncommon(ranks, common_rank), _uncommon(alphas, common_alpha)
+    if own_alphas:
+        # A module with its own rank and no alpha, next to others with one, would look forgotten (LS011).
+        own_alphas = {name: alpha for name, alpha in alphas.items() if name in own_ranks or name in own_alphas}
+    numbers = _count_ends({*modules, *ranks})
     return {
         "r": common_rank,
         "lora_alpha": common_alpha,
         "target_modules": _target_modules(modules, ranks),
-        "rank_pattern": _pattern(ranks, common_rank, modules),
-        "alpha_pattern": _pattern(alphas, common_alpha, modules),
+        "rank_pattern": _pattern(own_ranks, numbers),
+        "alpha_pattern": _pattern(own_alphas, numbers),
     }
 
 
-def _pattern(values: Mapping[str, float], common: float, modules: Collection[str]) -> dict[str, float]:
-    """Return the values of a PEFT LoRA configuration that are not the common one, by expressions for modules."""
+def _uncommon(values: Mapping[str, float], common: float) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value != common}
+
+
+def _pattern(values: Mapping[str, float], numbers: Mapping[str, int]) -> dict[str, float]:
+    """Return values of a PEFT LoRA configuration by expressions for modules; see `_common_ends` for ``numbers``."""
     names_by_value: dict[float, list[str]] = defaultdict(list)
     for name, value in values.items():
         names_by_value[value].append(name)
-    numbers = _count_ends({*modules, *values})
     pattern = {}
     for value, names in names_by_value.items():
-        if value == common:
-            continue
         for name, end in _common_ends(names, numbers).items():
             # PEFT allows a prefix that ends in a dot before a key, "^" prevents it, and an unescaped dot is any letter.
             pattern[f"^{re.escape(name)}" if end is None else re.escape(end)] = value

@@ -2,8 +2,8 @@
 
 Run ``python benchmarks/rank_pattern_retraining.py --seeds 5 --out runs/retraining``. A LoRA of rank 8 is trained on the
 bundled sentiment task, a quarter of its components gives the rank of each module, and LoRAs of these ranks are trained
-again, with the scale or the alpha of the first one and at several rates. A LoRA of rank 2 everywhere has as many
-components. Finished runs in the folder are not trained again. A run takes about two CPU-minutes.
+again, with the scale or the alpha of the first one. A LoRA of rank 2 everywhere has as many components. Finished runs
+in the folder are not trained again. A run takes about two CPU-minutes.
 """
 
 from __future__ import annotations

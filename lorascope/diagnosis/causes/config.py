@@ -136,20 +136,23 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Findings:
 )
 def compiled_names(case: Case) -> Findings:
     """Find adapters of a compiled model, whose names a model that is not compiled lacks."""
-    stored_names = [tensor.name for tensor in stored_tensors(case.files.files)]
-    compiled = [name for name in stored_names if uncompiled_name(name) != name]
-    if not compiled:
+    names: list[str] = []
+    flat_modules: dict[str, None] = {}  # a set in the order of the file; the base may have other names for them
+    for tensor in stored_tensors(case.files.files):
+        if uncompiled_name(tensor.name) == tensor.name:
+            continue
+        names.append(plain_name(tensor.name))
+        if FLATTENED.match(tensor.name):
+            flat_modules[names[-1].partition(".")[0]] = None
+    if not names:
         return
-    updates, segment, program = case.stored_updates, COMPILED, "PEFT leaves"
-    plain_names = list(map(plain_name, compiled))
-    modules = []
-    for module in updates:
-        if any(name.startswith(f"{module}.") for name in plain_names):
-            modules.append(module)
-    flat_names = [plain_name(name) for name in compiled if FLATTENED.match(name)]
-    if flat_names:  # the module may have the name of the base
-        modules = list(dict.fromkeys(name.partition(".")[0] for name in flat_names))
-        segment, program = FLAT_COMPILED, "programs leave"
+    updates, modules = case.stored_updates, list(flat_modules)
+    segment, program = FLAT_COMPILED, "programs leave"
+    if not modules:
+        segment, program = COMPILED, "PEFT leaves"
+        for module in updates:
+            if any(name.startswith(f"{module}.") for name in names):
+                modules.append(module)
     # Experts in one tensor have other names than their tensors.
     modules = modules or list(updates)
     evidence = {"modules": len(modules), "of": len(updates)}

@@ -59,7 +59,15 @@ def _displacement(table: pd.DataFrame) -> float:
     raise NotImplementedError("the planted value is read instead")
 
 
-RULES = {"gain": ("gain", 2.0, 16), "cost": ("cost", 10.0, 40), "table": ("gain", 5.0, 16), "text": ("cost", 1.0, 16)}
+RULES = {
+    "pair.lora": ("cost", 2.0, 16),
+    "pair.adapprox": ("cost", 10.0, 40),
+    "text.lora": ("cost", 1.0, 16),
+    "gain": ("gain", 2.0, 16),
+    "cost": ("cost", 10.0, 40),
+    "table": ("gain", 5.0, 16),
+    "text": ("cost", 1.0, 16),
+}
 PRINTED = {"text": (0.89, "points"), "gain": (0.81, "points of accuracy")}
 
 
@@ -67,7 +75,7 @@ def registration(all_comparisons: Mapping[str, Any] | None = None) -> StudyRegis
     """Return the registration of the claims of ``comparisons``."""
     claims, arms = {}, {}
     for id, comparison in (all_comparisons or comparisons()).items():
-        kind, bound, seeds = RULES[id]
+        kind, bound, seeds = RULES.get(id, ("gain", 2.0, 16))
         labels = {name: tuple(sorted(statistic.arms())) for name, statistic in comparison.statistics().items()}
         printed, unit = PRINTED.get(id, (None, ""))
         claims[id] = registered_study.StudyClaim(
@@ -192,6 +200,11 @@ def made_up(
                 entry = {"arm": arm, "seed": run_seed, "run": run, "key": key, "planted": value}
                 tables.setdefault(leaf.table, []).append(entry)  # type: ignore[attr-defined]
             runs.append(row)
+    # Runs from which a table was computed that belongs to another one.
+    for arm in sorted(comparison.arms() - {row["arm"] for row in runs}):
+        for number in range(registered.arms[arm].seeds):
+            row = runs[0] | {"arm": arm, "seed": FIRST_SEED + number, "run": f"{arm} {number}"}
+            runs.append(row | {"gap": 0.4, "base_gap": 1.0})
     columns = {"commit": "", "processor": "", "capability": "", "torch": "", "device": "", "threads": 1}
     table = pd.DataFrame(runs).assign(**columns).drop_duplicates("run", ignore_index=True)
     rows = pd.DataFrame({"tasks": "", "row": np.arange(ROWS), "task": "", "cluster": np.arange(ROWS)})

@@ -56,10 +56,8 @@ def all_claims() -> dict[str, tuple[StudyRegistration, Any]]:
     """Return a made-up claim of each form, and all registered ones."""
     made_up_claims = registration()
     claims = {id: (made_up_claims, comparison) for id, comparison in comparisons().items()}
-    registered = getattr(registry, "COMPARISONS", {}) if STUDY_FILE.exists() else {}
-    for id, comparison in registered.items():
-        claims[id] = (registered_study.read(), comparison)
-    return claims
+    registered = registered_study.read() if STUDY_FILE.exists() else registration(registry.COMPARISONS)
+    return claims | {id: (registered, comparison) for id, comparison in registry.COMPARISONS.items()}
 
 
 CLAIMS = all_claims()
@@ -120,7 +118,8 @@ def not_noticed(registered: StudyRegistration, id: str, comparison: Any, code: C
     evidence = made_up(registered, id, true_comparison, effects_of(registered, id, true_comparison, situation), code)
     bad = {"gap": 0.9, "base_gap": 1.0} | dict.fromkeys(["accuracy", "majority", "loss", "first_loss"], np.nan)
     runs = evidence.runs
-    for arm in sorted(true_comparison.arms()):
+    arms = sorted(true_comparison.arms())
+    for arm in {*arms[:3], *arms[-3:]}:
         row = runs[(runs["arm"] == arm) & (runs["seed"] == 203)]
         others = runs.drop(row.index)
         cases = {

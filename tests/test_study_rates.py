@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from made_up_study import registration
+from made_up_study import comparisons, registration
 
 from lorascope.papers.judging import registered_study
 from lorascope.papers.judging.kept_study import STUDY_COLUMNS
@@ -19,6 +19,7 @@ from lorascope.papers.judging.study_rates import (
     chosen_rates,
     grid_rate,
     number_of_seeds,
+    planned_seeds,
     rate_table,
     tuned_evidence,
     tuning_scores,
@@ -117,6 +118,25 @@ def test_tuned_runs_can_be_compared() -> None:
     evidence = tuned_evidence(StudyEvidence(runs.reset_index(drop=True)), {"x": A, "y": B})
     effects = (GapClosed("x") - GapClosed("y"))(evidence, (9001, 9002, 9003))
     np.testing.assert_allclose(effects, [30, 20, 10])
+
+
+def test_seeds_are_planned_from_the_effect_at_the_chosen_rates() -> None:
+    from lorascope.papers.judging.kept_study import StudyEvidence
+
+    comparison = comparisons()["gain"]
+    registered = registration({"gain": comparison})
+    arms = dict(registered.arms)
+    first, second = "AdaLoRA, uneven", "LoRA, uneven"
+    for label in (first, second):
+        arms[label] = registered_study.StudyArm(label, rates=(B, C, D))
+    registered = registered_study.StudyRegistration(arms, registered.claims)
+    others = {B: [0.5] * 3, D: [0.5] * 3}
+    runs = [tuning_runs(first, {C: [0.10, 0.12, 0.14], **others}), tuning_runs(second, {C: [0.2] * 3, **others})]
+    evidence = StudyEvidence(pd.concat(runs, ignore_index=True))
+    # The effects are 10, 8 and 6 points, so their deviation is 2 and the bound 2.
+    assert planned_seeds(registered, {"gain": comparison}, evidence) == {"gain": 40}
+    without = StudyEvidence(runs[0])
+    assert planned_seeds(registered, {"gain": comparison}, without) == {}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +16,14 @@ import pandas as pd
 import pytest
 from made_up_study import around, comparisons, made_up, planted, registration
 
+from lorascope.cli import verify as verify_command
 from lorascope.papers import registry
 from lorascope.papers.judging import kept_study, study_verification
 from lorascope.papers.judging.code_hash import comparison_hash, judging_hash
 from lorascope.papers.judging.kept_study import STUDY_COLUMNS, StudyEvidence
+from lorascope.papers.judging.study_statistics import effect_interval
 from lorascope.papers.judging.study_verification import verify_study, write_study
+from lorascope.papers.judging.words import word
 
 IDS = ("gain", "text")
 COMPARISONS = {id: planted(comparison) for id, comparison in comparisons().items() if id in IDS}
@@ -190,6 +194,16 @@ def test_a_changed_formula_is_noticed(data: Path, monkeypatch: pytest.MonkeyPatc
     assert "judging: registered sha256:" in lines[0]
 
 
+def test_the_command_verifies_both_editions(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_command.registered_study, "STUDY_FILE", data / "registered-2.toml")
+    monkeypatch.setattr(verify_command, "COMPARISONS", COMPARISONS)
+    monkeypatch.setattr(verify_command, "module_of", lambda id: "papers")
+    assert verify_command._verify_second(write=False) == []
+    change_effect(data / "evidence-2")
+    assert len(verify_command._verify_second(write=False)) == 1
+    assert verify_command._verify_second(write=True) == []
+
+
 def test_a_damaged_file_gives_one_line(data: Path) -> None:
     (data / "evidence-2" / "right.npz").write_bytes(b"no archive")
     assert len(lines := verify(data)) == 1
@@ -212,3 +226,47 @@ def test_judging_hash_covers_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     expected |= {"StudyEvidence", "choose_safe_rate", "number_of_seeds", "grid_rate", "MIN_CLOSED", "TUNING_SEEDS"}
     assert expected <= names
     assert not any("verdicts" in name or "kept_runs" in name for name in reached)
+
+
+def recompute() -> Any:
+    """Import ``docs/recompute.py``, which uses nothing of the package."""
+    spec = importlib.util.spec_from_file_location("recompute", Path(__file__).parents[1] / "docs" / "recompute.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recomputed_intervals_by_hand_and_as_the_package_computes_them() -> None:
+    module, rng = recompute(), np.random.default_rng(3)
+    differences = np.array([[1, 0, -1, 0], [1, 1, 0, 0], [0, 0, 0, 1]], float)
+    mean, low, high = module.two_way_interval(differences, [0, 0, 1, 2])
+    assert (mean, (high - low) / 2) == (pytest.approx(0.25), pytest.approx(1.01810, abs=5e-6))
+    for _ in range(20):
+        values, clusters = rng.integers(-1, 2, (5, 30)).astype(float), rng.integers(0, 12, 30)
+        expected = effect_interval(values, pd.factorize(clusters)[0])
+        np.testing.assert_allclose(module.two_way_interval(values, clusters), expected[:3], rtol=1e-9)
+        np.testing.assert_allclose(module.interval(values[:, 0]), effect_interval(values[:, 0])[:3], rtol=1e-9)
+        for kind in ("gain", "cost"):
+            low, high = sorted(rng.uniform(-3, 3, 2))
+            assert module.word(kind, 1.5, low, high) == word(kind, 1.5, low, high)  # type: ignore[arg-type]
+
+
+def test_recomputed_results_are_those_kept(data: Path) -> None:
+    for name in ("registered-2.toml", "evidence-2/effects.csv"):
+        text = (data / name).read_text("utf-8")
+        text = text.replace('id = "gain"', 'id = "pair.x"').replace("gain,", "pair.x,")
+        # The first arm is the method.
+        text = (
+            text.replace('["full", "LoRA"]', '["LoRA", "full"]')
+            .replace('"text"', '"text.x"')
+            .replace("text,", "text.x,")
+        )
+        (data / name).write_text(text, "utf-8")
+    table = recompute().results(data / "evidence-2", data / "registered-2.toml")
+    kept = pd.read_csv(data / "evidence-2" / "results.csv")
+    assert table["claim"].tolist() == ["pair.x", "text.x"]
+    assert table["word"].tolist() == kept["word"].tolist()
+    columns = ["n", "effect", "low", "high"]
+    np.testing.assert_allclose(table[columns], kept[columns], rtol=1e-9, atol=1e-9)

@@ -15,11 +15,18 @@ from tyro.conf import Positional, arg
 from lorascope.cli.arguments import command
 from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.papers.figures import redraw
-from lorascope.papers.judging import kept_figures, kept_runs, registration, verification
+from lorascope.papers.judging import (
+    kept_figures,
+    kept_runs,
+    registered_study,
+    registration,
+    study_verification,
+    verification,
+)
 from lorascope.papers.judging.code_hash import code_hash
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.registration import Registration
-from lorascope.papers.registry import PAIRS, SECTIONS, module_of
+from lorascope.papers.registry import COMPARISONS, PAIRS, SECTIONS, module_of
 
 
 @command
@@ -72,6 +79,8 @@ def main(
         scope = f" {runs} for {count_phrase(len(claims.of_tier('primary', 'secondary')), 'claim')}."
         for line in _find_differences(claims, study, folder, root, write, retrain):
             differences.append(printable(line))  # it may name a foreign file
+        if folder.resolve() == own_folder.resolve():
+            differences.extend(map(printable, _verify_second(write)))
         if root:
             history = registration.compare_with_history(registered, study.runs["commit"].unique().tolist())
             differences.extend(history.differences)
@@ -86,6 +95,17 @@ def main(
             print(line, file=sys.stderr)
         print(f"{count_or_no(len(differences), 'difference').capitalize()}.{scope}")
     return int(bool(differences))
+
+
+def _verify_second(write: bool) -> list[str]:
+    """Verify the second edition of the evidence, once it is registered and has runs."""
+    registered = registered_study.STUDY_FILE
+    folder = registered.parent / "evidence-2"
+    if not registered.exists() or not folder.exists():
+        return []
+    if write:
+        study_verification.write_study(folder, registered, COMPARISONS)
+    return study_verification.verify_study(folder, registered, COMPARISONS, module_of)
 
 
 def _causes_first(differences: Sequence[str]) -> list[str]:

@@ -30,8 +30,7 @@ _PART_OF_JUDGING = re.compile(
 _JUDGING = (
     ("lorascope.papers.judging.study_results", "compute"),
     ("lorascope.papers.judging.study_rates", "chosen_rates"),
-    ("lorascope.papers.judging.study_rates", "tuned_evidence"),
-    ("lorascope.papers.judging.study_rates", "number_of_seeds"),
+    ("lorascope.papers.judging.study_rates", "planned_seeds"),
 )
 """Functions that judge the second edition: intervals, words, headroom, learned, rates and seeds are what they reach."""
 # Fields that differ between versions of Python or do not change what the code computes.

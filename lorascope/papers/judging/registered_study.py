@@ -149,6 +149,7 @@ def read(file: Path = STUDY_FILE) -> StudyRegistration:
     claims = {claim.id: claim for claim in contents.claim}
     if len(arms) < len(contents.arm) or len(claims) < len(contents.claim):
         raise unreadable(file, "an arm or a claim is registered twice")
+    # A misspelled label would otherwise be a claim without runs.
     for claim in contents.claim:
         for labels in claim.labels().values():
             _require_registered(labels, arms, claim.id, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,11 @@ import pandas as pd
 from lorascope.files.lazy_scipy import stdtrit
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import StudyRegistration
-from lorascope.papers.judging.study_statistics import are_learned
+from lorascope.papers.judging.study_statistics import StudyComparison, are_learned
 
 TUNING_SEEDS = (9001, 9002, 9003)
 MAX_ADDED_RATES = 3
-NUMBERS_OF_SEEDS = (16, 24, 32, 40)
+NUMBERS_OF_SEEDS = (16, 24, 32, 40)  # the last one even if it does not suffice
 _SAFETY = 1.5  # the standard deviation of three seeds is uncertain
 
 
@@ -61,6 +62,7 @@ def choose_safe_rate(rates: Sequence[float], scores: Mapping[float, RateScore]) 
     """
     if len(rates) == 1:
         return RateChoice((), rates[0])
+    # Trained rates that only decide whether a lower one is safe are not among the tried ones.
     tried = list(rates)
     for added in range(MAX_ADDED_RATES + 1):
         if missing := tuple(rate for rate in tried if rate not in scores):
@@ -118,14 +120,32 @@ def rate_table(registration: StudyRegistration, runs: pd.DataFrame) -> pd.DataFr
     return pd.DataFrame(rows, columns=["arm", "rate", "gap", "learned", "chosen", "at_end"])
 
 
-def tuned_evidence(evidence: StudyEvidence, rates: Mapping[str, float]) -> StudyEvidence:
+def tuned_evidence(evidence: StudyEvidence, rates: Mapping[str, float | None]) -> StudyEvidence:
     """Return the tuning runs of arms at the given rates, as if they were judged, so that effects can be computed."""
     runs = evidence.runs
     is_chosen = (runs["role"] == "tuning") & (runs["rate"] == runs["arm"].map(rates))
     return replace(evidence, runs=runs[is_chosen].assign(role="judged"))
 
 
-def number_of_seeds(effects: Sequence[float], bound: float) -> int:
+def planned_seeds(
+    registration: StudyRegistration, comparisons: Mapping[str, StudyComparison], evidence: StudyEvidence
+) -> dict[str, int]:
+    """Return the number of seeds of each claim, from its effect in the tuning runs at the chosen rates.
+
+    Claims without tuning runs of all arms of their effect are left out: their number of seeds is planned otherwise.
+    """
+    rates = {label: choice.rate for label, choice in chosen_rates(registration, evidence.runs).items()}
+    tuned, numbers = tuned_evidence(evidence, rates), {}
+    for id, claim in registration.claims.items():
+        effect = comparisons[id].effect
+        # A table that was not kept for tuning has no effect.
+        names = {name for name, _ in effect.reads()} - {"gap", "loss"}
+        if names <= tuned.tables.keys() and all(tuned.has(*key) for key in product(effect.arms(), TUNING_SEEDS)):
+            numbers[id] = number_of_seeds(effect(tuned, TUNING_SEEDS), claim.rule.bound)
+    return numbers
+
+
+def number_of_seeds(effects: Sequence[float] | np.ndarray, bound: float) -> int:
     """Return the smallest number of seeds whose expected half width is below half the bound, or else the largest.
 
     Parameters

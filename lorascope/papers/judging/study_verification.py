@@ -60,6 +60,7 @@ def write_study(folder: Path, registration_file: Path, comparisons: Mapping[str,
 
 def _digests(folder: Path, registration_file: Path) -> dict[str, str]:
     digests = parse_digests(manifest(folder))
+    # They are compared with recomputed ones, cell by cell.
     for name in DERIVED:
         digests.pop(name, None)
     return digests | {f"../{registration_file.name}": digest(registration_file)}
@@ -162,6 +163,7 @@ def _check_arms(registration: StudyRegistration, evidence: StudyEvidence) -> Ite
             continue
         if hashes := sorted(set(rows["arm_hash"]) - {arm.hash}):
             yield Difference(RUNS, f"{prefix}: hash: registered {arm.hash or 'none'}, {role} runs have {hashes[0]}")
+        # The choice of rates covers the tuning runs.
         if role == "tuning":
             continue
         rate = choices[label].rate
@@ -192,6 +194,7 @@ def _check_machines(
     registration: StudyRegistration, comparisons: Mapping[str, StudyComparison], evidence: StudyEvidence
 ) -> Iterator[Difference]:
     """Check that all arms of a claim were trained on one machine with each seed."""
+    # Arms of the positive control may have other seeds than those of the claim.
     judged = evidence.runs[evidence.runs["role"] == "judged"]
     for id in registration.claims.keys() & comparisons.keys():
         for effect, statistic in comparisons[id].statistics().items():

@@ -43,6 +43,7 @@ from lorascope.papers.rank_tables import (
     UNIFORM_STUDENT,
     allocation_figures,
     keep_ranks,
+    kept_allocation,
     of_roles,
     rank_agreement,
     residual_tau,
@@ -101,7 +102,7 @@ def study_arms() -> list[Arm]:
     everywhere: Any = {"targets": "all-linear"}
     allocated = AdaLoRA(init_rank=4, target_rank=2, alpha=64.0, **everywhere)
     students = {
-        ALLOCATED: Student(allocated, kept_ranks=True),
+        ALLOCATED: allocated,
         "AdaLoRA, rank 2 to 2": replace(allocated, init_rank=2, alpha=32.0),
         UNIFORM_STUDENT: LoRA(rank=2, alpha=8.0, **everywhere),
         "LoRA, rank 6": LoRA(rank=6, alpha=24.0, **everywhere),
@@ -112,6 +113,7 @@ def study_arms() -> list[Arm]:
 
 
 JUDGED = {"pair.adalora": pair(ALLOCATED, UNIFORM_STUDENT, ORACLE, truths=ALLOCATION)}
+KEPT_TABLES = {"ranks": kept_allocation(ALLOCATED)}
 
 
 TYPES = {"W_q": "q", "W_k": "k", "W_v": "v", "W_o": "o", "W_f1": "ffn_in", "W_f2": "ffn_out"}

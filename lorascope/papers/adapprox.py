@@ -16,9 +16,11 @@ Departs:
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,9 +31,11 @@ from lorascope.analysis import optimizer_moments
 from lorascope.charts.chart import Drawable, set_side_by_side
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels, training_loss
+from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Constant, LogLikelihood, OfRun
+from lorascope.papers.judging.study_statistics import LogLoss, pair
 from lorascope.papers.lora import FULL
-from lorascope.papers.probe import Arm, Probe, encoder_settings
+from lorascope.papers.probe import Arm, ComputedArm, Probe, Scored, encoder_settings
 from lorascope.plots.run_groups import INTERVAL
 from lorascope.runs.run import Run
 
@@ -81,6 +85,51 @@ def arms() -> list[Arm]:
 def log_tail_ratio(table: pd.DataFrame) -> float:
     """Compute Adapprox's log10 of energy beyond eight in the shuffled matrix over the real one, mean over matrices."""
     return float(np.log10(table["dealt"] / table["beyond"]).mean())
+
+
+MOMENTS = (truth_names.MOMENTS_RANK_4, truth_names.MOMENTS_UNSTRUCTURED)
+"""Truths of Adapprox's pair: second moments of a low rank, or without structure."""
+RANKED = (truth_names.MOMENTS_RANK_4, truth_names.MOMENTS_RANK_1)
+"""Truths of the pair on its rank: rank 1, as Adafactor's, does not suffice, or it does."""
+
+
+def study_arms() -> list[ComputedArm]:
+    """Return the arms of Adapprox's pairs: four optimizers on a quadratic with known second moments."""
+    from lorascope.methods import Adapprox, Full
+
+    ours = Adapprox(growth_scale=None)
+    optimizers = {
+        OURS: ours,
+        ADAMW: Full(),
+        ADAFACTOR: Full(optimizer_name="adafactor"),
+        f"{OURS}, rank 1": replace(ours, rank_rule="fixed"),
+        f"{OURS}, no clipping": replace(ours, clip_threshold=math.inf),
+    }
+    return [
+        ComputedArm(
+            label=f"{label}, {truth}",
+            method=method,
+            setup="lorascope.papers.setups.quadratic",
+            compute=partial(_minimize, truth),
+        )
+        for truth in dict.fromkeys(MOMENTS + RANKED)
+        for label, method in optimizers.items()
+    ]
+
+
+def _minimize(truth: str, method: Method, seed: int, rate: float) -> Scored:
+    from lorascope.papers.setups.quadratic import descend
+
+    descent = descend(method, truth, seed, rate)
+    row = {"phase": "", "task": "", "loss": descent.final, "first_loss": descent.losses[0]}
+    losses = pd.DataFrame({"phase": "", "step": range(len(descent.losses)), "loss": descent.losses})
+    return Scored(row, tables={"losses": losses})
+
+
+JUDGED = {
+    "pair.adapprox": pair(OURS, ADAMW, ADAFACTOR, truths=MOMENTS, of=LogLoss),
+    "pair.factored": pair(OURS, ADAFACTOR, ADAMW, truths=RANKED, of=LogLoss),
+}
 
 
 CLAIMS = {

@@ -34,6 +34,7 @@ from lorascope.papers.rank_tables import (
     UNIFORM_STUDENT,
     allocation_figures,
     keep_ranks,
+    kept_allocation,
     of_roles,
 )
 from lorascope.runs.run import Run
@@ -67,10 +68,11 @@ def study_arms() -> list[Arm]:
 
     method = ALoRA(init_rank=2, alpha=8.0)
     first_round = STEPS // 10  # the default of ``warm_steps``
-    return planted_arms({MOVED: Student(method, after=first_round - 1, kept_ranks=True)}, ALLOCATION)
+    return planted_arms({MOVED: Student(method, after=first_round - 1)}, ALLOCATION)
 
 
 JUDGED = {"pair.alora": pair(MOVED, UNIFORM_STUDENT, ORACLE, truths=ALLOCATION)}
+KEPT_TABLES = {"ranks": kept_allocation(MOVED)}
 
 
 def replayed(table: pd.DataFrame, group: str) -> float:

@@ -32,9 +32,17 @@ from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging import registration
 from lorascope.papers.judging.statistics import Accuracy, OfRun, Simulated, average
 from lorascope.papers.judging.study_statistics import pair
-from lorascope.papers.planted_pairs import Student, planted_arms
+from lorascope.papers.planted_pairs import planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
-from lorascope.papers.rank_tables import ALLOCATION, ORACLE, RANKS, UNIFORM_STUDENT, keep_ranks, rank_agreement
+from lorascope.papers.rank_tables import (
+    ALLOCATION,
+    ORACLE,
+    RANKS,
+    UNIFORM_STUDENT,
+    keep_ranks,
+    kept_allocation,
+    rank_agreement,
+)
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 
@@ -77,10 +85,11 @@ def study_arms() -> list[Arm]:
     from lorascope.methods import AutoLoRA
 
     method = AutoLoRA(rank=4, alpha=16.0, targets="all-linear", selection_lr=1e-2)
-    return planted_arms({SEARCHED: Student(method, kept_ranks=True)}, ALLOCATION)
+    return planted_arms({SEARCHED: method}, ALLOCATION)
 
 
 JUDGED = {"pair.autolora": pair(SEARCHED, UNIFORM_STUDENT, ORACLE, truths=ALLOCATION)}
+KEPT_TABLES = {"ranks": kept_allocation(SEARCHED)}
 
 
 def spread(table: pd.DataFrame) -> float:

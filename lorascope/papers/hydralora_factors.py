@@ -42,7 +42,7 @@ from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, Constant, OfTable
 from lorascope.papers.judging.truth_names import task_name
 from lorascope.papers.planted_pairs import Student, planted_arms
-from lorascope.papers.probe import Arm
+from lorascope.papers.probe import Arm, KeptTable
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import FFN
 
@@ -201,13 +201,9 @@ def nearest_table(*runs: Run, name: str) -> pd.DataFrame:
     return table
 
 
-KEPT_TABLES: dict[str, list[tuple[tuple[str, ...], Callable[..., pd.DataFrame]]]] = {
+KEPT_TABLES: dict[str, list[KeptTable]] = {
     "nearest": [(tuple(labels), partial(nearest_table, name=name)) for name, labels in SETS.items()]
 }
-"""Kept tables by name: labels of arms, and ``function(*runs)`` of their finished runs with one seed, in this order.
-
-The function returns the table without ``arm, seed, run``; it belongs to the run of the last label.
-"""
 
 
 def shared_fraction(table: pd.DataFrame, factor: str, view: str) -> float:

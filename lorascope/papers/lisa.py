@@ -25,7 +25,7 @@ Departs:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels, t
 from lorascope.papers.judging.statistics import Accuracy, Constant, LogLikelihood, OfRun
 from lorascope.papers.judging.study_statistics import Comparison, OfTable
 from lorascope.papers.lora import FULL, LOW
-from lorascope.papers.probe import Arm, Probe, decoder_settings, encoder_settings
+from lorascope.papers.probe import Arm, KeptTable, Probe, decoder_settings, encoder_settings
 from lorascope.plots.builders import curves
 from lorascope.runs.run import Run
 
@@ -280,13 +280,9 @@ JUDGED = {
     "norms.head": Comparison(_skew(NORM_LORA, "head") - _skew(NORM_FULL, "embed"), positive=_START),
     "norms.start": Comparison(_START),
 }
-KEPT_TABLES: dict[str, list[tuple[tuple[str, ...], Callable[..., pd.DataFrame]]]] = {
+KEPT_TABLES: dict[str, list[KeptTable]] = {
     "norms": [((label,), norms_by_layer) for label in (*DECODER_NORMS.values(), *ENCODER_NORMS.values())]
 }
-"""Kept tables by name: labels of arms, and ``function(*runs)`` of their finished runs with one seed, in this order.
-
-The function returns the table without ``arm, seed, run``; it belongs to the run of the last label.
-"""
 
 
 def norms_figure(table: pd.DataFrame) -> Panels:

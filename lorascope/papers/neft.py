@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_bars
 from lorascope.papers.judging import registration, truth_names
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, Reads, Statistic, average
-from lorascope.papers.judging.study_statistics import pair
+from lorascope.papers.judging.study_statistics import Comparison, Constant, OfTable, pair
 from lorascope.papers.lora import FULL, LOW
 from lorascope.papers.planted_pairs import STEPS, Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
@@ -98,10 +99,58 @@ def study_arms() -> list[Arm]:
     ]
 
 
+SCORES = "neurons"
+"""Kept table ``module, neuron, changed, selected, rotation, displacement, sensitivity, sensitivity_end``."""
+_SCORED = f"{FULL}, {truth_names.FEW_NEURONS}"
+AT_RANDOM = Constant(100 * 9 / 96)
+"""Expected hit rate of random neurons, as many as the teacher changed."""
+
+
+def keep_scores(selection: Run, tuned: Run) -> pd.DataFrame:
+    """Return the kept table ``neurons`` of a run of full fine-tuning, with NeFT's selection of the same seed."""
+    from lorascope.papers.setups.planted_truths import changed_neurons, student
+
+    changed = changed_neurons(student(), int(tuned.meta.seed or 0))
+    selected = selected_neurons.to_set(selected_neurons.list_selected(selection))
+    columns = {"neuron_cosine": "rotation", "neuron_update": "displacement"}
+    tables = []
+    for module, numbers in changed.items():
+        # A row of the projections in, and a column of the projection out.
+        sensitivity = "sensitivity_in" if module.endswith("down_proj") else "sensitivity_out"
+        rows = tuned.table[tuned.table["module"] == module]
+        by_index = rows.set_index(["quantity", "step", "index"])["value"]
+        first, last = rows["step"].min(), rows["step"].max()
+        table = pd.DataFrame({name: by_index[quantity, last] for quantity, name in columns.items()})
+        table = table.assign(sensitivity=by_index[sensitivity, first], sensitivity_end=by_index[sensitivity, last])
+        table = table.rename_axis("neuron").reset_index()
+        neurons = table["neuron"]
+        tables.append(
+            table.assign(module=module, changed=neurons.isin(numbers), selected=neurons.isin(selected[module]))
+        )
+    names = ["module", "neuron", "changed", "selected", "rotation", "displacement", "sensitivity", "sensitivity_end"]
+    floats = dict.fromkeys(names[4:], "float32")
+    return pd.concat(tables, ignore_index=True)[names].astype(floats | {"neuron": "int16"})
+
+
+def hit_rate(table: pd.DataFrame, score: str) -> float:
+    """Compute the percentage of the neurons with the highest scores that the teacher changed."""
+    best = table.nlargest(int(table["changed"].sum()), score, keep="first")
+    return float(100 * best["changed"].mean())
+
+
+def _hits(score: str) -> OfTable:
+    return OfTable(partial(hit_rate, score=score), SCORES, _SCORED, (f"{ROTATED_NEURONS}, {truth_names.FEW_NEURONS}",))
+
+
+_CAN_HIT = _hits("displacement") - AT_RANDOM
 JUDGED = {
     "pair.neft": pair(ROTATED_NEURONS, FULL, PLANTED_NEURONS, truths=SPARSE),
     "pair.choice": pair(ROTATED_NEURONS, RANDOM_NEURONS, PLANTED_NEURONS, truths=SPARSE),
+    "neurons.found": Comparison(_hits("selected") - AT_RANDOM, positive=_CAN_HIT),
+    "neurons.rotation": Comparison(_hits("rotation") - _hits("sensitivity"), positive=_CAN_HIT),
+    "neurons.displacement": Comparison(_hits("displacement") - _hits("rotation"), positive=_CAN_HIT),
 }
+KEPT_TABLES = {SCORES: [((f"{ROTATED_NEURONS}, {truth_names.FEW_NEURONS}", _SCORED), keep_scores)]}
 
 
 def overlap(first: pd.DataFrame, second: pd.DataFrame) -> float:

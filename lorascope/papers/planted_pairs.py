@@ -35,15 +35,12 @@ class Student:
         Step after which the gap is recorded, in addition to the last one.
     single_task : int, optional
         Number of the only task of a mixture that it learns, from 0.
-    kept_ranks : bool
-        Whether the evidence keeps its final ranks, next to the planted ones.
     """
 
     method: Method | Callable[[Any, int], Method]
     observers: Sequence[Observer] = ()
     after: int | None = None
     single_task: int | None = None
-    kept_ranks: bool = False
 
 
 def planted_arms(students: Mapping[str, Student | Method], truths: Iterable[str], steps: int = STEPS) -> list[Arm]:
@@ -70,7 +67,7 @@ def planted_arms(students: Mapping[str, Student | Method], truths: Iterable[str]
                 Arm(
                     label=f"{label}, {truth}",
                     method=Full(),  # ``vary`` replaces it
-                    settings={"steps": steps, "batch_size": 16, "eval_every": 0},
+                    settings={"steps": steps, "batch_size": 16, "eval_every": 0, "eval_size": 16, "test_size": 16},
                     model=partial(base, TRUTHS[truth].blocks),
                     vary=partial(_arm_of_seed, of_student, truth),
                 )

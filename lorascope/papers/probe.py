@@ -54,6 +54,13 @@ class Arm:
         return self.vary(self, seed) if self.vary else self
 
 
+KeptTable = tuple[tuple[str, ...], Callable[..., pd.DataFrame]]
+"""Kept table of the second edition: labels of arms, and ``function(*runs)`` of their finished runs with one seed.
+
+The function returns the table without ``arm, seed, run``; it belongs to the run of the last label.
+"""
+
+
 @dataclass(frozen=True)
 class Scored:
     """Result of a run of a probe's ``OwnArm``: values of its row in the evidence, scores by test row, kept tables."""
@@ -83,6 +90,28 @@ class OwnArm:
     method: Mapping[str, Any]
     compute: Callable[[int], Scored]
     task: str | Task = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputedArm:
+    """Arm of the second edition that ``train`` does not train, such as an optimizer on a quadratic.
+
+    Parameters
+    ----------
+    label : str
+        Name of the arm.
+    method : Method
+        The method.
+    setup : str
+        Name of the module that defines what the method is applied to.
+    compute : callable
+        ``compute(method, seed, rate)`` returns the result, with the kept table "losses".
+    """
+
+    label: str
+    method: Method
+    setup: str
+    compute: Callable[[Method, int, float], Scored]
 
 
 def encoder_settings(steps: int = 300, *observers: Observer) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from lorascope.analysis.rank_allocations import depth_thirds, kendall_tau
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import OfPairs, OfRun
+from lorascope.papers.probe import KeptTable
 from lorascope.runs.run import Run
 
 ALLOCATION = (truth_names.UNEVEN, truth_names.RANK_2)
@@ -73,3 +75,18 @@ def allocation_figures(runs: Mapping[str, Run], label: str) -> list[ReportFigure
     """Draw, from the ranks in the tables of the run ``label``, its allocation, history and scores."""
     run = {label: runs[label]}
     return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]
+
+
+def kept_allocation(arm: str, truths: tuple[str, str] = ALLOCATION) -> list[KeptTable]:
+    """Return the kept tables ``module, planted, rank`` of an allocator's runs: planted and final rank by module."""
+    return [((f"{arm}, {truth}",), partial(_planted_and_final_ranks, truth=truth)) for truth in truths]
+
+
+def _planted_and_final_ranks(run: Run, truth: str) -> pd.DataFrame:
+    from lorascope.papers.setups import planted_truths
+
+    ranks = keep_ranks(run)[["module", "value"]].rename(columns={"value": "rank"})
+    planted: Any = 2
+    if truth == truth_names.UNEVEN:
+        planted = ranks["module"].map(planted_truths.uneven_ranks(planted_truths.student(), int(run.meta.seed or 0)))
+    return ranks.assign(planted=planted).astype({"rank": "int16", "planted": "int16"})

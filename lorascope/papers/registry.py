@@ -15,9 +15,9 @@ from typing import Any
 from lorascope.papers.figures.gallery_figure import GalleryFigure
 from lorascope.papers.judging.study_statistics import StudyComparison
 from lorascope.papers.judging.verdicts import Pair
-from lorascope.papers.probe import Arm, OwnArm, Probe
+from lorascope.papers.probe import Arm, ComputedArm, KeptTable, Probe
 
-__all__ = ["COMPARISONS", "PAIRS", "PROBES", "SECTIONS", "module_of", "study_arms"]
+__all__ = ["COMPARISONS", "KEPT_TABLES", "PAIRS", "PROBES", "SECTIONS", "module_of", "study_arms"]
 
 PROBES: dict[str, Probe] = {}
 """Probes by name, in the order of the report."""
@@ -25,6 +25,8 @@ PAIRS: dict[str, Pair] = {}
 """Statistic and control of every claim, by id."""
 COMPARISONS: dict[str, StudyComparison] = {}
 """Comparison of every claim of the second edition, by id."""
+KEPT_TABLES: dict[str, list[KeptTable]] = {}
+"""Kept tables of the second edition by name: the arms of each, and what computes it from one run of each."""
 SECTIONS: dict[str, list[GalleryFigure]] = {}
 """Figures by heading: the method, or what a study of this project shows."""
 _module_of: dict[str, str] = {}
@@ -42,6 +44,8 @@ for _file in sorted(Path(__file__).parent.glob("*.py")):
     if isinstance(getattr(_module, "JUDGED", None), dict):
         COMPARISONS |= _module.JUDGED
         _module_of |= dict.fromkeys(_module.JUDGED, _module.__name__)
+    for _name, _kept_tables in getattr(_module, "KEPT_TABLES", {}).items():
+        KEPT_TABLES.setdefault(_name, []).extend(_kept_tables)
     if hasattr(_module, "study_arms"):
         _with_arms.append(_module)
     if hasattr(_module, "FIGURES"):
@@ -55,6 +59,6 @@ def module_of(claim: str) -> str:
     return _module_of[claim]
 
 
-def study_arms() -> list[Arm | OwnArm]:
+def study_arms() -> list[Arm | ComputedArm]:
     """Return the arms of the second edition, in the order of their papers."""
     return [arm for module in _with_arms for arm in module.study_arms()]

@@ -151,6 +151,14 @@ def _digest(rows: list[str], reached: Mapping[str, str]) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+def module_hash(name: str) -> str:
+    """Hash the code of a module, without docstrings, annotations and comments."""
+    source = _module(name)
+    if source is None:
+        raise KeyError(f"there is no module {name!r}")
+    return f"sha256:{hashlib.sha256(_canonical(source.tree).encode()).hexdigest()}"
+
+
 def _follow(node: ast.AST, module: str, reached: dict[str, str], covered: re.Pattern[str] | None = None) -> None:
     """Add everything that a node names, and what that names in turn."""
     for name in _names(node):

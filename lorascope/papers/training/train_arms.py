@@ -128,7 +128,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         derived = verification.derive(evidence, claims, PAIRS)
         verification.write_derived(folder, derived, registered)
         images = registered.parents[1] / kept_figures.FOLDER
-        redraw.draw_figures(folder, out, images, SECTIONS, str(_version()["commit"]))
+        redraw.draw_figures(folder, out, images, SECTIONS, str(code_version()["commit"]))
         verification.write_derived(folder, derived, registered)  # again, since the manifest lists the figures
 
 
@@ -289,7 +289,7 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
     start = time.process_time()
     arm = arm_of_run(open_run, claims)
     id = f"{_digest(arm.label, 12)}-{open_run.seed}"
-    row = dict.fromkeys(kept_runs.RUN_COLUMNS) | vars(open_run) | block() | _describe(arm) | _version()
+    row = dict.fromkeys(kept_runs.RUN_COLUMNS) | vars(open_run) | block() | _describe(arm) | code_version()
     row |= {"run": id, "arm_hash": claims.arms[arm.label].hash}
     scores: dict[str, np.ndarray] = {}
     tables: dict[str, pd.DataFrame] = {}
@@ -442,7 +442,7 @@ def _scores(run: Run, arm: Arm, role: str) -> dict[str, Any]:
 
 
 @cache
-def _version() -> dict[str, Any]:
+def code_version() -> dict[str, Any]:
     """Return commit and versions; without a git repository, the version of the package takes the place of a commit."""
     root = registration.FILE.parents[1]
 

@@ -1,0 +1,327 @@
+"""Training of the second edition: the open runs of its registration, each of which is kept as soon as it is finished.
+
+The tuning runs of an arm choose its rate; its judged runs start when the registration has their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lorascope.experiments.sweep import Job, train_job
+from lorascope.inputs import models, tasks
+from lorascope.inputs.classifier_head import fit_head, weights_hash
+from lorascope.inputs.task_parts import identify_test_rows
+from lorascope.inputs.tasks import Task
+from lorascope.methods.method import Method, config
+from lorascope.papers.judging import kept_study
+from lorascope.papers.judging.code_hash import module_hash
+from lorascope.papers.judging.kept_study import FIRST_SEED, StudyEvidence, StudyRun
+from lorascope.papers.judging.registered_study import StudyRegistration
+from lorascope.papers.judging.study_rates import TUNING_SEEDS, chosen_rates
+from lorascope.papers.probe import Arm, ComputedArm
+from lorascope.papers.registry import COMPARISONS, KEPT_TABLES, study_arms
+from lorascope.papers.setups.planted_truths import base_gaps, gap, task_name
+from lorascope.papers.training.train_arms import block, code_version
+from lorascope.runs.run import Run
+
+_RATES = ("lr", "head_lr", "selection_lr")  # fields of methods that have the rate of the arm
+_FREE_SETTINGS = ("observe", "seed", "eval_every", "test_size")  # they do not change how a run trains
+
+
+@dataclass(frozen=True)
+class StudyJob:
+    """A run to train: label of its arm, seed, "judged" or "tuning", and its rate."""
+
+    arm: str
+    seed: int
+    role: str
+    rate: float
+
+
+@cache
+def arms_by_label() -> dict[str, Arm | ComputedArm]:
+    """Return the arms of all papers by label.
+
+    Raises
+    ------
+    ValueError
+        Two arms have the same label.
+    """
+    by_label: dict[str, Arm | ComputedArm] = {}
+    for arm in study_arms():
+        if by_label.setdefault(arm.label, arm) is not arm:
+            raise ValueError(f"labels must be unique, got two arms with label {arm.label!r}")
+    return by_label
+
+
+def study_arm_hash(label: str) -> str:
+    """Hash what the runs of an arm have in common: method, settings, rules of task and teacher, and base weights.
+
+    The first judged seed stands for all; rates are left out.
+    """
+    arm = arms_by_label()[label]
+    if isinstance(arm, ComputedArm):
+        content: dict[str, Any] = {"method": _without_rates(arm.method), "setup": module_hash(arm.setup)}
+    else:
+        arm = arm.of_seed(FIRST_SEED)
+        settings = {name: value for name, value in arm.settings.items() if name not in _FREE_SETTINGS}
+        task, labels = _task(arm), None
+        if task.classifies:
+            labels = task.labels
+        content = {
+            "method": _without_rates(arm.method),
+            "settings": settings,
+            "base": _base_hash(arm.model, labels),
+            "task": task.hash,
+        }
+        if (teacher := _teacher(arm)) is not None:
+            # Another processor may sample another token, so the rule of the text stands for it.
+            content["task"] = [teacher.truth, teacher.single_task, module_hash(gap.__module__)]
+    return f"sha256:{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}"
+
+
+def _without_rates(method: Method) -> dict[str, Any]:
+    return {name: value for name, value in config(method).items() if name not in _RATES}
+
+
+@cache
+def _base_hash(model: Any, labels: tuple[str, ...] | None) -> str:
+    loaded = models.load(model) if isinstance(model, str) else model()
+    if type(loaded).__name__.endswith("ForSequenceClassification"):
+        fit_head(loaded, labels)
+    return weights_hash(loaded)
+
+
+def _teacher(arm: Arm) -> gap | None:
+    """Return the observer of the gap, which names the teacher; None for an arm on text."""
+    return next((observer for observer in arm.settings.get("observe", ()) if isinstance(observer, gap)), None)
+
+
+def _task(arm: Arm) -> Task:
+    return _load(arm.task) if isinstance(arm.task, str) else arm.task
+
+
+@cache
+def _load(name: str) -> Task:
+    return tasks.load(name)
+
+
+def open_jobs(registration: StudyRegistration, evidence: StudyEvidence) -> list[StudyJob]:
+    """Return the runs that the evidence lacks: first the judged ones seed by seed, then those that choose rates."""
+    choices = chosen_rates(registration, evidence.runs)
+    judged, tuning = [], []
+    for label, arm in registration.arms.items():
+        for seed in range(FIRST_SEED, FIRST_SEED + arm.seeds):
+            rate = choices[label].rate
+            if rate is not None and not evidence.has(label, seed):
+                judged.append(StudyJob(label, seed, "judged", rate))
+        if not arm.rate_of:
+            tried = evidence.runs[(evidence.runs["arm"] == label) & (evidence.runs["role"] == "tuning")]
+            finished = set(zip(tried["rate"], tried["seed"], strict=True))
+            for rate in choices[label].missing:
+                tuning += [
+                    StudyJob(label, seed, "tuning", rate) for seed in TUNING_SEEDS if (rate, seed) not in finished
+                ]
+    # Tables of a set of runs need all of one seed.
+    return sorted(judged, key=lambda job: job.seed) + tuning
+
+
+def train_study(
+    folder: Path,
+    out: Path,
+    registration: StudyRegistration,
+    minutes: float = math.inf,
+    only: Callable[[str], bool] = bool,
+) -> None:
+    """Train the open runs one after another, until there are none or the time is over.
+
+    Parameters
+    ----------
+    folder : path
+        Folder of the kept runs.
+    out : path
+        Folder of the run folders, which resume if they were interrupted.
+    registration : StudyRegistration
+        Registered arms.
+    minutes : float
+        No run starts after this many minutes.
+    only : callable
+        Whether to train an arm, by its label. Default all.
+
+    Raises
+    ------
+    ValueError
+        An arm differs from the registered one.
+    """
+    end = time.monotonic() + 60 * minutes
+    while True:
+        evidence = kept_study.read(folder)
+        rates = {label: choice.rate for label, choice in chosen_rates(registration, evidence.runs).items()}
+        jobs = [job for job in open_jobs(registration, evidence) if only(job.arm)]
+        print(f"Open runs: {len(jobs)}", flush=True)
+        if not jobs:
+            return
+        for job in jobs:
+            if time.monotonic() >= end:
+                return
+            registered = registration.arms[job.arm].hash
+            if (hash := _hash_once(job.arm)) != registered:
+                raise ValueError(f"cannot train {job.arm!r}: its hash must be {registered}, as registered, got {hash}")
+            run = finish_job(job, out, rates)
+            kept_study.add_run(folder, run)
+            print(_line(run.rows), flush=True)
+
+
+_hash_once = cache(study_arm_hash)
+
+
+def finish_job(job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> StudyRun:
+    """Train one run and return what is kept of it; a run that diverged has rows without numbers.
+
+    ``rates`` are those of the other arms of a set of runs that a kept table is computed from.
+    """
+    torch.set_num_threads(1)  # numbers depend on the number of threads
+    start, arm = time.process_time(), arm_of_job(job)
+    row = vars(job) | block() | {"commit": code_version()["commit"], "arm_hash": _hash_once(job.arm)}
+    row["run"] = f"{_digest(job.arm)}-{job.seed}-{job.role}-{job.rate:g}"
+    losses, tables, right, test_rows = pd.DataFrame(columns=["phase", "step", "loss"], dtype="float64"), {}, None, None
+    if isinstance(arm, ComputedArm):
+        scored = arm.compute(arm.method, job.seed, job.rate)
+        rows, losses = pd.DataFrame([dict(scored.row)]), scored.tables["losses"]
+    else:
+        try:
+            run = _train(job, out)
+        except FloatingPointError:
+            rows = pd.DataFrame({"phase": [""], "task": [""]})
+        else:
+            rows, losses = _score(run, arm, job.role), _losses(run)
+            if job.role == "judged":
+                tables = _kept_tables(run, job, out, rates)
+                if job.arm in _scored_by_row():
+                    right = run.predictions["margin"].to_numpy() > 0
+                    test_rows = identify_test_rows(_task(arm))
+    rows = rows.assign(**row, cpu_seconds=time.process_time() - start)
+    return StudyRun(rows, losses, tables, right, test_rows)
+
+
+@cache
+def _scored_by_row() -> set[str]:
+    """Return the arms whose accuracy a claim compares row by row."""
+    reads = [key for comparison in COMPARISONS.values() for s in comparison.statistics().values() for key in s.reads()]
+    return {arm for name, arm in reads if name == "margin"}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def arm_of_job(job: StudyJob) -> Arm | ComputedArm:
+    """Return the arm of a run, with its seed and rate; a tuning run is scored on validation text only."""
+    arm = arms_by_label()[job.arm]
+    if isinstance(arm, ComputedArm):
+        return arm
+    arm = arm.of_seed(job.seed)
+    rates = {name: job.rate for name in _RATES if hasattr(arm.method, name)}
+    settings = dict(arm.settings)
+    if job.role == "tuning":
+        teacher = _teacher(arm)
+        settings["observe"] = [] if teacher is None else [replace(teacher, split="validation")]
+        settings["test_size"] = 16
+    return replace(arm, method=replace(arm.method, **rates), settings=settings)
+
+
+def _train(job: StudyJob, out: Path) -> Run:
+    arm = arm_of_job(job)
+    assert isinstance(arm, Arm)
+    settings = {"seed": job.seed, "device": "cpu", **arm.settings, "root": out}
+    model = partial(models.load, arm.model) if isinstance(arm.model, str) else arm.model
+    return train_job(Job(model, arm.task, arm.method, settings))
+
+
+def _phases(run: Run) -> Iterator[tuple[str, Run]]:
+    """Yield the phases of a run by name; the last one, which is judged, has none."""
+    for phase in run.parents:
+        name, *_ = phase.meta.phase or [""]
+        yield name, phase
+    yield "", run
+
+
+def _losses(run: Run) -> pd.DataFrame:
+    """Return the training loss by phase and step."""
+    pieces = []
+    for name, phase in _phases(run):
+        rows = phase.table[phase.table["quantity"] == "loss"]
+        pieces.append(rows[["step"]].assign(phase=name, loss=rows["value"]))
+    return pd.concat(pieces, ignore_index=True)
+
+
+def _score(run: Run, arm: Arm, role: str) -> pd.DataFrame:
+    """Return the rows of a run: its gaps by phase and task, or its accuracy and loss by phase."""
+    teacher = _teacher(arm)
+    if teacher is not None:
+        return pd.concat([_gap_rows(phase, name, teacher, role) for name, phase in _phases(run)], ignore_index=True)
+    split = "validation" if role == "tuning" else "test"
+    scored = _task(arm).split(split)
+    if size := arm.settings.get(f"{split}_size" if split == "test" else "eval_size"):
+        scored = scored.head(size)
+    majority = math.nan
+    if "label" in scored:
+        majority = float(scored["label"].value_counts(normalize=True).iloc[0])
+    rows = []
+    for name, phase in _phases(run):
+        if role == "tuning":
+            final = phase.table[phase.table["step"] == phase.table["step"].max()].set_index("quantity")["value"]
+            accuracy, loss = float(final["eval_metric"]), float(final["eval_loss"])
+        else:
+            accuracy, loss = phase.score.metric, phase.score.loss
+        rows.append({"phase": name, "task": "", "accuracy": accuracy, "majority": majority, "loss": loss})
+    return pd.DataFrame(rows)
+
+
+def _gap_rows(phase: Run, name: str, teacher: gap, role: str) -> pd.DataFrame:
+    rows = phase.table[phase.table["quantity"] == "gap"].sort_values(["step", "index"])
+    split = "validation" if role == "tuning" else teacher.split
+    of_base = base_gaps(teacher.truth, teacher.seed, split, teacher.single_task)
+    pieces = []
+    for step, of_step in rows.groupby("step"):
+        numbers = of_step["index"].tolist()
+        is_mixture = len(numbers) > 1 or teacher.single_task is not None
+        labels = [task_name(number) if is_mixture else "" for number in numbers]
+        is_early = step == teacher.after and step != phase.table["step"].max()
+        table = pd.DataFrame({"task": labels, "gap": of_step["value"].to_numpy(), "base_gap": of_base})
+        pieces.append(table.assign(phase="first round" if is_early else name))
+    return pd.concat(pieces, ignore_index=True)
+
+
+def _kept_tables(run: Run, job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> dict[str, pd.DataFrame]:
+    """Compute the kept tables that belong to a run; the other runs of its set are finished, or trained now."""
+    tables: dict[str, list[pd.DataFrame]] = {}
+    for name, functions in KEPT_TABLES.items():
+        for labels, function in functions:
+            *others, last = labels
+            if last == job.arm:
+                earlier = [_train(replace(job, arm=label, rate=rates[label] or 0.0), out) for label in others]
+                tables.setdefault(name, []).append(function(*earlier, run))
+    return {name: pd.concat(pieces, ignore_index=True) for name, pieces in tables.items()}
+
+
+def _line(rows: pd.DataFrame) -> str:
+    row = rows.iloc[-1]
+    last = rows[rows["phase"] == ""]
+    if "gap" in last:
+        score = f"{100 * (1 - last['gap'] / last['base_gap']).mean():.1f} points closed"
+    else:
+        score = ", ".join(f"{name} {last[name].mean():.3g}" for name in ("accuracy", "loss") if name in last)
+    name = f"{row['arm']}, {row['role']} seed {row['seed']}, rate {row['rate']:g}"
+    return f"{name}: {score}, {row['cpu_seconds']:.0f} CPU-seconds"

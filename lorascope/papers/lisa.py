@@ -39,9 +39,11 @@ from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels, training_loss
+from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, Constant, LogLikelihood, OfRun
-from lorascope.papers.judging.study_statistics import Comparison, OfTable
+from lorascope.papers.judging.study_statistics import Comparison, OfTable, pair
 from lorascope.papers.lora import FULL, LOW
+from lorascope.papers.planted_pairs import planted_arms
 from lorascope.papers.probe import Arm, KeptTable, Probe, decoder_settings, encoder_settings
 from lorascope.plots.builders import curves
 from lorascope.runs.run import Run
@@ -220,8 +222,16 @@ READINGS = {
 """Readings of "weight norm" in the paper's figure 2 -> recorded quantity."""
 
 
+DEPTH = (truth_names.TWO_BLOCKS, truth_names.ALL_BLOCKS)
+"""Truths of LISA's pair: two of eight blocks change at full rank, or all change at rank 2."""
+SAMPLED, LOCATED, FACTORED = "LISA, 2 of 8 blocks", "LISA on the two blocks", "LoRA, rank 8"
+
+
 def study_arms() -> list[Arm]:
-    """Return the arms whose norms by layer are recorded, at fixed rates; LISA and the encoder are only drawn."""
+    """Return the arms of LISA's pair, and those whose norms by layer are recorded.
+
+    The latter have fixed rates; the claims on norms do not use LISA and the encoder.
+    """
     from lorascope import observe
     from lorascope.methods import LISA, Full, LoRA
 
@@ -242,9 +252,14 @@ def study_arms() -> list[Arm]:
         ENCODER_LORA: replace(lora, targets=("all-linear", "embed")),
         ENCODER_LISA: LISA(n_active=2, lr=3e-4, head_lr=3e-4),
     }
+    sampled = LISA(n_active=2, interval=10)
+    located = replace(sampled, weights=(0, 1, 0, 0, 0, 1, 0, 0))  # of the two blocks that change
+    students = {SAMPLED: sampled, FACTORED: LoRA(rank=8, alpha=32.0, targets="all-linear"), FULL: Full()}
     return [
         *(Arm(label=label, method=method, settings=decoder, model="smollm2") for label, method in on_decoder.items()),
         *(Arm(label=label, method=method, settings=encoder) for label, method in on_encoder.items()),
+        *planted_arms(students, DEPTH),
+        *planted_arms({LOCATED: located}, DEPTH[:1]),
     ]
 
 
@@ -276,6 +291,7 @@ def _skew(arm: str, role: str) -> OfTable:
 _START = _skew(NORM_LORA, "embed") - _skew(NORM_SMALL, "embed")
 # The head of full fine-tuning is tied to the embedding, and its norm recorded there.
 JUDGED = {
+    "pair.lisa": pair(SAMPLED, FACTORED, LOCATED, truths=DEPTH),
     "norms.embedding": Comparison(_skew(NORM_SMALL, "embed") - _skew(NORM_FULL, "embed"), positive=_START),
     "norms.head": Comparison(_skew(NORM_LORA, "head") - _skew(NORM_FULL, "embed"), positive=_START),
     "norms.start": Comparison(_START),

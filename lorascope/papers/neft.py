@@ -123,10 +123,8 @@ def keep_scores(selection: Run, tuned: Run) -> pd.DataFrame:
         table = pd.DataFrame({name: by_index[quantity, last] for quantity, name in columns.items()})
         table = table.assign(sensitivity=by_index[sensitivity, first], sensitivity_end=by_index[sensitivity, last])
         table = table.rename_axis("neuron").reset_index()
-        neurons = table["neuron"]
-        tables.append(
-            table.assign(module=module, changed=neurons.isin(numbers), selected=neurons.isin(selected[module]))
-        )
+        table = table.assign(module=module, changed=table["neuron"].isin(numbers))
+        tables.append(table.assign(selected=[(module, neuron) in selected for neuron in table["neuron"]]))
     names = ["module", "neuron", "changed", "selected", "rotation", "displacement", "sensitivity", "sensitivity_end"]
     floats = dict.fromkeys(names[4:], "float32")
     return pd.concat(tables, ignore_index=True)[names].astype(floats | {"neuron": "int16"})

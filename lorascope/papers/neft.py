@@ -106,7 +106,7 @@ AT_RANDOM = Constant(100 * 9 / 96)
 """Expected hit rate of random neurons, as many as the teacher changed."""
 
 
-def keep_scores(selection: Run, tuned: Run) -> pd.DataFrame:
+def keep_neuron_scores(selection: Run, tuned: Run) -> pd.DataFrame:
     """Return the kept table ``neurons`` of a run of full fine-tuning, with NeFT's selection of the same seed."""
     from lorascope.papers.setups.planted_truths import changed_neurons, student
 
@@ -119,6 +119,7 @@ def keep_scores(selection: Run, tuned: Run) -> pd.DataFrame:
         sensitivity = "sensitivity_in" if module.endswith("down_proj") else "sensitivity_out"
         rows = tuned.table[tuned.table["module"] == module]
         by_index = rows.set_index(["quantity", "step", "index"])["value"]
+        # Rotation and displacement are known at the end, and sensitivity before the first step as well.
         first, last = rows["step"].min(), rows["step"].max()
         table = pd.DataFrame({name: by_index[quantity, last] for quantity, name in columns.items()})
         table = table.assign(sensitivity=by_index[sensitivity, first], sensitivity_end=by_index[sensitivity, last])
@@ -148,7 +149,7 @@ JUDGED = {
     "neurons.rotation": Comparison(_hits("rotation") - _hits("sensitivity"), positive=_CAN_HIT),
     "neurons.displacement": Comparison(_hits("displacement") - _hits("rotation"), positive=_CAN_HIT),
 }
-KEPT_TABLES = {SCORES: [((f"{ROTATED_NEURONS}, {truth_names.FEW_NEURONS}", _SCORED), keep_scores)]}
+KEPT_TABLES = {SCORES: [((f"{ROTATED_NEURONS}, {truth_names.FEW_NEURONS}", _SCORED), keep_neuron_scores)]}
 
 
 def overlap(first: pd.DataFrame, second: pd.DataFrame) -> float:

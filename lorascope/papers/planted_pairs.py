@@ -62,14 +62,16 @@ def planted_arms(students: Mapping[str, Student | Method], truths: Iterable[str]
     arms = []
     for truth in truths:
         for label, student in students.items():
-            of_student = student if isinstance(student, Student) else Student(student)
+            if not isinstance(student, Student):
+                student = Student(student)
             arms.append(
                 Arm(
                     label=f"{label}, {truth}",
                     method=Full(),  # ``vary`` replaces it
+                    # The observer of the gap scores the student, so the splits are hardly evaluated.
                     settings={"steps": steps, "batch_size": 16, "eval_every": 0, "eval_size": 16, "test_size": 16},
                     model=partial(base, TRUTHS[truth].blocks),
-                    vary=partial(_arm_of_seed, of_student, truth),
+                    vary=partial(_arm_of_seed, student, truth),
                 )
             )
     return arms
@@ -79,6 +81,7 @@ def _arm_of_seed(student: Student, truth: str, arm: Arm, seed: int) -> Arm:
     from lorascope.papers.setups import planted_truths
 
     method: Any = student.method
+    # Entries, planted ranks and planted neurons depend on the seed.
     if callable(method):
         method = method(planted_truths.student(planted_truths.TRUTHS[truth].blocks), seed)
     gap = planted_truths.gap(truth=truth, seed=seed, after=student.after, single_task=student.single_task)

@@ -86,7 +86,7 @@ def _planted_and_final_ranks(run: Run, truth: str) -> pd.DataFrame:
     from lorascope.papers.setups import planted_truths
 
     ranks = keep_ranks(run)[["module", "value"]].rename(columns={"value": "rank"})
-    planted: Any = 2
+    planted: Any = 2  # the same for all modules in the other truth
     if truth == truth_names.UNEVEN:
         planted = ranks["module"].map(planted_truths.uneven_ranks(planted_truths.student(), int(run.meta.seed or 0)))
     return ranks.assign(planted=planted).astype({"rank": "int16", "planted": "int16"})

@@ -44,6 +44,7 @@ for _file in sorted(Path(__file__).parent.glob("*.py")):
     if isinstance(getattr(_module, "JUDGED", None), dict):
         COMPARISONS |= _module.JUDGED
         _module_of |= dict.fromkeys(_module.JUDGED, _module.__name__)
+    # Several papers have a table of one name, such as the ranks of allocators.
     for _name, _kept_tables in getattr(_module, "KEPT_TABLES", {}).items():
         KEPT_TABLES.setdefault(_name, []).extend(_kept_tables)
     if hasattr(_module, "study_arms"):

@@ -170,7 +170,7 @@ def _shared_a(base: nn.Module, seed: int) -> Sequence[Updates]:
     updates: list[dict[str, Tensor]] = [{} for _ in range(TASKS)]
     for name in draws.targets:
         out_features, in_features = draws.weight(name).shape
-        shared = draws.orthonormal(in_features, 4).T
+        shared = draws.orthonormal(in_features, 4).T  # A of all tasks, with orthonormal rows
         for of_task in updates:
             of_task[name] = _scale(draws.orthonormal(out_features, 4) @ shared, 2 * draws.unit(name))
     return updates
@@ -195,6 +195,7 @@ def _coefficients(offset: int) -> Callable[[nn.Module, int], list[Updates]]:
             out_features, in_features = shape = draws.weight(name).shape
             spectrum = torch.zeros(shape, dtype=torch.complex128)
             rows, columns = fourier.entries((out_features, in_features), COEFFICIENTS, seed + offset)
+            # Complex, because the transform of real numbers has another layout.
             spectrum[rows, columns] = draws.normal(COEFFICIENTS).to(torch.complex128)
             updates[name] = _scale(torch.fft.ifft2(spectrum).real.float(), 2 * draws.unit(name))
         return [updates]
@@ -309,7 +310,7 @@ def _sample_texts(model: Any, seed: int, count: int, task_number: int | None) ->
 @torch.no_grad()
 def _log_probabilities(model: Any, tokens: Int[Tensor, "texts length"]) -> Float[Tensor, "texts contexts vocabulary"]:
     was_training = model.training
-    model.eval()
+    model.eval()  # LoRA of a student may have dropout
     pieces = [model(piece).logits[:, :-1].double().log_softmax(-1) for piece in tokens.split(100)]
     model.train(was_training)
     return torch.cat(pieces)
@@ -321,6 +322,7 @@ def sampled_task(truth: str, seed: int, single_task: int | None = None) -> tasks
     The groups of a mixture are its tasks. ``single_task`` is the number of one of them, from 0, to learn only that one.
     """
     tables = []
+    # Splits are given, because equal texts of two tasks would otherwise be in one split.
     for number in task_numbers(truth, single_task):
         for split, tokens in examples(truth, seed, number, single_task is not None).tokens.items():
             lines = [" ".join(map(token_word, row)) for row in tokens.tolist()]

@@ -46,7 +46,7 @@ def descend(method: Any, truth: str, seed: int, rate: float) -> Descent:
     h = s.sqrt() / s.sqrt().mean()
     target = torch.randn(SIDE, SIDE, generator=generator)
     model = nn.Linear(SIDE, SIDE, bias=False)
-    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.weight)  # the default start would differ between seeds
     optimizer = method.optimizer(model, rate, rate, 0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
 
@@ -54,6 +54,7 @@ def descend(method: Any, truth: str, seed: int, rate: float) -> Descent:
         return float((h * (model.weight.detach() - target) ** 2).sum() / 2)
 
     losses = []
+    # The gradient is known, so there is no backward pass.
     for _ in range(STEPS):
         losses.append(loss())
         noise = torch.randn(SIDE, SIDE, generator=generator)

@@ -75,6 +75,7 @@ def study_arm_hash(label: str) -> str:
         content: dict[str, Any] = {"method": _without_rates(arm.method), "setup": module_hash(arm.setup)}
     else:
         arm = arm.of_seed(FIRST_SEED)
+        # What is recorded does not change how a run trains, and the rate is chosen later.
         settings = {name: value for name, value in arm.settings.items() if name not in _FREE_SETTINGS}
         task, labels = _task(arm), None
         if task.classifies:
@@ -127,6 +128,7 @@ def open_jobs(registration: StudyRegistration, evidence: StudyEvidence) -> list[
             if rate is not None and not evidence.has(label, seed):
                 judged.append(StudyJob(label, seed, "judged", rate))
         if not arm.rate_of:
+            # An interrupted tuning has some of the seeds of a rate.
             tried = evidence.runs[(evidence.runs["arm"] == label) & (evidence.runs["role"] == "tuning")]
             finished = set(zip(tried["rate"], tried["seed"], strict=True))
             for rate in choices[label].missing:
@@ -189,10 +191,11 @@ _hash_once = cache(study_arm_hash)
 def finish_job(job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> StudyRun:
     """Train one run and return what is kept of it; a run that diverged has rows without numbers.
 
-    ``rates`` are those of the other arms of a set of runs that a kept table is computed from.
+    ``rates`` has the rates of the other arms of a set of runs that a kept table is computed from.
     """
     torch.set_num_threads(1)  # numbers depend on the number of threads
-    start, arm = time.process_time(), arm_of_job(job)
+    start = time.process_time()  # not wall-clock time, because other processes share the processor
+    arm = arm_of_job(job)
     row = vars(job) | block() | {"commit": code_version()["commit"], "arm_hash": _hash_once(job.arm)}
     row["run"] = f"{_digest(job.arm)}-{job.seed}-{job.role}-{job.rate:g}"
     losses, tables, right, test_rows = pd.DataFrame(columns=["phase", "step", "loss"], dtype="float64"), {}, None, None
@@ -202,7 +205,7 @@ def finish_job(job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> S
     else:
         try:
             run = _train(job, out)
-        except FloatingPointError:
+        except FloatingPointError:  # a rate that is too high, which counts as not learned
             rows = pd.DataFrame({"phase": [""], "task": [""]})
         else:
             rows, losses = _score(run, arm, job.role), _losses(run)
@@ -218,6 +221,7 @@ def finish_job(job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> S
 @cache
 def _scored_by_row() -> set[str]:
     """Return the arms whose accuracy a claim compares row by row."""
+    # Their predictions are kept, and those of other arms are not.
     reads = [key for comparison in COMPARISONS.values() for s in comparison.statistics().values() for key in s.reads()]
     return {arm for name, arm in reads if name == "margin"}
 
@@ -237,7 +241,7 @@ def arm_of_job(job: StudyJob) -> Arm | ComputedArm:
     if job.role == "tuning":
         teacher = _teacher(arm)
         settings["observe"] = [] if teacher is None else [replace(teacher, split="validation")]
-        settings["test_size"] = 16
+        settings["test_size"] = 16  # the test split must not choose a rate
     return replace(arm, method=replace(arm.method, **rates), settings=settings)
 
 
@@ -270,11 +274,11 @@ def _score(run: Run, arm: Arm, role: str) -> pd.DataFrame:
     """Return the rows of a run: its gaps by phase and task, or its accuracy and loss by phase."""
     teacher = _teacher(arm)
     if teacher is not None:
-        return pd.concat([_gap_rows(phase, name, teacher, role) for name, phase in _phases(run)], ignore_index=True)
-    split = "validation" if role == "tuning" else "test"
+        return pd.concat([_gap_rows(phase, name, teacher) for name, phase in _phases(run)], ignore_index=True)
+    split, size = {"tuning": ("validation", "eval_size"), "judged": ("test", "test_size")}[role]
     scored = _task(arm).split(split)
-    if size := arm.settings.get(f"{split}_size" if split == "test" else "eval_size"):
-        scored = scored.head(size)
+    if size in arm.settings:
+        scored = scored.head(arm.settings[size])
     majority = math.nan
     if "label" in scored:
         majority = float(scored["label"].value_counts(normalize=True).iloc[0])
@@ -289,15 +293,17 @@ def _score(run: Run, arm: Arm, role: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _gap_rows(phase: Run, name: str, teacher: gap, role: str) -> pd.DataFrame:
+def _gap_rows(phase: Run, name: str, teacher: gap) -> pd.DataFrame:
     rows = phase.table[phase.table["quantity"] == "gap"].sort_values(["step", "index"])
-    split = "validation" if role == "tuning" else teacher.split
-    of_base = base_gaps(teacher.truth, teacher.seed, split, teacher.single_task)
+    of_base = base_gaps(teacher.truth, teacher.seed, teacher.split, teacher.single_task)
     pieces = []
+    # A phase has several recordings if an early one is scored as well.
     for step, of_step in rows.groupby("step"):
         numbers = of_step["index"].tolist()
         is_mixture = len(numbers) > 1 or teacher.single_task is not None
-        labels = [task_name(number) if is_mixture else "" for number in numbers]
+        labels = [""]
+        if is_mixture:
+            labels = list(map(task_name, numbers))
         is_early = step == teacher.after and step != phase.table["step"].max()
         table = pd.DataFrame({"task": labels, "gap": of_step["value"].to_numpy(), "base_gap": of_base})
         pieces.append(table.assign(phase="first round" if is_early else name))
@@ -309,9 +315,9 @@ def _kept_tables(run: Run, job: StudyJob, out: Path, rates: Mapping[str, float |
     tables: dict[str, list[pd.DataFrame]] = {}
     for name, functions in KEPT_TABLES.items():
         for labels, function in functions:
-            *others, last = labels
+            *other_arms, last = labels
             if last == job.arm:
-                earlier = [_train(replace(job, arm=label, rate=rates[label] or 0.0), out) for label in others]
+                earlier = [_train(replace(job, arm=label, rate=rates[label] or 0.0), out) for label in other_arms]
                 tables.setdefault(name, []).append(function(*earlier, run))
     return {name: pd.concat(pieces, ignore_index=True) for name, pieces in tables.items()}
 

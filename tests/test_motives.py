@@ -137,7 +137,10 @@ def test_a_replicate_has_17_runs_that_share_only_the_initial_a_of_their_set(monk
                 init_seeds[0] = None
             assert [arm.method.init_seed for arm in replicate] == init_seeds
             seeds.setdefault(seed, set()).update(run_seeds)
-            if name != hydra.TEXT_THIRDS:
+            if name == hydra.TEXT_THIRDS:
+                parts = [arm.task.name.split("part ")[1] for arm in replicate]
+                assert parts == [f"{1 + order // 2} of 3, draw {seed}" for order in range(6)]
+            else:
                 assert [arm.task for arm in replicate] == [f"sentiment/{task}" for task in hydra.SETS[name].values()]
     assert len(set.union(*seeds.values())) == 18
 
@@ -227,7 +230,7 @@ def test_claims_on_factors_compare_the_sets_that_they_name() -> None:
 
 def made_norms(embed: float, head: float | None) -> pd.DataFrame:
     """Return a table ``norms`` whose blocks have the median norm 2 in the reading "update"."""
-    values = {"embed": embed, "0": 1.0, "1": 2.0, "2": 40.0} | ({"head": head} if head else {})
+    values = {"embed": embed, "0": 1.0, "1": 2.0, "2": 40 * embed} | ({"head": head} if head else {})
     rows = [("update", place, place.isdigit(), value) for place, value in values.items()]
     rows += [("weight", place, place.isdigit(), 7.0) for place in values]
     return pd.DataFrame(rows, columns=["reading", "place", "block", "value"])
@@ -290,6 +293,9 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
         assert chart.title.endswith(": 50%")
         assert set(chart.data["seed"]) == {200}
         assert chart.data[["x", "y"]].abs().max(axis=None) == pytest.approx(0.5, abs=1e-6)
+        # Equal factors of one module are in one place, and modules are apart.
+        by_module = chart.data.groupby("module")[["x", "y"]]
+        assert by_module.std().max(axis=None) < 0.1 * by_module.mean().std().min()
     assert [len(chart.data) for chart in panels.charts()] == 4 * [30] + 8 * [20]
 
 
@@ -302,5 +308,5 @@ def test_the_figure_of_norms_has_means_and_ranges_over_seeds() -> None:
         update = row[1].data.set_index(["method", "place"])
         for method in arms_of_row:
             assert update.loc[(method, "embed"), ["value", "low", "high"]].tolist() == [6, 2, 12]
-            assert update.loc[(method, "2"), ["value", "low", "high"]].tolist() == [40, 40, 40]
+            assert update.loc[(method, "1"), ["value", "low", "high"]].tolist() == [2, 2, 2]
         assert [*row[1].x.order] == ["embed", "0", "1", "2", "head"]

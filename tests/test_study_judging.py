@@ -181,6 +181,34 @@ WRONG = {
 }
 
 
+def test_a_narrow_interval_is_never_open() -> None:
+    rng = np.random.default_rng(0)
+    for mean, half in zip(rng.uniform(-3, 3, 500), rng.uniform(0, 0.4999, 500), strict=True):
+        for kind in ("gain", "cost"):
+            assert word(kind, 1.0, mean - half, mean + half) != "open"  # type: ignore[arg-type]
+
+
+def test_a_diverged_run_is_not_learned_and_has_no_interval() -> None:
+    registered, comparison = CLAIMS["gain"]
+    evidence = made_up(registered, "gain", comparison, effects_of(registered, "gain", comparison, GAIN["true"]))
+    runs = evidence.runs
+    is_diverged = (runs["arm"] == "LoRA, uneven") & (runs["seed"] == 204)
+    runs = runs.assign(gap=runs["gap"].mask(is_diverged))
+    row = judge(registered, "gain", comparison, replace(evidence, runs=runs))
+    assert (row["word"], row["note"], row["excludes_zero"]) == ("not learned", "LoRA, uneven, seed 204", "")
+    assert row[["effect", "low", "high"]].isna().all()
+    with pytest.raises(ValueError, match="not finite"):
+        judge(registered, "table", *without_one_value(*CLAIMS["table"]))
+
+
+def without_one_value(registered: StudyRegistration, comparison: Any) -> tuple[Any, Any]:
+    """Return a claim on a table with evidence that lacks a value, although its run learned."""
+    evidence = made_up(registered, "table", comparison, effects_of(registered, "table", comparison, GAIN["true"]))
+    table = evidence.tables["neurons"]
+    table.loc[3, "planted"] = np.nan
+    return comparison, evidence
+
+
 @pytest.mark.parametrize(("kind", "effect"), WRONG)
 def test_wrong_words_are_as_rare_as_their_level(kind: Any, effect: float) -> None:
     studies, seeds, bound = 2000, 16, 2.0
@@ -232,6 +260,10 @@ MUTANTS = {
         "papers.judging.study_results", "for arm, seed in runs])", "for arm, seed in runs if seed == 200])"
     ),
     "positive control skipped": ("papers.judging.study_results", "elif positive and", "elif False and"),
+    "acceptable cost is a gain": ("papers.judging.words", "low > -bound", "low > bound"),
+    "loss not noticed": ("papers.judging.words", "if high < 0:", "if high < -100 * bound:"),
+    "headroom of a cost by a gain": ("papers.judging.words", "else high < 0", "else low > 0"),
+    "difference above or below": ("papers.judging.words", "difference_low > 0", "difference_low != 0"),
     "base gap of another seed": (
         "papers.judging.kept_study",
         "rows['base_gap'].to_numpy()",
@@ -239,9 +271,10 @@ MUTANTS = {
     ),
 }  # fmt: skip
 RELOADED = (
-    "analysis.seed_intervals",
-    *(f"papers.judging.{name}" for name in ("kept_study", "study_statistics", "study_results")),
-)
+    "analysis.seed_intervals", "papers.judging.kept_study", "papers.judging.words", "papers.judging.study_statistics",
+    "papers.judging.study_results",
+)  # fmt: skip
+"""Modules that are loaded again, in the order in which they import each other."""
 
 
 def mutated(monkeypatch: pytest.MonkeyPatch, module: str, before: str, after: str) -> Code:
@@ -265,10 +298,6 @@ def mutated(monkeypatch: pytest.MonkeyPatch, module: str, before: str, after: st
 @pytest.mark.parametrize("name", MUTANTS)
 def test_no_mutant_survives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     code = mutated(monkeypatch, *MUTANTS[name])
-    registered = registration()
-    comparison = comparisons(code.study_statistics)["gain"]
-    try:
-        caught = list(failures(registered, "gain", comparison, code))
-    except (KeyError, ValueError):  # it asks for a run that does not exist
-        return
-    assert caught != []
+    all_comparisons = comparisons(code.study_statistics)
+    pairs = (failures(registration(), id, all_comparisons[id], code) for id in ("gain", "cost"))
+    assert any(caught for of_claim in pairs for caught in of_claim)

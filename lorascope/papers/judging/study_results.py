@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from lorascope.papers.judging.kept_study import FIRST_SEED, StudyEvidence
@@ -81,8 +82,13 @@ def _judge(
     missing = [f"{arm}, seed {seed}" for arm, seed in runs if not evidence.has(arm, seed)]
     if missing:
         return {"n": 0, "word": NOT_RUN, "note": _first_of(missing)}, []
-    values = {name: statistic(evidence, seeds[name]) for name, statistic in statistics.items()}
-    intervals, effects = {}, []
+    unlearned = list(_unlearned(runs, evidence))
+    values, intervals, effects = {}, {}, []
+    for name, statistic in statistics.items():
+        values[name] = by_seed = statistic(evidence, seeds[name])
+        # A run that diverged has no number, and did not learn.
+        if not unlearned and not np.isfinite(by_seed).all():
+            raise ValueError(f"cannot judge claim {claim.id}: the effect {name!r} has values that are not finite")
     if "against" in values:
         values["difference"] = values["for"] - values["against"]
     for name, by_seed in values.items():
@@ -104,7 +110,7 @@ def _judge(
     if isinstance(printed, float) and claim.paper.printed_unit == claim.rule.unit:
         row["excludes_printed"] = excludes(printed, low, high)
     kind, positive = claim.rule.kind, intervals.get("positive")
-    if unlearned := list(_unlearned(runs, evidence)):
+    if unlearned:
         row |= {"word": NOT_LEARNED, "note": _first_of(unlearned)}
     elif positive and not has_headroom(kind, positive.low, positive.high):
         row["word"] = NO_HEADROOM

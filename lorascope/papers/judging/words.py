@@ -5,6 +5,7 @@ A *gain* claim has the smallest gain m that matters, a *cost* claim the largest 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 RuleKind = Literal["gain", "cost"]
@@ -48,5 +49,7 @@ def has_headroom(kind: RuleKind, low: float, high: float) -> bool:
 
 
 def excludes(value: float, low: float, high: float) -> str:
-    """Return "yes" if a value is outside of an interval, else "no"."""
+    """Return "yes" if a value is outside of an interval, "no" if it is inside, and "" without an interval."""
+    if math.isnan(low):
+        return ""
     return "no" if low <= value <= high else "yes"

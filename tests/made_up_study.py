@@ -62,6 +62,7 @@ def _displacement(table: pd.DataFrame) -> float:
 RULES = {
     "pair.lora": ("cost", 2.0, 16),
     "pair.adapprox": ("cost", 10.0, 40),
+    "pair.factored": ("gain", 10.0, 40),
     "text.lora": ("cost", 1.0, 16),
     "gain": ("gain", 2.0, 16),
     "cost": ("cost", 10.0, 40),
@@ -89,6 +90,8 @@ def registration(all_comparisons: Mapping[str, Any] | None = None) -> StudyRegis
         )
         for label in sorted(comparison.arms()):
             count = 5 if label == "short" else seeds
+            if label in arms:  # an arm of several claims has runs for the longest one
+                count = max(count, arms[label].seeds)
             arms[label] = registered_study.StudyArm(label, "sha256:1", rates=(1e-3,), seeds=count)
     return StudyRegistration(arms, claims)
 
@@ -178,7 +181,7 @@ def made_up(
     for key, leaf in by_leaf.items():
         arm: Any = leaf.arm  # type: ignore[attr-defined]
         kind = type(leaf).__name__
-        for number in range(registered.arms[arm].seeds):
+        for number in range(min(registered.arms[arm].seeds, len(values[key]))):
             run_seed, value = FIRST_SEED + number, values[key][number]
             run = hashlib.sha256(f"{arm} {run_seed}".encode()).hexdigest()[:12]
             row = dict.fromkeys(STUDY_COLUMNS, np.nan) | {

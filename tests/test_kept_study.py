@@ -104,6 +104,25 @@ def test_a_run_cannot_be_added_twice_with_other_numbers(tmp_path: Path) -> None:
     assert len(kept_study.read(tmp_path).runs) == 9
 
 
+def test_a_diverged_run_has_no_numbers_and_no_losses(tmp_path: Path) -> None:
+    add_run(tmp_path, made_run("r1"))
+    compact(tmp_path)
+    run = made_run("r2", seed=201, gap=np.nan)
+    add_run(tmp_path, StudyRun(run.rows, pd.DataFrame(columns=["phase", "step", "loss"], dtype="float64")))
+    for _ in range(2):
+        evidence = kept_study.read(tmp_path)
+        assert np.isnan(evidence.closed("None", 201))
+        assert evidence.tables["losses"].dtypes.astype(str).tolist() == [
+            "str",
+            "int64",
+            "str",
+            "str",
+            "int64",
+            "float16",
+        ]
+        compact(tmp_path)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 

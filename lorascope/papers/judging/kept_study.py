@@ -284,7 +284,7 @@ def _checked(run: StudyRun) -> StudyRun:
         raise ValueError(f"a run must have rows of phase '', the last one: run {head['run']}")
     labels = {name: head[name] for name in ("arm", "seed", "run")}
     # Enough for a figure, at a quarter of the size.
-    losses = run.losses[["phase", "step", "loss"]].astype({"loss": np.float16})
+    losses = run.losses[["phase", "step", "loss"]].astype({"phase": "str", "step": "int64", "loss": np.float16})
     tables = {name: _labeled(table, labels) for name, table in run.tables.items()}
     if "rows" in tables or not all(map(is_plain, tables)):
         raise ValueError(f"names of tables must be plain file names other than 'rows', got {', '.join(tables)}")

@@ -244,9 +244,10 @@ def test_claims_on_norms_compare_log_ratios_to_the_median_block() -> None:
     }
     evidence, full = made_evidence(tables, range(200, 202)), np.log10(2)
     expected = {"norms.embedding": 1 - full, "norms.head": 2 - full, "norms.start": 2}
-    assert lisa.JUDGED.keys() == expected.keys()
-    for id, comparison in lisa.JUDGED.items():
-        np.testing.assert_allclose(comparison.effect(evidence, [200, 201]), expected[id])
+    for id, effect in expected.items():
+        comparison = lisa.JUDGED[id]
+        np.testing.assert_allclose(comparison.effect(evidence, [200, 201]), effect)
+        assert (comparison.positive is None) == (id == "norms.start")
         if comparison.positive is not None:
             np.testing.assert_allclose(comparison.positive(evidence, [200, 201]), 2)
 

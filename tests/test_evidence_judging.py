@@ -456,6 +456,41 @@ def test_run_is_never_written_twice(tmp_path: Path) -> None:
         kept_runs.add_run(tmp_path, row | {"test_metric": 0.6}, {}, {})
 
 
+def without_processor(file: Path) -> bytes:
+    """Return the content of ``runs.csv`` as earlier versions wrote it."""
+    return csv_tables.to_csv(csv_tables.text_table(file.read_bytes()).drop(columns="processor", errors="ignore"))
+
+
+def test_runs_of_an_older_file_have_an_unknown_processor_and_keep_their_numbers(tmp_path: Path) -> None:
+    evidence, file = planted({"A": 0.8}, 2), tmp_path / "runs.csv"
+    write(tmp_path, evidence)
+    before = kept_runs.read(tmp_path).runs
+    file.write_bytes(without_processor(file))
+    pd.testing.assert_frame_equal(kept_runs.read(tmp_path).runs, before.assign(processor=""), check_dtype=False)
+    kept_runs.add_run(tmp_path, run_row("A", 102) | {"processor": "a new one"}, {}, {})
+    assert kept_runs.read(tmp_path).runs["processor"].tolist() == ["", "", "a new one"]
+    kept = without_processor(registration.FILE.parent / "evidence" / "runs.csv")
+    file.write_bytes(kept)
+    kept_runs.add_run(tmp_path, run_row("A", 102) | {"processor": "a new one"}, {}, {})
+    header, *lines = kept.splitlines()
+    assert file.read_bytes().splitlines()[:-1] == [header + b",processor", *(line + b"," for line in lines)]
+
+
+def test_run_of_another_processor_with_equal_numbers_is_the_same_run(tmp_path: Path) -> None:
+    evidence = planted({"A": 0.8}, 1)
+    write(tmp_path, evidence)
+    before = (tmp_path / "runs.csv").read_bytes()
+    kept_runs.add_run(tmp_path, evidence.runs.iloc[0].to_dict() | {"processor": "another"}, {}, {})
+    assert (tmp_path / "runs.csv").read_bytes() == before
+
+
+def test_processor_is_no_part_of_the_machine_by_which_runs_are_grouped() -> None:
+    evidence = planted({"A": 0.8, "B": 0.5}, 3)
+    mixed = evidence.runs.assign(processor=["one", "two", "", "one", "", "three"])
+    assert Evidence(mixed, evidence.rows, evidence.margins).blocks() == evidence.blocks()
+    assert len(evidence.blocks()) == 1
+
+
 def test_interrupted_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence = planted({"A": 0.8}, 2)
     write(tmp_path, evidence)
@@ -505,7 +540,7 @@ DAMAGED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("runs.csv", lambda file: file.write_bytes(b"\xff\xfe\n"), "runs.csv: 'utf-8' codec can't decode"),
     ("runs.csv", lambda file: file.write_bytes(b""), "runs.csv: its last row is incomplete"),
     ("runs.csv", lambda file: file.write_bytes(file.read_bytes()[:-40]), "runs.csv: its last row is incomplete"),
-    ("runs.csv", replace(b"\nA-100AVX2", b"\nx,A-100AVX2"), "runs.csv: row 2 must have 27 fields, got 28"),
+    ("runs.csv", replace(b"\nA-100AVX2", b"\nx,A-100AVX2"), "runs.csv: row 2 must have 28 fields, got 29"),
     (
         "runs.csv",
         replace(SEED, b",abc,0.001,300,"),

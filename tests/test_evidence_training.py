@@ -17,10 +17,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from joblib import parallel_config
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from planted import plant_spectra
+from torch.nn import functional
 
 from lorascope import __version__, plots
 from lorascope.charts.chart import Chart
@@ -35,9 +37,10 @@ from lorascope.papers.lora import tfidf_arm
 from lorascope.papers.probe import Arm, Probe
 from lorascope.papers.rank_tables import RANKS, keep_ranks
 from lorascope.papers.registry import GalleryFigure
-from lorascope.papers.training import train_arms
+from lorascope.papers.training import retraining, train_arms
 from lorascope.runs.folders import RunLocked, lock_run
 from lorascope.runs.run import Run
+from lorascope.training.processor import processor_name
 
 TOML = """
 [[stage]]
@@ -180,6 +183,7 @@ def planted_probe(bert: str, task: Any) -> Iterator[None]:
         patch.setattr(train_arms, "PROBES", {"p": probe})
         patch.setattr(train_arms, "PAIRS", PAIRS)
         patch.setattr(train_arms, "SECTIONS", SECTIONS)
+        patch.setattr(retraining, "SECTIONS", SECTIONS)
         train_arms.registered_arms.cache_clear()
         yield
     train_arms.registered_arms.cache_clear()
@@ -326,7 +330,7 @@ def test_another_arm_than_registered_is_refused_before_training(study: Study) ->
 
 def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study) -> None:
     with parallel_config(n_jobs=1):
-        assert train_arms.retrain(finished.folder, 100, finished.file) == []
+        assert retraining.retrain(finished.folder, 100, finished.file) == []
     kept = kept_runs.read(finished.folder)
     run = kept.run("A", 102)
     margins = kept.margins[run].copy()
@@ -338,7 +342,7 @@ def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study)
     (finished.folder / "runs.csv").write_bytes(csv_tables.to_csv(rows))
     finished.write()
     assert finished.differences() == []
-    lines = train_arms.retrain(finished.folder, 100, finished.file)
+    lines = retraining.retrain(finished.folder, 100, finished.file)
     assert lines[0].startswith("A, seed 102: margin: row ")
     assert lines[0].endswith(", and 1 more")
     assert lines[1].startswith("A, seed 102: test_metric: kept ")
@@ -356,7 +360,7 @@ def test_forged_tables_and_scores_are_named_when_trained_again(finished: Study) 
     finished.write()
     assert finished.differences() == []
     with parallel_config(n_jobs=1):
-        table, *scores = sorted(train_arms.retrain(finished.folder, 100, finished.file))
+        table, *scores = sorted(retraining.retrain(finished.folder, 100, finished.file))
     assert re.match(rf"A, seed 100: {RANKS}: row 2 .*: value: kept '7', recomputed '2', and \d+ more$", table)
     assert [line.partition(", trained")[0] for line in scores] == [
         f"A, seed 102: {name}: kept {float(value)}" for name, value in sorted(forged.items())
@@ -376,9 +380,9 @@ def test_records_that_an_older_excerpt_lacks_are_not_compared(finished: Study, m
     run = kept_runs.read(finished.folder).run("A", 101)
     change_records(finished.folder / "shown" / run, lambda table: table[table["step"] == table["step"].max()])
     shown = replace(FIGURES[0], quantities=("rank", "loss"))
-    monkeypatch.setattr(train_arms, "SECTIONS", {"p": [shown, *FIGURES[1:]]})
+    monkeypatch.setattr(retraining, "SECTIONS", {"p": [shown, *FIGURES[1:]]})
     with parallel_config(n_jobs=1):
-        assert train_arms.retrain(finished.folder, 100, finished.file) == []
+        assert retraining.retrain(finished.folder, 100, finished.file) == []
 
 
 def test_a_forged_record_that_a_figure_shows_is_named_when_trained_again(finished: Study) -> None:
@@ -388,8 +392,81 @@ def test_a_forged_record_that_a_figure_shows_is_named_when_trained_again(finishe
     finished.write()  # draws the figures from the forged record
     assert finished.differences() == []
     with parallel_config(n_jobs=1):
-        lines = train_arms.retrain(finished.folder, 100, finished.file)
+        lines = retraining.retrain(finished.folder, 100, finished.file)
     assert lines == [f"A, seed 101: shown/{run}: records of rank: other values when trained again"]
+
+
+def retrained(study: Study) -> list[str]:
+    with parallel_config(n_jobs=1):
+        return retraining.retrain(study.folder, 100, study.file)
+
+
+def forge(study: Study, **factors: float) -> None:
+    """Multiply numbers of a kept run, and let everything that follows from them agree."""
+    kept = kept_runs.read(study.folder)
+    rows, is_forged = kept.runs, kept.runs["run"] == kept.run("A", 102)
+    for name, factor in factors.items():
+        rows[name] = rows[name].where(~is_forged, rows[name] * factor)
+    (study.folder / "runs.csv").write_bytes(csv_tables.to_csv(rows))
+    study.write()
+    assert study.differences() == []
+
+
+def test_new_runs_have_their_processor_in_table_and_manifest(finished: Study) -> None:
+    assert set(kept_runs.read(finished.folder).runs["processor"]) == {processor_name()}
+    assert {Run.read(file.parent).meta.processor for file in finished.out.glob("*/run.json")} == {processor_name()}
+
+
+@pytest.mark.parametrize("stored", ["this one", "another", "unknown"])
+def test_other_rounding_is_a_difference_only_on_the_same_processor(
+    finished: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stored: str
+) -> None:
+    linear = functional.linear
+
+    def rounded_differently(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x.double(), W.double(), None if b is None else b.double()).to(x.dtype)
+
+    monkeypatch.setattr(functional, "linear", rounded_differently)
+    file, rules = finished.folder / "runs.csv", {"this one": "within 1e-09: the same processor"}
+    if stored == "another":
+        monkeypatch.setattr(retraining, "processor_name", lambda: "new")
+        rules[stored] = f"within 0.001: the same instructions, but another processor ({processor_name()}, here new)"
+    if stored == "unknown":  # as the file of an earlier version
+        file.write_bytes(csv_tables.to_csv(csv_tables.text_table(file.read_bytes()).drop(columns="processor")))
+        rules[stored] = f"within 0.001: the same instructions, but another processor (unknown, here {processor_name()})"
+    lines = retrained(finished)
+    assert bool(lines) == (stored == "this one")
+    assert capsys.readouterr().out.count(f"Compared all {rules[stored]}") == 2 * SEEDS
+
+
+def test_forgeries_beyond_rounding_are_named_on_another_processor(
+    finished: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forge(finished, test_loss=1 + 6e-5, validation_loss=1 + 2e-3)
+    monkeypatch.setattr(retraining, "processor_name", lambda: "new")
+    (line,) = retrained(finished)
+    assert line.startswith("A, seed 102: validation_loss: kept ")
+    kept = kept_runs.read(finished.folder)
+    run = kept.run("A", 101)
+    np.savez_compressed(finished.folder / "predictions" / f"{run}.npz", margin=kept.margins[run] + np.int8(2))
+    table = kept.table(RANKS, "A", 100)
+    file = finished.folder / "kept" / RANKS / f"{kept.run('A', 100)}.parquet"
+    table.assign(value=table["value"] * (1 + 2e-3)).to_parquet(file, index=False)
+    change_records(finished.folder / "shown" / run, lambda records: records.assign(value=records["value"] * (1 + 2e-3)))
+    starts = [f"seed 100: {RANKS}: row 2 ", "seed 101: margin: row 2 ", f"seed 101: shown/{run}: records of rank"]
+    starts.append("seed 102: validation_loss: kept ")
+    for line, start in zip(sorted(retrained(finished)), starts, strict=True):
+        assert line.startswith(f"A, {start}")
+
+
+def test_run_of_another_machine_is_compared_by_the_spread_of_the_seeds(
+    finished: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = train_arms.block()
+    monkeypatch.setattr(retraining, "block", lambda: {**here, "torch": "3.0"})
+    assert retrained(finished) == []
+    rule = "test_metric within three standard deviations of the seeds: another machine"
+    assert capsys.readouterr().out.count(f"Compared {rule} (torch {here['torch']}, here 3.0).") == 2 * SEEDS
 
 
 def test_source_tree_without_git_has_the_version_instead_of_a_commit(

@@ -121,7 +121,7 @@ def test_runs_that_differ_when_trained_again_are_named(
         print("training")
         return [f"{given[0]}: {given[1]} runs differ"]
 
-    monkeypatch.setattr("lorascope.papers.training.train_arms.retrain", retrain)
+    monkeypatch.setattr("lorascope.papers.training.retraining.retrain", retrain)
     for name, value in kept_runs.INSTRUCTIONS.items():
         monkeypatch.setenv(name, value)  # removed at the end, because processes of later tests inherit it
     assert main(["verify", "--retrain", "2", "--json"]) == 1

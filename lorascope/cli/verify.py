@@ -139,7 +139,7 @@ def _find_differences(
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= kept_runs.INSTRUCTIONS
-        from lorascope.papers.training import train_arms as training
+        from lorascope.papers.training import retraining
 
         with redirect_stdout(sys.stderr):  # its progress must not mix with JSON
-            yield from training.retrain(folder, retrain, registered)
+            yield from retraining.retrain(folder, retrain, registered)

@@ -158,6 +158,7 @@ class Manifest:
     commit: str | None = None
     versions: dict[str, str] | None = None
     device: str | None = None
+    processor: str | None = None
     task_kind: str | None = None
     task_type: str | None = None
     eval_overlap: float | None = None

@@ -22,6 +22,7 @@ from lorascope.observe import Observer
 from lorascope.runs.layout import identify
 from lorascope.runs.manifest import SCHEMA, Manifest, Parameters, describe_modules
 from lorascope.runs.run import Run
+from lorascope.training.processor import processor_name
 from lorascope.training.settings import Settings
 
 
@@ -93,6 +94,7 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
         "versions": {"lorascope": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "commit": commit.strip() or None,
         "device": device,
+        "processor": processor_name() or None,
         "status": "running",
         "parameters": Parameters(
             total=sum(p.numel() for p in model.parameters()),

@@ -108,24 +108,27 @@ def _select(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def excerpt_differences(excerpt: Run, other: Run, only_kept_steps: bool = False) -> list[str]:
+def excerpt_differences(
+    excerpt: Run, other: Run, only_kept_steps: bool = False, tolerance: float | None = None
+) -> list[str]:
     """Return what differs between two excerpts of a run: fields of "run.json", quantities, and arrays with their step.
 
-    Numbers may differ by the rounding of another version. With ``only_kept_steps``, records of the other excerpt are
-    compared at the steps at which the first one has their quantity.
+    Numbers may differ by the rounding of another version, or by ``tolerance`` times the largest one of their quantity
+    or array. With ``only_kept_steps``, records of the other excerpt are compared at the steps at which the first one
+    has their quantity.
     """
     differences = [name for name in _COMPARED if getattr(excerpt.meta, name) != getattr(other.meta, name)]
     for name in sorted({*excerpt.table["quantity"], *other.table["quantity"]}):
         records, other_records = _records(excerpt, name), _records(other, name)
         if only_kept_steps:
             other_records = other_records[other_records["step"].isin(records["step"])].reset_index(drop=True)
-        if not _are_close(records, other_records):
+        if not _are_close(records, other_records, tolerance):
             differences.append(f"records of {name}")
     for name in sorted({*excerpt.snapshot_names(), *other.snapshot_names()}):
         steps, other_steps = excerpt.snapshot_steps(name), other.snapshot_steps(name)
         for step in sorted({*steps, *other_steps}):
             missing = step not in steps or step not in other_steps
-            if missing or not _are_close(excerpt.snapshot(name, step), other.snapshot(name, step)):
+            if missing or not _are_close(excerpt.snapshot(name, step), other.snapshot(name, step), tolerance):
                 differences.append(f"{name} at step {step}")
     return differences
 
@@ -136,9 +139,13 @@ def _records(run: Run, quantity: str) -> pd.DataFrame:
     return rows.sort_values(_KEY).reset_index(drop=True)
 
 
-def _are_close(table: pd.DataFrame, other: pd.DataFrame) -> bool:
-    keys, other_keys = _key_texts(table), _key_texts(other)
-    return keys.equals(other_keys) and np.allclose(table["value"], other["value"], rtol=1e-9, atol=0, equal_nan=True)
+def _are_close(table: pd.DataFrame, other: pd.DataFrame, tolerance: float | None) -> bool:
+    relative, absolute = 1e-9, 0.0
+    if tolerance is not None:
+        relative, absolute = 0.0, tolerance * table["value"].abs().max()
+    if not _key_texts(table).equals(_key_texts(other)):
+        return False
+    return np.allclose(table["value"], other["value"], rtol=relative, atol=absolute, equal_nan=True)
 
 
 def _key_texts(table: pd.DataFrame) -> pd.DataFrame:
@@ -170,7 +177,13 @@ def _contents_of(
 
 
 def changed_excerpts(
-    folder: Path, evidence: Evidence, row: Mapping[str, Any], retrained: Path, sections: Sections
+    folder: Path,
+    evidence: Evidence,
+    row: Mapping[str, Any],
+    new_row: Mapping[str, Any],
+    retrained: Path,
+    sections: Sections,
+    tolerance: float | None = None,
 ) -> list[str]:
     """Return what differs between an excerpt for redrawing figures and the same run trained again, in one line each.
 
@@ -180,24 +193,27 @@ def changed_excerpts(
         Folder of evidence.
     evidence : Evidence
         Its content.
-    row : mapping
-        Row of ``runs.csv``.
+    row, new_row : mapping
+        Row of ``runs.csv``, and that of the run that was trained again.
     retrained : path
         Folder of the run that was trained again.
     sections : Sections
         Figures by heading.
+    tolerance : float or None
+        See ``excerpt_differences``.
     """
     path = folder / EXCERPTS / row["run"]
     if not path.exists():
         return []
-    excerpt, run = run_finder(path)(row), run_finder(retrained)(row)
+    excerpt, run = run_finder(path)(row), run_finder(retrained)(new_row)
     if excerpt is None or run is None:
         return [f"{EXCERPTS}/{row['run']}: no finished run with the scores of the one that was trained again"]
     quantities, arrays = _contents_of(row, evidence.of_main_machine(), figures_by_name(sections))
     # Later versions record more: quantities and steps that the excerpt lacks are not differences.
     quantities &= (excerpt.meta.quantities or {}).keys()
     with tempfile.TemporaryDirectory() as new:
-        changed = excerpt_differences(excerpt, write_excerpt(run, Path(new) / "run", quantities, arrays), True)
+        other = write_excerpt(run, Path(new) / "run", quantities, arrays)
+        changed = excerpt_differences(excerpt, other, only_kept_steps=True, tolerance=tolerance)
     return [f"{EXCERPTS}/{row['run']}: {name}: other values when trained again" for name in changed]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,10 @@ _ROLES = {"tuning": "tuning", "judged": "judged", "baseline": "baseline"}
 ROLE = ColumnKind("tuning, judged or baseline", "str", _ROLES.__getitem__)
 
 
-def read_csv(file: Path, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
+def read_csv(file: Path, columns: Mapping[str, ColumnKind], later: Sequence[str] = ()) -> pd.DataFrame:
     """Read a CSV file of the evidence with exactly these columns.
+
+    Columns of text in ``later`` are empty if an older file lacks them.
 
     Raises
     ------
@@ -65,16 +67,17 @@ def read_csv(file: Path, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
     """
     require_small(file, MAX_BYTES)
     try:
-        return parse_csv(file.read_bytes(), columns)
+        return parse_csv(file.read_bytes(), columns, later)
     except ValueError as error:
         raise unreadable(file, printable(error)) from error
 
 
-def parse_csv(content: bytes, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
+def parse_csv(content: bytes, columns: Mapping[str, ColumnKind], later: Sequence[str] = ()) -> pd.DataFrame:
     """Parse the content of a CSV file with exactly these columns; see ``read_csv``."""
     if not content.endswith(b"\n"):  # a file that was cut off ends within a row
         raise ValueError("its last row is incomplete")
     table = text_table(content)
+    table = table.assign(**{name: "" for name in later if name not in table.columns})
     if list(table.columns) != list(columns):
         different = sorted(set(table.columns) ^ set(columns)) or ["another order"]
         raise ValueError(f"its columns differ from schema {SCHEMA}: {', '.join(different)}")

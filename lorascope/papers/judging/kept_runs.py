@@ -43,6 +43,7 @@ from lorascope.papers.judging.csv_tables import (
     TEXT,
     parse_csv,
     read_csv,
+    text_table,
     to_csv,
 )
 from lorascope.papers.judging.kept_figures import KeptFigure
@@ -52,18 +53,23 @@ RUN_COLUMNS = {
     "model": TEXT, "w0": TEXT, "task": TEXT, "task_hash": TEXT, "method": TEXT, "settings": TEXT, "commit": TEXT,
     "dirty": FLAG, "torch": TEXT, "numpy": TEXT, "capability": TEXT, "threads": COUNT, "device": TEXT,
     "cpu_seconds": SECONDS, "trained_parameters": NUMBER, "validation_loss": NUMBER, "validation_metric": NUMBER,
-    "validation_chance": NUMBER, "test_loss": NUMBER, "test_metric": NUMBER,
+    "validation_chance": NUMBER, "test_loss": NUMBER, "test_metric": NUMBER, "processor": TEXT,
 }  # fmt: skip
 """Columns of ``runs.csv``.
 
 A role is "judged", "tuning" or "baseline", such as word counts, which has no seeds and enters with every seed.
-``validation_chance`` is the accuracy of always answering with the most frequent class.
+``validation_chance`` is the accuracy of always answering with the most frequent class. ``processor`` is empty if the
+model of the processor is unknown, as in files that lack the column.
 """
+_LATER = ["processor"]  # columns that older files lack
 ROW_COLUMNS = ("task_hash", "row", "text", "label", "group", "cluster")
 SCORES = {"margin": np.int8, "nll": np.floating}
 """Arrays of ``predictions/RUN.npz`` with their dtypes."""
 BLOCK = ["capability", "torch", "threads", "device"]
-"""Columns that identify a machine: a seed gives other numbers where one of them differs."""
+"""Columns that identify a machine: a seed gives other numbers where one of them differs.
+
+Another processor of the same instruction set only rounds differently, so it is not one of them.
+"""
 INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 """Environment of all runs, so that they do not depend on the instructions that a processor has beyond these."""
 
@@ -198,7 +204,7 @@ def read(folder: str | Path) -> Evidence:
         A file has another schema, is damaged or missing, or two rows describe the same run.
     """
     folder = Path(folder)
-    runs = read_csv(folder / "runs.csv", RUN_COLUMNS)
+    runs = read_csv(folder / "runs.csv", RUN_COLUMNS, _LATER)
     rows = _read_rows(folder / "rows.parquet")
     scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in SCORES}
     for run in runs["run"]:
@@ -275,12 +281,13 @@ def add_run(
     """
     folder, run = Path(folder), str(row["run"])
     file = folder / "runs.csv"
-    runs = read_csv(file, RUN_COLUMNS) if file.exists() else pd.DataFrame(columns=list(RUN_COLUMNS))
+    runs = read_csv(file, RUN_COLUMNS, _LATER) if file.exists() else pd.DataFrame(columns=list(RUN_COLUMNS))
     new = pd.DataFrame([row])[list(RUN_COLUMNS)]
     if (runs["run"] == run).any():
-        # The new row is compared as it would be read. The time of a run differs whenever it is trained.
+        # The new row is compared as it would be read. Time and processor of a run may differ whenever it is trained.
         old, parsed = runs[runs["run"] == run], parse_csv(to_csv(new), RUN_COLUMNS)
-        if to_csv(old.assign(cpu_seconds=0.0)) != to_csv(parsed.assign(cpu_seconds=0.0)):
+        ignored = {"cpu_seconds": 0.0, "processor": ""}
+        if to_csv(old.assign(**ignored)) != to_csv(parsed.assign(**ignored)):
             raise ValueError(f"cannot add run {printable(run)}: {printable(file)} has it with other numbers")
         return
     if scores:
@@ -289,9 +296,13 @@ def add_run(
         write_bytes(folder / "predictions" / f"{run}.npz", buffer.getvalue())
     for name, table in tables.items():
         _write_table(folder / "kept" / name / f"{run}.parquet", table)
-    # Runs stay in the order in which they finished, which decides the judging machine. Earlier rows are not parsed, so
-    # that no number of theirs changes.
-    earlier = file.read_bytes() if file.exists() else to_csv(new.head(0))
+    # Runs stay in the order in which they finished, which decides the judging machine. Earlier rows stay texts, so that
+    # no number of theirs changes.
+    earlier = to_csv(new.head(0))
+    if file.exists():
+        earlier = file.read_bytes()
+        if missing := [name for name in _LATER if name not in text_table(earlier)]:
+            earlier = to_csv(text_table(earlier).assign(**dict.fromkeys(missing, "")))
     write_bytes(file, earlier + new.to_csv(index=False, header=False, lineterminator="\n").encode())
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,9 +31,7 @@ from lorascope.inputs.task_parts import first_test_rows, identify_test_rows
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import config
 from lorascope.papers.figures import redraw
-from lorascope.papers.figures.excerpt import changed_excerpts
 from lorascope.papers.judging import kept_figures, kept_runs, registration, verification
-from lorascope.papers.judging.csv_tables import text_table, to_csv
 from lorascope.papers.judging.looks import BUDGET
 from lorascope.papers.judging.registration import Registration, arm_hash
 from lorascope.papers.judging.verdicts import PHASES
@@ -44,11 +41,11 @@ from lorascope.papers.training.missing_runs import OpenRun, missing_runs
 from lorascope.runs.folders import lock_run
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
+from lorascope.training.processor import processor_name
 from lorascope.training.settings import Settings
 
 # The rates and what is observed or scored do not change how a run trains.
 _NOT_HASHED = ("lr", "head_lr", "eval_every", "test_size")
-_COMPARED = ("trained_parameters", "validation_loss", "validation_metric", "test_loss", "test_metric")
 
 
 @cache
@@ -167,76 +164,11 @@ def train_runs(
             if len(finished.rows):
                 kept_runs.add_rows(folder, finished.rows)
             kept_runs.add_run(folder, finished.row, finished.scores, finished.tables)
-            print(_line(finished.row), flush=True)
+            print(run_line(finished.row), flush=True)
 
 
-def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:
-    """Train arms again for judged runs that are drawn at random, and compare them with the evidence.
-
-    On the machine of a run, its predictions and scores, the tables that claims read, and the records and arrays that
-    figures show must be equal. On another one, its metric must be within three standard deviations of those of the
-    arm's seeds.
-
-    Parameters
-    ----------
-    folder : path
-        Folder of evidence.
-    number : int
-        Number of runs; all if there are fewer.
-    registered : path
-        File of the registration.
-
-    Returns
-    -------
-    list of str
-        One line per difference.
-    """
-    claims, evidence = registration.read(registered), kept_runs.read(folder)
-    reads, by_name = read_by_claims(claims), {"margin": evidence.margins, "nll": evidence.nll, **evidence.kept}
-    judged, differences = evidence.judged, []
-    for _, row in judged.sample(min(number, len(judged))).iterrows():
-        arm, seed = str(row["arm"]), int(row["seed"])
-        same_machine = all(row[name] == value for name, value in block().items())
-        of_machine = evidence.in_block({**row}).judged
-        metrics = of_machine.loc[of_machine["arm"] == arm, "test_metric"]
-        old = {name: of_runs[row["run"]] for name, of_runs in by_name.items() if row["run"] in of_runs}
-        of_seed = [replace(read, seeds=range(seed, seed + 1)) for read in reads.get(arm, []) if read.name in old]
-        lines = []
-        with tempfile.TemporaryDirectory() as out:
-            rate = None if pd.isna(row["rate"]) else float(row["rate"])
-            finished = finish(OpenRun(arm, seed, "judged", rate), claims, of_seed, Path(out))
-            print(_line(finished.row), flush=True)
-            if same_machine:
-                tolerances = dict.fromkeys(_COMPARED, 1e-9)  # numbers that were written and read
-                new = {**finished.scores, **finished.tables}
-                for name in old.keys() & new.keys():
-                    lines += _first_difference(name, old[name], new[name])
-                lines += changed_excerpts(folder, evidence, {**row}, Path(out), SECTIONS)
-            elif len(metrics) > 1:
-                tolerances = {"test_metric": 3 * metrics.std(ddof=1)}
-            else:
-                print(f"{arm}, seed {seed}: not compared, because a single kept seed has no deviation", flush=True)
-                continue
-        for name, tolerance in tolerances.items():
-            if not np.isclose(finished.row[name], row[name], rtol=0, atol=tolerance, equal_nan=True):
-                lines.append(f"{name}: kept {row[name]!r}, trained again {finished.row[name]!r}")
-        differences += [f"{arm}, seed {seed}: {line}" for line in lines]
-    return differences
-
-
-def _first_difference(name: str, old: Any, new: Any) -> list[str]:
-    """Compare a kept table, or kept scores, with those of a run that was trained again."""
-    if not isinstance(old, pd.DataFrame):
-        old, new = pd.DataFrame({"score": old}), pd.DataFrame({"score": new})
-    # As in a file, so that both have the same rounding and types.
-    old, new = text_table(to_csv(old)), text_table(to_csv(new))
-    lines = list(verification.compare_tables(name, old, new))
-    if lines[1:]:
-        lines = [f"{lines[0]}, and {len(lines) - 1} more"]
-    return lines
-
-
-def _line(row: Mapping[str, Any]) -> str:
+def run_line(row: Mapping[str, Any]) -> str:
+    """Return the line to print about a trained run of an arm."""
     rate = ""
     if row["rate"] is not None:
         rate = f", rate {row['rate']:g}"
@@ -290,7 +222,7 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
     arm = arm_of_run(open_run, claims)
     id = f"{_digest(arm.label, 12)}-{open_run.seed}"
     row = dict.fromkeys(kept_runs.RUN_COLUMNS) | vars(open_run) | block() | _describe(arm) | code_version()
-    row |= {"run": id, "arm_hash": claims.arms[arm.label].hash}
+    row |= {"run": id, "arm_hash": claims.arms[arm.label].hash, "processor": processor_name()}
     scores: dict[str, np.ndarray] = {}
     tables: dict[str, pd.DataFrame] = {}
     if isinstance(arm, OwnArm):

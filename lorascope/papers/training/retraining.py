@@ -1,0 +1,170 @@
+"""Retraining of kept runs: judged runs drawn at random, trained again and compared with the evidence."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lorascope.papers.figures.excerpt import changed_excerpts
+from lorascope.papers.judging import kept_runs, registration
+from lorascope.papers.judging.csv_tables import text_table, to_csv
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.verification import compare_tables
+from lorascope.papers.registry import SECTIONS
+from lorascope.papers.training.missing_runs import OpenRun
+from lorascope.papers.training.train_arms import FinishedRun, block, finish, read_by_claims, run_line
+from lorascope.training.processor import processor_name
+
+EXACT = 1e-9
+"""Largest difference on the same processor: numbers that were written and read."""
+ROUNDED = 1e-3
+"""Largest difference on another processor with the same instructions, relative to the largest value of its kind.
+
+A processor may add in another order. Each float32 operation then differs by up to 6e-8, and training amplifies this:
+runs differed by up to 6e-5. Another seed differs by more: of 2,438 pairs of kept runs of an arm, none agrees this
+closely in its predictions.
+"""
+_METRICS = ("validation_metric", "test_metric")
+_LOSSES = ("validation_loss", "test_loss")
+
+
+class Comparison(NamedTuple):
+    """Comparison rule of a retrained run: the largest difference, None for the spread of seeds, and the reason."""
+
+    tolerance: float | None
+    reason: str
+
+    def __str__(self) -> str:
+        if self.tolerance is None:
+            return f"test_metric within three standard deviations of the seeds: {self.reason}"
+        return f"all within {self.tolerance:g}: {self.reason}"
+
+
+def comparison_of(row: Mapping[str, Any]) -> Comparison:
+    """Return how a run of ``runs.csv`` is compared if it is retrained on this machine."""
+    here = block()
+    if different := [name for name in here if row[name] != here[name]]:
+        texts = (f"{name} {row[name]}, here {here[name]}" for name in different)
+        return Comparison(None, f"another machine ({'; '.join(texts)})")
+    if row["processor"] and row["processor"] == processor_name():
+        return Comparison(EXACT, f"the same processor ({processor_name()})")
+    processors = f"{row['processor'] or 'unknown'}, here {processor_name() or 'unknown'}"
+    return Comparison(ROUNDED, f"the same instructions, but another processor ({processors})")
+
+
+def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:
+    """Train arms again for judged runs that are drawn at random, and compare them with the evidence.
+
+    Compared are the predictions and scores of a run, the tables that claims read, and the records and arrays that
+    figures show, as far as they are kept. On the same processor they must be equal. On another one with the same
+    instructions they must agree within ``ROUNDED``, margins within one step more, and accuracies may differ by the
+    rows whose margin is at most one step. On any other machine the test metric must be within three standard
+    deviations of those of the arm's seeds.
+
+    Parameters
+    ----------
+    folder : path
+        Folder of evidence.
+    number : int
+        Number of runs; all if there are fewer.
+    registered : path
+        File of the registration.
+
+    Returns
+    -------
+    list of str
+        One line per difference.
+    """
+    claims, evidence = registration.read(registered), kept_runs.read(folder)
+    reads, judged, differences = read_by_claims(claims), evidence.judged, []
+    for _, row in judged.sample(min(number, len(judged))).iterrows():
+        arm, seed, kept = str(row["arm"]), int(row["seed"]), _kept_of(row["run"], evidence)
+        of_seed = [replace(read, seeds=range(seed, seed + 1)) for read in reads.get(arm, []) if read.name in kept]
+        comparison = comparison_of({**row})
+        with tempfile.TemporaryDirectory() as out:
+            rate = None if pd.isna(row["rate"]) else float(row["rate"])
+            finished = finish(OpenRun(arm, seed, "judged", rate), claims, of_seed, Path(out))
+            print(f"{run_line(finished.row)}. Compared {comparison}.", flush=True)
+            if comparison.tolerance is None:
+                lines = _beyond_seeds({**row}, finished, evidence)
+            else:
+                lines = _first_differences(kept, finished, comparison.tolerance)
+                rounding = None if comparison.tolerance == EXACT else comparison.tolerance
+                lines += changed_excerpts(folder, evidence, {**row}, finished.row, Path(out), SECTIONS, rounding)
+                lines += _score_differences({**row}, finished, kept, comparison.tolerance)
+        differences += [f"{arm}, seed {seed}: {line}" for line in lines]
+    return differences
+
+
+def _kept_of(run: str, evidence: Evidence) -> dict[str, Any]:
+    """Return the kept scores and tables of a run by name."""
+    by_name = {"margin": evidence.margins, "nll": evidence.nll, **evidence.kept}
+    return {name: by_run[run] for name, by_run in by_name.items() if run in by_run}
+
+
+def _beyond_seeds(row: Mapping[str, Any], finished: FinishedRun, evidence: Evidence) -> list[str]:
+    of_machine = evidence.in_block(row).judged
+    metrics = of_machine.loc[of_machine["arm"] == row["arm"], "test_metric"]
+    if len(metrics) < 2:
+        print("Not compared, because a single kept seed has no deviation.", flush=True)
+        return []
+    return _number_differences(row, finished, {"test_metric": 3 * metrics.std(ddof=1)})
+
+
+def _score_differences(
+    row: Mapping[str, Any], finished: FinishedRun, kept: Mapping[str, Any], tolerance: float
+) -> list[str]:
+    if tolerance == EXACT:
+        return _number_differences(row, finished, dict.fromkeys(("trained_parameters", *_LOSSES, *_METRICS), EXACT))
+    allowed = {name: tolerance * abs(row[name]) for name in (*_LOSSES, *_METRICS)}
+    if "margin" in kept and not np.isnan(row["validation_chance"]):  # else the metric is a perplexity
+        near_zero = float((np.abs(kept["margin"]) <= 1).mean())
+        for name in _METRICS:
+            allowed[name] += near_zero
+    return _number_differences(row, finished, {"trained_parameters": 0.0, **allowed})
+
+
+def _number_differences(row: Mapping[str, Any], finished: FinishedRun, allowed: Mapping[str, float]) -> list[str]:
+    lines = []
+    for name, difference in allowed.items():
+        if not np.isclose(finished.row[name], row[name], rtol=0, atol=difference, equal_nan=True):
+            lines.append(f"{name}: kept {row[name]!r}, trained again {finished.row[name]!r}")
+    return lines
+
+
+def _first_differences(kept: Mapping[str, Any], finished: FinishedRun, tolerance: float) -> list[str]:
+    """Compare kept scores and tables with those of a retrained run; return one line for each that differs."""
+    new, differences = {**finished.scores, **finished.tables}, []
+    for name in sorted(kept.keys() & new.keys()):
+        old_table, new_table = kept[name], new[name]
+        if not isinstance(old_table, pd.DataFrame):
+            old_table, new_table = pd.DataFrame({"score": old_table}), pd.DataFrame({"score": new_table})
+        if tolerance > EXACT:
+            new_table = _with_close_values(old_table, new_table, tolerance, float(name == "margin"))
+        # As in a file, so that both have the same rounding and types.
+        lines = list(compare_tables(name, text_table(to_csv(old_table)), text_table(to_csv(new_table))))
+        if lines[1:]:
+            lines = [f"{lines[0]}, and {len(lines) - 1} more"]
+        differences += lines
+    return differences
+
+
+def _with_close_values(old: pd.DataFrame, new: pd.DataFrame, tolerance: float, step: float) -> pd.DataFrame:
+    """Return a retrained table whose values are replaced by those of the old table where they agree with them."""
+    if list(old.columns) != list(new.columns) or len(old) != len(new):
+        return new
+    columns = {}
+    for name in old:
+        columns[name] = new[name].to_numpy()
+        if pd.api.types.is_numeric_dtype(old[name]) and pd.api.types.is_numeric_dtype(new[name]):
+            old_values, new_values = old[name].to_numpy(np.float64), new[name].to_numpy(np.float64)
+            allowed = step + tolerance * np.nanmax(np.abs(old_values), initial=0)
+            is_close = np.isclose(new_values, old_values, rtol=0, atol=allowed, equal_nan=True)
+            columns[name] = np.where(is_close, old[name].to_numpy(), new[name].to_numpy())
+    return pd.DataFrame(columns)

@@ -171,6 +171,11 @@ def press():
     time.sleep(5)
 
 def work(words):
+    if when == "in an import that is optional":
+        try:
+            press()
+        except KeyboardInterrupt:
+            raise AttributeError("module 'pandas' has no attribute '__version__'")
     try:
         press()
     finally:
@@ -190,7 +195,9 @@ sys.exit(cli.main())
 """
 
 
-@pytest.mark.parametrize("second", ["never", "in the cleanup", "as the line is printed", "at the end"])
+@pytest.mark.parametrize(
+    "second", ["never", "in the cleanup", "in an import that is optional", "as the line is printed", "at the end"]
+)
 def test_ctrl_c_once_or_twice_prints_one_line(second: str) -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, second], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"lorascope: stopped\n")

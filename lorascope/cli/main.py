@@ -65,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _flush_output(_run_command(list(argv)))
     except KeyboardInterrupt:  # a second Ctrl-C while the first one is handled
         return 130
+    except Exception:
+        if signal.getsignal(signal.SIGINT) is not _exit_now:
+            raise
+        # Ctrl-C amid an import that is optional for another package, such as that of pandas for pyarrow.
+        return _report_failure("stopped", 130)
 
 
 def _prepare_process() -> None:
@@ -97,6 +102,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _exit_now(number: int, frame: FrameType | None) -> None:
     """Exit on the second Ctrl-C without waiting for the cleanup that the first one started."""
+    # Workers of a sweep accept Ctrl-C only during a job. The module is imported if there are any.
+    if (processes := sys.modules.get("multiprocessing.process")) is not None:
+        for worker in processes.active_children():
+            worker.terminate()
     _report_failure("stopped", 130)
     os._exit(130)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from joblib import parallel_config
@@ -12,6 +15,7 @@ from joblib import parallel_config
 # Errors that a backend raises when it loses a worker; matched by name, since most backends are not installed.
 _DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "KilledWorker", "RayActorError", "WorkerCrashedError"}
 
+_HAS_MASKS = hasattr(signal, "pthread_sigmask")  # not on Windows
 _MOST_JOBS = 10_000  # far above any cluster; executors reject larger numbers with other errors
 
 
@@ -66,6 +70,45 @@ def ignore_replaced_workers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given to the executor")
         yield
+
+
+@contextmanager
+def start_workers_quietly() -> Iterator[None]:
+    """Start worker processes that print nothing if Ctrl-C stops the executor or kills this process.
+
+    A worker inherits that SIGINT is blocked, or Ctrl-C in a terminal would end each of them with a traceback amid its
+    imports. ``accept_interrupts`` is for the time of a job. The tracker of loky would list its cleanup.
+    """
+    filters = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [filters, "ignore:resource_tracker"]))
+    try:
+        if _HAS_MASKS:
+            resource_tracker.ensure_running()  # loky needs it, and its start unblocks SIGINT
+        with _interrupts("SIG_BLOCK"):
+            yield
+    finally:
+        if filters is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = filters
+
+
+def accept_interrupts() -> AbstractContextManager[None]:
+    """Accept Ctrl-C in a worker for the time of a job, which saves its state before it ends."""
+    return _interrupts("SIG_UNBLOCK")
+
+
+@contextmanager
+def _interrupts(action: str) -> Iterator[None]:
+    """Block or unblock SIGINT in this thread and the processes that it starts."""
+    if not _HAS_MASKS:
+        yield
+        return
+    mask = signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class RaiseClusterErrors:

@@ -23,7 +23,13 @@ from joblib.parallel import get_active_backend
 
 from lorascope.analysis.recipe_tests import name_recipes
 from lorascope.experiments import grid
-from lorascope.experiments.executors import ignore_replaced_workers, is_death, use_backend
+from lorascope.experiments.executors import (
+    accept_interrupts,
+    ignore_replaced_workers,
+    is_death,
+    start_workers_quietly,
+    use_backend,
+)
 from lorascope.experiments.grid import Data, Grid, Job
 from lorascope.experiments.sweep_table import SweepTable
 from lorascope.methods.method import Method
@@ -198,7 +204,9 @@ def run_jobs(
                 options = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "all"}
                 pool = Parallel(n_jobs=workers or width(), **options)
                 try:
-                    for number, folder, error in pool(calls):
+                    with start_workers_quietly():
+                        results = pool(calls)
+                    for number, folder, error in results:
                         if error:
                             fail(number, error)
                             continue
@@ -206,6 +214,9 @@ def run_jobs(
                         run = Run.read(folder)
                         board.end(number, "done", f"{run.score.name} {run.score.metric:.4g}")
                         ended(run)
+                except KeyboardInterrupt:
+                    count = f"{len(swept.folders)} of {len(jobs)} runs are finished"
+                    raise KeyboardInterrupt(f"interrupted; {count}, repeat the same call to resume") from None
                 except Exception as error:
                     if not is_death(error):
                         raise
@@ -239,7 +250,7 @@ def _do_job(
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                with writing_progress(ProgressFile(file)):
+                with accept_interrupts(), writing_progress(ProgressFile(file)):
                     run = train_job(job)
             finally:
                 torch.set_num_threads(threads)

@@ -132,3 +132,18 @@ def test_published_sentences_of_the_test_split_are_in_3318_clusters():
     found = task_parts.identify_test_rows(tasks.load("sentiment"))
     assert (len(found), found["cluster"].nunique()) == (3852, 3318)
     assert found.loc[found["group"].isin(["tweets", "movies"]), "cluster"].is_unique
+
+
+def test_enlarged_test_split_gets_the_training_rows_with_the_largest_draw(whole):
+    enlarged = task_parts.enlarge_test(whole, 30)
+    before, after = whole.split("train"), enlarged.split("train")
+    assert len(after) == len(before) - 30
+    assert len(enlarged.split("test")) == len(whole.split("test")) + 30
+    moved = set(before["text"]) - set(after["text"])
+    draws = whole.table.set_index("text")["draw"]
+    assert draws[list(moved)].min() >= draws[list(after["text"])].max()
+    assert enlarged.split("validation").equals(whole.split("validation"))
+    assert enlarged.hash not in (whole.hash, task_parts.enlarge_test(whole, 29).hash)
+    for number in (0, len(before)):
+        with pytest.raises(ValueError, match=f"number must be from 1 to {len(before) - 1}, got {number}"):
+            task_parts.enlarge_test(whole, number)

@@ -90,6 +90,23 @@ def first_test_rows(task: Task, number: int) -> Task:
     return _select(task, ~test | (test.cumsum() <= number), f"{number} test rows", ["first test rows", number])
 
 
+def enlarge_test(task: Task, number: int) -> Task:
+    """Return a task whose ``number`` training rows with the largest ``draw``, a random sample, are test rows.
+
+    Raises
+    ------
+    ValueError
+        The train split has no more rows than that, or ``number`` is below 1.
+    """
+    train = task.table[task.table["split"] == "train"]
+    if not 1 <= number < len(train):
+        raise ValueError(f"number must be from 1 to {len(train) - 1}, got {number}: {task.name}")
+    table = task.table.copy()
+    table.loc[train["draw"].nlargest(number).index, "split"] = "test"
+    enlarged = replace(task, table=table)
+    return _select(enlarged, np.ones(len(table), bool), f"{number} more test rows", ["enlarge test", number])
+
+
 def identify_test_rows(task: Task) -> pd.DataFrame:
     """Return the part of a task's test rows that the evidence keeps, which is enough to recognize them.
 

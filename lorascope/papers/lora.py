@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from lorascope.papers.figures.gallery_figure import (
 )
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, OfRun
-from lorascope.papers.judging.study_statistics import pair
+from lorascope.papers.judging.study_statistics import Comparison, pair
 from lorascope.papers.planted_pairs import planted_arms
 from lorascope.papers.probe import Arm, OwnArm, Probe, Scored, encoder_settings, factor_settings
 from lorascope.plots.builders import add_printed, heat_by_role
@@ -99,18 +99,41 @@ PLANTED = (truth_names.RANK_2, truth_names.RANK_24)
 _EVERYWHERE: Any = {"targets": "all-linear"}
 
 
+TEXT_LORA, TEXT_FULL = "LoRA, rank 8, sentiment", "full fine-tuning, sentiment"
+SHORT = f"{TEXT_LORA}, 100 steps"
+MORE_TEST_ROWS = 5000
+"""Number of training rows that become test rows: a run of 300 steps reads 4,800 of the 8,316 that remain."""
+
+
 def study_arms() -> list[Arm]:
-    """Return the arms of LoRA's pair, whose alpha is four times the rank."""
+    """Return the arms of LoRA's pair, whose alpha is four times the rank, and those on text."""
     from lorascope.methods import Full, LoRA
 
     students = {f"LoRA, rank {rank}": LoRA(rank=rank, alpha=4.0 * rank, **_EVERYWHERE) for rank in (1, 4, 16)}
     arms = planted_arms(students | {FULL: Full()}, PLANTED)
     # Rank 1 is known to be worse only where the update has a high rank.
-    return [arm for arm in arms if arm.label != f"LoRA, rank 1, {truth_names.RANK_2}"]
+    arms = [arm for arm in arms if arm.label != f"LoRA, rank 1, {truth_names.RANK_2}"]
+    settings: dict[str, Any] = {"steps": 300, "batch_size": 16, "eval_every": 0, "eval_size": 1968, "observe": []}
+    on_text = Arm(label=TEXT_FULL, method=Full(), settings=settings, vary=_with_large_test)
+    lora = replace(on_text, label=TEXT_LORA, method=LoRA(rank=8, alpha=8.0, **_EVERYWHERE))
+    return [*arms, on_text, lora, replace(lora, label=SHORT, settings=settings | {"steps": 100})]
+
+
+def _with_large_test(arm: Arm, seed: int) -> Arm:
+    return replace(arm, task=_large_test())
+
+
+@cache
+def _large_test() -> Task:
+    from lorascope.inputs import tasks
+    from lorascope.inputs.task_parts import enlarge_test
+
+    return enlarge_test(tasks.load("sentiment"), MORE_TEST_ROWS)
 
 
 JUDGED = {
     "pair.lora": pair("LoRA, rank 4", FULL, "LoRA, rank 1", truths=PLANTED, positive_truth=truth_names.RANK_24),
+    "text.lora": Comparison(Accuracy(TEXT_LORA) - Accuracy(TEXT_FULL), positive=Accuracy(SHORT) - Accuracy(TEXT_FULL)),
 }
 
 

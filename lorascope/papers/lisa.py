@@ -315,8 +315,11 @@ def norms_figure(table: pd.DataFrame) -> Panels:
         charts: list[Chart] = []
         for reading in READINGS:
             of_reading = cells[cells["reading"] == reading]
-            # The paper's claim is about the ends of the axis, where lines are hard to see.
-            dots = Point("place", "value", "method", data=of_reading[of_reading["place"].isin(["embed", "head"])])
+            # The paper's claim is about the ends of the axis, and LISA's lines have gaps at blocks that it never drew.
+            is_dot = of_reading["place"].isin(["embed", "head"])
+            if reading == "update":
+                is_dot |= of_reading["method"] == "LISA"
+            dots = Point("place", "value", "method", data=of_reading[is_dot])
             # Without a label, the axes of panels have different limits.
             y = Axis(label="" if charts else f"norm, {model}", log=reading != "weight")
             chart = curves(of_reading, "place", (x, y), dots, color="method", points=False, colors=arms)
@@ -324,8 +327,8 @@ def norms_figure(table: pd.DataFrame) -> Panels:
         rows.append(tuple(charts))
     caption = (
         "Norm of every layer, mean over the recorded steps after step 0. Lines are means and bands ranges over seeds. "
-        "Weights hardly change, so their lines coincide. The head of SmolLM2 is tied to its embedding: only LoRA has a "
-        "second norm there."
+        "Weights hardly change, so their lines coincide. Blocks that LISA never drew have no update. The head of "
+        "SmolLM2 is tied to its embedding: only LoRA has a second norm there."
     )
     rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
     return Panels(tuple(rows))

@@ -170,6 +170,14 @@ def test_untouched_evidence_agrees(planted: Planted) -> None:
     assert verdicts["n"].tolist() == [5, 5, 5]
 
 
+def test_files_of_a_run_without_a_row_are_named(planted: Planted) -> None:
+    """The last seed can be removed without a gap in the seeds."""
+    edit_csv("runs.csv", lambda table: table[table["run"] != "Bjudged105r0.001"])(planted)
+    lines = planted.verify()
+    for file in ("predictions/Bjudged105r0.001.npz", "kept/shares/Bjudged105r0.001.parquet"):
+        assert f"{file}: not a run of runs.csv" in lines
+
+
 def test_values_name_the_runs_that_they_come_from(planted: Planted) -> None:
     values = pd.read_csv(planted.folder / "values.csv", keep_default_na=False).set_index(["claim", "seed"])
     of = values[["runs_statistic", "runs_control"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -27,6 +28,11 @@ from lorascope.papers.judging.code_hash import code_hash
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.registration import Registration
 from lorascope.papers.registry import COMPARISONS, PAIRS, SECTIONS, module_of
+
+# Tables that follow from the runs -> what one of their rows is.
+_FOLLOWING = {"values.csv": "value", "verdicts.csv": "verdict"}
+_ROW_COUNTS = re.compile(r"kept (\d+) rows? .*, recomputed (\d+) rows? ")
+_FIGURE = re.compile(r"figures/[^/]+\.parquet")
 
 
 @command
@@ -109,15 +115,24 @@ def _verify_second(write: bool) -> list[str]:
 
 
 def _causes_first(differences: Sequence[str]) -> list[str]:
-    """Return the lines to print: causes in full, then how many values and verdicts follow from them."""
-    causes, counts = list(differences), []
-    for file, noun in (("values.csv", "value"), ("verdicts.csv", "verdict")):
-        # A table that was changed itself is a cause.
-        if not any(line.startswith(f"MANIFEST: {file}:") for line in differences):
-            rows = {line.partition("): ")[0] for line in differences if line.startswith(f"{file}: row ")}
-            causes = [line for line in causes if not line.startswith(f"{file}: row ")]
-            if rows:
-                counts.append(count_phrase(len(rows), noun))
+    """Return the lines to print: causes in full, then how many values, verdicts and figures follow from them."""
+    # A file that was changed itself is a cause.
+    edited = {line.split(": ")[1] for line in differences if line.startswith("MANIFEST: ")}
+    causes: list[str] = []
+    follow: dict[str, set[str]] = {"value": set(), "verdict": set(), "figure": set()}
+    for line in differences:
+        file, _, difference = line.partition(": ")
+        if file in edited:
+            causes.append(line)
+        elif file in _FOLLOWING and difference.startswith("row "):
+            follow[_FOLLOWING[file]].add(difference.partition("): ")[0])
+        elif file in _FOLLOWING and (counts := _ROW_COUNTS.match(difference)):
+            follow[_FOLLOWING[file]].update(map(str, range(abs(int(counts[1]) - int(counts[2])))))
+        elif _FIGURE.fullmatch(file):
+            follow["figure"].add(file)
+        else:
+            causes.append(line)
+    counts = [count_phrase(len(items), noun) for noun, items in follow.items() if items]
     if not causes or not counts:
         return list(differences)
     return [*causes, f"and {', '.join(counts)} that follow (--json lists them)"]

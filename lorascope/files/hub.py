@@ -7,7 +7,6 @@ first, and a name that looks like a path is never fetched.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -130,6 +129,8 @@ def without_retries() -> Iterator[None]:
     def note_answer(response: Any) -> None:
         request = response.request
         unanswered.discard((request.method, str(request.url), request.headers.get("range")))
+
+    import logging  # only downloads need it, and it takes a millisecond
 
     log = logging.getLogger("huggingface_hub")
     level = log.level

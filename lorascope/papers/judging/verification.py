@@ -195,6 +195,7 @@ def verify(
     derived = derived or derive(evidence, registration, pairs)
     return [
         *_check_manifest(folder, registered),
+        *_check_files(folder, evidence),
         *_check_scores(evidence),
         *_check_arms(evidence, registration),
         *_check_rates(evidence, registration),
@@ -212,6 +213,14 @@ def _check_manifest(folder: Path, registered: Path) -> Iterator[str]:
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
             yield f"MANIFEST: {path}: kept {_short(old.get(path))}, recomputed {_short(new.get(path))}"
+
+
+def _check_files(folder: Path, evidence: Evidence) -> Iterator[str]:
+    """Check that no run was removed from the table of runs while its predictions and tables are kept."""
+    ids = set(evidence.runs["run"])
+    for path in sorted([*folder.glob("predictions/*.npz"), *folder.glob("kept/*/*.parquet")]):
+        if path.stem not in ids:
+            yield f"{path.relative_to(folder).as_posix()}: not a run of runs.csv"
 
 
 def _rows(table: pd.DataFrame) -> Iterable[Any]:

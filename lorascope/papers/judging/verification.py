@@ -330,9 +330,9 @@ def _check_registration(
     registration: Registration, pairs: Mapping[str, Pair], code: Callable[[str], str], derived: Derived
 ) -> Iterator[str]:
     judged = registration.of_tier("primary", "secondary")
-    for id in judged.keys() ^ pairs.keys():
+    for id in sorted(judged.keys() ^ pairs.keys()):
         yield f"registered.toml: claim {id}: {'no probe computes it' if id in judged else 'it is not registered'}"
-    for id in judged.keys() & pairs.keys():
+    for id in sorted(judged.keys() & pairs.keys()):
         claim = judged[id]
         used = pairs[id][0].arms() | pairs[id][1].arms()
         if used != set(claim.arms):

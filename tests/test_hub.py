@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,12 +39,12 @@ class Hub:
     """Server with repositories as mappings from file names to contents; "gated" and "private" repositories refuse.
 
     A key ``repository@revision`` has the contents of that revision. ``pushed`` maps a repository to the revisions that
-    successive requests for its branch main get; the last one stays. After ``silent_after`` requests there is no answer,
-    or with ``slow`` one byte of it.
+    successive requests for its branch main get; the last one stays. After ``silent_after`` requests there is only what
+    ``after`` says: nothing, one byte, a body that comes slowly, or one that does not end.
     """
 
     silent_after: int | None = None
-    slow = False
+    after = ""
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
         self.repositories, self.requested = repositories, []
@@ -63,8 +64,7 @@ class Hub:
             def answer(self, body: bool) -> None:
                 hub.requested.append(self.path)
                 if hub.silent_after is not None and len(hub.requested) > hub.silent_after:
-                    self.wfile.write(b"H" * hub.slow)
-                    hub.stopped.wait()
+                    self.answer_badly()
                     return
                 path = self.path.partition("?")[0].strip("/")
                 api = path.startswith("api/models/")
@@ -106,6 +106,21 @@ class Hub:
                 self.end_headers()
                 if body and content is not None:
                     self.wfile.write(content)
+
+            def answer_badly(self) -> None:
+                if not hub.after.endswith("body"):
+                    self.wfile.write(hub.after.encode())
+                    hub.stopped.wait()
+                    return
+                self.send_response(200)
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", f'"{"0" * 64}"')
+                if hub.after == "slow body":
+                    self.send_header("Content-Length", "1000")
+                self.end_headers()
+                with contextlib.suppress(OSError):  # the client has closed the connection
+                    while self.command == "GET" and not hub.stopped.wait(0.1 * (hub.after == "slow body")):
+                        self.wfile.write(b"0" if hub.after == "slow body" else b"0" * 2**16)
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -283,11 +298,11 @@ def test_files_are_of_one_commit_if_another_is_pushed_in_between(tmp_path: Path,
 
 
 @pytest.mark.slow  # waits for the time limit of the requests
-@pytest.mark.parametrize("slow", [False, True], ids=["silent", "slow"])
+@pytest.mark.parametrize("after", ["", "H"])
 @pytest.mark.parametrize("answered", [0, 1, 3])
-def test_hub_that_stops_answering_is_one_line(tmp_path: Path, answered: int, slow: bool) -> None:
+def test_hub_that_stops_answering_is_one_line(tmp_path: Path, answered: int, after: str) -> None:
     hub = Hub({"a/b": adapter_files(tmp_path / "old", 1, 1.0)})
-    hub.silent_after, hub.slow = answered, slow
+    hub.silent_after, hub.after = answered, after
     begin = time.monotonic()
     done = hub.run(tmp_path, "-m", "lorascope.cli", "inspect", "a/b")
     assert time.monotonic() - begin < 60

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorascope.files.printable import printable, utf8_text
+from lorascope.files.whole_files import write_bytes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
@@ -25,7 +25,6 @@ _SEGMENT = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _NAME = re.compile(
     rf"(?P<scheme>hf://)?(?P<repository>{_SEGMENT}/{_SEGMENT})(?:@(?P<revision>[\w.-]+))?(?:/(?P<folder>[\w./-]+))?"
 )
-_ANSWER_SECONDS = 5
 _FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|zip)$")
 _CACHED = re.compile(r"models--(?P<repository>.+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<folder>.+))?$")
 
@@ -103,49 +102,6 @@ def commit_of(path: Path) -> str | None:
     return None if source is None else source[1]
 
 
-@contextmanager
-def without_retries() -> Iterator[None]:
-    """Raise a TimeoutError at the first request that the hub's library repeats, and hide its messages.
-
-    It repeats a request without an answer for a minute, and reports each time. A download that continues after new
-    data requests another range, which is not a repetition. Requests without a time limit get one.
-    """
-    from huggingface_hub import constants, get_session  # slow import
-
-    unanswered: set[Any] = set()
-    downloads: set[Any] = set()
-
-    def require_first(request: Any) -> None:
-        key = request.method, str(request.url), request.headers.get("range")
-        is_download = request.method == "GET" and "/api/" not in request.url.path
-        if key in unanswered or (is_download and key in downloads):
-            raise TimeoutError(f"{constants.ENDPOINT} does not answer")
-        limits = request.extensions.get("timeout", {})  # transformers asks for the commit without a limit
-        request.extensions["timeout"] = {phase: seconds or _ANSWER_SECONDS for phase, seconds in limits.items()}
-        unanswered.add(key)
-        if is_download:
-            downloads.add(key)
-
-    def note_answer(response: Any) -> None:
-        request = response.request
-        unanswered.discard((request.method, str(request.url), request.headers.get("range")))
-
-    import logging  # only downloads need it, and it takes a millisecond
-
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    hooks = get_session().event_hooks
-    hooks["request"].append(require_first)
-    hooks["response"].append(note_answer)
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        hooks["request"].remove(require_first)
-        hooks["response"].remove(note_answer)
-
-
 def label(path: Path) -> str:
     """Return the name of a file or folder; in the cache of the Hugging Face Hub, repository and commit."""
     if (source := hub_source(path)) is not None:
@@ -156,6 +112,8 @@ def label(path: Path) -> str:
 def _fetch(name: HubName, files: Callable[[HubName], Path]) -> Path:
     """Return what ``files`` returns, with one line for each way in which the hub refuses."""
     from huggingface_hub import constants, errors  # slow import
+
+    from lorascope.files.hub_answers import without_retries
 
     cannot, where = f"cannot load {name}: it is not a local path, and", constants.ENDPOINT
     try:
@@ -175,31 +133,47 @@ def _fetch(name: HubName, files: Callable[[HubName], Path]) -> Path:
     raise ValueError(f"{cannot} {reason}")
 
 
-def _current_commit(name: HubName) -> str | None:
-    """Return the commit of a revision; None if the hub does not answer."""
+def current_commit(repository: str, revision: str | None = None) -> str | None:
+    """Return the commit of a revision on the hub; None if the hub does not answer.
+
+    Files are requested at this commit, because a request by name could get those of a later push.
+    """
     from huggingface_hub import errors, model_info
 
+    from lorascope.files.hub_answers import ANSWER_SECONDS
+
     try:
-        return model_info(name.repository, revision=name.revision, timeout=_ANSWER_SECONDS).sha
+        return model_info(repository, revision=revision, timeout=ANSWER_SECONDS).sha
     except errors.HfHubHTTPError:
         raise
-    except (errors.OfflineModeIsEnabled, errors.HTTPError):
+    except (errors.OfflineModeIsEnabled, errors.HTTPError, TimeoutError):
         return None
+
+
+def note_commit(file: Path, revision: str | None) -> None:
+    """Write into the hub's cache that a revision has the commit of a cached file, for loading without a network."""
+    match = _CACHED.search(path := file.parent.as_posix())
+    if match is None or revision == match["commit"]:
+        return
+    repository = Path(path[: match.end("commit")]).parents[1]
+    reference = repository / "refs" / (revision or "main")
+    if reference.exists() and reference.read_text(encoding="utf-8") == match["commit"]:
+        return  # the cache may be read-only
+    write_bytes(reference, match["commit"].encode())
 
 
 def _adapter_files(name: HubName) -> Path:
     """Fetch configuration and weights of an adapter, all of the same commit, and return their folder."""
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-    commit = _current_commit(name)
+    commit = current_commit(name.repository, name.revision)
     if commit is None:
         return _files_of_revision(name, name.revision, local_files_only=True)
     config = f"{name.folder}/{CONFIG}".lstrip("/")
     if try_to_load_from_cache(name.repository, config, revision=name.revision) is None:
         print(f"fetching {name} from the hub", file=sys.stderr)
     folder = _files_of_revision(name, commit)
-    with suppress(errors.EntryNotFoundError):  # a request by name lets the cache find the commit without a network
-        hf_hub_download(name.repository, config, revision=name.revision)
+    note_commit(folder / CONFIG, name.revision)
     return folder
 
 

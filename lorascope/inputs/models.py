@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from transformers.models.auto import modeling_auto as auto
 
 from lorascope.files.file_names import is_plain
 from lorascope.files.gguf_io import GgufFile
-from lorascope.files.hub import commit_of, without_retries
+from lorascope.files.hub import commit_of, current_commit, note_commit
+from lorascope.files.hub_answers import without_retries
 from lorascope.files.printable import first_line, printable
 from lorascope.files.safetensors_io import indexed_shards
 from lorascope.files.typed_json import read_json, require_regular, to_typed, unreadable
@@ -65,9 +66,9 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     if (folder := Path(source)).is_dir():
         _require_own_files(folder)
     with quiet():
-        config = _load_quietly(transformers.AutoConfig, source, name)
+        commit = None if folder.is_dir() else _commit_on_hub(source)
+        config = _load_quietly(transformers.AutoConfig, source, name, **_revision(commit))
         require_own_attention(config, source)
-        commit = _cached_commit(source)
         if blocks is not None:
             _keep_blocks(config, blocks, name)
         head = _head_class(config, name)
@@ -82,6 +83,9 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
             options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": is_relabeled}
             options |= _revision(commit)
             model, report = _load_quietly(head, source, name, output_loading_info=True, **options)
+        if commit is not None:
+            cached = huggingface_hub.try_to_load_from_cache(source, "config.json", revision=commit)
+            note_commit(Path(str(cached)), None)
     absent = set(report["missing_keys"])
     for key, old, new in report["mismatched_keys"]:
         absent.add(key)
@@ -322,15 +326,18 @@ def _load_quietly(kind: Any, source: str, name: object, **options: Any) -> Any:
         raise FileNotFoundError(f"{_unknown_model(name)} ({reason})") from None
 
 
-def _cached_commit(source: str) -> str | None:
-    """Return the commit of the configuration that was just loaded from the hub; None for a folder.
-
-    All other files are loaded from this commit, because a push in between would otherwise mix two of them.
-    """
-    if Path(source).is_dir():
-        return None
-    config = huggingface_hub.try_to_load_from_cache(source, "config.json")
-    return commit_of(Path(config)) if isinstance(config, str) else None
+def _commit_on_hub(source: str) -> str | None:
+    """Return the commit of a hub id, from which all files are loaded: the current one, else that in the cache."""
+    errors = huggingface_hub.errors
+    # transformers says why the hub refuses, or that a name is not valid.
+    with suppress(errors.HfHubHTTPError, errors.HFValidationError):
+        if (commit := current_commit(source)) is not None:
+            return commit
+    with suppress(errors.HFValidationError):
+        config = huggingface_hub.try_to_load_from_cache(source, "config.json")
+        if isinstance(config, str):
+            return commit_of(Path(config))
+    return None
 
 
 def _revision(commit: str | None) -> dict[str, str]:
@@ -357,7 +364,8 @@ def _is_hub_reachable() -> bool:
     The hub's client retries for half a minute per file before it uses its cache.
     """
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        with without_retries():
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:  # the type depends on the HTTP library of the client
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pandas as pd
@@ -19,7 +21,7 @@ from pypdf import PdfReader, PdfWriter
 from test_inspect import llama, plant
 
 from lorascope import cli
-from lorascope.files import whole_files
+from lorascope.files import seals, whole_files
 from lorascope.files.whole_files import is_partial, write_new
 
 FIGURES = ("html", "svg", "pdf", "png", "csv")
@@ -258,3 +260,32 @@ def test_write_new_replaces_no_file_that_appears_meanwhile(
     with pytest.raises(FileExistsError):
         write_new(file, b"second")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"first"}
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_table_whose_writing_was_killed_in_between_is_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool, written: int
+) -> None:
+    path = tmp_path / "table.csv"
+    if replaced:
+        seals.write_table(path, b"a\n1\n", {})
+    write, left = seals.write_bytes, iter(range(written))
+
+    def write_some(*arguments: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(seals, "write_bytes", write_some)
+    with contextlib.suppress(KeyboardInterrupt):
+        seals.write_table(path, b"a\n2\n", {})
+    monkeypatch.undo()
+    seals.require_own(path)
+    seals.write_table(path, b"a\n2\n", {})
+    seals.write_table(tmp_path / "whole" / "table.csv", b"a\n2\n", {})
+    for name in ("table.csv", "table.csv-metadata.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    path.write_bytes(b"a\n1\n")  # the content before is foreign again
+    with pytest.raises(FileExistsError, match=r"table\.csv"):
+        seals.require_own(path)

@@ -90,7 +90,8 @@ def _require_own_table(path: Path) -> None:
     described = parse_json(content, about)
     if described.get("url") != path.name:
         raise _foreign_file(about)
-    if path.exists() and (not path.is_file() or file_hash(path) != described.get("sha256")):
+    hashes = described.get("sha256"), described.get("replaced_sha256")
+    if path.exists() and (not path.is_file() or file_hash(path) not in hashes):
         raise _foreign_file(path)
 
 
@@ -113,5 +114,13 @@ def write_own(path: Path, content: bytes, kind: str | None = None) -> None:
 def write_table(path: Path, content: bytes, about: dict[str, object]) -> None:
     """Write a CSV file, and next to it the file that describes it; see https://www.w3.org/TR/tabular-data-primer/."""
     described = about | {"url": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+    # The description is first, and includes the table that is replaced, so that each kill leaves files that are own.
+    replaced = {"replaced_sha256": file_hash(path)} if path.is_file() else {}
+    _write_description(path, described | replaced)
     write_bytes(path, content)
+    if replaced:
+        _write_description(path, described)
+
+
+def _write_description(path: Path, described: dict[str, object]) -> None:
     write_bytes(metadata_file(path), seal(json_bytes(described, ascii=True), "json"))

@@ -478,13 +478,13 @@ def test_source_tree_without_git_has_the_version_instead_of_a_commit(
     (tmp_path / "README.md").touch()
     monkeypatch.setattr(registration, "FILE", tmp_path / "data" / "registered.toml")
     expected = {"commit": __version__, "dirty": False, "numpy": np.__version__}
-    assert train_arms._version.__wrapped__() == expected
+    assert train_arms.code_version.__wrapped__() == expected
     subprocess.run(["git", "init", "-q"], cwd=tmp_path.parent, check=True)  # a repository around the tree
-    assert train_arms._version.__wrapped__() == expected
+    assert train_arms.code_version.__wrapped__() == expected
     monkeypatch.setenv("PATH", "")
-    assert train_arms._version.__wrapped__() == expected
+    assert train_arms.code_version.__wrapped__() == expected
     monkeypatch.undo()
-    assert len(train_arms._version.__wrapped__()["commit"]) == 40
+    assert len(train_arms.code_version.__wrapped__()["commit"]) == 40
 
 
 def image_facts(study: Study, name: str) -> dict[str, Any]:

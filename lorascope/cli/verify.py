@@ -126,8 +126,8 @@ def _causes_first(differences: Sequence[str]) -> list[str]:
             causes.append(line)
         elif file in _FOLLOWING and difference.startswith("row "):
             follow[_FOLLOWING[file]].add(difference.partition("): ")[0])
-        elif file in _FOLLOWING and (counts := _ROW_COUNTS.match(difference)):
-            follow[_FOLLOWING[file]].update(map(str, range(abs(int(counts[1]) - int(counts[2])))))
+        elif file in _FOLLOWING and (match := _ROW_COUNTS.match(difference)):
+            follow[_FOLLOWING[file]].update(map(str, range(abs(int(match[1]) - int(match[2])))))
         elif _FIGURE.fullmatch(file):
             follow["figure"].add(file)
         else:

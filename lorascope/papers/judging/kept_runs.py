@@ -286,7 +286,7 @@ def add_run(
     if (runs["run"] == run).any():
         # The new row is compared as it would be read. Time and processor of a run may differ whenever it is trained.
         old, parsed = runs[runs["run"] == run], parse_csv(to_csv(new), RUN_COLUMNS)
-        ignored = {"cpu_seconds": 0.0, "processor": ""}
+        ignored: dict[str, Any] = {"cpu_seconds": 0.0, "processor": ""}
         if to_csv(old.assign(**ignored)) != to_csv(parsed.assign(**ignored)):
             raise ValueError(f"cannot add run {printable(run)}: {printable(file)} has it with other numbers")
         return

@@ -146,7 +146,8 @@ def _number_differences(row: Mapping[str, Any], finished: FinishedRun, allowed: 
 
 def _first_differences(kept: Mapping[str, Any], finished: FinishedRun, rounding: float | None) -> list[str]:
     """Compare kept scores and tables with those of a retrained run; return one line for each that differs."""
-    new, differences = {**finished.scores, **finished.tables}, []
+    new: dict[str, Any] = {**finished.scores, **finished.tables}
+    differences: list[str] = []
     for name in sorted(kept.keys() & new.keys()):
         old_table, new_table = kept[name], new[name]
         if not isinstance(old_table, pd.DataFrame):

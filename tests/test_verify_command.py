@@ -87,7 +87,10 @@ def test_values_and_verdicts_that_follow_are_counted() -> None:
     rows = [f"values.csv: row {row} (a.b 10{row}): {column}: kept '1'" for row in (2, 3) for column in ("p", "n")]
     rows += ["verdicts.csv: row 2 (a.b secondary): n: kept '1'"]
     cause = "runs.csv: r: test_metric: kept 0.9, recomputed 0.8"
-    assert _causes_first([*rows, cause]) == [cause, "and 2 values, 1 verdict that follow (--json lists them)"]
+    assert _causes_first([*rows, cause]) == [
+        cause,
+        "and 2 values, 1 verdict in what follows from these (--json lists them)",
+    ]
     edited = "MANIFEST: verdicts.csv: kept 1, recomputed 2"
     assert _causes_first([edited, rows[-1]]) == [edited, rows[-1]]
     assert _causes_first(rows) == rows
@@ -104,10 +107,14 @@ def test_figures_and_values_of_removed_runs_that_follow_are_counted() -> None:
     cause = "MANIFEST: runs.csv: kept 1, recomputed 2"
     assert _causes_first([values, *figures, cause]) == [
         cause,
-        "and 35 values, 2 figures that follow (--json lists them)",
+        "and 35 values, 2 figures in what follows from these (--json lists them)",
     ]
     edited = "MANIFEST: figures/b.parquet: kept 1, recomputed 2"
-    assert _causes_first([edited, *figures]) == [edited, figures[2], "and 1 figure that follow (--json lists them)"]
+    assert _causes_first([edited, *figures]) == [
+        edited,
+        figures[2],
+        "and 1 figure in what follows from these (--json lists them)",
+    ]
     assert _causes_first(figures) == figures
     image = "figures/b.png: pixels_sha256: kept 1, recomputed 2"
     assert _causes_first([image, cause]) == [image, cause]

@@ -111,7 +111,7 @@ def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> 
     The mean is over angles, pairs of runs, and common modules. A factor without direction raises a ValueError.
     """
     pairs = product(updates, repeat=2)  # both orders of each pair, of which the sorted one counts
-    across = [(one, other) for one, other in pairs if one < other and domains[one] != domains[other]]
+    across = [(run, other) for run, other in pairs if run < other and domains[run] != domains[other]]
     means = []
     for module in common_modules(updates):
         bases = {

@@ -135,7 +135,7 @@ def _causes_first(differences: Sequence[str]) -> list[str]:
     counts = [count_phrase(len(items), noun) for noun, items in follow.items() if items]
     if not causes or not counts:
         return list(differences)
-    return [*causes, f"and {', '.join(counts)} that follow (--json lists them)"]
+    return [*causes, f"and {', '.join(counts)} in what follows from these (--json lists them)"]
 
 
 def _find_differences(

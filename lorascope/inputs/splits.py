@@ -59,10 +59,10 @@ def read_column(words: Iterable[object], name: str) -> list[str]:
     return splits
 
 
-def complete(given: pd.Series, assigned: pd.Series) -> pd.Series:
-    """Return the given splits; a split without rows gets the rows of train that ``assign`` would put into it."""
-    missing = SPLITS.keys() - set(given)
-    return given.mask((given == "train") & assigned.isin(missing), assigned)
+def complete(stated: pd.Series, assigned: pd.Series) -> pd.Series:
+    """Return the stated splits; a split without rows gets the rows of train that ``assign`` would put into it."""
+    missing = SPLITS.keys() - set(stated)
+    return stated.mask((stated == "train") & assigned.isin(missing), assigned)
 
 
 def _unit_number(digits: str) -> float:

@@ -34,7 +34,7 @@ _METRICS = ("validation_metric", "test_metric")
 _LOSSES = ("validation_loss", "test_loss")
 
 
-class Rule(NamedTuple):
+class Tolerance(NamedTuple):
     """Comparison rule of a retrained run: the largest differences, None for the spread of seeds, and the reason."""
 
     mean: float | None
@@ -49,17 +49,17 @@ class Rule(NamedTuple):
         return f"losses within {self.mean:g}, values within {self.value:g} of the largest: {self.reason}"
 
 
-def rule_of(row: Mapping[str, Any]) -> Rule:
+def tolerance_of(row: Mapping[str, Any]) -> Tolerance:
     """Return how a run of ``runs.csv`` is compared if it is retrained on this machine."""
-    here = block()
-    if different := [name for name in here if row[name] != here[name]]:
-        texts = (f"{name} {row[name]}, here {here[name]}" for name in different)
-        return Rule(None, 0.0, f"another machine ({'; '.join(texts)})")
+    machine = block()
+    if different := [name for name in machine if row[name] != machine[name]]:
+        texts = (f"{name} {row[name]}, here {machine[name]}" for name in different)
+        return Tolerance(None, 0.0, f"another machine ({'; '.join(texts)})")
     if row["processor"] and row["processor"] == processor_name():
-        return Rule(EXACT, EXACT, f"the same processor ({processor_name()})")
+        return Tolerance(EXACT, EXACT, f"the same processor ({processor_name()})")
     processors = f"{row['processor'] or 'unknown'}, here {processor_name() or 'unknown'}"
     reason = f"the same instructions, but another processor ({processors})"
-    return Rule(ROUNDED_MEAN, ROUNDED_VALUE, reason)
+    return Tolerance(ROUNDED_MEAN, ROUNDED_VALUE, reason)
 
 
 def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:
@@ -90,7 +90,7 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
     for _, row in judged.sample(min(number, len(judged))).iterrows():
         arm, seed, kept = str(row["arm"]), int(row["seed"]), _kept_of(row["run"], evidence)
         of_seed = [replace(read, seeds=range(seed, seed + 1)) for read in reads.get(arm, []) if read.name in kept]
-        rule = rule_of({**row})
+        rule = tolerance_of({**row})
         with tempfile.TemporaryDirectory() as out:
             rate = None if pd.isna(row["rate"]) else float(row["rate"])
             finished = finish(OpenRun(arm, seed, "judged", rate), claims, of_seed, Path(out))

@@ -291,7 +291,7 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
     panels = hydra.factors_figure(pd.concat(tables))
     assert [len(row) for row in panels.rows()] == [4, 4, 4]
     for chart in panels.charts():
-        assert chart.title.endswith(": 50%")
+        assert chart.title.endswith(": 50%, 50%")
         assert set(chart.data["seed"]) == {200}
         assert chart.data[["x", "y"]].abs().max(axis=None) == pytest.approx(0.5, abs=1e-6)
         # Equal factors of one module are in one place, and modules are apart.

@@ -263,22 +263,22 @@ def factors_figure(table: pd.DataFrame) -> Panels:
 
     The dots are of the first seed, and the shared fractions in the titles of all seeds.
     """
-    raw = table[table["view"] == "raw"]
     # A dot below a smaller one remains visible as a ring.
     sizes = dict(zip((*DOMAINS, *TASKS), (1.0, 0.55, 0.2, 1.0, 0.6, 0.3, 0.1), strict=True))
     rows = []
     for ground, names in _ROWS.items():
-        if not set(names).issubset(raw["set"]):  # the runs on text are trained first
+        if not set(names).issubset(table["set"]):  # the runs on text are trained first
             continue
         charts: list[Chart] = []
         for factor in ("A", "B"):
             for name, start in zip(names, (SEPARATE, SHARED), strict=True):
-                of_set = raw[(raw["set"] == name) & (raw["factor"] == factor)]
-                dots = of_set[of_set["seed"] == of_set["seed"].min()]
+                of_set = table[(table["set"] == name) & (table["factor"] == factor)]
+                raw, space = (shared_fraction(of_set, factor, view) for view in ("raw", "space"))
+                dots = of_set[(of_set["view"] == "raw") & (of_set["seed"] == of_set["seed"].min())]
                 # A plane has neither an origin nor a unit.
                 low, high = dots[["x", "y"]].min(), dots[["x", "y"]].max()
                 scaled = (dots[["x", "y"]] - (low + high) / 2) / (high - low).max()
-                title = f"{factor}, {start}: {shared_fraction(of_set, factor, 'raw'):.0f}%"
+                title = f"{factor}, {start.split()[0]}: {raw:.0f}%, {space:.0f}%"
                 x = Axis(ticks={}, limits=(-0.6, 0.6))
                 y = replace(x, label="" if charts else ground)
                 dots = dots.assign(x=scaled["x"], y=scaled["y"], size=dots["task"].map(sizes))
@@ -286,9 +286,10 @@ def factors_figure(table: pd.DataFrame) -> Panels:
                 charts.append(Chart(dots, [mark], title=title, x=x, y=y, colors=sizes))
         rows.append(tuple(charts))
     caption = (
-        "Each dot is the A or B of one module in one run, placed by t-SNE; dots in one place appear as rings. Titles: "
-        "factors whose nearest factor in another task (cosine) belongs to the same module, over all seeds; at random "
-        "8% on text and 17% on planted teachers."
+        "Each dot is the A or B of one module in one run, placed by t-SNE; dots in one place appear as rings. "
+        "Titles: initial A's of the runs, and factors whose nearest factor in another task belongs to the same module, "
+        "by the cosine of arrays and by the overlap of spaces, over all seeds. At random: 8% on text, 17% on planted "
+        "teachers."
     )
     rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
     return Panels(tuple(rows))

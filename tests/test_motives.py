@@ -149,7 +149,12 @@ def test_planted_tasks_share_initial_factors_of_their_seed_only_in_the_shared_se
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     learned = []
-    monkeypatch.setattr(planted_truths, "sampled_task", lambda truth, seed, task: learned.append((truth, seed, task)))
+
+    def note_task(truth: str, seed: int, task: int | None) -> str:
+        learned.append((truth, seed, task))
+        return "sentiment"
+
+    monkeypatch.setattr(planted_truths, "sampled_task", note_task)
     arms = {arm.label: arm for arm in hydra.study_arms()}
     separate: set[int] = set()
     for seed, truth in product((200, 201), (hydra.SHARED_A, hydra.UNRELATED)):

@@ -118,6 +118,7 @@ def test_export_command_prints_energy_and_error(spectral: ls.Run, capsys: pytest
         "# Energy kept (squared singular values): 94.0%; lowest in h.1.q: 0.0%.",
         "# Relative error of the pruned adapter (Frobenius): 24.5%, the minimum for these ranks; "
         "100.0% in that module.",
+        "# Every module keeps its alpha, so its scale alpha / rank grows as its rank falls.",
         "# Singular values do not show the effect on the task: measure the loss with --model NAME --task NAME.",
     ]
     assert remarks[-2].startswith("# Published results of LoRAs trained at a smaller rank from the start: ")

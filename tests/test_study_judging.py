@@ -271,8 +271,8 @@ MUTANTS = {
     ),
 }  # fmt: skip
 RELOADED = (
-    "analysis.seed_intervals", "papers.judging.kept_study", "papers.judging.words", "papers.judging.study_statistics",
-    "papers.judging.study_results",
+    "analysis.seed_intervals", "papers.judging.kept_study", "papers.judging.words", "papers.judging.statistics",
+    "papers.judging.study_statistics", "papers.judging.study_results",
 )  # fmt: skip
 """Modules that are loaded again, in the order in which they import each other."""
 

@@ -271,8 +271,9 @@ class Examples:
         Of validation and test.
     """
 
-    tokens: Mapping[str, Int[Tensor, "texts length"]]
-    log_probabilities: Mapping[str, Float[Tensor, "texts contexts vocabulary"]]
+    # Splits have different numbers of texts, so the dimension has no name.
+    tokens: Mapping[str, Int[Tensor, "_ length"]]
+    log_probabilities: Mapping[str, Float[Tensor, "_ contexts vocabulary"]]
 
 
 @cache

@@ -18,7 +18,11 @@ from tyro.conf import arg
 from lorascope.cli.arguments import command
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.text_layout import format_frame
-from lorascope.papers.judging import kept_runs, kept_verdicts, registration
+from lorascope.papers.judging import kept_runs, kept_verdicts, registered_study, registration, study_verification
+from lorascope.papers.judging.registered_study import StudyRegistration
+
+SECOND_EVIDENCE = "evidence-2"
+"""Name of the folder of evidence of the second edition."""
 
 
 @command
@@ -40,14 +44,14 @@ def main(
     Parameters
     ----------
     claim
-        Instead, train statistic and control of this claim with the given seed, and compare them with the kept seeds.
+        Instead, train the arms of this claim with the given seed, and compare its effects with those of the kept seeds.
     seed
         Seed of the runs; a new one if omitted.
     out
         Folder for the runs and report.html.
     evidence
         Instead, train the runs that data/registered.toml asks for and that this folder of evidence lacks, and add them;
-        this needs a clone of the repository.
+        for a folder evidence-2, those of data/registered-2.toml. This needs a clone of the repository.
     minutes
         With --evidence: start no run after N minutes.
     json
@@ -70,12 +74,17 @@ def main(
     if evidence is not None or claim is not None:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= kept_runs.INSTRUCTIONS
+    if evidence is not None and Path(evidence).name == SECOND_EVIDENCE:
+        return _train_study(Path(evidence), Path(out), minutes)
     if evidence is not None:
         from lorascope.papers.training.train_arms import write_evidence  # --help does not import torch
 
         write_evidence(Path(evidence), Path(out) / "runs", minutes)
         return 0
     if claim is not None and seed is not None:
+        file = registered_study.STUDY_FILE
+        if file.exists() and claim in (study := registered_study.read(file)).claims:
+            return _train_study_claim(claim, seed, Path(out), study, json)
         return _train_claim(claim, seed, Path(out), json)
     return _train_methods(random.randrange(1000, 2**31) if seed is None else seed, Path(out), json)
 
@@ -127,4 +136,29 @@ def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
     else:
         paragraphs = format_frame(comparison.rows), format_frame(comparison.values.round(4)), comparison.place
         print("\n\n".join(filter(None, paragraphs)))
+    return 0
+
+
+def _train_study(folder: Path, out: Path, minutes: float) -> int:
+    """Train the open runs of the second edition, and write everything that follows from the kept runs."""
+    file = registered_study.STUDY_FILE
+    if not file.exists():
+        raise FileNotFoundError(f"cannot train {printable(folder)}: its claims are not registered in {printable(file)}")
+    from lorascope.papers.registry import COMPARISONS
+    from lorascope.papers.training.study_training import train_study
+
+    train_study(folder, out / "runs", registered_study.read(file), minutes)
+    study_verification.write_study(folder, file, COMPARISONS)
+    return 0
+
+
+def _train_study_claim(claim: str, seed: int, out: Path, study: StudyRegistration, json: bool) -> int:
+    from lorascope.papers.training.study_seeds import train_seed
+
+    with redirect_stdout(sys.stderr):  # a line per run
+        result = train_seed(claim, seed, out / "runs", study, registered_study.STUDY_FILE.parent / SECOND_EVIDENCE)
+    text = str(result)
+    if json:
+        text = dumps(result.to_dict())
+    print(text)
     return 0

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from json import dumps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from tyro.conf import Positional, arg
@@ -58,7 +59,8 @@ def main(
     write
         Write the tables of the evidence that follow from the kept runs.
     retrain
-        Train N random judged runs again and compare them with the kept ones, 2 to 5 minutes each; this needs torch.
+        Train N random judged runs again, of each edition that has some, and compare them with the kept ones, up to 5
+        minutes each; this needs torch.
     json
         Print the differences as JSON.
     """
@@ -86,7 +88,7 @@ def main(
         for line in _find_differences(claims, study, folder, root, write, retrain):
             differences.append(printable(line))  # it may name a foreign file
         if folder.resolve() == own_folder.resolve():
-            differences.extend(map(printable, _verify_second(write)))
+            differences.extend(map(printable, _verify_second(write, retrain)))
         if root:
             history = registration.compare_with_history(registered, study.runs["commit"].unique().tolist())
             differences.extend(history.differences)
@@ -103,7 +105,7 @@ def main(
     return int(bool(differences))
 
 
-def _verify_second(write: bool) -> list[str]:
+def _verify_second(write: bool, retrain: int = 0) -> list[str]:
     """Verify the second edition of the evidence, once it is registered and has runs."""
     registered = registered_study.STUDY_FILE
     folder = registered.parent / "evidence-2"
@@ -111,7 +113,15 @@ def _verify_second(write: bool) -> list[str]:
         return []
     if write:
         study_verification.write_study(folder, registered, COMPARISONS)
-    return study_verification.verify_study(folder, registered, COMPARISONS, module_of)
+    differences = study_verification.verify_study(folder, registered, COMPARISONS, module_of)
+    if retrain:
+        # Before torch is imported, so that machines with other instructions compute the same numbers.
+        os.environ |= kept_runs.INSTRUCTIONS
+        from lorascope.papers.training.study_retraining import retrain_study
+
+        with redirect_stdout(sys.stderr), TemporaryDirectory() as out:
+            differences += retrain_study(folder, Path(out), registered_study.read(registered), retrain)
+    return differences
 
 
 def _causes_first(differences: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Training of the second edition: the open runs of its registration, each of which is kept as soon as it is finished.
 
-The tuning runs of an arm choose its rate; its judged runs start when the registration has their number.
+The tuning runs of an arm choose its rate; its judged runs start when the registration has their number. Saved
+parameters are deleted when every table that reads them is kept.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -26,14 +28,17 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, config
 from lorascope.papers.judging import kept_study
 from lorascope.papers.judging.code_hash import module_hash
-from lorascope.papers.judging.kept_study import FIRST_SEED, StudyEvidence, StudyRun
+from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence, StudyRun
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_rates import TUNING_SEEDS, chosen_rates
 from lorascope.papers.probe import Arm, ComputedArm
 from lorascope.papers.registry import COMPARISONS, KEPT_TABLES, study_arms
 from lorascope.papers.setups.planted_truths import base_gaps, gap, task_name
 from lorascope.papers.training.train_arms import block, code_version
+from lorascope.runs.folders import RunLocked, lock_run
 from lorascope.runs.run import Run
+from lorascope.runs.writer import remove_states
+from lorascope.training.processor import processor_name
 
 _RATES = ("lr", "head_lr", "selection_lr")  # fields of methods that have the rate of the arm
 _FREE_SETTINGS = ("observe", "seed", "eval_every", "test_size")  # they do not change how a run trains
@@ -47,6 +52,28 @@ class StudyJob:
     seed: int
     role: str
     rate: float
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedStudyRun(StudyRun):
+    """Kept part of a run, and the trained runs by arm that it was computed from: itself, and the others of its sets."""
+
+    trained: Mapping[str, Run] = field(default_factory=dict)
+
+
+class RunScore(NamedTuple):
+    """RunScore of a run after its last phase, averaged over tasks, and its unit."""
+
+    value: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} {self.unit}"
+
+
+def machine() -> dict[str, Any]:
+    """Return the columns of kept runs that identify the machine: a run is equal if it is trained again on it."""
+    return {"processor": processor_name(), **block()}
 
 
 @cache
@@ -146,7 +173,7 @@ def train_study(
     minutes: float = math.inf,
     only: Callable[[str], bool] = bool,
 ) -> None:
-    """Train the open runs one after another, until there are none or the time is over.
+    """Train the open runs one after another, until there are none or the time is over, and merge the kept ones.
 
     Parameters
     ----------
@@ -166,29 +193,57 @@ def train_study(
     ValueError
         An arm differs from the registered one.
     """
-    end = time.monotonic() + 60 * minutes
+    _train_open_runs(folder, out, registration, time.monotonic() + 60 * minutes, only)
+    # Another process that is merging leaves later runs as they are, which is how they are read as well.
+    with suppress(RunLocked), lock_run(folder):
+        kept_study.compact(folder)
+
+
+def _train_open_runs(
+    folder: Path, out: Path, registration: StudyRegistration, end: float, only: Callable[[str], bool]
+) -> None:
     while True:
         evidence = kept_study.read(folder)
         rates = {label: choice.rate for label, choice in chosen_rates(registration, evidence.runs).items()}
         jobs = [job for job in open_jobs(registration, evidence) if only(job.arm)]
+        judged = evidence.runs[evidence.runs["role"] == "judged"]
+        finished = set(zip(judged["arm"], judged["seed"], strict=True))
         print(f"Open runs: {len(jobs)}", flush=True)
         if not jobs:
             return
         for job in jobs:
             if time.monotonic() >= end:
                 return
-            registered = registration.arms[job.arm].hash
-            if (hash := _hash_once(job.arm)) != registered:
-                raise ValueError(f"cannot train {job.arm!r}: its hash must be {registered}, as registered, got {hash}")
+            require_registered_arm(job.arm, registration)
             run = finish_job(job, out, rates)
             kept_study.add_run(folder, run)
-            print(_line(run.rows), flush=True)
+            print(study_run_line(run.rows), flush=True)
+            if job.role == "judged":
+                finished.add((job.arm, job.seed))
+            # Only now, because a killed process must be able to compute the tables again.
+            for label, trained in run.trained.items():
+                if job.role == "tuning" or not _has_open_set(label, job.seed, finished):
+                    remove_states(trained)
+
+
+def _has_open_set(label: str, seed: int, finished: set[tuple[str, int]]) -> bool:
+    """Return whether a table that reads the run of an arm is not kept yet: that of the last arm of a set."""
+    # An arm may be in several sets, such as the first run of the factors on text.
+    sets = [labels for tables in KEPT_TABLES.values() for labels, _ in tables]
+    return any((labels[-1], seed) not in finished for labels in sets if label in labels)
+
+
+def require_registered_arm(label: str, registration: StudyRegistration) -> None:
+    """Raise a ValueError if an arm to train differs from the registered one."""
+    registered = registration.arms[label].hash
+    if (hash := _hash_once(label)) != registered:
+        raise ValueError(f"cannot train {label!r}: its hash must be {registered}, as registered, got {hash}")
 
 
 _hash_once = cache(study_arm_hash)
 
 
-def finish_job(job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> StudyRun:
+def finish_job(job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> FinishedStudyRun:
     """Train one run and return what is kept of it; a run that diverged has rows without numbers.
 
     ``rates`` has the rates of the other arms of a set of runs that a kept table is computed from.
@@ -196,26 +251,27 @@ def finish_job(job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> S
     torch.set_num_threads(1)  # numbers depend on the number of threads
     start = time.process_time()  # not wall-clock time, because other processes share the processor
     arm = arm_of_job(job)
-    row = vars(job) | block() | {"commit": code_version()["commit"], "arm_hash": _hash_once(job.arm)}
+    row = vars(job) | machine() | {"commit": code_version()["commit"], "arm_hash": _hash_once(job.arm)}
     row["run"] = f"{_digest(job.arm)}-{job.seed}-{job.role}-{job.rate:g}"
     losses, tables, right, test_rows = pd.DataFrame(columns=["phase", "step", "loss"], dtype="float64"), {}, None, None
+    trained: dict[str, Run] = {}
     if isinstance(arm, ComputedArm):
         scored = arm.compute(arm.method, job.seed, job.rate)
         rows, losses = pd.DataFrame([dict(scored.row)]), scored.tables["losses"]
     else:
         try:
-            run = _train(job, out)
+            trained[job.arm] = run = _train(job, out)
         except FloatingPointError:  # a rate that is too high, which counts as not learned
             rows = pd.DataFrame({"phase": [""], "task": [""]})
         else:
             rows, losses = _score(run, arm, job.role), _losses(run)
             if job.role == "judged":
-                tables = _kept_tables(run, job, out, rates)
+                tables = _kept_tables(trained, job, out, rates)
                 if job.arm in _scored_by_row():
                     right = run.predictions["margin"].to_numpy() > 0
                     test_rows = identify_test_rows(_task(arm))
     rows = rows.assign(**row, cpu_seconds=time.process_time() - start)
-    return StudyRun(rows, losses, tables, right, test_rows)
+    return FinishedStudyRun(rows, losses, tables, right, test_rows, trained)
 
 
 @cache
@@ -310,24 +366,34 @@ def _gap_rows(phase: Run, name: str, teacher: gap) -> pd.DataFrame:
     return pd.concat(pieces, ignore_index=True)
 
 
-def _kept_tables(run: Run, job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> dict[str, pd.DataFrame]:
-    """Compute the kept tables that belong to a run; the other runs of its set are finished, or trained now."""
+def _kept_tables(
+    trained: dict[str, Run], job: StudyJob, out: Path, rates: Mapping[str, float | None]
+) -> dict[str, pd.DataFrame]:
+    """Compute the kept tables that belong to a run; the others of its set are finished, or trained and added now."""
     tables: dict[str, list[pd.DataFrame]] = {}
     for name, functions in KEPT_TABLES.items():
         for labels, function in functions:
-            *other_arms, last = labels
-            if last == job.arm:
-                earlier = [_train(replace(job, arm=label, rate=rates[label] or 0.0), out) for label in other_arms]
-                tables.setdefault(name, []).append(function(*earlier, run))
+            if labels[-1] != job.arm:
+                continue
+            for label in labels:
+                if label not in trained:
+                    trained[label] = _train(replace(job, arm=label, rate=rates[label] or 0.0), out)
+            tables.setdefault(name, []).append(function(*(trained[label] for label in labels)))
     return {name: pd.concat(pieces, ignore_index=True) for name, pieces in tables.items()}
 
 
-def _line(rows: pd.DataFrame) -> str:
+def score_run(rows: pd.DataFrame) -> RunScore:
+    """Return the score of a run from its rows: points of the gap closed, points of accuracy, or the final loss."""
+    last = rows[rows["phase"] == ""].reindex(columns=list(STUDY_COLUMNS))
+    if last["gap"].notna().any():
+        return RunScore(float((100 * (1 - last["gap"] / last["base_gap"])).mean()), "points closed")
+    if last["accuracy"].notna().any():
+        return RunScore(float(100 * last["accuracy"].mean()), "points of accuracy")
+    return RunScore(float(last["loss"].mean()), "final loss")
+
+
+def study_run_line(rows: pd.DataFrame) -> str:
+    """Return the line to print about a trained run, from its rows."""
     row = rows.iloc[-1]
-    last = rows[rows["phase"] == ""]
-    if "gap" in last:
-        score = f"{100 * (1 - last['gap'] / last['base_gap']).mean():.1f} points closed"
-    else:
-        score = ", ".join(f"{name} {last[name].mean():.3g}" for name in ("accuracy", "loss") if name in last)
     name = f"{row['arm']}, {row['role']} seed {row['seed']}, rate {row['rate']:g}"
-    return f"{name}: {score}, {row['cpu_seconds']:.0f} CPU-seconds"
+    return f"{name}: {score_run(rows)}, {row['cpu_seconds']:.0f} CPU-seconds"

@@ -254,9 +254,13 @@ class Chart(Drawable):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Panels(Drawable):
-    """Charts in rows, with one legend, one slider and one caption."""
+    """Charts in rows, with one legend, one slider and one caption.
+
+    In print, a row has at least ``columns`` places of equal width, and fewer charts leave the last ones empty.
+    """
 
     grid: tuple[tuple[Chart, ...], ...]
+    columns: int = 0
 
     def __repr__(self) -> str:
         return f"Panels({' / '.join(' | '.join(map(repr, row)) for row in self.grid)})"

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.charts.chart import Chart, Drawable
+from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.charts.geometry import Numbers, Panel, group
-from lorascope.charts.marks import Bar, Heat
+from lorascope.charts.marks import Bar, Heat, Point
 from lorascope.charts.scales import (
     Limits,
     Ramp,
@@ -48,10 +48,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class FigurePlan:
-    """Plan of a figure, ready to be drawn; ``rows`` contains the numbers of the panels row by row."""
+    """Plan of a figure, ready to be drawn; ``rows`` contains the numbers of the panels row by row.
+
+    ``columns`` is the smallest number of places in a row, in print.
+    """
 
     panels: list[Panel]
     rows: list[list[int]]
+    columns: int
     frames: list[Any]
     frame_label: str
     entries: list[Entry]
@@ -87,6 +91,7 @@ def plan_figure(drawable: Drawable, theme: Theme) -> FigurePlan:
     return FigurePlan(
         panels=_set_limits(panels, frames),
         rows=[list(islice(numbers, len(row))) for row in drawable.rows()],
+        columns=drawable.columns if isinstance(drawable, Panels) else 1,
         frames=frames,
         frame_label="".join(labels),
         entries=_merge_entries(chain.from_iterable(map(_entries, panels))),
@@ -182,10 +187,21 @@ def _pad_ends(numbers: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Lim
 
 
 def _entries(panel: Panel) -> Iterator[Entry]:
-    """Yield the legend entries of a panel: colors that no axis or color bar shows, then styles."""
+    """Yield the legend entries of a panel: labels, colors that no axis or color bar shows, then styles."""
+    labeled_columns = set()
+    for point in panel.chart.marks_of(Point):
+        rows = panel.chart.table(point)
+        if point.label and len(rows):
+            color = panel.color(point, dict(rows.iloc[0]))
+            yield Entry(point.label, color, "dot", point.symbol or "circle", point.label)
+            labeled_columns.add(point.color)
     for column, uses in encoded([panel.chart], "color").items():
         colors = panel.colors[column]
-        if colors.limits is not None or any(column in mark.distinct_columns("x", "y") for _, mark in uses):
+        if (
+            column in labeled_columns
+            or colors.limits is not None
+            or any(column in mark.distinct_columns("x", "y") for _, mark in uses)
+        ):
             continue
         for value in colors.categories:
             key = {column: value}

@@ -143,6 +143,7 @@ class Words(Shape):
     x: Numbers
     y: Numbers
     text: list[str]
+    muted: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +277,8 @@ def _(mark: Point, panel: Panel, frame: Any) -> Iterator[Dots]:
             share = np.nan_to_num(to_floats(rows[mark.size])) / largest * min(1.0, CROWD / crowd)
         x, y = panel.positions(mark, rows)
         errors = panel.errors(mark, rows, y if panel.chart.is_lying else x, colors)
-        yield Dots(x, y, colors, panel.style(mark, "shape", key), share, errors, group(key))
+        symbol = mark.symbol or panel.style(mark, "shape", key)
+        yield Dots(x, y, colors, symbol, share, errors, mark.label or group(key))
 
 
 @build.register
@@ -337,4 +339,4 @@ def _(mark: Rule, panel: Panel, frame: Any) -> Iterator[Ruler]:
 @build.register
 def _(mark: Text, panel: Panel, frame: Any) -> Iterator[Words]:
     rows = panel.rows(mark, frame)
-    yield Words(*panel.positions(mark, rows), rows[mark.text].astype(str).tolist())
+    yield Words(*panel.positions(mark, rows), rows[mark.text].astype(str).tolist(), mark.muted)

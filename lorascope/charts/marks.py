@@ -31,6 +31,8 @@ class Axis:
         Ends of a numeric axis; None at either end takes it from the data.
     ticks : mapping, optional
         Value (or category) -> label; no other ticks are drawn.
+    compact : bool
+        A categorical y axis is as high as its categories require, even if they are few. Default False.
     """
 
     label: str = ""
@@ -38,6 +40,7 @@ class Axis:
     log: bool = False
     limits: Sequence[float | None] | None = None
     ticks: Mapping[Any, str] | None = None
+    compact: bool = False
 
     def __post_init__(self) -> None:
         if self.order is not None:
@@ -115,10 +118,14 @@ class Band(Mark):
 class Point(Mark):
     """Mark with one dot per row; ``low`` and ``high`` are the ends of its error bar on the numeric axis, not distances.
 
-    The area of a dot is proportional to the column ``size``.
+    The area of a dot is proportional to the column ``size``. A ``symbol`` is the shape of all dots, and with a
+    ``label`` they have a legend entry, which replaces those of their colors.
     """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "shape", "size", "low", "high")
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "symbol": ("", "circle", "circle-open", "diamond", "line-ns-open", "x")
+    }
     x: str
     y: str
     color: str | None = None
@@ -126,6 +133,8 @@ class Point(Mark):
     size: str | None = None
     low: str | None = None
     high: str | None = None
+    symbol: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,12 +192,13 @@ class Rule(Mark):
 
 @dataclass(frozen=True)
 class Text(Mark):
-    """Mark with the texts of the column ``text``, one per row."""
+    """Mark with the texts of the column ``text``, one per row; ``muted`` ones are gray."""
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "text")
     x: str
     y: str
     text: str
+    muted: bool = False
 
 
 def missing_column(label: str, column: str, table: pd.DataFrame) -> str:

@@ -34,12 +34,13 @@ from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
 from lorascope.charts.scales import Ramp, Scale
 from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
-from lorascope.charts.theme import FAINT, STYLES, WIDTHS, Theme, is_dark, theme
+from lorascope.charts.theme import FAINT, MUTED, STYLES, WIDTHS, Theme, is_dark, theme
 from lorascope.files.printable import printable_lines
 
 _PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
 DASHES: dict[str, Any] = dict(zip(STYLES["dash"], _PATTERNS, strict=True))
 MARKERS = dict(zip(STYLES["shape"], "os^DvPX", strict=True))
+MARKERS |= {"circle-open": "o", "line-ns-open": "|"}
 DOT = 4.0  # diameter of a dot in points
 LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a column
 FEW = 200  # a logarithmic axis whose ends have a smaller ratio needs ticks between powers of ten
@@ -147,7 +148,7 @@ def _lay_out_grid(settled: FigurePlan, across: int) -> list[_GridPlace]:
                 rows.append((across, product([panel.number], frames[start : start + across])))
     else:
         for row in settled.rows:
-            rows.append((len(row), product(row, [None])))
+            rows.append((max(len(row), settled.columns), product(row, [None])))
     # A common multiple lets rows with different numbers of panels share one grid.
     columns = math.lcm(*(count for count, _ in rows))
     cells = []
@@ -270,8 +271,10 @@ def _handle(entry: Entry) -> Line2D | Patch:
         return Patch(color=entry.color, label=label, linewidth=0)
     if entry.kind == "line":
         return Line2D([], [], color=entry.color, label=label, linestyle=DASHES[entry.style])
-    marker = MARKERS.get(entry.style)
-    return Line2D([], [], color=entry.color, label=label, marker=marker, markersize=DOT, linestyle="")
+    look: dict[str, Any] = {"marker": MARKERS.get(entry.style), "markersize": DOT, "linestyle": ""}
+    if entry.style == "circle-open":
+        look["fillstyle"] = "none"
+    return Line2D([], [], color=entry.color, label=label, **look)
 
 
 def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
@@ -431,6 +434,10 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
             if shape.share is not None:
                 areas = LARGEST**2 * shape.share
             look: dict[str, Any] = {"c": shape.colors, "edgecolors": panel.theme.background, "linewidths": 0.3}
+            if shape.symbol == "circle-open":  # it covers its error bar
+                look |= {"c": panel.theme.background, "edgecolors": shape.colors, "linewidths": 0.9}
+            elif shape.symbol == "line-ns-open":  # it is as high as two dots, and has no edge
+                look, areas = {"c": shape.colors, "linewidths": 1.2}, 4 * areas
             ax.scatter(shape.x, shape.y, areas, marker=MARKERS[shape.symbol], zorder=zorder, **look)
         case Bars():
             bars, start = (ax.barh, "left") if shape.lying else (ax.bar, "bottom")
@@ -464,4 +471,4 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
         case Words():
             for x, y, text in zip(shape.x, shape.y, shape.text, strict=True):
                 if np.isfinite(x) and np.isfinite(y):
-                    _write(ax, x, y, text, size=_text_size(ax), zorder=zorder)
+                    _write(ax, x, y, text, size=_text_size(ax), zorder=zorder, alpha=MUTED if shape.muted else 1.0)

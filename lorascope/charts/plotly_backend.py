@@ -12,7 +12,7 @@ from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Shape, Words
 from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout
-from lorascope.charts.theme import FAINT, theme
+from lorascope.charts.theme import FAINT, MUTED, theme
 
 DOT = 7.0  # diameter of a dot in pixels
 LARGEST = 18.0  # diameter in pixels of the largest dot, if the area shows a column
@@ -153,7 +153,10 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
             if shape.share is not None:
                 size = LARGEST * np.sqrt(shape.share)  # the diameter
             look = {"color": shape.colors, "size": size, "symbol": shape.symbol, "opacity": 1}
-            look = {"mode": "markers", "marker": {**look, "line": {"color": panel.theme.background, "width": 0.5}}}
+            edge = {"color": panel.theme.background, "width": 0.5}
+            if shape.symbol.endswith("-open"):  # it consists of its edge
+                edge = {"width": 1.5}
+            look = {"mode": "markers", "marker": {**look, "line": edge}}
             errors = _error_fields(shape.errors, shape.x if panel.chart.is_lying else shape.y, panel)
             fields = _group_fields(panel, shape.group, shape.x, shape.y)
             yield go.Scatter(x=shape.x, y=shape.y, **look, **errors, **fields)
@@ -171,7 +174,13 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
         case Cells():
             yield from _heat_traces(shape, panel)
         case Words():
-            look = {"mode": "text", "textfont": {"size": NOTE}, "hoverinfo": "skip", "cliponaxis": False}
+            look = {
+                "mode": "text",
+                "textfont": {"size": NOTE},
+                "opacity": MUTED if shape.muted else 1,
+                "hoverinfo": "skip",
+                "cliponaxis": False,
+            }
             yield go.Scatter(x=shape.x, y=shape.y, text=list(map(escape_tags, shape.text)), **look)
 
 

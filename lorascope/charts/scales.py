@@ -67,6 +67,8 @@ class Scale:
             return usual
         if not self.is_wordy:
             rows = min(rows, max_height)
+        if self.axis.compact:
+            return rows
         return max(rows, min_height)
 
     def to_positions(self, values: pd.Series) -> Float[np.ndarray, "n"]:

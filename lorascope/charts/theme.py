@@ -16,6 +16,7 @@ OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "
 ON_DARK = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#ffffff", "#0072b2"]
 
 FAINT = 0.18  # opacity of bands
+MUTED = 0.55  # opacity of gray text
 WIDTHS = {"column": 3.3, "page": 6.9}  # inches: one column and the full width of a two-column page
 # Dash patterns and shapes of dots, by plotly's names.
 STYLES = {

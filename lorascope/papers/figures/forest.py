@@ -1,0 +1,175 @@
+"""Forest plot of the nine methods: their effects on text, and where the truth is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lorascope.charts.chart import Chart, Panels
+from lorascope.charts.marks import Axis, Line, Mark, Point, Rule, Text
+from lorascope.papers.figures.study_marks import FAVORABLE, OTHER
+from lorascope.papers.judging.registered_study import StudyRegistration
+from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED, NOT_RUN
+
+_ACCURACY, _GAP = "points of accuracy", "points of the gap"
+ROWS = {
+    ("LoRA", "AdaLoRA", "AutoLoRA", "ALoRA", "FourierFT", "HydraLoRA", "NeFT"): (_ACCURACY, _GAP),
+    ("LISA",): ("nats", _GAP),
+    ("Adapprox",): ("nats", "percent of the loss"),
+}
+"""Methods of each row of panels, and the units on text and where the truth is known."""
+TEXT, TRUTH = "On text", "Where the truth is known"
+EDITION_2, EDITION_1, PRINTED, BOUND, POSITIVE = "edition 2", "edition 1", "printed gain", "bound", "positive control"
+SYMBOLS = {
+    BOUND: "line-ns-open", PRINTED: "diamond", POSITIVE: "x", EDITION_1: "circle-open", OTHER: "circle-open",
+    EDITION_2: "circle", FAVORABLE: "circle",
+}  # fmt: skip
+"""Marks in the order in which they are drawn."""
+_PREFIXES = {FAVORABLE: "", OTHER: "against_", POSITIVE: "positive_"}
+_MISSING = {"word": NOT_RUN}
+_CAPTION = (
+    "Effect of each method minus its control, with 95% intervals; positive effects favor the paper. A gray word "
+    "replaces an effect that is not judged. No seed is left out or added. Levels are not corrected for many claims: of "
+    "40 intervals at 95%, about two miss by chance."
+)
+
+
+class ForestMark(NamedTuple):
+    """Mark of the forest plot with its number and interval, or the word that replaces it."""
+
+    mark: str
+    effect: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    word: str = ""
+
+
+def forest_table(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.DataFrame) -> pd.DataFrame:
+    """Tabulate what the forest plot shows.
+
+    Parameters
+    ----------
+    results : DataFrame
+        Results of ``study_results.compute``.
+    registration : StudyRegistration
+        Its claims ``text.NAME`` and ``pair.NAME``, with the method's name in lower case, are the rows.
+    earlier : DataFrame
+        Estimates of edition 1, ``method, effect, low, high, unit, word``, in the units of ``ROWS``; a word replaces
+        the effect. They are used on text where this edition has no result.
+
+    Returns
+    -------
+    DataFrame
+        ``method, ground, unit, mark, effect, low, high, word``: one row per mark or word.
+
+    Raises
+    ------
+    ValueError
+        An estimate of edition 1 is in another unit than its row.
+    """
+    judged: dict[Any, Any] = results.set_index("claim").to_dict("index")
+    rows = []
+    for methods, units in ROWS.items():
+        for method, (ground, unit) in product(methods, zip((TEXT, TRUTH), units, strict=True)):
+            text, pair = f"text.{method.lower()}", f"pair.{method.lower()}"
+            if ground == TRUTH:
+                marks = _judged_marks(judged.get(pair, _MISSING), _PREFIXES)
+                claim = registration.claims.get(pair)
+            else:
+                marks = _judged_marks(judged.get(text, _MISSING), {EDITION_2: ""})
+                estimate = earlier[earlier["method"] == method]
+                if marks[0].word == NOT_RUN and len(estimate):
+                    marks = [_earlier_mark(estimate.iloc[0], unit)]
+                claim = registration.claims.get(text)
+            # Next to a word, there is nothing to compare with the bound.
+            if claim and not marks[0].word:
+                sign = {"gain": 1, "cost": -1}[claim.rule.kind]
+                marks.append(ForestMark(BOUND, sign * claim.rule.bound))
+            printing = claim or registration.claims.get(pair)
+            if printing and ground == TEXT and printing.paper.printed_unit == unit:
+                marks.append(ForestMark(PRINTED, printing.paper.printed))  # type: ignore[arg-type]
+            rows += [(method, ground, unit, *mark) for mark in marks]
+    table = pd.DataFrame(rows, columns=["method", "ground", "unit", *ForestMark._fields])
+    # A claim without an effect at the other truth has none to draw.
+    return table[table["effect"].notna() | (table["word"] != "")].reset_index(drop=True)
+
+
+def _judged_marks(result: Mapping[str, Any], prefixes: Mapping[str, str]) -> list[ForestMark]:
+    """Return the effects of a result by their marks, or its word if it is not judged by them."""
+    if result["word"] in (NOT_RUN, NOT_LEARNED, NO_HEADROOM):
+        return [ForestMark(next(iter(prefixes)), word=result["word"])]
+    marks = []
+    for mark, prefix in prefixes.items():
+        marks.append(ForestMark(mark, result[f"{prefix}effect"], result[f"{prefix}low"], result[f"{prefix}high"]))
+    return marks
+
+
+def _earlier_mark(estimate: pd.Series, unit: str) -> ForestMark:
+    """Return an estimate of edition 1, or its word."""
+    if estimate["unit"] != unit:
+        raise ValueError(f"the estimate of {estimate['method']} must be in {unit}, got {estimate['unit']}")
+    if estimate["word"]:
+        return ForestMark(EDITION_1, word=estimate["word"])
+    return ForestMark(EDITION_1, *estimate[["effect", "low", "high"]])
+
+
+def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.DataFrame) -> Panels:
+    """Draw the forest plot; for its arguments see ``forest_table``."""
+    table = forest_table(results, registration, earlier)
+    # The effect at the other truth is on a separate line, below.
+    table["row"] = table["method"].where(table["mark"] != OTHER, table["method"] + ", other")
+    limits = {unit: _limits(of_unit) for unit, of_unit in table.groupby("unit")}
+    grid = []
+    for methods, units in ROWS.items():
+        order: list[str] = []
+        for method in methods:
+            order += [method, f"{method}, other", f"{method}, gap"]
+        names = dict(zip(methods, methods, strict=True))
+        charts: list[Chart] = []
+        # The panels on the right have the same rows.
+        for ground, unit, ticks in zip((TEXT, TRUTH), units, (names, {}), strict=True):
+            rows = table[table["method"].isin(methods) & (table["ground"] == ground)]
+            low, high = limits[unit]
+            side = low
+            # A word has room on the wider side of zero, but on text, printed gains are on the right.
+            if -low <= {TEXT: high / 2, TRUTH: high}[ground]:
+                side = high
+            words = rows[rows["word"] != ""].assign(x=side / 2)
+            marks = [Rule(x=0), *_effect_marks(rows), Text("x", "row", "word", muted=True, data=words)]
+            x, y = Axis(label=unit, limits=(low, high)), Axis(order=order[:-1], ticks=ticks, compact=True)
+            charts.append(Chart(rows, marks, x=x, y=y))
+        grid.append(tuple(charts))
+    left, right = grid[0]
+    left = replace(left, title=f"{TEXT}, {_ACCURACY}", caption=_CAPTION)
+    return Panels(((left, replace(right, title=f"{TRUTH}, {_GAP}")), *grid[1:]))
+
+
+def _effect_marks(rows: pd.DataFrame) -> list[Mark]:
+    """Return a line between the effects of each pair, then the marks in their order."""
+    judged = rows[rows["word"] == ""]
+    marks: list[Mark] = []
+    for _, pair in judged[judged["mark"].isin([FAVORABLE, OTHER])].groupby("method", sort=False):
+        marks.append(Line("effect", "row", "ground", data=pair))
+    for mark, symbol in SYMBOLS.items():
+        of_mark, label = judged[judged["mark"] == mark], mark
+        # The bound has the same symbol in both grounds, and one entry in the legend.
+        if mark == BOUND and set(of_mark["ground"]) == {TEXT}:
+            label = ""
+        marks.append(Point("effect", "row", "ground", low="low", high="high", symbol=symbol, label=label, data=of_mark))
+    return marks
+
+
+def _limits(rows: pd.DataFrame) -> tuple[float, float]:
+    """Return the ends of an axis around its marks and zero."""
+    ends = np.append(rows[["effect", "low", "high"]].to_numpy().ravel(), 0.0)
+    low, high = float(np.nanmin(ends)), float(np.nanmax(ends))
+    if low == high:  # words only
+        return -1.0, 1.0
+    room = 0.06 * (high - low)
+    return low - room, high + room

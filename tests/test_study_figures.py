@@ -1,0 +1,259 @@
+"""Figures of the second edition: their numbers equal those of the tables, and words appear where nothing is judged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+import pytest
+from made_up_study import around, made_up, registration
+
+from lorascope.charts.chart import Chart, Drawable, Panels
+from lorascope.charts.marks import Line, Point, Text
+from lorascope.papers import registry
+from lorascope.papers.figures import forest as forest_plot
+from lorascope.papers.figures.claim_losses import claim_losses, loss_table
+from lorascope.papers.figures.forest import BOUND, EDITION_1, EDITION_2, POSITIVE, PRINTED, forest, forest_table
+from lorascope.papers.figures.neuron_hits import SCORES, neuron_hits
+from lorascope.papers.figures.pair_gaps import CLOSED, LOSS, gap_table, pair_gaps
+from lorascope.papers.figures.planted_allocations import planted_allocations
+from lorascope.papers.figures.study_marks import FAVORABLE, OTHER, claim_arms
+from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence
+from lorascope.papers.judging.registered_study import PaperPlace
+from lorascope.papers.judging.study_results import RESULT_COLUMNS, compute
+from lorascope.papers.neft import AT_RANDOM, hit_rate
+
+# Of the forest plot, and two of other forms.
+IDS = [f"pair.{method.lower()}" for methods in forest_plot.ROWS for method in methods]
+COMPARISONS = {id: registry.COMPARISONS[id] for id in (*IDS, "pair.basis", "pair.factored", "text.lora")}
+REGISTERED = registration(COMPARISONS)
+EMPTY = StudyEvidence(pd.DataFrame(columns=list(STUDY_COLUMNS)))
+EARLIER = pd.DataFrame(
+    [
+        ("NeFT", -1.46, -2.19, -0.73, "points of accuracy", ""),
+        ("LISA", -0.032, -0.073, 0.008, "nats", ""),
+        ("AdaLoRA", -0.10, -0.67, 0.46, "points of accuracy", "no headroom"),
+        ("LoRA", -5.0, -6.0, -4.0, "points of accuracy", ""),
+    ],
+    columns=["method", "effect", "low", "high", "unit", "word"],
+)
+NO_ESTIMATE = EARLIER.iloc[:0]
+
+
+def gray_words(drawable: Drawable) -> list[str]:
+    """Return the gray words of a figure."""
+    gray: list[str] = []
+    for chart in drawable.charts():
+        for mark in chart.marks_of(Text):
+            gray += list(chart.table(mark)[mark.text]) * mark.muted
+    return gray
+
+
+def labeled_dots(drawable: Drawable, label: str) -> pd.DataFrame:
+    """Return the rows of all dots with a label."""
+    tables = []
+    for chart in drawable.charts():
+        tables += [chart.table(mark) for mark in chart.marks_of(Point) if mark.label == label]
+    return pd.concat(tables)
+
+
+def evidence_of(id: str, mean: float) -> Any:
+    """Return made-up evidence of one claim: its effects are around a mean, against it and three times as large."""
+    comparison, n = COMPARISONS[id], REGISTERED.claims[id].rule.seeds
+    means = {"for": mean, "against": -mean, "positive": 3 * mean}
+    effects = {
+        name: around(means[name], 0.3, 5 if id.startswith("text") and name == "positive" else n, number)
+        for number, name in enumerate(comparison.statistics())
+    }
+    return made_up(REGISTERED, id, comparison, effects)
+
+
+def results_of(**means: float) -> pd.DataFrame:
+    """Return the results of pairs (or ``text_NAME``) with these effects; claims that are not named are not run."""
+    tables = []
+    for name, mean in means.items():
+        id = name.replace("_", ".") if "_" in name else f"pair.{name}"
+        tables.append(compute(REGISTERED, {id: COMPARISONS[id]}, evidence_of(id, mean)).results)
+    missing = {id: COMPARISONS[id] for id in COMPARISONS if id not in set(pd.concat(tables)["claim"])}
+    return pd.concat([*tables, compute(REGISTERED, missing, EMPTY).results], ignore_index=True)
+
+
+def test_forest_shows_the_numbers_of_the_results() -> None:
+    results = results_of(adalora=8.0, lora=-3.0, text_lora=-0.5)
+    figure = forest(results, REGISTERED, EARLIER)
+    row = results.set_index("claim").loc["pair.adalora"]
+    for label, prefix in {FAVORABLE: "", OTHER: "against_", POSITIVE: "positive_"}.items():
+        dot = labeled_dots(figure, label).set_index("method").loc["AdaLoRA"]
+        expected = [row[f"{prefix}{name}"] for name in ("effect", "low", "high")]
+        np.testing.assert_array_equal(dot[["effect", "low", "high"]].astype(float), expected)
+    assert row["effect"] == pytest.approx(8.0)
+    assert row["against_effect"] == pytest.approx(-8.0)
+    # A line joins the two effects.
+    panel = figure.charts()[1]
+    ends = [set(panel.table(line)["effect"]) for line in panel.marks_of(Line)]
+    assert {row["effect"], row["against_effect"]} in ends
+    # This edition replaces the estimate of the first one, and a cost has its bound below 0.
+    text = results.set_index("claim").loc["text.lora"]
+    assert labeled_dots(figure, EDITION_2)["effect"].tolist() == [text["effect"]]
+    assert set(labeled_dots(figure, EDITION_1)["method"]) == {"NeFT", "LISA"}
+    table = forest_table(results, REGISTERED, EARLIER)
+    bounds = table[table["mark"] == BOUND].set_index(["method", "ground"])["effect"].to_dict()
+    truth = forest_plot.TRUTH
+    assert bounds == {("LoRA", forest_plot.TEXT): -1.0, ("AdaLoRA", truth): 2.0, ("LoRA", truth): -2.0}
+
+
+def test_forest_refuses_estimates_in_other_units() -> None:
+    with pytest.raises(ValueError, match="LoRA must be in points of accuracy, got nats"):
+        forest_table(pd.DataFrame(columns=RESULT_COLUMNS), REGISTERED, EARLIER.assign(unit="nats"))
+
+
+def test_forest_draws_open_and_filled_dots() -> None:
+    figure = forest(results_of(adalora=8.0, text_lora=-0.5), REGISTERED, EARLIER)
+    symbols: dict[str, str] = {}
+    for chart in figure.charts():
+        symbols |= {mark.label: mark.symbol for mark in chart.marks_of(Point)}
+    assert {symbols[label] for label in (EDITION_2, FAVORABLE)} == {"circle"}
+    assert {symbols[label] for label in (EDITION_1, OTHER)} == {"circle-open"}
+    assert symbols[PRINTED] == "diamond"
+
+
+def test_forest_has_words_instead_of_dots() -> None:
+    results = results_of(adalora=8.0)
+    is_adalora = results["claim"] == "pair.adalora"
+    for word in ("no headroom", "not learned"):
+        figure = forest(results.assign(word=results["word"].where(~is_adalora, word)), REGISTERED, EARLIER)
+        assert labeled_dots(figure, FAVORABLE).empty
+        assert labeled_dots(figure, POSITIVE).empty
+        assert gray_words(figure).count(word) == 1 + (word == "no headroom")  # AdaLoRA on text
+        assert labeled_dots(figure, BOUND).empty
+    assert "AdaLoRA" not in set(labeled_dots(figure, EDITION_1)["method"])
+
+
+def test_forest_without_runs_says_so_in_every_row() -> None:
+    for results in (pd.DataFrame(columns=RESULT_COLUMNS), compute(REGISTERED, COMPARISONS, EMPTY).results):
+        figure = forest(results, REGISTERED, NO_ESTIMATE)
+        assert gray_words(figure) == ["not run"] * 18
+        figure.mpl()
+        figure.plotly()
+
+
+def test_forest_has_printed_gains_in_points_of_accuracy_only() -> None:
+    claims = dict(REGISTERED.claims)
+    for id, value, unit in (("pair.neft", 2.1, "points of accuracy"), ("pair.alora", 9.0, "BLEU")):
+        claims[id] = msgspec.structs.replace(claims[id], paper=PaperPlace("1", "table 1", value, unit))
+    figure = forest(results_of(adalora=8.0), replace(REGISTERED, claims=claims), NO_ESTIMATE)
+    assert labeled_dots(figure, PRINTED)[["method", "effect"]].to_numpy().tolist() == [["NeFT", 2.1]]
+
+
+def test_axes_have_the_unit_of_their_rows() -> None:
+    figure = forest(results_of(adapprox=-20.0), REGISTERED, EARLIER)
+    labels = [[chart.x.label for chart in row] for row in figure.rows()]
+    assert labels == list(map(list, forest_plot.ROWS.values()))
+    bottom = figure.rows()[-1][1]
+    assert set(bottom.data["method"]) == {"Adapprox"}
+    low, _ = bottom.x.limits or (None, None)
+    assert low is not None
+    assert low < -60  # the positive control
+
+
+def test_pairs_have_a_dot_per_seed() -> None:
+    id = "pair.adalora"
+    evidence = evidence_of(id, 8.0)
+    claim = REGISTERED.claims[id]
+    table = gap_table(claim, evidence)
+    for arm in claim_arms(claim):
+        of_arm = table[table["arm"] == arm.arm]
+        assert of_arm["seed"].tolist() == list(range(FIRST_SEED, FIRST_SEED + 16))
+        expected = [evidence.closed(arm.arm, seed) for seed in of_arm["seed"]]
+        np.testing.assert_array_equal(of_arm["value"], expected)
+        assert set(of_arm["side"]) == {FAVORABLE if arm.truth == "uneven ranks" else OTHER}
+    figure = pair_gaps(REGISTERED, evidence, {id: "AdaLoRA"})
+    panel = next(chart for chart in figure.charts() if chart.title == "AdaLoRA")
+    pd.testing.assert_frame_equal(panel.data[table.columns], table)
+    assert not gray_words(panel)
+    assert panel.x.label == CLOSED
+
+
+def test_pairs_on_the_quadratic_show_the_loss() -> None:
+    evidence = evidence_of("pair.adapprox", -20.0)
+    table = gap_table(REGISTERED.claims["pair.adapprox"], evidence)
+    assert set(table["unit"]) == {LOSS}
+    first = table.iloc[0]
+    assert first["value"] == pytest.approx(100 * evidence.final_loss(first["arm"], FIRST_SEED) / 9)
+
+
+def test_pairs_without_runs_say_so() -> None:
+    figure = pair_gaps(REGISTERED, EMPTY)
+    names = [len({arm.method for arm in claim_arms(REGISTERED.claims[id])}) for id in COMPARISONS if "pair" in id]
+    assert gray_words(figure) == ["not run"] * sum(names)
+    figure.mpl()
+
+
+def made_up_losses(arms: dict[str, float]) -> StudyEvidence:
+    """Return evidence of arms with two seeds whose losses are 1 above and below a value, for 20 steps."""
+    runs, losses = [], []
+    for arm, value in arms.items():
+        for seed, sign in ((200, -1), (201, 1)):
+            run = f"{arm} {seed}"
+            runs.append({"run": run, "arm": arm, "seed": seed, "role": "judged", "phase": "", "task": ""})
+            steps = np.arange(1, 21)
+            loss = (value + sign + 0.1 * (steps > 10)).astype(np.float16)
+            losses.append(
+                pd.DataFrame({"arm": arm, "seed": seed, "run": run, "phase": "", "step": steps, "loss": loss})
+            )
+    return StudyEvidence(pd.DataFrame(runs).reindex(columns=list(STUDY_COLUMNS)), {"losses": pd.concat(losses)})
+
+
+def test_losses_are_means_and_ranges_over_seeds() -> None:
+    claim = REGISTERED.claims["pair.adalora"]
+    arm = "AdaLoRA, rank 4 to 2, uneven ranks"
+    evidence = made_up_losses({arm: 3.0})
+    table = loss_table(claim, evidence)
+    assert table["step"].tolist() == [5.0, 15.0]
+    np.testing.assert_allclose(table[["value", "low", "high"]], [[3.0, 2.0, 4.0], [3.1, 2.1, 4.1]], atol=2e-3)
+    figure = claim_losses(claim, evidence)
+    assert [chart.title for chart in figure.charts()] == ["uneven ranks", "update of rank 2"]
+    assert gray_words(figure) == ["not run"]  # the other truth
+    assert "LoRA, rank 2, uneven ranks" in figure.charts()[0].caption
+    assert gray_words(claim_losses(claim, EMPTY)) == ["not run"] * 2
+    claim_losses(claim, EMPTY).mpl()
+
+
+def test_neurons_have_the_hit_rates_of_the_kept_table() -> None:
+    changed = np.arange(40) < 4
+    scores = {column: np.where(changed, 1.0, 0.0) for column in SCORES}
+    scores["sensitivity"] = np.where(changed, 0.0, 1.0)
+    scores["rotation"] = np.where(np.arange(40) % 2 == 0, 1.0, 0.0) + 0.5 * changed
+    table = pd.concat([pd.DataFrame({"seed": seed, "changed": changed, **scores}) for seed in (200, 201)])
+    chart = neuron_hits(table, hit_rate, AT_RANDOM.value)
+    rates = chart.data.groupby("score")["value"].agg(["min", "max", "size"])
+    assert list(rates.loc[SCORES["displacement"]]) == [100, 100, 2]
+    assert list(rates.loc[SCORES["rotation"]]) == [50, 50, 2]
+    assert list(rates.loc[SCORES["sensitivity"]]) == [0, 0, 2]
+    assert not gray_words(chart)
+    empty = neuron_hits(pd.DataFrame(), hit_rate, AT_RANDOM.value)
+    assert gray_words(empty) == ["not run"] * len(SCORES)
+    empty.mpl()
+
+
+def test_allocations_average_modules_then_seeds() -> None:
+    ranks = pd.DataFrame({
+        "arm": "a", "seed": [200, 200, 200, 201, 201], "planted": [0, 0, 4, 0, 4], "rank": [0, 2, 4, 3, 2]
+    })  # fmt: skip
+    chart = planted_allocations(ranks, {"AdaLoRA": "a", "ALoRA": "b"}, 2)
+    assert chart.data.set_index("planted")["value"].to_dict() == {0: 2.0, 4: 3.0}
+    assert gray_words(chart) == ["not run: ALoRA"]
+    empty = planted_allocations(pd.DataFrame(), {"AdaLoRA": "a"}, 2)
+    assert gray_words(empty) == ["not run: AdaLoRA"]
+    empty.mpl()
+
+
+def test_panels_with_columns_leave_places_empty() -> None:
+    chart = Chart(pd.DataFrame({"x": [1.0], "y": [1.0]}), [Point("x", "y", symbol="circle-open", label="open")])
+    axes = Panels(((chart, chart), (chart,)), columns=2).mpl().axes
+    assert axes[2].get_position().width == pytest.approx(axes[0].get_position().width, rel=0.01)
+    (dots,) = axes[0].collections
+    assert dots.get_facecolor().tolist() == [[1.0, 1.0, 1.0, 1.0]]

@@ -118,6 +118,9 @@ def test_forest_draws_open_and_filled_dots() -> None:
     assert {symbols[label] for label in (EDITION_2, FAVORABLE)} == {"circle"}
     assert {symbols[label] for label in (EDITION_1, OTHER)} == {"circle-open"}
     assert symbols[PRINTED] == "diamond"
+    # Without a bar, a cross does not hide the interval of the effect on its line.
+    bars = {mark.label: mark.low for mark in figure.charts()[1].marks_of(Point)}
+    assert (bars[FAVORABLE], bars[OTHER], bars[POSITIVE]) == ("low", "low", None)
 
 
 def test_forest_has_words_instead_of_dots() -> None:

@@ -161,7 +161,11 @@ def _effect_marks(rows: pd.DataFrame) -> list[Mark]:
         # The bound has the same symbol in both grounds, and one entry in the legend.
         if mark == BOUND and set(of_mark["ground"]) == {TEXT}:
             label = ""
-        marks.append(Point("effect", "row", "ground", low="low", high="high", symbol=symbol, label=label, data=of_mark))
+        point = Point("effect", "row", "ground", symbol=symbol, label=label, data=of_mark)
+        # The interval of a positive control is on the line of the effect, and would cover that of the effect.
+        if mark != POSITIVE:
+            point = replace(point, low="low", high="high")
+        marks.append(point)
     return marks
 
 

@@ -227,7 +227,9 @@ def test_own_seed_without_kept_runs_has_no_interval(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command("--claim", CLAIM, "--seed", 31, "-o", tmp_path / "report") == 0
-    assert "Kept: 0 seeds; not run" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Kept: 0 seeds; not run" in printed
+    assert "nan" not in printed
     assert not (data / "evidence-2").exists()
 
 
@@ -235,6 +237,15 @@ def test_own_seed_is_never_trained_into_the_evidence(data: Path, capsys: pytest.
     assert run_command("--claim", CLAIM, "--seed", 31, "-o", data / "evidence-2") == 2
     assert "--out must be outside" in capsys.readouterr().err
     assert not (data / "evidence-2").exists()
+
+
+def test_an_unknown_claim_is_compared_with_those_of_both_editions(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for claim, suggestion in (("pair.made_op", CLAIM), ("lora.word", "lora.words")):
+        assert run_command("--claim", claim, "--seed", 31) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"did you mean '{suggestion}'" in line
 
 
 def test_the_command_trains_the_registered_runs(data: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lorascope.files.printable import count_phrase, printable
 from lorascope.files.text_layout import format_frame
 from lorascope.papers.judging import kept_runs, kept_verdicts, registered_study, registration, study_verification
 from lorascope.papers.judging.registered_study import StudyRegistration
+from lorascope.schema.suggestions import unknown_name
 
 SECOND_EVIDENCE = "evidence-2"
 """Name of the folder of evidence of the second edition."""
@@ -83,8 +84,13 @@ def main(
         return 0
     if claim is not None and seed is not None:
         file = registered_study.STUDY_FILE
-        if file.exists() and claim in (study := registered_study.read(file)).claims:
-            return _train_study_claim(claim, seed, Path(out), study, json)
+        if file.exists():
+            study = registered_study.read(file)
+            if claim in study.claims:
+                return _train_study_claim(claim, seed, Path(out), study, json)
+            # The other edition would suggest its own claims only.
+            if claim not in (claims := registration.read().claims):
+                raise ValueError(unknown_name("claim", claim, [*study.claims, *claims]))
         return _train_claim(claim, seed, Path(out), json)
     return _train_methods(random.randrange(1000, 2**31) if seed is None else seed, Path(out), json)
 

@@ -51,7 +51,8 @@ class SeedResult(NamedTuple):
         return {"arms": to_json_rows(self.arms), "effects": to_json_rows(self.effects), "summary": self.summary}
 
     def __str__(self) -> str:
-        tables = (self.arms.round({"score": 4}), self.effects.round(4))
+        # Without kept seeds, there are no means and intervals to print.
+        tables = (self.arms.round({"score": 4}), self.effects.round(4).dropna(axis=1, how="all"))
         return "\n\n".join([*map(format_frame, tables), self.summary])
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,6 +23,7 @@ from lorascope.papers.judging import kept_study, registered_study, study_verific
 from lorascope.papers.judging import truth_names as names
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import PaperPlace, StudyClaim, StudyRule
+from lorascope.papers.judging.study_rates import TUNING_SEEDS
 from lorascope.papers.judging.study_statistics import Comparison, GapClosed
 from lorascope.papers.training import study_retraining, study_seeds, study_training
 from lorascope.papers.training.study_retraining import retrain_study
@@ -231,6 +233,31 @@ def test_own_seed_without_kept_runs_has_no_interval(
     assert "Kept: 0 seeds; not run" in printed
     assert "nan" not in printed
     assert not (data / "evidence-2").exists()
+
+
+def test_own_seed_has_the_chosen_rate_or_else_the_middle_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    def stop(job: StudyJob, *arguments: Any) -> None:
+        rates.append(job.rate)
+        raise InterruptedError
+
+    monkeypatch.setattr(study_seeds, "finish_job", stop)
+    study = registered()
+    tried = msgspec.structs.replace(study.arms[METHOD], rates=(1e-3, 1.8e-3, 3.2e-3))
+    study = replace(study, arms={**study.arms, METHOD: tried})
+    for gaps in ({}, {5.6e-4: 0.3, 1e-3: 0.1, 1.8e-3: 0.2, 3.2e-3: 0.4}):
+        for rate, gap in gaps.items():
+            for seed in TUNING_SEEDS:
+                row = {"run": f"t{seed}-{rate}", "arm": METHOD, "role": "tuning", "seed": seed, "rate": rate}
+                rows = pd.DataFrame([row | {"phase": "", "task": "", "gap": gap, "base_gap": 1.0}])
+                losses = pd.DataFrame({"phase": "", "step": [1], "loss": [1.0]})
+                kept_study.add_run(data / "evidence-2", kept_study.StudyRun(rows, losses))
+        with pytest.raises(InterruptedError):
+            study_seeds.train_seed(CLAIM, 31, tmp_path / "report", study, data / "evidence-2")
+    assert rates == [1.8e-3, 1e-3]
 
 
 def test_own_seed_is_never_trained_into_the_evidence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ _PART_OF_COMPARISON = re.compile(
     r"lorascope\.(analysis|papers\.judging\.(statistics|study_statistics|truth_names)"
     r"|papers\.(?!judging|training|figures)\w+)(\.\w+)*"
 )
-"""Names of what is part of the comparison of a claim of the second edition."""
+"""Names of modules, functions and constants in the comparison of a claim of the second edition."""
 _PART_OF_JUDGING = re.compile(
     r"lorascope\.(analysis|papers\.judging\.(words|kept_study|statistics|study_statistics|study_results|study_rates))(\.\w+)*"
 )
@@ -155,7 +155,7 @@ def module_hash(name: str) -> str:
     """Hash the code of a module, without docstrings, annotations and comments."""
     source = _module(name)
     if source is None:
-        raise KeyError(f"there is no module {name!r}")
+        raise KeyError(f"unknown module {name!r}; expected the full name of one in lorascope")
     return f"sha256:{hashlib.sha256(_canonical(source.tree).encode()).hexdigest()}"
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from scipy import stats
 
 from lorascope.papers import registry
 from lorascope.papers.judging import registered_study
-from lorascope.papers.judging.registered_study import STUDY_FILE, StudyRegistration
+from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_statistics import effect_interval
 from lorascope.papers.judging.words import word
 
@@ -56,8 +57,16 @@ def all_claims() -> dict[str, tuple[StudyRegistration, Any]]:
     """Return a made-up claim of each form, and all registered ones."""
     made_up_claims = registration()
     claims = {id: (made_up_claims, comparison) for id, comparison in comparisons().items()}
-    registered = registered_study.read() if STUDY_FILE.exists() else registration(registry.COMPARISONS)
+    registered = with_all_seeds(registered_study.read())
     return claims | {id: (registered, comparison) for id, comparison in registry.COMPARISONS.items()}
+
+
+def with_all_seeds(registered: StudyRegistration) -> StudyRegistration:
+    """Return the registration with a number of seeds also for arms whose rates are not chosen yet."""
+    arms = {
+        label: arm if arm.seeds else msgspec.structs.replace(arm, seeds=16) for label, arm in registered.arms.items()
+    }
+    return replace(registered, arms=arms)
 
 
 CLAIMS = all_claims()

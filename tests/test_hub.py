@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -40,7 +41,7 @@ class Hub:
 
     A key ``repository@revision`` has the contents of that revision. ``pushed`` maps a repository to the revisions that
     successive requests for its branch main get; the last one stays. After ``silent_after`` requests there is only what
-    ``after`` says: nothing, one byte, a body that comes slowly, or one that does not end.
+    ``after`` says: nothing, one byte, headers that come slowly, a body that comes slowly, or one that does not end.
     """
 
     silent_after: int | None = None
@@ -108,6 +109,12 @@ class Hub:
                     self.wfile.write(content)
 
             def answer_badly(self) -> None:
+                if hub.after == "slow headers":
+                    with contextlib.suppress(OSError):  # the client has closed the connection
+                        for number in itertools.count():
+                            self.wfile.write(b"HTTP/1.1 200 OK\r\n" if not number else b"X: 0\r\n")
+                            if hub.stopped.wait(0.2):
+                                return
                 if not hub.after.endswith("body"):
                     self.wfile.write(hub.after.encode())
                     hub.stopped.wait()

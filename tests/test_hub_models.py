@@ -53,7 +53,7 @@ hub_answers._MOST_BYTES = 2**20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", ["", "H", "slow body", "endless body"])
+@pytest.mark.parametrize("after", ["", "H", "slow headers", "slow body", "endless body"])
 @pytest.mark.parametrize("answered", [0, 1, 2, 3, 5])
 def test_hub_that_stops_answering_is_one_line(tmp_path: Path, answered: int, after: str) -> None:
     hub = Hub({"a/b": model_files(tmp_path / "model", 0.5)})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ _MOST_BYTES = 2**27
 _Key = tuple[str, str, str | None]
 _waiting: dict[_Key, float] = {}  # requests without an answer in this process, and when they were sent
 _downloads: set[_Key] = set()
+_header_ends: dict[int, float] = {}  # thread that waits for the headers of an answer -> when they must have come
 
 
 @contextmanager
@@ -68,12 +71,30 @@ def _require_answers(request: Any) -> None:
     for phase, seconds in limits.items():
         limits[phase] = seconds if seconds and is_download else ANSWER_SECONDS
     _waiting[key] = now
+    _header_ends[threading.get_ident()] = now + _SLOW_SECONDS
+    request.extensions["trace"] = _limit_headers
     if is_download:
         _downloads.add(key)
 
 
+def _limit_headers(event: str, facts: Any) -> None:
+    """Let the reads of a new connection fail once the headers of an answer are late; each byte may come in time."""
+    if not event.endswith(("connect_tcp.complete", "start_tls.complete")):
+        return
+    stream = facts["return_value"]
+    read_any = stream.read
+
+    def read(max_bytes: int, timeout: float | None = None) -> Any:
+        if time.monotonic() > _header_ends.get(threading.get_ident(), math.inf):
+            raise TimeoutError(f"the answer of {constants.ENDPOINT} does not begin")
+        return read_any(max_bytes, timeout)
+
+    stream.read = read
+
+
 def _note_answer(response: Any) -> None:
     _waiting.pop(_key(response.request), None)
+    _header_ends.pop(threading.get_ident(), None)
     response.stream = _EndingStream(response)
 
 

@@ -18,7 +18,7 @@ from made_up_study import around, comparisons, made_up, planted, registration
 
 from lorascope.cli import verify as verify_command
 from lorascope.papers import registry
-from lorascope.papers.judging import kept_study, study_verification
+from lorascope.papers.judging import beliefs, kept_study, registered_study, study_verification
 from lorascope.papers.judging.code_hash import comparison_hash, judging_hash
 from lorascope.papers.judging.kept_study import STUDY_COLUMNS, StudyEvidence
 from lorascope.papers.judging.study_statistics import effect_interval
@@ -55,6 +55,17 @@ def made_up_evidence(registered: Any) -> StudyEvidence:
     return replace(pieces[1], runs=runs, tables={"losses": losses}, _tables_by_run={})
 
 
+# The registration has one paper.
+BELIEF = """
+[[belief]]
+paper = "AdaLoRA"
+arxiv = "2303.10512"
+sentence = "Gains 6.0 points where ranks differ, and -0.0 where they do not; costs 0.00 on text."
+words = { gain = "as claimed", text = "no cost" }
+numbers = ["gain effect", "gain against_effect", "-text effect"]
+"""
+
+
 def to_toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{name} = {to_toml(entry)}" for name, entry in value.items()) + " }"
@@ -83,6 +94,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     write_registration(data / "registered-2.toml", replace(registered, claims=with_code))
     kept_study.write(data / "evidence-2", made_up_evidence(registered))
     write_study(data / "evidence-2", data / "registered-2.toml", COMPARISONS)
+    (data / "evidence-2" / "beliefs.toml").write_text(BELIEF, "utf-8")
     return {path.relative_to(data).as_posix(): path.read_bytes() for path in data.rglob("*") if path.is_file()}
 
 
@@ -173,6 +185,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     "registered arms": (
         edit_text("../registered-2.toml", '"LoRA, even"]', '"oracle, uneven"]'), "arms of against: registered", True
     ),
+    "missing beliefs": (lambda folder: (folder / "beliefs.toml").unlink(), "beliefs.toml: no such file", False),
     "missing file": (lambda folder: (folder / "results.csv").unlink(), "results.csv: no such file", False),
 }  # fmt: skip
 
@@ -186,6 +199,40 @@ def test_tampering_gives_one_line_for_its_cause(name: str, data: Path) -> None:
     assert len(lines) == 1 + has_consequences, lines
     if has_consequences:
         assert lines[-1].endswith("in what follows from these")
+
+
+BELIEF_TAMPERINGS = {
+    # Text of the sentence or of what it relies on, another one, and the only difference.
+    "word": ('"no cost"', '"cost"', "text is 'no cost', the sentence relies on 'cost'"),
+    "number": ("6.0", "6.1", "gain effect is 6.0, the sentence has 6.1"),
+    "sign": ("6.0", "-6.0", "gain effect is 6.0, the sentence has -6.0"),
+    "further number": ("on text", "on 0.5 text", "numbers must have one place per number"),
+    "number of no claim": ('"-text effect"', '"-table effect"', "numbers must name a claim of words"),
+    "length": ("on text", "on text" + " again" * 12, "the sentence must have at most 25 words, got 28"),
+    "claim": ("{ gain", '{ gains = "gain", gain', "gains has no result"),
+    "paper": ("2303.10512", "2303.1", "must have one sentence per paper: 2303.10512"),
+    "syntax": ("[[belief", "[[belief[", "cannot read "),
+}
+
+
+@pytest.mark.parametrize("name", BELIEF_TAMPERINGS)
+def test_a_sentence_that_its_results_do_not_support_is_named(name: str, data: Path) -> None:
+    before, after, cause = BELIEF_TAMPERINGS[name]
+    edit_text("beliefs.toml", before, after)(data / "evidence-2")
+    (line,) = verify(data)
+    assert cause in line
+    assert "beliefs.toml" in line
+
+
+def test_a_sentence_must_rely_on_the_claims_of_the_headline(data: Path) -> None:
+    registered = registered_study.read(data / "registered-2.toml")
+    claim = registered.claims["gain"]
+    headline = msgspec.structs.replace(claim, rule=msgspec.structs.replace(claim.rule, headline=True))
+    registered = replace(registered, claims={**registered.claims, "gain": headline})
+    edit_text("beliefs.toml", 'gain = "as claimed", ', "")(data / "evidence-2")
+    results = (data / "evidence-2" / "results.csv").read_bytes()
+    lines = list(beliefs.belief_differences(data / "evidence-2", registered, results))
+    assert "AdaLoRA: words must have gain, a claim of the headline" in lines[0]
 
 
 def test_a_changed_formula_is_noticed(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.whole_files import write_bytes
-from lorascope.papers.judging import kept_study, registered_study
+from lorascope.papers.judging import beliefs, kept_study, registered_study
 from lorascope.papers.judging.code_hash import comparison_hash, judging_hash
 from lorascope.papers.judging.csv_tables import text_table, to_csv
 from lorascope.papers.judging.evidence_manifest import digest, kept_digests, manifest, parse_digests
@@ -60,8 +60,8 @@ def write_study(folder: Path, registration_file: Path, comparisons: Mapping[str,
 
 def _digests(folder: Path, registration_file: Path) -> dict[str, str]:
     digests = parse_digests(manifest(folder))
-    # They are compared with recomputed ones, cell by cell.
-    for name in DERIVED:
+    # They are compared with recomputed ones, cell by cell, and sentences with the results.
+    for name in (*DERIVED, beliefs.FILE):
         digests.pop(name, None)
     return digests | {f"../{registration_file.name}": digest(registration_file)}
 
@@ -114,14 +114,20 @@ def verify_study(
     lines += [f"{file}: differs from MANIFEST" for file in sorted(changed - {cause.file for cause in causes})]
     consequences = len(causes) + len(changed) - len(lines)
     for name, content in contents.items():
-        differences = list(_compare(folder / name, content))
-        if lines:
-            consequences += len(differences)
-        else:
-            lines += differences
+        consequences += _add(lines, _compare(folder / name, content))
+    # Sentences follow from the results.
+    consequences += _add(lines, beliefs.belief_differences(folder, registration, contents["results.csv"]))
     if consequences:
         lines.append(f"{count_phrase(consequences, 'further difference')} in what follows from these")
     return lines
+
+
+def _add(lines: list[str], differences: Iterable[str]) -> int:
+    """Add differences to the lines, or return their number if these have a cause already."""
+    if lines:
+        return len(list(differences))
+    lines += differences
+    return 0
 
 
 def _check_registration(

@@ -1,0 +1,40 @@
+"""Sentences of the second edition, and the table of nine rows."""
+
+from __future__ import annotations
+
+import pandas as pd
+from test_study_figures import EARLIER, EMPTY, results_of
+
+from lorascope.papers import registry
+from lorascope.papers.judging import registered_study, study_results
+from lorascope.papers.judging.beliefs import FILE, belief_differences, headline_table, read_beliefs
+from lorascope.papers.judging.csv_tables import to_csv
+from lorascope.papers.judging.registered_study import STUDY_FILE
+
+FOLDER = STUDY_FILE.parent / "evidence-2"
+REGISTERED = registered_study.read()
+BELIEFS = read_beliefs(FOLDER)
+
+
+def rows(results: pd.DataFrame) -> pd.DataFrame:
+    return headline_table(BELIEFS, REGISTERED, results, EARLIER).set_index("paper")
+
+
+def test_rows_have_the_numbers_of_the_results() -> None:
+    table = rows(results_of(adalora=8.04, adapprox=-13.0, lisa=0.5, text_lora=-0.5))
+    assert len(table) == 9
+    assert table.loc["AdaLoRA", ["printed", "text", "truths"]].tolist() == ["+0.81", "no headroom (1)", "+8.0 / -8.0"]
+    assert table.loc["Adapprox", "truths"] == "-13.0% / +13.0%"
+    assert table.loc["LISA", "text"] == "-0.032 [-0.073, 0.008] nats (1)"
+    # The second edition replaces the first one.
+    assert table.loc["LoRA", "text"].startswith("-0.50 [-0.")
+    assert table.loc["NeFT", ["text", "truths"]].tolist() == ["-1.46 [-2.19, -0.73] (1)", "not run"]
+    assert table["belief"].tolist() == [belief.sentence for belief in BELIEFS]
+
+
+def test_sentences_without_results_must_be_written_when_these_arrive() -> None:
+    nothing = study_results.compute(REGISTERED, registry.COMPARISONS, EMPTY).results
+    lines = "\n".join(belief_differences(FOLDER, REGISTERED, to_csv(nothing)))
+    for belief in BELIEFS:
+        says_not_run = set(belief.words.values()) == {"not run"}
+        assert (f"{FILE}: {belief.paper}:" in lines) != says_not_run

@@ -42,8 +42,8 @@ from lorascope.papers.rank_tables import (
     RANKS,
     UNIFORM_STUDENT,
     allocation_figures,
+    allocation_tables,
     keep_ranks,
-    kept_allocation,
     of_roles,
     rank_agreement,
     residual_tau,
@@ -113,7 +113,7 @@ def study_arms() -> list[Arm]:
 
 
 JUDGED = {"pair.adalora": pair(ALLOCATED, UNIFORM_STUDENT, ORACLE, truths=ALLOCATION)}
-KEPT_TABLES = {"ranks": kept_allocation(ALLOCATED)}
+KEPT_TABLES = allocation_tables(ALLOCATED)
 
 
 TYPES = {"W_q": "q", "W_k": "k", "W_v": "v", "W_o": "o", "W_f1": "ffn_in", "W_f2": "ffn_out"}

@@ -33,8 +33,8 @@ from lorascope.papers.rank_tables import (
     RANKS,
     UNIFORM_STUDENT,
     allocation_figures,
+    allocation_tables,
     keep_ranks,
-    kept_allocation,
     of_roles,
 )
 from lorascope.runs.run import Run
@@ -73,7 +73,7 @@ def study_arms() -> list[Arm]:
 
 
 JUDGED = {"pair.alora": pair(MOVED, UNIFORM_STUDENT, ORACLE, truths=ALLOCATION)}
-KEPT_TABLES = {"ranks": kept_allocation(MOVED)}
+KEPT_TABLES = allocation_tables(MOVED)
 
 
 def replayed(table: pd.DataFrame, group: str) -> float:

@@ -39,8 +39,8 @@ from lorascope.papers.rank_tables import (
     ORACLE,
     RANKS,
     UNIFORM_STUDENT,
+    allocation_tables,
     keep_ranks,
-    kept_allocation,
     rank_agreement,
 )
 from lorascope.runs.run import Run
@@ -89,7 +89,7 @@ def study_arms() -> list[Arm]:
 
 
 JUDGED = {"pair.autolora": pair(SEARCHED, UNIFORM_STUDENT, ORACLE, truths=ALLOCATION)}
-KEPT_TABLES = {"ranks": kept_allocation(SEARCHED)}
+KEPT_TABLES = allocation_tables(SEARCHED)
 
 
 def spread(table: pd.DataFrame) -> float:

@@ -77,9 +77,27 @@ def allocation_figures(runs: Mapping[str, Run], label: str) -> list[ReportFigure
     return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]
 
 
-def kept_allocation(arm: str, truths: tuple[str, str] = ALLOCATION) -> list[KeptTable]:
-    """Return the kept tables ``module, planted, rank`` of an allocator's runs: planted and final rank by module."""
-    return [((f"{arm}, {truth}",), partial(_planted_and_final_ranks, truth=truth)) for truth in truths]
+def allocation_tables(arm: str) -> dict[str, list[KeptTable]]:
+    """Return the kept tables of an allocator's runs by name: ranks by module, and scores by component.
+
+    ``ranks`` has ``module, planted, rank``, and ``scores`` has ``step, module, component, score`` at the first and the
+    last step with scores. ALoRA numbers components in the order of their creation.
+    """
+    ranks: list[KeptTable] = []
+    scores: list[KeptTable] = []
+    for truth in ALLOCATION:
+        ranks.append(((f"{arm}, {truth}",), partial(_planted_and_final_ranks, truth=truth)))
+        scores.append(((f"{arm}, {truth}",), first_and_last_scores))
+    return {"ranks": ranks, "scores": scores}
+
+
+def first_and_last_scores(run: Run) -> pd.DataFrame:
+    """Return the kept table ``scores`` of an allocator's run; AutoLoRA has scores at the end of its search only."""
+    first_phase, *_ = (*run.parents, run)
+    rows = first_phase.table[first_phase.table["quantity"] == "importance"]
+    rows = rows[rows["step"].isin([rows["step"].min(), rows["step"].max()])]
+    scores = rows[["step", "module", "index", "value"]].rename(columns={"index": "component", "value": "score"})
+    return scores.astype({"step": "int32", "module": "str", "component": "int16", "score": "float32"})
 
 
 def _planted_and_final_ranks(run: Run, truth: str) -> pd.DataFrame:

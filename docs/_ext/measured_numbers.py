@@ -13,7 +13,7 @@ from verdict_tables import SCORES, Tables, format_p
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_text
-from lorascope.papers.judging import published_numbers
+from lorascope.papers.judging import first_edition, published_numbers
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.registration import Registration
 from lorascope.papers.judging.verdicts import Pair
@@ -61,7 +61,7 @@ def significant_digits(text: str) -> int:
 
 def _printed(tables: Tables) -> Iterator[tuple[str, str, str]]:
     """Return key, text and source of every number."""
-    claims = tables.registration.of_tier("published")
+    claims = first_edition.read_claims()
     for on_figures in published_numbers.judge_published(claims, tables.data / "published").to_dict("records"):
         if on_figures["outcome"] != published_numbers.NOT_JUDGED:
             yield from _numbers(on_figures["claim"], _EFFECT, on_figures["shown"], "data/published")

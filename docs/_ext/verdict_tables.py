@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import edition_1
 import numpy as np
 import pandas as pd
 from figure_lists import list_figures, list_figures_of_paper
 
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.files.printable import count_phrase
-from lorascope.papers.judging import published_numbers
+from lorascope.papers.judging import first_edition, published_numbers
 from lorascope.papers.judging.claims import with_level
 from lorascope.papers.judging.csv_tables import read_texts
 from lorascope.papers.judging.kept_runs import BLOCK, Evidence
@@ -64,6 +65,7 @@ def all_blocks(registration: Registration, data: Path, evidence: Evidence, deriv
             f"{name.lower()}-verdicts": tables.of_paper(name),
             f"{name.lower()}-figures": list_figures_of_paper(evidence, name),
         }
+    blocks |= edition_1.blocks(data)
     return {name: f"\n{text}\n\n" for name, text in blocks.items()}
 
 
@@ -154,10 +156,12 @@ class Tables:
         self, claims: Mapping[str, Registered], second: Callable[[Registered], str]
     ) -> list[tuple[str, str, str, str, str]]:
         """Return sentence, a second column, effect, bound and verdict of the claims on published numbers."""
+        published = published_numbers.judge_published(first_edition.read_claims(), self.data / "published")
         return [
             (claims[row["claim"]].text.sentence, second(claims[row["claim"]]), row["shown"],
-             _bound(claims[row["claim"]]), ", ".join(filter(None, (row["outcome"], row["side"]))))
-            for row in published_numbers.judge_published(claims, self.data / "published").to_dict("records")
+             _bound(claims[row["claim"]]), row["outcome"])
+            for row in published.to_dict("records")
+            if row["claim"] in claims
         ]  # fmt: skip
 
     def verdicts(self) -> str:

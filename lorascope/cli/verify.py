@@ -17,7 +17,9 @@ from tyro.conf import Positional, arg
 from lorascope.cli.arguments import command
 from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.papers.figures import redraw
+from lorascope.papers.first_edition import CARRIED
 from lorascope.papers.judging import (
+    first_edition,
     kept_figures,
     kept_runs,
     registered_study,
@@ -88,6 +90,7 @@ def main(
         for line in _find_differences(claims, study, folder, root, write, retrain):
             differences.append(printable(line))  # it may name a foreign file
         if folder.resolve() == own_folder.resolve():
+            differences.extend(map(printable, first_edition.verify_first(first_edition.FOLDER, CARRIED)))
             differences.extend(map(printable, _verify_second(write, retrain)))
         if root:
             history = registration.compare_with_history(registered, study.runs["commit"].unique().tolist())

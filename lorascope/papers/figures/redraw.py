@@ -18,9 +18,9 @@ from lorascope.files.printable import count_phrase, printable
 from lorascope.papers.figures.excerpt import EXCERPTS, keep_excerpts, run_finder
 from lorascope.papers.figures.gallery_figure import GalleryFigure, KeptScores, Sections, figures_by_name
 from lorascope.papers.judging import kept_figures, kept_runs
+from lorascope.papers.judging.csv_tables import compare_tables
 from lorascope.papers.judging.kept_figures import FigureAbout, KeptFigure
 from lorascope.papers.judging.kept_runs import Evidence
-from lorascope.papers.judging.verification import compare_tables
 from lorascope.runs.run import Run
 
 _FEWEST_SEEDS = 2  # of a figure that shows all seeds: one has no interval

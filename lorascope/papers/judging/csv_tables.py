@@ -1,20 +1,22 @@
-"""CSV tables of the evidence: kinds of columns, strict reading, and writing."""
+"""CSV tables of the evidence: kinds of columns, strict reading, writing, and comparison."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.typed_json import MAX_BYTES, require_small, unreadable
 
+CLOSE = 1e-9  # relative rounding of another machine or another version of NumPy
 SCHEMA = 1  # of ``runs.csv`` and ``rows.parquet``, named in errors
 
 
@@ -127,3 +129,42 @@ def _convert(column: pd.Series, kind: ColumnKind) -> pd.Series:
 def to_csv(table: pd.DataFrame) -> bytes:
     """Return a table as the content of a CSV file, with the same line ends on every system."""
     return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def compare_with_file(file: Path, content: bytes) -> Iterator[str]:
+    """Compare a kept table with its recomputed content, and return one line for each difference."""
+    if not file.exists():
+        yield f"{file.name}: no such file"
+        return
+    try:
+        table = text_table(file.read_bytes())
+    except ValueError as error:
+        yield f"{file.name}: {printable(error)}"
+        return
+    yield from compare_tables(file.name, table, text_table(content))
+
+
+def compare_tables(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[str]:
+    """Compare two tables of texts cell by cell for the verification, and return one line for each difference."""
+    if list(old.columns) != list(new.columns) or len(old) != len(new):
+        yield f"{name}: kept {_shape(old)}, recomputed {_shape(new)}"
+        return
+    for number, column in zip(*np.nonzero((old != new).to_numpy()), strict=True):
+        cells = str(old.iat[number, column]), str(new.iat[number, column])
+        if not are_equal(*cells):
+            # Row 1 is the header. The first two columns say what the row is about.
+            row = f"row {number + 2} ({' '.join(map(str, old.iloc[number, :2]))})"
+            yield f"{name}: {row}: {old.columns[column]}: kept {cells[0]!r}, recomputed {cells[1]!r}"
+
+
+def _shape(table: pd.DataFrame) -> str:
+    rows, columns = table.shape
+    return f"{count_phrase(rows, 'row')} and {count_phrase(columns, 'column')}"
+
+
+def are_equal(old: str, new: str) -> bool:
+    """Compare two cells; numbers may differ by the rounding of another machine."""
+    try:
+        return bool(np.isclose(float(old), float(new), rtol=CLOSE, atol=1e-12))  # the second one is for zeros
+    except ValueError:
+        return False

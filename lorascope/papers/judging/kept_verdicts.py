@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.typed_json import unreadable
-from lorascope.papers.judging import published_numbers, registration
+from lorascope.papers.judging import first_edition, published_numbers, registration
 from lorascope.papers.judging.claims import with_level
 from lorascope.papers.judging.csv_tables import read_csv
 from lorascope.papers.judging.registration import Registration
@@ -51,7 +51,7 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
             pd.DataFrame(columns=list(COLUMNS)), ("No verdicts here: they are kept in a clone of the repository.",)
         )
     claims, file = registration.read(data / "registered.toml"), data / "evidence" / "verdicts.csv"
-    tables, notes = [published_numbers.judge_published(claims.claims, data / "published")], []
+    tables, notes = [published_numbers.judge_published(first_edition.read_claims(), data / "published")], []
     if file.exists():
         verdicts = read_file(file, claims)
         judged = have_verdict(verdicts)
@@ -94,7 +94,7 @@ def _rows(verdicts: pd.DataFrame, claims: Registration) -> pd.DataFrame:
         # Published figures have their own intervals.
         effect = with_level(verdict["shown"], verdict.get("level", math.nan))
         outcome = verdict["outcome"]
-        if verdict["side"]:
+        if verdict.get("side"):
             outcome += f", {verdict['side']}"
         if verdict.get("note"):
             outcome += f"; {verdict['note']}"

@@ -14,10 +14,10 @@ import pandas as pd
 
 from lorascope.analysis.seed_intervals import Estimate, Interval, t_interval
 from lorascope.files.printable import printable
-from lorascope.papers.judging.claims import MINIMUM_SEEDS, format_effect, side
-from lorascope.papers.judging.registration import Registered
+from lorascope.papers.judging.first_edition import FirstClaim, format_estimate
 
 LEVEL = 0.025
+MINIMUM_SEEDS = 3  # a t-interval of two seeds reaches 12.7 standard errors to each side
 Effect = Callable[[Path], Interval]
 
 _ATTENTION, _FEED_FORWARD = 768 + 768 + 1, 768 + 3072 + 1
@@ -107,7 +107,7 @@ NOT_JUDGED = "shown, not judged"
 _WITHOUT_SEEDS = {"published.adalora"}  # its interval covers the rounding of the printed numbers
 
 
-def judge_published(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
+def judge_published(claims: Mapping[str, FirstClaim], folder: Path) -> pd.DataFrame:
     """Judge the claims on published numbers, which are not corrected for their number.
 
     A claim whose effect has no interval, or comes from fewer than three runs or lists, is inconclusive. NeFT's overlap
@@ -116,7 +116,7 @@ def judge_published(claims: Mapping[str, Registered], folder: Path) -> pd.DataFr
     Returns
     -------
     DataFrame
-        ``claim, effect, low, high, n, outcome, side, shown``; claims on trained runs are left out.
+        ``claim, effect, low, high, n, outcome, shown``; claims on trained runs are left out.
 
     Raises
     ------
@@ -130,14 +130,14 @@ def judge_published(claims: Mapping[str, Registered], folder: Path) -> pd.DataFr
                 rows.append({"claim": id} | _show_overlap(folder))
             if id not in EFFECTS:
                 continue
-            claim, (effect, low, high, n) = claims[id].claim, EFFECTS[id](folder)
+            claim, (effect, low, high, n) = claims[id], EFFECTS[id](folder)
         except Exception as error:  # a damaged table raises KeyError, TypeError, ValueError and others
             raise ValueError(f"{printable(folder)}: cannot compute {id}: {printable(error)}") from error
         decided = not np.isnan(low) and (n >= MINIMUM_SEEDS or id in _WITHOUT_SEEDS)
         rows.append({
             "claim": id, "effect": effect, "low": low, "high": high, "n": n,
             "outcome": claim.decide(low, high) if decided else "inconclusive",
-            "side": side(low, high), "shown": format_effect(claim, effect, low, high),
+            "shown": format_estimate(claim, effect, low, high),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -148,7 +148,7 @@ def _show_overlap(folder: Path) -> dict[str, Any]:
     table = table[table["comparison"].str.startswith("two disjoint")]
     overlap, chance = (f"{table[name].min():.2f} to {table[name].max():.2f}" for name in ("overlap", "chance"))
     text = f"{overlap}; chance {chance}"
-    row = {"n": len(table), "outcome": NOT_JUDGED, "side": "", "shown": text}
+    row = {"n": len(table), "outcome": NOT_JUDGED, "shown": text}
     return dict.fromkeys(("effect", "low", "high"), np.nan) | row
 
 

@@ -19,29 +19,15 @@ import msgspec
 
 from lorascope.files.printable import printable
 from lorascope.papers.judging.claims import Claim, Kind
+from lorascope.papers.judging.data_folder import DATA
+from lorascope.papers.judging.data_folder import PAPERS as PAPERS
 from lorascope.papers.judging.looks import Looks
 
 # The text is part of the hash of every arm, so that a change of the rule changes them.
 RATE_RULE = (
     "lowest mean validation loss at the last step; ties to the smaller rate; at most two further rates at an end"
 )
-_PACKAGE = Path(__file__).parents[2]
-# A wheel contains the folder data, and a clone has it next to the package.
-_CLONE = _PACKAGE.parent
-_IN_CLONE = (_CLONE / "data").exists() and not (_PACKAGE / "data").exists()
-FILE = (_CLONE if _IN_CLONE else _PACKAGE) / "data" / "registered.toml"
-PAPERS = {
-    "LoRA": "2106.09685",
-    "LISA": "2403.17919",
-    "AdaLoRA": "2303.10512",
-    "AutoLoRA": "2403.09113",
-    "ALoRA": "2403.16187",
-    "HydraLoRA": "2404.19245",
-    "FourierFT": "2405.03003",
-    "NeFT": "2403.11621",
-    "Adapprox": "2403.14958",
-}
-"""arXiv ids of the papers by method, in the order of the tables."""
+FILE = DATA / "registered.toml"
 Tier = Literal["primary", "secondary", "published"]
 
 

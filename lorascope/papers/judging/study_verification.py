@@ -15,20 +15,18 @@ from lorascope.files.printable import count_phrase, printable
 from lorascope.files.whole_files import write_bytes
 from lorascope.papers.judging import beliefs, kept_study, registered_study
 from lorascope.papers.judging.code_hash import comparison_hash, judging_hash
-from lorascope.papers.judging.csv_tables import text_table, to_csv
+from lorascope.papers.judging.csv_tables import CLOSE, compare_with_file, to_csv
 from lorascope.papers.judging.evidence_manifest import digest, kept_digests, manifest, parse_digests
 from lorascope.papers.judging.kept_study import FIRST_SEED, StudyEvidence
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_rates import chosen_rates, rate_table
 from lorascope.papers.judging.study_results import compute
 from lorascope.papers.judging.study_statistics import StudyComparison
-from lorascope.papers.judging.verification import compare_tables
 
 DERIVED = ("tuning.csv", "effects.csv", "results.csv")
 """Tables that follow from the runs, in the order in which they follow from each other."""
 RUNS, CODE = "runs.csv.gz", "code"
 _MACHINE = ["processor", "capability", "torch", "threads", "device"]
-_CLOSE = 1e-9  # rounding of another machine
 
 
 class Difference(NamedTuple):
@@ -114,7 +112,7 @@ def verify_study(
     lines += [f"{file}: differs from MANIFEST" for file in sorted(changed - {cause.file for cause in causes})]
     consequences = len(causes) + len(changed) - len(lines)
     for name, content in contents.items():
-        consequences += _add(lines, _compare(folder / name, content))
+        consequences += _add(lines, compare_with_file(folder / name, content))
     # Sentences follow from the results.
     consequences += _add(lines, beliefs.belief_differences(folder, registration, contents["results.csv"]))
     if consequences:
@@ -175,7 +173,7 @@ def _check_arms(registration: StudyRegistration, evidence: StudyEvidence) -> Ite
         rate = choices[label].rate
         if rate is None:
             yield Difference(RUNS, f"{prefix}: judged before a rate was chosen")
-        elif len(different := rows[~np.isclose(rows["rate"], rate, rtol=_CLOSE, atol=0)]):
+        elif len(different := rows[~np.isclose(rows["rate"], rate, rtol=CLOSE, atol=0)]):
             row = different.iloc[0]
             yield Difference(RUNS, f"{prefix}: seed {row['seed']}: rate {row['rate']:g}, chosen {rate:g}")
         seeds, expected = set(rows["seed"]), set(range(FIRST_SEED, FIRST_SEED + arm.seeds))
@@ -192,7 +190,7 @@ def _check_scores(evidence: StudyEvidence) -> Iterator[Difference]:
     for run, arm, seed, task, old in runs.loc[is_scored, ["run", "arm", "seed", "task", "accuracy"]].to_numpy():
         is_of_task = evidence.test_rows(arm, seed)["task"].to_numpy() == task
         accuracy = float(evidence.correct(arm, seed)[is_of_task].mean() / 100)
-        if not np.isclose(old, accuracy, rtol=_CLOSE, atol=0):
+        if not np.isclose(old, accuracy, rtol=CLOSE, atol=0):
             yield Difference("right.npz", f"right.npz: run {run}: accuracy {accuracy!r}, {RUNS} has {old!r}")
 
 
@@ -208,16 +206,3 @@ def _check_machines(
             for seed in machines.index[(machines > 1).any(axis=1)]:
                 yield Difference(RUNS, f"{RUNS}: claim {id}: arms of {effect} have different machines with seed {seed}")
                 break
-
-
-def _compare(file: Path, content: bytes) -> Iterator[str]:
-    """Compare a kept table with the recomputed one."""
-    if not file.exists():
-        yield f"{file.name}: no such file"
-        return
-    try:
-        old = text_table(file.read_bytes())
-    except ValueError as error:
-        yield f"{file.name}: {printable(error)}"
-        return
-    yield from compare_tables(file.name, old, text_table(content))

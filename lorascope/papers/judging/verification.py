@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.files.printable import count_phrase, printable
 from lorascope.files.typed_json import parse_json, to_typed
 from lorascope.files.whole_files import write_bytes
 from lorascope.papers.judging import kept_figures, kept_runs
 from lorascope.papers.judging.claims import format_effect
-from lorascope.papers.judging.csv_tables import text_table, to_csv
+from lorascope.papers.judging.csv_tables import CLOSE, are_equal, compare_with_file, to_csv
 from lorascope.papers.judging.evidence_manifest import full_manifest, kept_digests, parse_digests
 from lorascope.papers.judging.kept_runs import BLOCK, Evidence
 from lorascope.papers.judging.learning_rates import choice_of_arm, tuning_table
@@ -33,7 +32,6 @@ from lorascope.papers.judging.verdicts import (
     untrained_arms,
 )
 
-_CLOSE = 1e-9  # rounding of another machine or another version of NumPy
 _HALF = 2e-3  # losses are kept in float16
 
 
@@ -202,7 +200,7 @@ def verify(
         *_check_seeds(evidence, registration),
         *_check_registration(registration, pairs, code, derived),
         *kept_figures.image_differences(evidence.figures, set(evidence.runs["run"]), images),
-        *(line for name, content in derived.files.items() for line in _compare(folder / name, content)),
+        *(line for name, content in derived.files.items() for line in compare_with_file(folder / name, content)),
     ]
 
 
@@ -240,7 +238,7 @@ def _check_scores(evidence: Evidence) -> Iterator[str]:
         for name, scores in (("margin", margins), ("nll", losses)):
             if scores is not None and len(scores) != expected:
                 yield f"predictions/{row.run}.npz: rows of {name}: kept {len(scores)}, expected {expected}"
-        if margins is not None and not np.isclose(row.test_metric, (margins > 0).mean(), rtol=_CLOSE, atol=0):
+        if margins is not None and not np.isclose(row.test_metric, (margins > 0).mean(), rtol=CLOSE, atol=0):
             yield f"runs.csv: {row.run}: test_metric: kept {row.test_metric}, recomputed {(margins > 0).mean()}"
         if losses is not None and not np.isclose(row.test_loss, losses.mean(dtype="f8"), rtol=_HALF, atol=_HALF):
             yield f"runs.csv: {row.run}: test_loss: kept {row.test_loss}, recomputed {losses.mean(dtype='f8')}"
@@ -253,7 +251,7 @@ def _check_perplexity(row: Any) -> Iterator[str]:
     """Compare metrics with losses where the metric is a perplexity, which has no chance level."""
     for split in ("validation", "test"):
         metric, loss = getattr(row, f"{split}_metric"), getattr(row, f"{split}_loss")
-        if np.isnan(row.validation_chance) and loss < np.inf and not np.isclose(metric, np.exp(loss), rtol=_CLOSE):
+        if np.isnan(row.validation_chance) and loss < np.inf and not np.isclose(metric, np.exp(loss), rtol=CLOSE):
             expected = float(np.exp(loss))
             yield f"runs.csv: {row.run}: {split}_metric: kept {metric!r}, exp({split}_loss) gives {expected!r}"
 
@@ -294,7 +292,7 @@ def _check_arms(evidence: Evidence, registration: Registration) -> Iterator[str]
         if row.arm_hash != recomputed:
             yield f"runs.csv: {row.run}: arm_hash: kept {row.arm_hash}, recomputed {recomputed}"
         for name, ratio in arm.fields.items():
-            if not _are_equal(str(method.get(name)), str(row.rate * ratio)):
+            if not are_equal(str(method.get(name)), str(row.rate * ratio)):
                 yield f"runs.csv: {row.run}: {name}: kept {method.get(name)!r}, the rate gives {row.rate * ratio!r}"
 
 
@@ -307,7 +305,7 @@ def _check_rates(evidence: Evidence, registration: Registration) -> Iterator[str
         tuned, choice = choice_of_arm(registration, evidence.runs, row.arm)
         if choice.rate is None:
             yield f"runs.csv: {row.run}: judged before a rate of {tuned.label!r} was chosen"
-        elif not np.isclose(row.rate, choice.rate, rtol=_CLOSE, atol=0):
+        elif not np.isclose(row.rate, choice.rate, rtol=CLOSE, atol=0):
             yield f"runs.csv: {row.run}: rate: kept {row.rate!r}, chosen {choice.rate!r}"
 
 
@@ -342,42 +340,3 @@ def _check_registration(
     for row in _rows(derived.verdicts):
         if row.arms_state == "changed":
             yield f"registered.toml: claim {row.claim}: {CHANGED}"
-
-
-def _compare(file: Path, content: bytes) -> Iterator[str]:
-    """Compare a kept table with the recomputed one."""
-    if not file.exists():
-        yield f"{file.name}: no such file"
-    elif (raw := file.read_bytes()) != content:
-        try:
-            table = text_table(raw)
-        except ValueError as error:
-            yield f"{file.name}: {printable(error)}"
-        else:
-            yield from compare_tables(file.name, table, text_table(content))
-
-
-def compare_tables(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[str]:
-    """Compare two tables of texts cell by cell for the verification, and return one line for each difference."""
-    if list(old.columns) != list(new.columns) or len(old) != len(new):
-        yield f"{name}: kept {_shape(old)}, recomputed {_shape(new)}"
-        return
-    for number, column in zip(*np.nonzero((old != new).to_numpy()), strict=True):
-        cells = str(old.iat[number, column]), str(new.iat[number, column])
-        if not _are_equal(*cells):
-            # Row 1 is the header. The first two columns say what the row is about.
-            row = f"row {number + 2} ({' '.join(map(str, old.iloc[number, :2]))})"
-            yield f"{name}: {row}: {old.columns[column]}: kept {cells[0]!r}, recomputed {cells[1]!r}"
-
-
-def _shape(table: pd.DataFrame) -> str:
-    rows, columns = table.shape
-    return f"{count_phrase(rows, 'row')} and {count_phrase(columns, 'column')}"
-
-
-def _are_equal(old: str, new: str) -> bool:
-    """Compare two cells; numbers may differ by the rounding of another machine."""
-    try:
-        return bool(np.isclose(float(old), float(new), rtol=_CLOSE, atol=1e-12))  # the second one is for zeros
-    except ValueError:
-        return False

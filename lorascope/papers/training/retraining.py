@@ -13,9 +13,8 @@ import pandas as pd
 
 from lorascope.papers.figures.excerpt import changed_excerpts
 from lorascope.papers.judging import kept_runs, registration
-from lorascope.papers.judging.csv_tables import text_table, to_csv
+from lorascope.papers.judging.csv_tables import compare_tables, text_table, to_csv
 from lorascope.papers.judging.kept_runs import Evidence
-from lorascope.papers.judging.verification import compare_tables
 from lorascope.papers.registry import SECTIONS
 from lorascope.papers.training.missing_runs import OpenRun
 from lorascope.papers.training.train_arms import FinishedRun, block, finish, read_by_claims, run_line

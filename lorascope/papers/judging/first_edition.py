@@ -242,13 +242,12 @@ def text_estimates(folder: Path = FOLDER) -> pd.DataFrame:
     effects = pd.concat([verdicts, read_estimates(folder)]).set_index("claim")[["effect", "low", "high"]]
     claims, rows = read_claims(folder / "registered.toml"), []
     for method, (id, word) in _HEADLINES.items():
-        effect, low, high = effects.loc[id]
-        unit, scale = claims[id].unit, 1
+        unit, scale = claims[id].unit, 1.0
         if unit == "accuracy":
-            unit, scale = "points of accuracy", 100
+            unit, scale = "points of accuracy", 100.0
         if word == NOT_LEARNED:
             scale = np.nan  # of an arm at chance level, no number is shown
-        rows.append((method, id, scale * effect, scale * low, scale * high, unit, word))
+        rows.append((method, id, *(scale * effects.loc[id].to_numpy(np.float64)), unit, word))
     return pd.DataFrame(rows, columns=["method", "claim", "effect", "low", "high", "unit", "word"])
 
 

@@ -23,7 +23,11 @@ def rows(results: pd.DataFrame) -> pd.DataFrame:
 def test_rows_have_the_numbers_of_the_results() -> None:
     table = rows(results_of(adalora=8.04, adapprox=-13.0, lisa=0.5, text_lora=-0.5))
     assert len(table) == 9
-    assert table.loc["AdaLoRA", ["printed", "text", "truths"]].tolist() == ["+0.81", "no headroom (1)", "+8.0 / -8.0"]
+    assert table.loc["AdaLoRA", ["printed", "text", "truths"]].tolist() == [
+        "+0.81",
+        "-0.10 [-0.67, 0.46], no headroom (1)",
+        "+8.0 / -8.0",
+    ]
     assert table.loc["Adapprox", "truths"] == "-13.0% / +13.0%"
     assert table.loc["LISA", "text"] == "-0.032 [-0.073, 0.008] nats (1)"
     # The second edition replaces the first one.

@@ -14,7 +14,6 @@ import pytest
 
 from lorascope.cli.main import COMMANDS, main
 from lorascope.methods import METHODS
-from lorascope.papers.judging.registration import PAPERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,26 +52,6 @@ def test_table_of_methods_has_class_docstring_and_source_of_every_method():
         paper = re.findall(r"arXiv (\d+\.\d+)", source)[:1]
         assert (method.__name__, paper) == (class_name, re.findall(r"\[arXiv (\d+\.\d+)\]", link))
         assert " ".join((method.__doc__ or "").split()).replace("``", "`").startswith(f"{sentence}.")
-
-
-@pytest.mark.parametrize(
-    ("page", "blocks"),
-    [
-        ("README.md", {"primary"}),
-        ("docs/findings.md", {"published", "verdicts", "arms", "figures"}),
-        ("docs/evidence.md", {"budget", "before"}),
-        *(
-            (
-                f"docs/papers/{name.lower()}.md",
-                {f"{name.lower()}-{of}" for of in ("printed", "verdicts", "figures")}
-                | ({"mixture"} if name == "HydraLoRA" else set()),
-            )
-            for name in PAPERS
-        ),
-    ],
-)
-def test_pages_have_the_blocks_that_are_written_from_the_evidence(page: str, blocks: set[str]):
-    assert set(re.findall(r"<!-- evidence ([\w-]+) -->", (ROOT / page).read_text(encoding="utf-8"))) == blocks
 
 
 def test_commands_of_the_readme_exist():

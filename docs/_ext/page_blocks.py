@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -33,32 +33,23 @@ def differences(pages: Iterable[Path], blocks: Mapping[str, str]) -> Iterator[st
             markers |= {match.start(), match.start(4)}
             first = content.count("\n", 0, match.start(3)) + 1
             if name not in blocks:
-                expected = ", ".join(sorted(blocks))
-                yield f"{printable(page)}:{first - 1}: unknown block {name!r}, expected one of {expected}"
+                yield f"{printable(page)}:{first - 1}: unknown block {name!r}"
             elif text != blocks[name]:
                 lines = zip_longest(text.splitlines(), blocks[name].splitlines(), fillvalue="no more lines")
-                for number, (line, expected) in enumerate(lines, start=first):
-                    if line != expected:
-                        yield f"{printable(page)}:{number}: block {name}: kept {line!r}, recomputed {expected!r}"
-                        break
+                number, (line, expected) = next(
+                    (number, pair) for number, pair in enumerate(lines, start=first) if pair[0] != pair[1]
+                )
+                yield f"{printable(page)}:{number}: block {name}: kept {line!r}, recomputed {expected!r}"
             if name in names:
                 yield f"{printable(page)}:{first - 1}: block {name!r} occurs twice"
             names.add(name)
         for comment in _COMMENT.finditer(content):
-            if comment.start() in markers:
-                continue
-            position = f"{printable(page)}:{content.count(chr(10), 0, comment.start()) + 1}"
-            if start := _START.match(content, comment.start()):
-                names.add(start[1])
-                yield f"{position}: block {start[1]!r} has no end"
-            else:
-                yield (
-                    f"{position}: {printable(comment[0])} must be <!-- evidence NAME --> at the end of a line, "
-                    "or <!-- /evidence --> after it"
-                )
-    for name in blocks:
-        if name not in names:
-            yield f"README.md or docs: block {name!r} is missing"
+            if comment.start() not in markers:
+                line = content.count("\n", 0, comment.start()) + 1
+                yield f"{printable(page)}:{line}: {printable(comment[0])} has no counterpart"
+                names.update(_START.findall(content, comment.start(), comment.end() + 1))
+    for name in blocks.keys() - names:
+        yield f"README.md or docs: block {name!r} is missing"
 
 
 def write(page: Path, blocks: Mapping[str, str]) -> None:
@@ -69,6 +60,9 @@ def write(page: Path, blocks: Mapping[str, str]) -> None:
         page.write_text(new, encoding="utf-8")
 
 
-def without_blocks(text: str) -> str:
-    """Return the text of a page with an empty line for each line of a block."""
-    return _BLOCK.sub(lambda match: "\n" * match[0].count("\n"), text)
+def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as Markdown, without its empty columns."""
+    texts = [list(map(str, row)) for row in rows]
+    columns = [number for number in range(len(header)) if not texts or any(row[number] for row in texts)]
+    lines = [f"| {' | '.join(line[number] for number in columns)} |" for line in (header, *texts)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])

@@ -6,13 +6,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import measured_numbers
+import edition_1
 import page_blocks
-from verdict_tables import all_blocks
+import study_pages
 
 from lorascope.files.printable import printable
-from lorascope.papers.judging import csv_tables, kept_runs, registration
-from lorascope.papers.registry import PAIRS
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +22,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:
-    """Write or compare the blocks of all pages, and return 1 if one differs or a text repeats a measured number."""
+    """Write or compare the blocks of all pages, and return 1 if one differs."""
     try:
         differences = list(find_differences(root, write="--check" not in arguments))
     except (OSError, ValueError) as error:  # a damaged or missing file
@@ -37,18 +35,13 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
 
 
 def find_differences(root: Path, write: bool) -> Iterator[str]:
-    """Yield one line per block that differs, and per measured number that a text repeats; write the blocks first."""
-    data = root / "data"
-    claims, evidence = registration.read(data / "registered.toml"), kept_runs.read_kept(data / "evidence")
-    derived = measured_numbers.derive_all(evidence, claims, PAIRS, data)
-    blocks = all_blocks(claims, data, evidence, derived)
+    """Yield one line per block that differs; write the blocks first."""
+    blocks = edition_1.blocks(root / "data") | study_pages.study_blocks(root)
+    blocks = {name: f"\n{text}\n\n" for name, text in blocks.items()}
     if write:
         for page in pages(root):
             page_blocks.write(page, blocks)
     yield from page_blocks.differences(pages(root), blocks)
-    measured = csv_tables.text_table(derived.files[measured_numbers.FILE])
-    for page in pages(root):
-        yield from measured_numbers.repeated(page, measured)
 
 
 if __name__ == "__main__":

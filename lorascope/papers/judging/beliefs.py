@@ -172,7 +172,8 @@ def headline_table(
         printed, text, truths = "", "", ""
         if belief.paper in estimates:
             estimate = estimates[belief.paper]
-            text = f"{estimate['word'] or format_with_interval(estimate, estimate['unit'])} (1)"
+            effect = format_with_interval(estimate, estimate["unit"])
+            text = f"{', '.join(filter(None, (effect, estimate['word'])))} (1)"
         for claim in headline_claims(registration, belief.arxiv):
             result = by_claim[claim.id]
             if isinstance(claim.paper.printed, float):

@@ -43,6 +43,7 @@ VERDICTS = "verdicts.csv"
 FIRST_SEED = 100
 _SIDE = (1 - CONFIDENCE) / 2
 _HEADLINES = {
+    "LoRA": ("lora.parity", ""),
     "AdaLoRA": ("adalora.better", NO_HEADROOM), "AutoLoRA": ("autolora.better", NOT_LEARNED),
     "ALoRA": ("alora.better", NOT_LEARNED), "HydraLoRA": ("hydralora.better", NOT_LEARNED),
     "FourierFT": ("fourierft.parity", ""), "NeFT": ("neft.over_full", ""), "LISA": ("lisa.decoder", ""),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 from test_study_figures import EARLIER, EMPTY, results_of
 
 from lorascope.papers import registry
 from lorascope.papers.judging import registered_study, study_results
-from lorascope.papers.judging.beliefs import FILE, belief_differences, headline_table, read_beliefs
+from lorascope.papers.judging.beliefs import FILE, belief_differences, headline_table, read_beliefs, readme_differences
 from lorascope.papers.judging.csv_tables import to_csv
+from lorascope.papers.judging.first_edition import text_estimates
 from lorascope.papers.judging.registered_study import STUDY_FILE
 
 FOLDER = STUDY_FILE.parent / "evidence-2"
@@ -42,3 +45,13 @@ def test_sentences_without_results_must_be_written_when_these_arrive() -> None:
     for belief in BELIEFS:
         says_not_run = set(belief.words.values()) == {"not run"}
         assert (f"{FILE}: {belief.paper}:" in lines) != says_not_run
+
+
+def test_numbers_and_sentences_of_the_readme_are_compared(tmp_path: Path) -> None:
+    text = (FOLDER.parents[1] / "README.md").read_text("utf-8")
+    readme = tmp_path / "README.md"
+    for before, after in (("", ""), ("-1.46", "-1.45"), (BELIEFS[1].sentence, "It is better.")):
+        readme.write_text(text.replace(before, after), "utf-8")
+        lines = list(readme_differences(readme, FOLDER, REGISTERED, text_estimates()))
+        assert len(lines) == (before != "")
+        assert all(before in line for line in lines)

@@ -193,6 +193,19 @@ def headline_table(
     return pd.DataFrame(rows, columns=["paper", "printed", "text", "truths", "belief"])
 
 
+def readme_differences(
+    readme: Path, folder: Path, registration: StudyRegistration, earlier: pd.DataFrame
+) -> Iterator[str]:
+    """Compare the nine rows of the README with those of a folder of evidence, and yield one line per difference."""
+    lines = readme.read_text(encoding="utf-8").splitlines()
+    table = headline_table(read_beliefs(folder), registration, read_results(folder), earlier)
+    for paper, *texts in table.itertuples(index=False):
+        link = f"[{paper}](docs/papers/{paper.lower()}.md)"
+        row = f"| {' | '.join([link, *texts])} |"
+        if row not in lines:
+            yield f"{readme.name}: {paper}: there is no row {printable(row)}"
+
+
 def format_signed(value: float, unit: str) -> str:
     """Format an effect with its sign; a missing one as an empty text."""
     if math.isnan(value):

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.whole_files import write_bytes
-from lorascope.papers.judging import beliefs, kept_study, registered_study
+from lorascope.papers.judging import beliefs, first_edition, kept_study, registered_study
 from lorascope.papers.judging.code_hash import comparison_hash, judging_hash
 from lorascope.papers.judging.csv_tables import CLOSE, compare_with_file, to_csv
 from lorascope.papers.judging.evidence_manifest import digest, kept_digests, manifest, parse_digests
@@ -113,8 +113,12 @@ def verify_study(
     consequences = len(causes) + len(changed) - len(lines)
     for name, content in contents.items():
         consequences += _add(lines, compare_with_file(folder / name, content))
-    # Sentences follow from the results.
-    consequences += _add(lines, beliefs.belief_differences(folder, registration, contents["results.csv"]))
+    # Sentences follow from the results, and the rows of the README from both.
+    differences = list(beliefs.belief_differences(folder, registration, contents["results.csv"]))
+    readme = registration_file.parents[1] / "README.md"
+    if readme.exists() and not differences:
+        differences += beliefs.readme_differences(readme, folder, registration, first_edition.text_estimates())
+    consequences += _add(lines, differences)
     if consequences:
         lines.append(f"{count_phrase(consequences, 'further difference')} in what follows from these")
     return lines

@@ -129,6 +129,7 @@ def test_arms_that_did_not_learn_are_named_with_their_seed(complete: Path) -> No
 @pytest.mark.slow
 def test_parts_without_a_claim_are_shown_with_their_interval(complete: Path) -> None:
     study = StudyPages(complete)
+    study.registration = REGISTERED
     runs = study.evidence.runs
     method, control = "AdaLoRA, rank 4 to 2, uneven ranks", "AdaLoRA, rank 2 to 2, uneven ranks"
     ours = runs[runs["arm"] == method]

@@ -32,7 +32,7 @@ PARTS = {
 _ALLOCATORS = ("AdaLoRA", "AutoLoRA", "ALoRA")
 _OF_SEVERAL = {"Planted ranks": _ALLOCATORS, "Importance scores": _ALLOCATORS}
 """Headings of figures that compare several methods -> these methods."""
-STUDY = "Study"
+MOTIVES = {"norms": "LISA's motive: norms by layer", "factors": "HydraLoRA's motive: A against B"}
 NO_FIGURES = "No other figure is drawn yet."
 CHANGES = {
     "LoRA": ("inconclusive", "16 seeds and 8,852 test rows instead of 5 and 3,852; a truth that needs rank 24"),
@@ -65,13 +65,14 @@ def study_blocks(root: Path) -> dict[str, str]:
     """Return the text of every block by name, from a clone."""
     study = StudyPages(root)
     blocks = {
-        "headline": study.headline("docs/papers/"),
+        "index-figure": study.first_screen("../"),
+        "findings-figure": study.first_screen("../"),
+        "headline": "\n\n".join([study.first_screen(""), study.headline("docs/papers/")]),
         "beliefs": study.headline("papers/"),
         "counts": study.counts(),
         "results": study.claims(study.registration.claims.values()),
         "changes": study.changes(),
         "state": study.state(),
-        **study.figure_blocks(STUDY, "study", "../"),
     }
     for belief in study.beliefs:
         claims = [claim for claim in study.registration.claims.values() if claim.paper.arxiv == belief.arxiv]
@@ -97,17 +98,27 @@ class StudyPages:
         self.by_claim: dict[Any, Any] = self.results.set_index("claim").to_dict("index")
         self.edition_1 = data / "edition-1"
         self.earlier = first_edition.text_estimates(self.edition_1)
+        self.images = root / "figures"
+        self.figures = stored_figures(self.edition_1 / "figures")
 
-        figures = stored_figures(self.edition_1 / "figures")
-        self.figures = [(name, figure) for name, figure in figures.items() if (root / f"figures/{name}.png").exists()]
+    def image(self, name: str, alt: str, root: str) -> str:
+        """Return an image of ``figures`` for a page from which the clone is at ``root``; "" if there is none."""
+        return f"![{alt}]({root}figures/{name}.png)" if (self.images / f"{name}.png").exists() else ""
 
     def figure_blocks(self, heading: str, name: str, root: str) -> dict[str, str]:
         """Return the first figure under a heading, and the others, for a page from which the clone is at ``root``."""
         headings = {heading, *(several for several, methods in _OF_SEVERAL.items() if heading in methods)}
-        lines = [
-            f"![{figure.alt}]({root}figures/{file}.png)" for file, figure in self.figures if figure.heading in headings
-        ]
+        figures = {file: figure for file, figure in self.figures.items() if figure.heading in headings}
+        lines = [line for file, figure in figures.items() if (line := self.image(file, figure.alt, root))]
         return {f"{name}-figure": "\n".join(lines[:1]), f"{name}-figures": "\n".join(lines[1:]) or NO_FIGURES}
+
+    def first_screen(self, root: str) -> str:
+        """Return the forest plot, and below it the two motives; another figure until it is drawn."""
+        forest = self.image("forest", "Effect of each method on text, and where the truth is known", root)
+        other = self.image("update-norm-heat", "Update norm by block and role: full fine-tuning and LoRA", root)
+        motives = {title: self.image(name, title, root) for name, title in MOTIVES.items()}
+        table = [format_table(list(motives), [list(motives.values())])] if any(motives.values()) else []
+        return "\n\n".join([forest or other, *table])
 
     def headline(self, pages: str) -> str:
         """Return the table of nine rows, with links to the pages of the papers."""
@@ -159,10 +170,12 @@ class StudyPages:
         statistic, unit = (GapClosed, "") if paper != "Adapprox" else (LogLoss, "percent of the loss")
         rows = []
         for method, control in PARTS.get(paper, []):
-            for label in self.registration.arms:
+            for label, arm in self.registration.arms.items():
                 truth = label.removeprefix(f"{method}, ")
                 seeds = self.evidence.seeds(label)
-                if truth == label or not seeds or seeds != self.evidence.seeds(f"{control}, {truth}"):
+                # As for a claim, no effect is computed before the last seed.
+                is_finished = 0 < arm.seeds == len(seeds)
+                if truth == label or not is_finished or seeds != self.evidence.seeds(f"{control}, {truth}"):
                     continue
                 difference = statistic(label) - statistic(f"{control}, {truth}")
                 mean, low, high, n = effect_interval(difference(self.evidence, seeds))
@@ -177,6 +190,8 @@ class StudyPages:
         controls, labels = [], set()
         for claim in claims:
             result = self.by_claim[claim.id]
+            if result["word"] == NOT_RUN:
+                continue
             labels |= {*claim.for_arms, *claim.against_arms, *claim.control_arms}
             if interval := format_with_interval(result, claim.rule.unit, "positive_"):
                 low, high = result["positive_low"], result["positive_high"]

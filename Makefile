@@ -20,7 +20,7 @@ reproduce: .venv/installed
 	$(BIN)/lorascope reproduce -o $(OUT)
 
 full: .venv/installed
-	$(BIN)/lorascope reproduce --evidence data/evidence -o $(OUT)-full
+	$(BIN)/lorascope reproduce --evidence data/evidence-2 -o $(OUT)-full
 
 test: lint
 	@$(MAKE) --no-print-directory -j 2 types tests

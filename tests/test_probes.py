@@ -11,9 +11,7 @@ from lorascope import observe
 from lorascope.inputs.models import load
 from lorascope.methods import Full, NeFT
 from lorascope.methods.lora import LoRADelta
-from lorascope.papers.judging import registration
 from lorascope.papers.lora import tfidf_correct
-from lorascope.papers.training import train_arms
 from lorascope.runs.writer import remove_states
 from lorascope.training import loop
 from lorascope.training.output_folder import StateRemoved
@@ -54,8 +52,3 @@ def test_train_on_a_run_with_removed_state_names_overwrite(method, bert, task, t
     again = loop.train(load(bert, task=task), task, method, overwrite=True, **settings)
     assert again.id == run.id
     again.restore(load(bert, task=task))
-
-
-def test_arms_are_those_of_the_registration():
-    claims = registration.read()
-    assert {label: arm.hash for label, arm in claims.arms.items()} == train_arms.arm_hashes(claims)

@@ -21,11 +21,11 @@ from lorascope.cli import main as cli
 from lorascope.cli import reproduce as command
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
 from lorascope.papers import adalora, adapprox, alora, autolora, fourierft, hydralora, lisa, lora, neft
-from lorascope.papers.judging import csv_tables, kept_runs, kept_verdicts, registration
+from lorascope.papers.judging import kept_runs, kept_verdicts, registration
 from lorascope.papers.judging.learning_rates import choose_rate
 from lorascope.papers.probe import Arm
 from lorascope.papers.rank_tables import RANKS
-from lorascope.papers.training import own_seeds, reproduction, short_runs
+from lorascope.papers.training import reproduction, short_runs
 from lorascope.papers.training.short_runs import ARMS
 
 CLAIMS = registration.read()
@@ -207,38 +207,9 @@ def test_damaged_verdicts_are_one_line(tmp_path: Path, damage: Any, message: str
     (tmp_path / "published").symlink_to(data / "published")
     file.parent.mkdir()
     file.write_bytes(damage((data / "evidence" / "verdicts.csv").read_bytes()))
-    for read in kept_verdicts.read, lambda folder: own_seeds._kept_row("lora.parity", folder):
-        with pytest.raises(ValueError, match=f"^cannot read {re.escape(str(file))}: {message}") as raised:
-            read(tmp_path)
-        assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "verdict"),
-    [
-        ({"look": 1.0, "outcome": "supported", "arms_state": "registered"}, "supported"),
-        ({"look": 0.0, "outcome": "inconclusive", "arms_state": "registered"}, "none yet"),
-        ({"look": np.nan, "outcome": "void", "arms_state": "registered"}, "void"),
-        ({"look": 1.0, "outcome": "inconclusive", "arms_state": "changed"}, "none yet"),
-    ],
-)
-def test_kept_verdict_next_to_own_seeds(tmp_path: Path, change: dict[str, Any], verdict: str) -> None:
-    data, file = registration.FILE.parent, tmp_path / "evidence" / "verdicts.csv"
-    (tmp_path / "registered.toml").write_bytes(registration.FILE.read_bytes())
-    (tmp_path / "published").symlink_to(data / "published")
-    table = kept_verdicts.read_file(data / "evidence" / "verdicts.csv", registration.read())
-    chosen = table["claim"] == "lora.parity"
-    file.parent.mkdir()
-    changed = table.assign(**{name: table[name].where(~chosen, value) for name, value in change.items()})
-    shown = "" if verdict == "void" else "0.01 [0, 0.02]"
-    file.write_bytes(csv_tables.to_csv(changed.assign(shown=changed["shown"].where(~chosen, shown))))
-    row = own_seeds._kept_row("lora.parity", tmp_path)
-    assert (row["verdict"], row["effect"]) == (verdict, shown if verdict == "supported" else "")
-    judged = kept_verdicts.read(tmp_path).table
-    assert ("lora.parity" in judged["claim"].tolist()) == (verdict in ("supported", "void"))
-    if verdict == "supported":
-        assert judged.set_index("claim")["effect"]["lora.parity"] == f"{shown} (99%)"
-        assert not judged.set_index("claim")["effect"]["published.adalora"].endswith("%)")
+    with pytest.raises(ValueError, match=f"^cannot read {re.escape(str(file))}: {message}") as raised:
+        kept_verdicts.read(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 def run(*words: str) -> int:
@@ -248,9 +219,8 @@ def run(*words: str) -> int:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--claim", "lora.parity"), "--claim requires --seed"),
-        (("--claim", "lora.parities", "--seed", "3"), "unknown claim 'lora.parities'; did you mean 'lora.parity'"),
-        (("--claim", "published.adalora", "--seed", "3"), "needs no runs"),
+        (("--claim", "pair.lora"), "--claim requires --seed"),
+        (("--claim", "pair.lor", "--seed", "3"), "unknown claim 'pair.lor'; did you mean 'pair.lora'"),
         (("--seed", "-1"), "--seed must be from 0"),
         (("--evidence", "x", "--seed", "1"), "--evidence must be given without"),
         (("--minutes", "3"), "--minutes requires --evidence"),

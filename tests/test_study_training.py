@@ -1,12 +1,15 @@
 """Training of the second edition: what is trained, what is kept of a run, and that no run is trained twice."""
 
 import math
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from lorascope import __version__
 from lorascope.methods import ALoRA, AutoLoRA, Full, LoRA
 from lorascope.papers.judging import kept_study
 from lorascope.papers.judging import truth_names as names
@@ -198,3 +201,17 @@ def test_an_arm_on_the_quadratic_is_kept_with_its_losses(tmp_path, monkeypatch):
     evidence = kept_study.read(tmp_path / "kept")
     assert evidence.final_loss("AdamW", 200) == 0.5
     assert evidence.table("losses", "AdamW", 200)["loss"].tolist() == [2.0, 1.0]
+
+
+def test_source_tree_without_git_has_the_version_instead_of_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code_commit = study_training.code_commit.__wrapped__
+    assert len(code_commit()) == 40
+    (tmp_path / "tree" / "data").mkdir(parents=True)
+    monkeypatch.setattr(study_training, "DATA", tmp_path / "tree" / "data")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)  # a repository around the tree
+    assert code_commit() == __version__
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    assert code_commit() == __version__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,8 +15,7 @@ import pytest
 
 from lorascope.cli.main import main
 from lorascope.cli.verify import _causes_first
-from lorascope.papers.judging import kept_runs, registration
-from lorascope.papers.judging.kept_runs import RUN_COLUMNS
+from lorascope.papers.judging import registration
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,31 +130,6 @@ def test_pages_are_not_written_from_another_folder(clone: Path, capsys: pytest.C
     capsys.readouterr()
     assert main(["verify", str(other), "--write"]) == 2
     assert "--write requires the evidence of the repository" in capsys.readouterr().err
-
-
-def test_runs_that_differ_when_trained_again_are_named(
-    clone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    capsys.readouterr()
-    assert main(["verify", "--retrain", "2"]) == 2
-    assert "no evidence at" in capsys.readouterr().err
-    folder = clone / "data" / "evidence"
-    folder.mkdir()
-    (folder / "runs.csv").write_text(",".join(RUN_COLUMNS) + "\n")
-
-    def retrain(*given: object) -> list[str]:
-        print("training")
-        return [f"{given[0]}: {given[1]} runs differ"]
-
-    monkeypatch.setattr("lorascope.papers.training.retraining.retrain", retrain)
-    for name, value in kept_runs.INSTRUCTIONS.items():
-        monkeypatch.setenv(name, value)  # removed at the end, because processes of later tests inherit it
-    assert main(["verify", "--retrain", "2", "--json"]) == 1
-    output = capsys.readouterr()
-    assert f"{folder}: 2 runs differ" in json.loads(output.out)["differences"]
-    assert output.err == "training\n"
-    assert main(["verify", "--retrain", "-1"]) == 2
-    assert capsys.readouterr().err == "lorascope: --retrain must be >= 0, got -1\n"
 
 
 def fifo(file: Path) -> None:

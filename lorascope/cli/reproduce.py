@@ -16,7 +16,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from lorascope.cli.arguments import command
-from lorascope.files.printable import count_phrase, printable
+from lorascope.files.printable import printable
 from lorascope.files.text_layout import format_frame
 from lorascope.papers.judging import kept_runs, kept_verdicts, registered_study, registration, study_verification
 from lorascope.papers.judging.registered_study import StudyRegistration
@@ -51,8 +51,8 @@ def main(
     out
         Folder for the runs and report.html.
     evidence
-        Instead, train the runs that data/registered.toml asks for and that this folder of evidence lacks, and add them;
-        for a folder evidence-2, those of data/registered-2.toml. This needs a clone of the repository.
+        Instead, train the runs that data/registered-2.toml asks for and that this folder of evidence lacks, and add
+        them. This needs a clone of the repository.
     minutes
         With --evidence: start no run after N minutes.
     json
@@ -75,23 +75,13 @@ def main(
     if evidence is not None or claim is not None:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= kept_runs.INSTRUCTIONS
-    if evidence is not None and Path(evidence).name == SECOND_EVIDENCE:
-        return _train_study(Path(evidence), Path(out), minutes)
     if evidence is not None:
-        from lorascope.papers.training.train_arms import write_evidence  # --help does not import torch
-
-        write_evidence(Path(evidence), Path(out) / "runs", minutes)
-        return 0
+        return _train_study(Path(evidence), Path(out), minutes)
     if claim is not None and seed is not None:
-        file = registered_study.STUDY_FILE
-        if file.exists():
-            study = registered_study.read(file)
-            if claim in study.claims:
-                return _train_study_claim(claim, seed, Path(out), study, json)
-            # The other edition would suggest its own claims only.
-            if claim not in (claims := registration.read().claims):
-                raise ValueError(unknown_name("claim", claim, [*study.claims, *claims]))
-        return _train_claim(claim, seed, Path(out), json)
+        study = registered_study.read(registered_study.STUDY_FILE)
+        if claim not in study.claims:
+            raise ValueError(unknown_name("claim", claim, study.claims))
+        return _train_study_claim(claim, seed, Path(out), study, json)
     return _train_methods(random.randrange(1000, 2**31) if seed is None else seed, Path(out), json)
 
 
@@ -123,26 +113,6 @@ def _has_screen() -> bool:
     """Return whether stdout is a terminal on a machine with a screen."""
     graphical = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     return bool(graphical) and sys.stdout.isatty()
-
-
-def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
-    from lorascope.papers.training import own_seeds
-
-    planned = own_seeds.plan(claim, seed, out / "evidence")
-    for line in planned.unfit().values():
-        print(line, file=sys.stderr)
-    minutes = planned.minutes()
-    time = "unknown" if minutes is None else f"about {minutes:.1f} CPU-minutes"
-    print(f"{count_phrase(len(planned.runs()), 'run')} to train; time: {time}.", file=sys.stderr, flush=True)
-    with redirect_stdout(sys.stderr):  # a line per run
-        planned.train(out / "runs")
-    comparison = own_seeds.compare_seeds(planned)
-    if json:
-        print(dumps(comparison.to_dict()))
-    else:
-        paragraphs = format_frame(comparison.rows), format_frame(comparison.values.round(4)), comparison.place
-        print("\n\n".join(filter(None, paragraphs)))
-    return 0
 
 
 def _train_study(folder: Path, out: Path, minutes: float) -> int:

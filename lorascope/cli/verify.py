@@ -87,7 +87,7 @@ def main(
         claims, study = registration.read(registered), kept_runs.read_kept(folder)
         runs = f"Kept: {count_phrase(len(study.runs), 'run')}" if has_runs else "No runs are kept yet"
         scope = f" {runs} for {count_phrase(len(claims.of_tier('primary', 'secondary')), 'claim')}."
-        for line in _find_differences(claims, study, folder, root, write, retrain):
+        for line in _find_differences(claims, study, folder, root, write):
             differences.append(printable(line))  # it may name a foreign file
         if folder.resolve() == own_folder.resolve():
             differences.extend(map(printable, first_edition.verify_first(first_edition.FOLDER, CARRIED)))
@@ -152,7 +152,7 @@ def _causes_first(differences: Sequence[str]) -> list[str]:
 
 
 def _find_differences(
-    claims: Registration, study: Evidence, folder: Path, root: Path | None, write: bool, retrain: int
+    claims: Registration, study: Evidence, folder: Path, root: Path | None, write: bool
 ) -> Iterator[str]:
     registered, has_runs = registration.FILE, (folder / "runs.csv").exists()
     derived = verification.derive(study, claims, PAIRS)
@@ -164,10 +164,3 @@ def _find_differences(
             folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), study, derived, images
         )
         yield from redraw.differences(folder, study, SECTIONS)
-    if retrain:
-        # Before torch is imported, so that machines with other instructions compute the same numbers.
-        os.environ |= kept_runs.INSTRUCTIONS
-        from lorascope.papers.training import retraining
-
-        with redirect_stdout(sys.stderr):  # its progress must not mix with JSON
-            yield from retraining.retrain(folder, retrain, registered)

@@ -19,7 +19,8 @@ from lorascope.papers.lora import AMPLIFICATION
 from lorascope.papers.rank_tables import RANKS
 from lorascope.papers.registry import PAIRS
 from lorascope.papers.score_agreement import SCORES
-from lorascope.papers.training.train_arms import block, keep_functions
+from lorascope.papers.training.study_training import machine
+from lorascope.papers.training.train_arms import keep_functions
 from lorascope.plots.builders import over_kept
 from lorascope.runs.run import Run
 
@@ -114,7 +115,7 @@ def _as_evidence(runs: Mapping[str, Run], tables: Tables) -> Evidence:
     rows = []
     for label, run in runs.items():
         facts = {"run": run.id, "arm": label, "role": "judged", "seed": run.seed}
-        rows.append(dict.fromkeys(RUN_COLUMNS) | block() | facts)
+        rows.append(dict.fromkeys(RUN_COLUMNS) | machine() | facts)
     by_name: dict[str, dict[str, pd.DataFrame]] = {}
     for (name, label), table in tables.items():
         by_name.setdefault(name, {})[runs[label].id] = table

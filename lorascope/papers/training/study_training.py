@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
+from lorascope import __version__
 from lorascope.experiments.sweep import Job, train_job
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
@@ -28,13 +30,13 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, config
 from lorascope.papers.judging import kept_study
 from lorascope.papers.judging.code_hash import module_hash
+from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence, StudyRun
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_rates import TUNING_SEEDS, chosen_rates
 from lorascope.papers.probe import Arm, ComputedArm
 from lorascope.papers.registry import COMPARISONS, KEPT_TABLES, study_arms
 from lorascope.papers.setups.planted_truths import base_gaps, gap, task_name
-from lorascope.papers.training.train_arms import block, code_version
 from lorascope.runs.folders import RunLocked, lock_run
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
@@ -73,7 +75,22 @@ class RunScore(NamedTuple):
 
 def machine() -> dict[str, Any]:
     """Return the columns of kept runs that identify the machine: a run is equal if it is trained again on it."""
-    return {"processor": processor_name(), **block()}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "processor": processor_name(), "capability": capability, "torch": str(torch.__version__), "threads": 1,
+        "device": "cpu",
+    }  # fmt: skip
+
+
+@cache
+def code_commit() -> str:
+    """Return the commit of the code, or the version of the package without a git repository."""
+    # The repository of this project, not one that contains the folder.
+    command = ["git", f"--git-dir={DATA.parent / '.git'}", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return __version__
 
 
 @cache
@@ -251,7 +268,7 @@ def finish_job(job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> F
     torch.set_num_threads(1)  # numbers depend on the number of threads
     start = time.process_time()  # not wall-clock time, because other processes share the processor
     arm = arm_of_job(job)
-    row = vars(job) | machine() | {"commit": code_version()["commit"], "arm_hash": _hash_once(job.arm)}
+    row = vars(job) | machine() | {"commit": code_commit(), "arm_hash": _hash_once(job.arm)}
     row["run"] = f"{_digest(job.arm)}-{job.seed}-{job.role}-{job.rate:g}"
     losses, tables, right, test_rows = pd.DataFrame(columns=["phase", "step", "loss"], dtype="float64"), {}, None, None
     trained: dict[str, Run] = {}

@@ -285,6 +285,34 @@ def test_update_and_factors_equal_the_weight():
     assert delta.update().scale * (factors["B"] * factors["diagonal"]) @ factors["A"] == near(weight, terms=9)
 
 
+@pytest.mark.parametrize(
+    ("constraint", "alpha", "rank"),
+    [("sigmoid", [0.5, 1 / (1 + np.exp(1)), 1 / (1 + np.exp(-2))], 2), ("none", [1 / 3, -2 / 3, 7 / 3], 1)],
+)
+def test_alpha_without_a_softmax(constraint, alpha, rank):
+    delta = AutoLoRADelta(nn.Linear(6, 4), rank=3, constraint=constraint)
+    nn.init.normal_(delta.B)
+    delta.logits.copy_(torch.tensor([0.0, -1.0, 2.0]))
+    np.testing.assert_allclose(delta.alpha, alpha, rtol=1e-6)
+    A, B = delta.A.detach().numpy(), delta.B.detach().numpy()
+    expected = sum(alpha[j] * np.outer(B[:, j], A[j]) for j in range(3))
+    np.testing.assert_allclose(delta.weight().detach(), expected, rtol=1e-5, atol=1e-6)
+    # Thresholds: 0.5 for the sigmoid, else the mean of alpha.
+    assert delta.rank == rank
+
+
+def test_sigmoid_may_remove_a_matrix_and_the_search_goes_on():
+    delta = AutoLoRADelta(nn.Linear(3, 3), rank=2, constraint="sigmoid")
+    delta.logits.fill_(-0.1)
+    assert delta.rank == 0
+    method = AutoLoRA(constraint="sigmoid", rank=2)
+    assert "constraint" in config(method)
+    assert "constraint" not in config(AutoLoRA(rank=2))  # earlier runs keep their ids
+    model = tiny("bert")
+    method.attach(model)
+    assert {found.constraint for found in attached_deltas(model).values()} == {"sigmoid"}
+
+
 def test_logits_are_float32_or_wider():
     assert AutoLoRADelta(nn.Linear(3, 3).bfloat16(), rank=2).logits.dtype == torch.float32
     assert AutoLoRADelta(nn.Linear(3, 3).double(), rank=2).logits.dtype == torch.float64

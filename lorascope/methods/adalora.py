@@ -10,7 +10,7 @@ r"""AdaLoRA: adapters in the form of a singular value decomposition; the least i
 
 Every DeltaT steps after t_i the components of all matrices are ordered by S, and only the b(t) highest retain their
 lambda. Masking leaves P and Q unchanged and lambda continues to train, so a masked component can return until the last
-t_f steps. With ``importance="sensitivity"``, s = I, as in the ablation of table 4.
+t_f steps. The ablations of table 4 are ``importance="sensitivity"``, s = I, and ``"magnitude"``, S = abs(lambda).
 
 =============  =====================================================
 paper          here
@@ -127,9 +127,9 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         Form of the penalty: that of the authors' code, or of the paper.
     scores : {"after", "before"}
         Whether sensitivity uses the weights after the optimizer's step, or before it.
-    importance : {"smoothed", "sensitivity"}
+    importance : {"smoothed", "sensitivity", "magnitude"}
         Score s of a weight: smoothed sensitivity times uncertainty, or the sensitivity of the last step only, which is
-        then recorded as ``sensitivity``.
+        then recorded as ``sensitivity``. "magnitude" orders components by the absolute value of lambda instead.
     """
 
     init_rank: int = 12
@@ -145,7 +145,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
     gamma: float = 0.1
     penalty: Literal["mean-norm", "sum-square"] = "mean-norm"
     scores: Literal["after", "before"] = "after"
-    importance: Literal["smoothed", "sensitivity"] = field(default="smoothed", metadata=added_later())
+    importance: Literal["smoothed", "sensitivity", "magnitude"] = field(default="smoothed", metadata=added_later())
     lr: float = 1e-2
     head_lr: float = 1e-3
 
@@ -204,7 +204,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
         """Update the scores until the selection is fixed, select components if due, and mask the others."""
-        schedule, smoothed = self.schedule(step.total), self.importance == "smoothed"
+        schedule, smoothed = self.schedule(step.total), self.importance != "sensitivity"
         if step.index < schedule.fixed:
             # A module that the batch did not use has no gradient, which counts as zero.
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
@@ -214,6 +214,9 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         # At the last step they are only recorded.
         if schedule.chooses(step.index) or step.last:
             self._terms = importance_terms(self.sensitivity_, self.uncertainty_ if smoothed else None)
+            if self.importance == "magnitude":
+                size = _scales(self._weights).abs()
+                self._terms = torch.stack([torch.zeros_like(size), size, torch.zeros_like(size)])
         masks = [delta.kept for delta in self._deltas.values()]
         if schedule.chooses(step.index):
             retained = most_important(self._terms.sum(0), schedule.budget(step.index))

@@ -123,6 +123,9 @@ class AutoLoRA(AdapterMethod, name="autolora"):
         Fraction of the train split on which the logits train.
     search_steps : int or None
         Optimizer steps of the search; None uses the steps of ``train``, as the retraining does.
+    constraint : {"softmax", "sigmoid", "none"}
+        Form of alpha. The ablations of table 4 are the sigmoid of each logit, with a threshold of 0.5, and no
+        constraint: alpha is 1/k plus the logit, and its mean the threshold.
     """
 
     rank: int = 8
@@ -135,6 +138,7 @@ class AutoLoRA(AdapterMethod, name="autolora"):
     head_lr: float = 1e-4
     search_share: float = 0.5
     search_steps: int | None = field(default=None, metadata=added_later())
+    constraint: Literal["softmax", "sigmoid", "none"] = field(default="softmax", metadata=added_later())
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "rank", "search_steps")
@@ -155,7 +159,7 @@ class AutoLoRA(AdapterMethod, name="autolora"):
 
     def delta(self, name: str, host: nn.Module) -> AutoLoRADelta:
         """Return B diag(alpha) A of one module."""
-        delta = AutoLoRADelta(host, self.rank, self.alpha / self.rank, self.dropout)
+        delta = AutoLoRADelta(host, self.rank, self.alpha / self.rank, self.dropout, self.constraint)
         if delta.A.dtype != delta.logits.dtype and self.hypergradient in ("finite_difference", "betty"):
             problem = f"weights in {delta.A.dtype} would round its differences to zero"
             fix = 'Load them in float32, or set hypergradient="exact"'
@@ -192,7 +196,9 @@ class AutoLoRA(AdapterMethod, name="autolora"):
             return
         for module, delta in self._deltas.items():
             alpha = delta.alpha
-            vectors = {"alpha": alpha, "logit": delta.logits, "alpha_entropy": torch.special.entr(alpha).sum()}
+            vectors = {"alpha": alpha, "logit": delta.logits}
+            if self.constraint == "softmax":
+                vectors["alpha_entropy"] = torch.special.entr(alpha).sum()
             if step.finished:
                 vectors["hypergradient_direct"] = self._terms.direct[module]
                 vectors["hypergradient_indirect"] = self._terms.indirect[module]
@@ -213,19 +219,30 @@ class AutoLoRA(AdapterMethod, name="autolora"):
 
 
 class AutoLoRADelta(LoRADelta):
-    """AutoLoRA's update scale * B diag(alpha) A of one module; alpha is the softmax of the buffer ``logits``."""
+    """AutoLoRA's update scale * B diag(alpha) A of one module; alpha is the softmax of the buffer ``logits``.
+
+    ``constraint`` is ``AutoLoRA.constraint``.
+    """
 
     logits: Tensor
 
-    def __init__(self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0, constraint: str = "softmax"
+    ) -> None:
         super().__init__(host, rank, scale, dropout)
+        self.constraint = constraint
         # A buffer, because the optimizer must not train the logits.
         self.register_buffer("logits", torch.zeros(rank, dtype=wide_dtype(self.A)))
 
     @property
     def alpha(self) -> Float[Tensor, "k"]:
-        """Selection weights of the components; they sum to 1."""
-        return self.logits.softmax(0)
+        """Selection weights of the components; under the softmax they sum to 1."""
+        if self.constraint == "softmax":
+            return self.logits.softmax(0)
+        if self.constraint == "sigmoid":
+            return self.logits.sigmoid()
+        # The logits start at zero, and an update with zero weights would not train.
+        return self.logits + 1 / len(self.logits)
 
     @property
     def right(self) -> Float[Tensor, "k in"]:
@@ -234,7 +251,9 @@ class AutoLoRADelta(LoRADelta):
     @property
     def rank(self) -> int:
         """Number of components that are retained if the search ends here."""
-        return int(retained_mask(self.alpha).sum())
+        if self.constraint == "softmax":
+            return int(retained_mask(self.alpha).sum())
+        return int((self.alpha >= (0.5 if self.constraint == "sigmoid" else self.alpha.mean())).sum())
 
     def factors(self) -> dict[str, Tensor]:
         return {"A": self.A, "B": self.B, "diagonal": self.alpha}

@@ -15,6 +15,8 @@ from lorascope.papers.judging.registration import FILE
 from lorascope.papers.judging.words import RuleKind
 
 STUDY_FILE = FILE.with_name("registered-2.toml")
+FIGURE_ARMS = "figure-arms.toml"
+"""File next to the registration with arms that no claim names, which may be added at any time."""
 
 
 class PaperPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,7 +132,7 @@ class StudyRegistration:
 
 
 def read(file: Path = STUDY_FILE) -> StudyRegistration:
-    """Read the registration of the second edition.
+    """Read the registration of the second edition, and the arms of figures next to it.
 
     Raises
     ------
@@ -140,24 +142,31 @@ def read(file: Path = STUDY_FILE) -> StudyRegistration:
         It is not TOML, a key is unknown or has another type, a label or id is registered twice, or a claim or an arm
         names an arm that is not registered.
     """
-    try:
-        contents = msgspec.toml.decode(file.read_bytes(), type=_Contents, strict=False)
-    except (msgspec.DecodeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise unreadable(file, printable(error)) from error
+    contents = _decode(file)
+    registered_arms = contents.arm
+    if (figure_arms := file.with_name(FIGURE_ARMS)).exists():
+        registered_arms += _decode(figure_arms).arm
     # A second one of the same name would replace the first.
-    arms = {arm.label: arm for arm in contents.arm}
+    arms = {arm.label: arm for arm in registered_arms}
     claims = {claim.id: claim for claim in contents.claim}
-    if len(arms) < len(contents.arm) or len(claims) < len(contents.claim):
+    if len(arms) < len(registered_arms) or len(claims) < len(contents.claim):
         raise unreadable(file, "an arm or a claim is registered twice")
     # A misspelled label would otherwise be a claim without runs.
     for claim in contents.claim:
         for labels in claim.labels().values():
             _require_registered(labels, arms, claim.id, file)
-    for arm in contents.arm:
+    for arm in registered_arms:
         _require_registered([arm.rate_of or arm.label], arms, arm.label, file)
         if (not arm.rates) != bool(arm.rate_of) or sorted(set(arm.rates)) != list(arm.rates):
             raise unreadable(file, f"arm {printable(arm.label)!r} must have increasing rates, or rate_of")
     return StudyRegistration(arms, claims, contents.deviation, contents.judging)
+
+
+def _decode(file: Path) -> _Contents:
+    try:
+        return msgspec.toml.decode(file.read_bytes(), type=_Contents, strict=False)
+    except (msgspec.DecodeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise unreadable(file, printable(error)) from error
 
 
 def _require_registered(labels: Iterable[str], arms: Mapping[str, StudyArm], user: str, file: Path) -> None:

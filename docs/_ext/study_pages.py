@@ -51,6 +51,10 @@ CHANGES = {
 """Verdict of edition 1 on the paper's main claim, and what edition 2 does about its cause."""
 _ORDER = ("as claimed", "not only there", "not even there", "gain", "gain below m", "no gain", "loss", "no cost",
           "cost below d", "cost", "open", NO_HEADROOM, NOT_LEARNED, NOT_RUN)  # fmt: skip
+_UNITS = {
+    "points of accuracy": "acc.", "points of the gap": "gap", "points of neurons": "neurons",
+    "points of factors": "factors", "percent of the loss": "%", "log10 of the ratio of norms": "log10",
+}  # fmt: skip
 _MACHINE = ["processor", "capability", "torch", "threads", "device"]
 # Arms that differ only in this are one row.
 _ALIKE = {
@@ -113,12 +117,14 @@ class StudyPages:
         return {f"{name}-figure": "\n".join(lines[:1]), f"{name}-figures": "\n".join(lines[1:]) or NO_FIGURES}
 
     def first_screen(self, root: str) -> str:
-        """Return the forest plot, and below it the two motives; another figure until it is drawn."""
+        """Return the forest plot, or another figure until it is drawn, and below it the two motives."""
         forest = self.image("forest", "Effect of each method on text, and where the truth is known", root)
         other = self.image("update-norm-heat", "Update norm by block and role: full fine-tuning and LoRA", root)
-        motives = {title: self.image(name, title, root) for name, title in MOTIVES.items()}
-        table = [format_table(list(motives), [list(motives.values())])] if any(motives.values()) else []
-        return "\n\n".join([forest or other, *table])
+        motives = [self.image(name, title, root) for name, title in MOTIVES.items()]
+        # The README is wide enough for both.
+        if not root and any(motives):
+            motives = [format_table(list(MOTIVES.values()), [motives])]
+        return "\n\n".join(filter(None, [forest or other, *motives]))
 
     def headline(self, pages: str) -> str:
         """Return the table of nine rows, with links to the pages of the papers."""
@@ -144,7 +150,7 @@ class StudyPages:
             result, unit = self.by_claim[claim.id], claim.rule.unit
             printed = claim.paper.printed
             if isinstance(printed, float):
-                printed = f"{printed:+g} {claim.paper.printed_unit}"
+                printed = f"{printed:+g} {_UNITS.get(claim.paper.printed_unit, claim.paper.printed_unit)}"
             arms = (*claim.for_arms, *claim.against_arms)
             finished = min(claim.rule.seeds, *(len(self.evidence.seeds(arm)) for arm in arms))
             word = shown_word(result)
@@ -155,7 +161,7 @@ class StudyPages:
             if result["word"] != NOT_LEARNED:
                 numbers = [format_with_interval(result, unit, prefix) for prefix in ("", "against_", "difference_")]
                 numbers += [result["excludes_zero"], result["excludes_printed"]]
-            bound = f"{claim.rule.kind} {claim.rule.bound:g} {unit}"
+            bound = f"{claim.rule.kind} {claim.rule.bound:g} {_UNITS.get(unit, unit)}"
             rows.append((
                 f"`{claim.id}` {claim.sentence}", printed or "", bound, *numbers, word,
                 f"{finished} of {claim.rule.seeds}",

@@ -129,7 +129,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     for methods, units in ROWS.items():
         order: list[str] = []
         for method in methods:
-            order += [method, f"{method}, other", f"{method}, gap"]
+            order += [method, f"{method}, other"]
         names = dict(zip(methods, methods, strict=True))
         charts: list[Chart] = []
         # The panels on the right have the same rows.
@@ -142,7 +142,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
                 side = high
             words = rows[rows["word"] != ""].assign(x=side / 2)
             marks = [Rule(x=0), *_effect_marks(rows), Text("x", "row", "word", muted=True, data=words)]
-            x, y = Axis(label=unit, limits=(low, high)), Axis(order=order[:-1], ticks=ticks, compact=True)
+            x, y = Axis(label=unit, limits=(low, high)), Axis(order=order, ticks=ticks, compact=True)
             charts.append(Chart(rows, marks, x=x, y=y))
         grid.append(tuple(charts))
     left, right = grid[0]

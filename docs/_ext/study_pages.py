@@ -278,9 +278,11 @@ class StudyPages:
         roles = ", ".join(f"{number:,} {role}" for role, number in runs["role"].value_counts().items())
         machines = sorted({" / ".join(row) for row in runs[_MACHINE].astype(str).itertuples(index=False)})
         commits = ", ".join(f"`{commit[:7]}`" for commit in runs["commit"].unique() if commit)
+        claims = self.registration.claims.values()
+        of_claims = {label for claim in claims for labels in claim.labels().values() for label in labels}
         lines = [
-            f"- Registered: {count_phrase(len(self.registration.claims), 'claim')}, "
-            f"{count_phrase(len(self.registration.arms), 'arm')}.",
+            f"- Registered: {count_phrase(len(claims), 'claim')} on {count_phrase(len(of_claims), 'arm')}, and "
+            f"{len(self.registration.arms) - len(of_claims)} arms for figures.",
             f"- Runs: {count_phrase(len(runs), 'run')} ({roles}), {minutes}.",
             f"- Machines (processor / instructions / torch / threads / device): {'; '.join(machines)}.",
             f"- Commits: {commits}.",

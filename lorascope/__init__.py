@@ -60,6 +60,7 @@ _MODULES = {
     "models": "lorascope.inputs.models",
     "module_table": "lorascope.schema.module_table",
     "observe": "lorascope.observe",
+    "papers": "lorascope.papers",
     "plots": "lorascope.plots",
     "step_memory": "lorascope.experiments.step_memory",
     "step_time": "lorascope.experiments.step_time",

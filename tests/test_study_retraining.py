@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import pytest
+from joblib import parallel_config
 from test_study_training import arms, few_texts, registration_of  # noqa: F401
 from test_study_verification import write_registration
 
@@ -47,8 +48,8 @@ def energies(*runs: Any) -> pd.DataFrame:
 
 
 @pytest.fixture
-def data(arms: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
-    """Return a folder with the registration of a claim with three judged seeds, none of which is trained."""
+def data(arms: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:  # noqa: F811
+    """Yield a folder with the registration of a claim with three judged seeds, none of which is trained."""
     registered = registration_of(LABELS, seeds=3)
     paper, rule = PaperPlace("2303.10512", "table 1"), StudyRule("gain", 2.0, "points of the gap", 3)
     claim = StudyClaim(CLAIM, "It gains.", paper, rule, for_arms=(METHOD, CONTROL))
@@ -62,7 +63,8 @@ def data(arms: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  #
     monkeypatch.setattr(study_training, "KEPT_TABLES", {"energies": [((CONTROL, METHOD), energies)]})
     monkeypatch.setattr(registered_study, "STUDY_FILE", tmp_path / "data" / "registered-2.toml")
     monkeypatch.setattr(command.os, "environ", command.os.environ.copy())
-    return tmp_path / "data"
+    with parallel_config(n_jobs=1):  # other processes lack the changes of this one
+        yield tmp_path / "data"
 
 
 @pytest.fixture
@@ -240,11 +242,11 @@ def test_own_seed_has_the_chosen_rate_or_else_the_middle_one(
 ) -> None:
     rates: list[float] = []
 
-    def stop(job: StudyJob, *arguments: Any) -> None:
-        rates.append(job.rate)
+    def stop(jobs: list[StudyJob], *arguments: Any) -> None:
+        rates.append(jobs[0].rate)
         raise InterruptedError
 
-    monkeypatch.setattr(study_seeds, "finish_job", stop)
+    monkeypatch.setattr(study_seeds, "train_jobs", stop)
     study = registered()
     tried = msgspec.structs.replace(study.arms[METHOD], rates=(1e-3, 1.8e-3, 3.2e-3))
     study = replace(study, arms={**study.arms, METHOD: tried})

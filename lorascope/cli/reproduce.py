@@ -7,7 +7,6 @@ import os
 import random
 import sys
 import webbrowser
-from contextlib import redirect_stdout
 from importlib.util import find_spec
 from json import dumps
 from pathlib import Path
@@ -15,20 +14,20 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from lorascope import papers
 from lorascope.cli.arguments import command
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import format_frame
 from lorascope.papers.judging import kept_runs, kept_verdicts, registered_study, registration, study_verification
+from lorascope.papers.judging.data_folder import STUDY_RUNS
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.schema.suggestions import unknown_name
-
-SECOND_EVIDENCE = "evidence-2"
-"""Name of the folder of evidence of the second edition."""
 
 
 @command
 def main(
     *,
+    paper: Annotated[str | None, arg(metavar="NAME")] = None,
     claim: Annotated[str | None, arg(metavar="ID")] = None,
     seed: Annotated[int | None, arg(metavar="N")] = None,
     out: Annotated[str, arg(aliases=["-o"], metavar="DIR")] = "report",
@@ -44,6 +43,9 @@ def main(
 
     Parameters
     ----------
+    paper
+        Instead, train a small version of one paper's study, such as hydralora: its claims on planted teachers, and the
+        motive of LISA and HydraLoRA.
     claim
         Instead, train the arms of this claim with the given seed, and compare its effects with those of the kept seeds.
     seed
@@ -60,8 +62,12 @@ def main(
     """
     if seed is not None and not 0 <= seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {seed}")
-    if evidence is not None and (claim is not None or seed is not None):
-        raise ValueError("--evidence must be given without --claim and --seed: it trains the registered seeds")
+    if evidence is not None and (paper, claim, seed) != (None, None, None):
+        raise ValueError("--evidence must be given without --paper, --claim and --seed: it trains the registered seeds")
+    if paper is not None and claim is not None:
+        raise ValueError("--paper and --claim cannot be combined: a small version has all claims of the paper")
+    if paper is not None and paper.lower() not in papers.NAMES:
+        raise ValueError(f"unknown paper {printable(paper)!r}; expected one of {', '.join(papers.NAMES)}")
     if evidence is not None and registration.clone_of(registration.FILE) is None:
         raise ValueError("--evidence requires a clone of the repository, whose commit and figures it records")
     if not minutes >= 0:
@@ -72,11 +78,13 @@ def main(
         raise ValueError(f"--claim requires --seed: lorascope reproduce --claim {printable(claim)} --seed 31")
     if find_spec("torch") is None:
         raise ModuleNotFoundError(name="torch")  # now, since the verdicts are printed before torch is imported
-    if evidence is not None or claim is not None:
+    if (evidence, paper, claim) != (None, None, None):
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= kept_runs.INSTRUCTIONS
     if evidence is not None:
         return _train_study(Path(evidence), Path(out), minutes)
+    if paper is not None:
+        return _train_paper(paper.lower(), seed, Path(out), json)
     if claim is not None and seed is not None:
         study = registered_study.read(registered_study.STUDY_FILE)
         if claim not in study.claims:
@@ -103,10 +111,26 @@ def _train_methods(seed: int, out: Path, json: bool) -> int:
         print(dumps(reproduction.to_dict()))
         return 0
     print(format_frame(reproduction.runs.assign(accuracy=reproduction.runs["accuracy"].map("{:.3f}".format))))
-    if _has_screen():
-        webbrowser.open(reproduction.path.resolve().as_uri())
+    _open(reproduction.path)
     print(printable(reproduction.path))
     return 0
+
+
+def _train_paper(name: str, seed: int | None, out: Path, json: bool) -> int:
+    """Train the small version of a paper's study."""
+    study = getattr(papers, name).run(1 if seed is None else [seed], out)
+    if json:
+        print(dumps(study.to_dict()))
+        return 0
+    print(study)
+    _open(study.path)
+    print(printable(study.path))
+    return 0
+
+
+def _open(path: Path) -> None:
+    if _has_screen():
+        webbrowser.open(path.resolve().as_uri())
 
 
 def _has_screen() -> bool:
@@ -131,8 +155,7 @@ def _train_study(folder: Path, out: Path, minutes: float) -> int:
 def _train_study_claim(claim: str, seed: int, out: Path, study: StudyRegistration, json: bool) -> int:
     from lorascope.papers.training.study_seeds import train_seed
 
-    with redirect_stdout(sys.stderr):  # a line per run
-        result = train_seed(claim, seed, out / "runs", study, registered_study.STUDY_FILE.parent / SECOND_EVIDENCE)
+    result = train_seed(claim, seed, out / "runs", study, registered_study.STUDY_FILE.parent / STUDY_RUNS)
     text = str(result)
     if json:
         text = dumps(result.to_dict())

@@ -11,21 +11,21 @@ from lorascope.charts.chart import Drawable
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """Figure of a report: a chart with its reading and its caveat.
+    """Figure of a report: a chart, and its reading and its caveat, if any.
 
     Parameters
     ----------
     chart : Chart or Panels
         Chart to draw.
     reads : str
-        How to read the chart.
+        How to read the chart. Default none.
     misleads : str
-        Caveat: a confounder and its remedy.
+        Caveat: a confounder and its remedy. Default none.
     """
 
     chart: Drawable
-    reads: str
-    misleads: str
+    reads: str = ""
+    misleads: str = ""
 
 
 def draw(figure: str, *runs: Any, **options: Any) -> ReportFigure:

@@ -33,6 +33,7 @@ from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_by_r
 from lorascope.papers.judging.statistics import Accuracy, Constant, OfPairs, OfRun, average
 from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.lora import LORA_RATES, LOW, LOWER
+from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
 from lorascope.papers.rank_tables import (
@@ -322,3 +323,10 @@ PLACEMENT = Probe(
     question="Does accuracy depend on which weight type or which layers are adapted, at equal parameters?",
     arms=placement_arms,
 )
+
+PAPER = PaperStudy(
+    name="AdaLoRA",
+    authors="Zhang et al.",
+    question="Do AdaLoRA's ranks beat uniform ones where modules need different ranks?",
+)
+run = PAPER.run

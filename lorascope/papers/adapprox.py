@@ -35,6 +35,7 @@ from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Constant, LogLikelihood, OfRun
 from lorascope.papers.judging.study_statistics import LogLoss, pair
 from lorascope.papers.lora import FULL
+from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.probe import Arm, ComputedArm, Probe, Scored, encoder_settings
 from lorascope.plots.run_groups import INTERVAL
 from lorascope.runs.run import Run
@@ -232,3 +233,10 @@ PROBE = Probe(
         "and column sums.",
     ),
 )
+
+PAPER = PaperStudy(
+    name="Adapprox",
+    authors="Zhao et al.",
+    question="Does Adapprox match AdamW where second moments have low rank, and does it beat Adafactor there?",
+)
+run = PAPER.run

@@ -24,6 +24,7 @@ from lorascope.array_types import Int
 from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging.statistics import Accuracy, OfRun
 from lorascope.papers.judging.study_statistics import pair
+from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import STEPS, Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
 from lorascope.papers.rank_tables import (
@@ -158,3 +159,10 @@ PROBE = Probe(
     figures=partial(allocation_figures, label=ADAPTED),
     notes=("This run has fewer rounds than the registered arm, because scoring costs more than training.",),
 )
+
+PAPER = PaperStudy(
+    name="ALoRA",
+    authors="Liu et al.",
+    question="Do ALoRA's ranks beat uniform ones where modules need different ranks?",
+)
+run = PAPER.run

@@ -32,6 +32,7 @@ from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging import registration
 from lorascope.papers.judging.statistics import Accuracy, OfRun, Simulated, average
 from lorascope.papers.judging.study_statistics import pair
+from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
 from lorascope.papers.rank_tables import (
@@ -171,3 +172,10 @@ PROBE = Probe(
         "rank if they are small, and less if they are large.",
     ),
 )
+
+PAPER = PaperStudy(
+    name="AutoLoRA",
+    authors="Zhang et al.",
+    question="Do AutoLoRA's ranks beat uniform ones where modules need different ranks?",
+)
+run = PAPER.run

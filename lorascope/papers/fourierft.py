@@ -35,6 +35,7 @@ from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.statistics import Accuracy, MeanOverRows, Reads, Statistic
 from lorascope.papers.judging.study_statistics import pair
+from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings, factor_settings
 from lorascope.plots.builders import add_printed
@@ -232,3 +233,10 @@ PROBE = Probe(
     arms=arms,
     figures=figures,
 )
+
+PAPER = PaperStudy(
+    name="FourierFT",
+    authors="Gao et al.",
+    question="Does FourierFT beat LoRA of equal size where its entries suffice, and does its basis matter?",
+)
+run = PAPER.run

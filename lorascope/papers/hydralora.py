@@ -27,9 +27,11 @@ from lorascope import plots
 from lorascope.charts.chart import Chart
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_bars, printed
+from lorascope.papers.hydralora_factors import PLANTED_SETS, SETS
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, MeanOverRows, OfRun
 from lorascope.papers.judging.study_statistics import GapClosed, average, pair
+from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
 from lorascope.plots.builders import add_printed
@@ -258,3 +260,12 @@ PROBE = Probe(
     figures=figures,
     notes=("This run is on sentiment, whose groups are domains. The kept seeds are on a mixture of four tasks.",),
 )
+
+PAPER = PaperStudy(
+    name="HydraLoRA",
+    authors="Tian et al.",
+    question="Are A's shared between tasks because of training, and does HydraLoRA beat LoRA where they are?",
+    motive=tuple(label for name in PLANTED_SETS for label in SETS[name]),
+    changes={"steps": 300},
+)
+run = PAPER.run

@@ -85,6 +85,7 @@ SETS: dict[str, dict[str, str]] = {
     UNRELATED_SHARED: _planted_set(UNRELATED, SHARED),
 }
 """Sets of runs of one seed whose factors are compared: label of each run -> its task, domain or third."""
+PLANTED_SETS = (SHARED_A_SEPARATE, SHARED_A_SHARED, UNRELATED_SEPARATE, UNRELATED_SHARED)
 
 
 def study_arms() -> list[Arm]:

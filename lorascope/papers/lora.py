@@ -43,6 +43,7 @@ from lorascope.papers.figures.gallery_figure import (
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, OfRun
 from lorascope.papers.judging.study_statistics import Comparison, pair
+from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import planted_arms
 from lorascope.papers.probe import Arm, OwnArm, Probe, Scored, encoder_settings, factor_settings
 from lorascope.plots.builders import add_printed, heat_by_role
@@ -409,3 +410,11 @@ PROBE = Probe(
     },
     figures=figures,
 )
+
+PAPER = PaperStudy(
+    name="LoRA",
+    authors="Hu et al.",
+    question="Does LoRA cost nothing against full fine-tuning where the update has low rank, and more where it "
+    "has not?",
+)
+run = PAPER.run

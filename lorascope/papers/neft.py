@@ -36,6 +36,7 @@ from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, Reads, Statistic, average
 from lorascope.papers.judging.study_statistics import Comparison, Constant, OfTable, pair
 from lorascope.papers.lora import FULL, LOW
+from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import STEPS, Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
 from lorascope.plots.builders import add_printed, bars, curves
@@ -118,7 +119,7 @@ def keep_neuron_scores(selection: Run, tuned: Run) -> pd.DataFrame:
         # A row of the projections in, and a column of the projection out.
         sensitivity = "sensitivity_in" if module.endswith("down_proj") else "sensitivity_out"
         rows = tuned.table[tuned.table["module"] == module]
-        by_index = rows.set_index(["quantity", "step", "index"])["value"]
+        by_index = rows.set_index(["quantity", "step", "index"])["value"].sort_index()
         # Rotation and displacement are known at the end, and sensitivity before the first step as well.
         first, last = rows["step"].min(), rows["step"].max()
         table = pd.DataFrame({name: by_index[quantity, last] for quantity, name in columns.items()})
@@ -374,3 +375,10 @@ PROBE = Probe(
     figures=figures,
     notes=("NeFT's full fine-tuning before the choice counts in its time, but not in its steps.",),
 )
+
+PAPER = PaperStudy(
+    name="NeFT",
+    authors="Xu et al.",
+    question="Does NeFT find the neurons that have to change, and does training only them help?",
+)
+run = PAPER.run

@@ -15,10 +15,13 @@ from typing import Any
 from lorascope.papers.figures.gallery_figure import GalleryFigure
 from lorascope.papers.judging.study_statistics import StudyComparison
 from lorascope.papers.judging.verdicts import Pair
+from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.probe import Arm, ComputedArm, KeptTable, Probe
 
-__all__ = ["COMPARISONS", "KEPT_TABLES", "PAIRS", "PROBES", "SECTIONS", "module_of", "study_arms"]
+__all__ = ["COMPARISONS", "KEPT_TABLES", "PAIRS", "PAPERS", "PROBES", "SECTIONS", "module_of", "study_arms"]
 
+PAPERS: dict[str, PaperStudy] = {}
+"""Papers by the names of their modules."""
 PROBES: dict[str, Probe] = {}
 """Probes by name, in the order of the report."""
 PAIRS: dict[str, Pair] = {}
@@ -36,6 +39,8 @@ for _file in sorted(Path(__file__).parent.glob("*.py")):
     if _file.stem in ("__init__", "registry"):
         continue
     _module = import_module(f"lorascope.papers.{_file.stem}")
+    if hasattr(_module, "PAPER"):
+        PAPERS[_file.stem] = _module.PAPER
     # A module may have several probes, such as LISA's motivation and its training.
     PROBES |= {value.name: value for value in vars(_module).values() if isinstance(value, Probe)}
     if hasattr(_module, "CLAIMS"):

@@ -9,6 +9,8 @@ _PACKAGE = Path(__file__).parents[2]
 _CLONE = _PACKAGE.parent
 _IN_CLONE = (_CLONE / "data").exists() and not (_PACKAGE / "data").exists()
 DATA = (_CLONE if _IN_CLONE else _PACKAGE) / "data"
+STUDY_RUNS = "evidence-2"
+"""Name of the folder of kept runs of the second edition."""
 PAPERS = {
     "LoRA": "2106.09685",
     "LISA": "2403.17919",

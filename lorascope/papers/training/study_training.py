@@ -48,12 +48,17 @@ _FREE_SETTINGS = ("observe", "seed", "eval_every", "test_size")  # they do not c
 
 @dataclass(frozen=True)
 class StudyJob:
-    """A run to train: label of its arm, seed, "judged" or "tuning", and its rate."""
+    """A run to train: label of its arm, seed, "judged" or "tuning", and its rate.
+
+    ``changes`` are settings of ``train`` that differ from those of the arm, such as fewer steps, and no run with any
+    is evidence.
+    """
 
     arm: str
     seed: int
     role: str
     rate: float
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +273,8 @@ def finish_job(job: StudyJob, out: Path, rates: Mapping[str, float | None]) -> F
     torch.set_num_threads(1)  # numbers depend on the number of threads
     start = time.process_time()  # not wall-clock time, because other processes share the processor
     arm = arm_of_job(job)
-    row = vars(job) | machine() | {"commit": code_commit(), "arm_hash": _hash_once(job.arm)}
+    row = {name: getattr(job, name) for name in ("arm", "seed", "role", "rate")}
+    row |= machine() | {"commit": code_commit(), "arm_hash": _hash_once(job.arm)}
     row["run"] = f"{_digest(job.arm)}-{job.seed}-{job.role}-{job.rate:g}"
     losses, tables, right, test_rows = pd.DataFrame(columns=["phase", "step", "loss"], dtype="float64"), {}, None, None
     trained: dict[str, Run] = {}
@@ -310,7 +316,7 @@ def arm_of_job(job: StudyJob) -> Arm | ComputedArm:
         return arm
     arm = arm.of_seed(job.seed)
     rates = {name: job.rate for name in _RATES if hasattr(arm.method, name)}
-    settings = dict(arm.settings)
+    settings = {**arm.settings, **job.changes}
     if job.role == "tuning":
         teacher = _teacher(arm)
         settings["observe"] = [] if teacher is None else [replace(teacher, split="validation")]
@@ -319,11 +325,19 @@ def arm_of_job(job: StudyJob) -> Arm | ComputedArm:
 
 
 def _train(job: StudyJob, out: Path) -> Run:
+    sweep_job = to_sweep_job(job, out)
+    assert sweep_job is not None
+    return train_job(sweep_job)
+
+
+def to_sweep_job(job: StudyJob, out: Path) -> Job | None:
+    """Return the job with which a sweep trains a run; None if ``train`` does not train it."""
     arm = arm_of_job(job)
-    assert isinstance(arm, Arm)
+    if isinstance(arm, ComputedArm):
+        return None
     settings = {"seed": job.seed, "device": "cpu", **arm.settings, "root": out}
     model = partial(models.load, arm.model) if isinstance(arm.model, str) else arm.model
-    return train_job(Job(model, arm.task, arm.method, settings))
+    return Job(model, arm.task, arm.method, settings, job.arm)
 
 
 def _phases(run: Run) -> Iterator[tuple[str, Run]]:

@@ -211,7 +211,7 @@ class StudyPages:
             parts += [format_table(("claim", "positive control", "effect [95%]", "headroom"), controls)]
         if rows := list(self._learned_rows(labels)):
             parts += [format_table(("arm", "phase", "runs", "learned", "mean closed", "lowest"), rows)]
-        return "\n\n".join(parts) or "No run of these claims is finished."
+        return "\n\n".join(parts) or "No claim has all its runs yet."
 
     def _learned_rows(self, labels: set[str]) -> Iterator[tuple[object, ...]]:
         runs = self.evidence.runs

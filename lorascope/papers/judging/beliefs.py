@@ -14,6 +14,7 @@ import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
 from lorascope.papers.judging.csv_tables import NUMBER, TEXT, parse_csv, read_csv
+from lorascope.papers.judging.first_edition import VERDICTS
 from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistration
 from lorascope.papers.judging.study_results import RESULT_COLUMNS
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED, NOT_RUN
@@ -42,7 +43,8 @@ class Belief(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sentence : str
         At most 25 words.
     words : mapping id -> str
-        Claims that the sentence relies on, with their words; those of the headline included.
+        Claims that the sentence relies on, with their words, or verdicts of the first edition; those of the headline
+        included.
     numbers : tuple of str
         For each number of the sentence with a decimal point, the claim and column that it is from, such as
         "pair.adalora against_effect". A minus in front exchanges the sign.
@@ -87,7 +89,7 @@ def belief_differences(folder: Path, registration: StudyRegistration, results_cs
     Parameters
     ----------
     folder : path
-        Folder of the evidence, with ``beliefs.toml``.
+        Folder of the evidence, with ``beliefs.toml``. A sentence may also rely on verdicts of ``edition-1`` next to it.
     registration : StudyRegistration
         Claims; each of their papers must have one sentence.
     results_csv : bytes
@@ -105,22 +107,28 @@ def belief_differences(folder: Path, registration: StudyRegistration, results_cs
     if sorted(belief.arxiv for belief in beliefs) != papers:
         yield f"{FILE}: must have one sentence per paper: {', '.join(papers)}"
     results: dict[Any, Any] = parse_csv(results_csv, _RESULT_KINDS).set_index("claim").to_dict("index")
+    words = {id: shown_word(result) for id, result in results.items()}
+    verdicts = folder.with_name("edition-1") / VERDICTS
+    if verdicts.exists():
+        words |= pd.read_csv(verdicts).set_index("claim")["outcome"].to_dict()
     for belief in beliefs:
-        for difference in _differences(belief, registration, results):
+        for difference in _differences(belief, registration, results, words):
             yield f"{FILE}: {printable(belief.paper)}: {difference}"
 
 
-def _differences(belief: Belief, registration: StudyRegistration, results: Mapping[str, Any]) -> Iterator[str]:
+def _differences(
+    belief: Belief, registration: StudyRegistration, results: Mapping[str, Any], words: Mapping[str, str]
+) -> Iterator[str]:
     if (count := len(belief.sentence.split())) > MAX_WORDS:
         yield f"the sentence must have at most {MAX_WORDS} words, got {count}"
     for claim in headline_claims(registration, belief.arxiv):
         if claim.id not in belief.words:
             yield f"words must have {claim.id}, a claim of the headline"
     for id, word in belief.words.items():
-        if id not in results:
+        if id not in words:
             yield f"{printable(id)} has no result"
-        elif (result := shown_word(results[id])) != word:
-            yield f"{id} is {result!r}, the sentence relies on {printable(word)!r}"
+        elif words[id] != word:
+            yield f"{id} is {words[id]!r}, the sentence relies on {printable(word)!r}"
     numbers = _NUMBER.findall(belief.sentence)
     if len(numbers) != len(belief.numbers):
         yield f"numbers must have one place per number of the sentence: {', '.join(numbers) or 'none'}"

@@ -61,8 +61,8 @@ def test_verdicts_of_the_first_edition_are_compared(tmp_path: Path) -> None:
     folder = tmp_path / "evidence-2"
     folder.mkdir()
     (tmp_path / "edition-1").symlink_to(FOLDER.with_name("edition-1"))
-    text = '[[belief]]\npaper = "NeFT"\narxiv = "2403.11621"\nsentence = "A."\nwords = { "neft.over_full" = "supported" }\n'
-    (folder / FILE).write_text(text, "utf-8")
+    text = '[[belief]]\npaper = "NeFT"\narxiv = "2403.11621"\nsentence = "A."\n'
+    (folder / FILE).write_text(f'{text}words = {{ "neft.over_full" = "supported" }}\n', "utf-8")
     results = (FOLDER / "results.csv").read_bytes()
     lines = list(belief_differences(folder, REGISTERED, results))
     assert f"{FILE}: NeFT: neft.over_full is 'not supported', the sentence relies on 'supported'" in lines

@@ -52,8 +52,8 @@ CHANGES = {
 _ORDER = ("as claimed", "not only there", "not even there", "gain", "gain below m", "no gain", "loss", "no cost",
           "cost below d", "cost", "open", NO_HEADROOM, NOT_LEARNED, NOT_RUN)  # fmt: skip
 _UNITS = {
-    "points of accuracy": "acc.", "points of the gap": "gap", "points of neurons": "neurons",
-    "points of factors": "factors", "percent of the loss": "%", "log10 of the ratio of norms": "log10",
+    "points of accuracy": " acc.", "points of the gap": " gap", "points of neurons": " neurons",
+    "points of factors": " factors", "percent of the loss": "%", "log10 of the ratio of norms": " log10",
 }  # fmt: skip
 _MACHINE = ["processor", "capability", "torch", "threads", "device"]
 # Arms that differ only in this are one row.
@@ -150,7 +150,7 @@ class StudyPages:
             result, unit = self.by_claim[claim.id], claim.rule.unit
             printed = claim.paper.printed
             if isinstance(printed, float):
-                printed = f"{printed:+g} {_UNITS.get(claim.paper.printed_unit, claim.paper.printed_unit)}"
+                printed = f"{printed:+g}{_UNITS[claim.paper.printed_unit]}"
             arms = (*claim.for_arms, *claim.against_arms)
             finished = min(claim.rule.seeds, *(len(self.evidence.seeds(arm)) for arm in arms))
             word = shown_word(result)
@@ -161,7 +161,7 @@ class StudyPages:
             if result["word"] != NOT_LEARNED:
                 numbers = [format_with_interval(result, unit, prefix) for prefix in ("", "against_", "difference_")]
                 numbers += [result["excludes_zero"], result["excludes_printed"]]
-            bound = f"{claim.rule.kind} {claim.rule.bound:g} {_UNITS.get(unit, unit)}"
+            bound = f"{claim.rule.kind} {claim.rule.bound:g}{_UNITS[unit]}"
             rows.append((
                 f"`{claim.id}` {claim.sentence}", printed or "", bound, *numbers, word,
                 f"{finished} of {claim.rule.seeds}",

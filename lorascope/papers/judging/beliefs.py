@@ -129,6 +129,7 @@ def _differences(
             yield f"{printable(id)} has no result"
         elif words[id] != word:
             yield f"{id} is {words[id]!r}, the sentence relies on {printable(word)!r}"
+    # Other numbers, such as "rank 2" and "9%", are not effects.
     numbers = _NUMBER.findall(belief.sentence)
     if len(numbers) != len(belief.numbers):
         yield f"numbers must have one place per number of the sentence: {', '.join(numbers) or 'none'}"
@@ -139,6 +140,7 @@ def _differences(
             yield f"numbers must name {expected}, got {printable(position)!r}"
             continue
         value = float(results[id][column])
+        # The sentence decides how many digits it has.
         digits = len(number.partition(".")[2])
         rounded = f"{-value if sign == '-' else value:.{digits}f}"
         if float(rounded) != float(number):
@@ -177,6 +179,7 @@ def headline_table(
     estimates: dict[Any, Any] = earlier.set_index("method").to_dict("index")
     rows = []
     for belief in beliefs:
+        # A paper may print no gain, and text is replaced by a result of this edition.
         printed, text, truths = "", "", ""
         if belief.paper in estimates:
             estimate = estimates[belief.paper]

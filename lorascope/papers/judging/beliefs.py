@@ -106,8 +106,9 @@ def belief_differences(folder: Path, registration: StudyRegistration, results_cs
     papers = sorted({claim.paper.arxiv for claim in registration.claims.values()})
     if sorted(belief.arxiv for belief in beliefs) != papers:
         yield f"{FILE}: must have one sentence per paper: {', '.join(papers)}"
-    results: dict[Any, Any] = parse_csv(results_csv, _RESULT_KINDS).set_index("claim").to_dict("index")
-    words = {id: shown_word(result) for id, result in results.items()}
+    table = parse_csv(results_csv, _RESULT_KINDS).set_index("claim")
+    results: dict[Any, Any] = table.to_dict("index")
+    words: dict[Any, str] = table["pair"].where(table["pair"] != "", table["word"]).to_dict()
     verdicts = folder.with_name("edition-1") / VERDICTS
     if verdicts.exists():
         words |= pd.read_csv(verdicts).set_index("claim")["outcome"].to_dict()

@@ -64,8 +64,8 @@ def test_gates_at_step_zero_are_available_and_unsaved_steps_raise(tmp_path):
         plots.gates(run, step=4)
 
 
-def test_gates_of_an_excerpt_need_no_records_of_gates(tmp_path, monkeypatch):
-    """An excerpt keeps only their array, and without HydraLoRA's module their definition is unknown."""
+def test_gates_need_no_records_of_gates(tmp_path, monkeypatch):
+    """Their array suffices, and without HydraLoRA's module their definition is unknown."""
     run = routed(tmp_path, "a")
     monkeypatch.delitem(QUANTITIES, "gate", raising=False)
     assert "Mean gate weight of each expert" in plots.gates(run).caption

@@ -110,7 +110,7 @@ KINDS = ["pdf", "png", "svg", "html", "csv"]
 def test_saved_figure_contains_its_provenance(chart, tmp_path, kind) -> None:
     path = chart.save(tmp_path / "new" / "folder" / f"norms.{kind}")
     assert path.stat().st_size > 0
-    digest = hashlib.sha256(chart.data.to_csv(index=False).encode()).hexdigest()
+    digest = hashlib.sha256(chart.data.to_csv(index=False, float_format="%.9g").encode()).hexdigest()
     assert origin(path) == {**META, "lorascope": lorascope.__version__, "data_sha256": digest}
     assert {entry.name for entry in path.parent.iterdir()} <= {path.name, f"{path.name}-metadata.json"}
 

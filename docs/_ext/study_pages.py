@@ -12,13 +12,13 @@ import pandas as pd
 from page_blocks import format_table
 
 from lorascope.files.printable import count_phrase
-from lorascope.papers.figures.first_edition import stored_figures
 from lorascope.papers.judging import beliefs, first_edition, kept_study, registered_study
 from lorascope.papers.judging.beliefs import format_with_interval, shown_word
 from lorascope.papers.judging.first_edition import format_estimate
 from lorascope.papers.judging.registered_study import StudyClaim
 from lorascope.papers.judging.study_statistics import GapClosed, LogLoss, are_learned, effect_interval
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED, NOT_RUN, has_headroom
+from lorascope.papers.study_figures import read_figures
 
 _HYDRA = "HydraLoRA, 4 experts of rank 4"
 PARTS = {
@@ -103,7 +103,7 @@ class StudyPages:
         self.edition_1 = data / "edition-1"
         self.earlier = first_edition.text_estimates(self.edition_1)
         self.images = root / "figures"
-        self.figures = stored_figures(self.edition_1 / "figures")
+        self.figures = read_figures(data)
 
     def image(self, name: str, alt: str, root: str) -> str:
         """Return an image of ``figures`` for a page from which the clone is at ``root``; "" if there is none."""

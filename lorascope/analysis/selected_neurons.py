@@ -83,7 +83,7 @@ def list_trained(run: Result) -> pd.DataFrame:
     if run.meta.method["name"] == "neft":
         raise ValueError(
             f"cannot list the trained neurons of NeFT run {run.id}: its records lack 'selected'. Open the folder that "
-            "was trained, or an excerpt that keeps them"
+            "was trained"
         )
     moved = set(run.summary().query("update_norm > 0")["module"])
     every = neurons.unscored_neurons(_selectable_groups(run))

@@ -25,7 +25,6 @@ from typing import Any
 from lorascope import __version__
 from lorascope.charts import theme as themes
 from lorascope.charts.chart import Drawable
-from lorascope.files.png_pixels import pixel_digest
 from lorascope.files.printable import printable
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.seals import seal, write_table
@@ -70,22 +69,20 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
     return path
 
 
-def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
+def save_small(drawable: Drawable, path: Path) -> Path:
     """Save a PNG of page width with 256 colors, which look the same and keep clones of a repository small.
 
-    Its provenance has the entry ``pixels_sha256``, see ``files.png_pixels``; ``facts`` are added or replace entries.
+    Of its provenance, it has the hash of the data only, so that the figure changes only with what it shows.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     save(drawable, path, width="page")
     with Image.open(path) as image:
-        about, small = dict(image.info), _reduce_colors(image)
+        title, small = image.info["Title"], _reduce_colors(image)
     text_chunks, buffer = PngInfo(), io.BytesIO()
-    facts |= {"pixels_sha256": pixel_digest(small)}
-    source = json.dumps(json.loads(about["lorascope"]) | facts, sort_keys=True)
-    for name, text in {"Title": about["Title"], "Software": about["Software"], "lorascope": source}.items():
-        text_chunks.add_text(name, text)  # quantizing drops it
+    text_chunks.add_text("Title", title)  # quantizing drops it
+    text_chunks.add_text("lorascope", json.dumps({"data_sha256": data_hash(drawable)}))
     small.save(buffer, "PNG", optimize=True, pnginfo=text_chunks)
     write_bytes(path, buffer.getvalue())
     return path
@@ -111,18 +108,25 @@ def _reduce_colors(image: Any) -> Any:
     return image.convert("RGB").quantize(256, Quantize.MAXCOVERAGE)
 
 
-def provenance(drawable: Drawable) -> str:
-    """Return the provenance of a saved figure as canonical JSON: ``meta`` of the charts, version, and data hash."""
+def data_hash(drawable: Drawable) -> str:
+    """Return the SHA-256 of the drawn data."""
     digest = hashlib.sha256()
     for chart in drawable.charts():
         for _, table in chart.tables():
+            # Nine digits, because the last ones differ between machines.
+            text = table.to_csv(index=False, float_format="%.9g")
             # Text from file names may contain lone surrogates, which UTF-8 cannot encode.
-            digest.update(table.to_csv(index=False).encode(errors="surrogatepass"))
+            digest.update(text.encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def provenance(drawable: Drawable) -> str:
+    """Return the provenance of a saved figure as canonical JSON: ``meta`` of the charts, version, and data hash."""
     metas = [dict(chart.meta) for chart in drawable.charts()]
     meta = metas[0]
     if metas.count(meta) < len(metas):
         meta = {"panels": metas}
-    content = {**meta, "lorascope": __version__, "data_sha256": digest.hexdigest()}
+    content = {**meta, "lorascope": __version__, "data_sha256": data_hash(drawable)}
     return json.dumps(content, sort_keys=True, default=str)
 
 

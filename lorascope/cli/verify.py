@@ -16,11 +16,10 @@ from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import command
 from lorascope.files.printable import count_or_no, count_phrase, printable
-from lorascope.papers.figures import redraw
+from lorascope.papers.figures.study_images import draw_images, image_differences
 from lorascope.papers.first_edition import CARRIED
 from lorascope.papers.judging import (
     first_edition,
-    kept_figures,
     kept_runs,
     registered_study,
     registration,
@@ -30,12 +29,13 @@ from lorascope.papers.judging import (
 from lorascope.papers.judging.code_hash import code_hash
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.registration import Registration
-from lorascope.papers.registry import COMPARISONS, PAIRS, SECTIONS, module_of
+from lorascope.papers.registry import COMPARISONS, PAIRS, module_of
+from lorascope.papers.study_figures import read_figures
 
 # Tables that follow from the runs -> what one of their rows is.
 _FOLLOWING = {"values.csv": "value", "verdicts.csv": "verdict"}
 _ROW_COUNTS = re.compile(r"kept (\d+) rows? .*, recomputed (\d+) rows? ")
-_FIGURE = re.compile(r"figures/[^/]+\.parquet")
+_FIGURE = re.compile(r"figures/[^/]+\.png")
 
 
 @command
@@ -59,7 +59,7 @@ def main(
     evidence
         Folder of evidence; if omitted, data/evidence of the repository or of the installed package.
     write
-        Write the tables of the evidence that follow from the kept runs.
+        Write the tables of the evidence that follow from the kept runs, and draw the images of figures that changed.
     retrain
         Train N random judged runs again, of each edition that has some, and compare them with the kept ones, up to 5
         minutes each; this needs torch.
@@ -87,12 +87,16 @@ def main(
         claims, study = registration.read(registered), kept_runs.read_kept(folder)
         runs = f"Kept: {count_phrase(len(study.runs), 'run')}" if has_runs else "No runs are kept yet"
         scope = f" {runs} for {count_phrase(len(claims.of_tier('primary', 'secondary')), 'claim')}."
-        for line in _find_differences(claims, study, folder, root, write):
+        for line in _find_differences(claims, study, folder, write):
             differences.append(printable(line))  # it may name a foreign file
         if folder.resolve() == own_folder.resolve():
             differences.extend(map(printable, first_edition.verify_first(first_edition.FOLDER, CARRIED)))
             differences.extend(map(printable, _verify_second(write, retrain)))
         if root:
+            figures, images = read_figures(registered.parent), root / "figures"
+            if write:
+                draw_images(figures, images)
+            differences.extend(image_differences(figures, images))
             history = registration.compare_with_history(registered, study.runs["commit"].unique().tolist())
             differences.extend(history.differences)
             if history.compared < history.commits:
@@ -151,16 +155,12 @@ def _causes_first(differences: Sequence[str]) -> list[str]:
     return [*causes, f"and {', '.join(counts)} in what follows from these (--json lists them)"]
 
 
-def _find_differences(
-    claims: Registration, study: Evidence, folder: Path, root: Path | None, write: bool
-) -> Iterator[str]:
+def _find_differences(claims: Registration, study: Evidence, folder: Path, write: bool) -> Iterator[str]:
     registered, has_runs = registration.FILE, (folder / "runs.csv").exists()
     derived = verification.derive(study, claims, PAIRS)
     if write and has_runs:
         verification.rewrite_derived(folder, derived, registered)
     if has_runs:
-        images = root / kept_figures.FOLDER if root else None
         yield from verification.verify(
-            folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), study, derived, images
+            folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), study, derived
         )
-        yield from redraw.differences(folder, study, SECTIONS)

@@ -17,22 +17,16 @@ therefore fail in the paper's setting as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis.baseline_ranks import equal_parameters
-from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis, Line, Point
-from lorascope.papers import alora
-from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_by_rank, own_labels, printed
 from lorascope.papers.judging.statistics import Accuracy, Constant, OfPairs, OfRun, average
 from lorascope.papers.judging.study_statistics import pair
-from lorascope.papers.lora import LORA_RATES, LOW, LOWER
+from lorascope.papers.lora import LOW
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
@@ -50,8 +44,6 @@ from lorascope.papers.rank_tables import (
     residual_tau,
     top_fraction,
 )
-from lorascope.plots.builders import add_printed
-from lorascope.plots.run_groups import gather
 from lorascope.schema import module_table
 
 ADAPTED = "AdaLoRA, from rank 12 to 8"
@@ -168,143 +160,6 @@ CLAIMS = {
     "adalora.allocation": (Accuracy(ADAPTED), Accuracy(UNIFORM)),
 }
 
-
-_BUDGETS = {**SMALLER, 8: ADAPTED}
-_UNIFORM = {**LOWER, 4: alora.UNIFORM, 8: LOW}
-_ADAPTED = own_labels(ADAPTED)
-_by_place = partial(plots.adapted_types, start=0.5)  # the chance level
-
-
-def _draw_accuracy(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="AdaLoRA", table="Table 1", data="SST-2")
-    numbers = numbers.assign(recipe=numbers["method"].map({"AdaLoRA, budget 576": "AdaLoRA", LOW: LOW}))
-    numbers = numbers.dropna(subset="recipe").assign(source="printed")
-    chart = replace(plots.ablations(runs, start=0.5), title="AdaLoRA compared with uniform ranks")
-    return add_printed(chart, numbers, "recipe", "AdaLoRA, table 1, SST-2")
-
-
-def _draw_budgets(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="AdaLoRA", table="Table 5", data="SST-2")
-    numbers = numbers[numbers["method"].isin(["AdaLoRA", "LoRA"])]
-    numbers = numbers.assign(rank=numbers["size"].map({"0.08 %": 1, "0.16 %": 2, "0.32 %": 4, "0.65 %": 8}))
-    ranks = {label: rank for rank, label in (*_BUDGETS.items(), *_UNIFORM.items())}
-    rates = f"All budgets of AdaLoRA have one learning rate. {LORA_RATES}"
-    chart = accuracy_by_rank(runs, ranks, "Accuracy by budget", rates)
-    return add_printed(chart, numbers, "rank", "AdaLoRA, table 5, SST-2, budgets as percentages of parameters")
-
-
-def _draw_parts(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = pd.concat(printed(paper="AdaLoRA", table=table, data="SST-2") for table in ("Table 4", "Table 5"))
-    names = {"AdaLoRA": "AdaLoRA", "without the penalty": "no penalty", "sensitivity": "sensitivity only"}
-    variants = numbers["method"].str.extract("(^AdaLoRA$|without the penalty|sensitivity)")[0]
-    numbers = numbers.assign(recipe=variants.map(names), source="printed")
-    # AdaLoRA itself is in both tables.
-    numbers = numbers[numbers["size"] == "0.65 %"].dropna(subset="recipe").drop_duplicates("recipe")
-    # Seeds instead of a mean: without the penalty, some fail and others do not.
-    cohort = gather("accuracy", runs)
-    chart = Chart(
-        cohort.scores().assign(source="measured, one dot per seed"),
-        [Point("recipe", "value", "source")],
-        title="AdaLoRA without one of its parts",
-        x=Axis(order=cohort.labels),
-        y=Axis(label=cohort.metric),
-        caption=f"{cohort.sample_sentence} All have the learning rate that was tuned for AdaLoRA.",
-    )
-    return add_printed(chart, numbers, "recipe", "AdaLoRA, tables 4 and 5, SST-2, 0.65% of the parameters")
-
-
-def _draw_penalty(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    cohort = gather("penalty", runs)
-    seeds = {run.id: f"seed {run.meta.seed}" for run in cohort.runs}
-    penalties = cohort.select("penalty").reset_index(drop=True)
-    return Chart(
-        penalties.assign(seed=penalties["run"].astype("str").map(seeds)),
-        [Line("step", "value", "recipe", "seed")],
-        title="Distance of P and Q from orthogonality",
-        x=Axis(label="step"),
-        y=Axis(label="penalty", log=True),
-        caption="Mean of the Frobenius norms of PᵀP − I and QQᵀ − I over all P and Q (Eq. 4). The variant scored by "
-        "the sensitivity only trains with the penalty. It is recorded from the first selection on, so the warm-up is "
-        f"missing, and the records of AdaLoRA with its own scores were not kept. {cohort.sample_sentence}",
-    )
-
-
-def _draw_types(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="LoRA", table="Table 5", data="MNLI-m")
-    numbers = numbers.assign(recipe=numbers["method"].str.removesuffix(", rank 8"), source="printed")
-    return add_printed(_by_place(runs), numbers[numbers["recipe"].isin(list(runs))], "recipe", "LoRA, table 5, MNLI-m")
-
-
-HEADING = "AdaLoRA"
-FIGURES = [
-    GalleryFigure(
-        name="rank-allocation",
-        alt="Final ranks of AdaLoRA by layer and role, and a random allocation of the same budget",
-        arms=_ADAPTED,
-        draw=partial(plots.rank_allocation, chance=True),
-        quantities=("rank",),
-    ),
-    GalleryFigure(
-        name="rank-domains",
-        alt="Final ranks of AdaLoRA on sentiment and on its domains",
-        arms={"sentiment": ADAPTED, "domains": DOMAINS},
-        draw=plots.rank_allocation,
-        quantities=("rank",),
-    ),
-    GalleryFigure(
-        name="rank-replay",
-        alt="Ranks of AdaLoRA over the steps, next to the budget",
-        arms=_ADAPTED,
-        draw=plots.rank_replay,
-        seeds=1,
-        quantities=("rank", "budget"),
-    ),
-    GalleryFigure(
-        name="importance",
-        alt="Importance of retained and dropped components over the steps",
-        arms=_ADAPTED,
-        draw=plots.importance,
-        quantities=("importance", "rank"),
-    ),
-    GalleryFigure(
-        name="accuracy-adalora",
-        alt="Accuracy of AdaLoRA, of its parametrization with uniform ranks, of LoRA, and printed numbers",
-        arms={"AdaLoRA": ADAPTED, "AdaLoRA, uniform ranks": UNIFORM, LOW: LOW},
-        draw=_draw_accuracy,
-    ),
-    GalleryFigure(
-        name="budgets",
-        alt="Accuracy of AdaLoRA and LoRA by budget, and printed numbers",
-        arms=own_labels(*_BUDGETS.values(), *_UNIFORM.values()),
-        draw=_draw_budgets,
-    ),
-    GalleryFigure(
-        name="left-out-adalora",
-        alt="Accuracy of AdaLoRA without its penalty, and with the sensitivity only, and printed numbers",
-        arms={"AdaLoRA": ADAPTED, "no penalty": FREE, "sensitivity only": RAW},
-        draw=_draw_parts,
-    ),
-    GalleryFigure(
-        name="penalty",
-        alt="Orthogonality penalty of two variants of AdaLoRA over the steps, with and without its gradient",
-        arms={"sensitivity only": RAW, "no penalty": FREE},
-        draw=_draw_penalty,
-        seeds=3,
-        quantities=("penalty",),
-    ),
-    GalleryFigure(
-        name="adapted-types",
-        alt="Accuracy of LoRA on one type of weight at a time, with equal parameters, and printed numbers",
-        arms=own_labels(*ATTENTION_TYPES, *FEED_FORWARD_TYPES),
-        draw=_draw_types,
-    ),
-    GalleryFigure(
-        name="adapted-layers",
-        alt="Accuracy of LoRA on the first two and on the last two layers, with equal parameters",
-        arms=own_labels(BOTTOM, TOP),
-        draw=_by_place,
-    ),
-]
 
 PROBE = Probe(
     name="adalora",

@@ -18,10 +18,8 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis import rank_allocations
 from lorascope.array_types import Int
-from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging.statistics import Accuracy, OfRun
 from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.paper_study import PaperStudy
@@ -122,32 +120,6 @@ def _replay_rounds(run: Run, modules: pd.DataFrame, draws: int) -> Int[np.ndarra
             ranks += allocate(scores, pruned) - np.array(list(map(len, pruned)))
     return final_ranks
 
-
-HEADING = "ALoRA"
-FIGURES = [
-    GalleryFigure(
-        name="rank-alora",
-        alt="Ranks that ALoRA finds with its scores and with random ones",
-        arms=own_labels(ADAPTED, RANDOM),
-        draw=plots.rank_allocation,
-        quantities=("rank",),
-    ),
-    GalleryFigure(
-        name="rank-replay-alora",
-        alt="Ranks of ALoRA over the steps, next to the budget",
-        arms=own_labels(ADAPTED),
-        draw=plots.rank_replay,
-        seeds=1,
-        quantities=("rank", "budget"),
-    ),
-    GalleryFigure(
-        name="importance-alora",
-        alt="ALoRA's scores of retained and dropped components over the rounds",
-        arms=own_labels(ADAPTED),
-        draw=plots.importance,
-        quantities=("importance", "rank", "score_full"),
-    ),
-]
 
 PROBE = Probe(
     name="alora",

@@ -17,19 +17,14 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
-from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically
-from lorascope.charts.marks import Axis, Heat
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
-from lorascope.papers.judging import registration
 from lorascope.papers.judging.statistics import Accuracy, OfRun, Simulated, average
 from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.paper_study import PaperStudy
@@ -112,52 +107,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     label, run = ADAPTED, runs[ADAPTED]  # its parent is the search
     return [draw("rank_allocation", {label: run}), draw("importance", {label: run.parents[0]}, quantity="alpha")]
 
-
-def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Panels:
-    """Plot the found ranks, and below them those of the authors' lists."""
-    published = registration.FILE.parent / "published"
-    ranks, chance = (pd.read_csv(published / f"autolora_{name}.csv") for name in ("ranks", "chance"))
-    count = ranks["list"].nunique()
-    cells = ranks.groupby(["projection", "layer"])["rank"].mean().rename("value").reset_index()
-    # Within a list, because the mean over lists has less variation than any of them.
-    deviation = ranks.groupby("list")["rank"].std().mean()
-    measured = plots.rank_allocation(runs).charts()
-    caption = (
-        f"{measured[0].caption} Authors' lists: mean of {count} lists of RoBERTa-base with starting rank 8; standard "
-        f"deviation of the ranks of one list: {deviation:.2f}, by random logits: {chance['expected_sd_of_24'][0]:.2f}."
-    )
-    authors = Chart(
-        cells,
-        [Heat("layer", "projection", "value", "rank", ".1f", limits=(0.0, float(cells["value"].max())))],
-        title="authors' lists",
-        x=Axis(label="layer", order=sorted(cells["layer"].unique())),
-        y=Axis(order=["q", "v"]),
-        caption=caption,
-    )
-    return stack_vertically(set_side_by_side(*(replace(chart, caption=caption) for chart in measured)), authors)
-
-
-def _draw_selection(runs: Mapping[str, Sequence[Any]]) -> Drawable:
-    return plots.importance({ADAPTED: [run.parents[0] for run in runs[ADAPTED]]}, quantity="alpha")
-
-
-HEADING = "AutoLoRA"
-FIGURES = [
-    GalleryFigure(
-        name="rank-by-task",
-        alt="Ranks that AutoLoRA finds for two tasks, ranks from random logits, and those of the authors' lists",
-        arms={"sentiment": ADAPTED, "domains": DOMAINS, "random logits": RANDOM},
-        draw=_draw_ranks,
-        quantities=("rank",),
-    ),
-    GalleryFigure(
-        name="selection-weights",
-        alt="Selection weights of retained and dropped components in AutoLoRA's search",
-        arms=own_labels(ADAPTED),
-        draw=_draw_selection,
-        quantities=("alpha", "rank"),
-    ),
-]
 
 PROBE = Probe(
     name="autolora",

@@ -19,18 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from lorascope import plots
-from lorascope.analysis import fourier
-from lorascope.charts.chart import Chart
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.papers import autolora
-from lorascope.papers.figures.gallery_figure import GalleryFigure, add_printed_sizes, own_labels, printed
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.statistics import Accuracy, MeanOverRows, Reads, Statistic
@@ -38,9 +31,6 @@ from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings, factor_settings
-from lorascope.plots.builders import add_printed
-from lorascope.plots.component_ablations import metric_by_band
-from lorascope.plots.run_groups import gather
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import ATTENTION
 
@@ -154,76 +144,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     run = {DEFAULT: runs[DEFAULT]}
     return [draw("fourier_spectrum", run), draw("update_image", run, added=True)]
 
-
-def _draw_sizes(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="FourierFT", table="Table 2", model="RoBERTa-base", data="SST-2")
-    numbers = numbers[numbers["method"].isin(["LoRA", "FourierFT"])]
-    return add_printed_sizes(plots.accuracy_by_parameters(runs), numbers, "FourierFT, table 2, SST-2")
-
-
-def _draw_bases(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    tables = []
-    for model in ("RoBERTa-base", "RoBERTa-large"):
-        of_model = printed(paper="FourierFT", table="Table 6", model=model, data="RTE")
-        # Both models have numbers for every basis, so each has a separate mark.
-        tables.append(of_model.assign(source=f"printed: {model}"))
-    numbers = pd.concat(tables)
-    numbers = numbers.assign(basis=numbers["method"].str.removesuffix(" basis"))
-    return add_printed(plots.basis_ablation(runs), numbers, "basis", "FourierFT, table 6, RTE")
-
-
-def _draw_bands(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    highest = fourier.corner_radius((384, 384))  # of minilm's query and value weights
-    return metric_by_band(gather("bias_curve", runs), highest)
-
-
-_SIZES = own_labels(FEW, MEDIUM, DEFAULT, MANY, SMALL, EQUAL, LARGE)
-HEADING = "FourierFT"
-FIGURES = [
-    GalleryFigure(
-        name="quality",
-        alt="Accuracy by trained parameters: FourierFT, LoRA, and printed numbers",
-        arms=_SIZES,
-        draw=_draw_sizes,
-    ),
-    GalleryFigure(
-        name="basis-ablation",
-        alt="Accuracy by basis, and printed numbers",
-        arms={"Fourier": DEFAULT, "random": RANDOM, "orthogonal": ORTHOGONAL},
-        draw=_draw_bases,
-    ),
-    GalleryFigure(
-        name="bias-curve",
-        alt="Accuracy by frequency band",
-        arms={"uniform": DEFAULT} | {label.removeprefix(f"{DEFAULT}, band "): label for label in BANDS},
-        draw=_draw_bands,
-    ),
-    GalleryFigure(
-        name="fourier-spectrum",
-        alt="Fourier coefficients in the spectrum, and their size by radius",
-        arms={"48 coefficients": FEW, "1536 coefficients": DEFAULT, "1536, from zero": ZEROS},
-        draw=plots.fourier_spectrum,
-        seeds=1,
-        quantities=("update_norm",),
-        arrays=("coefficients", "entries", "shape"),
-    ),
-    GalleryFigure(
-        name="update-image",
-        alt="A corner of the update of one module: FourierFT and LoRA with as many parameters",
-        arms=own_labels(DEFAULT, EQUAL),
-        draw=partial(plots.update_image, added=True),
-        seeds=1,
-        quantities=("update_norm",),
-        arrays=("A", "B", "coefficients", "entries", "shape"),
-    ),
-    GalleryFigure(
-        name="atlas",
-        alt="Spectra, norms and angles of FourierFT, LoRA and AutoLoRA on the same matrices",
-        arms={"FourierFT": DEFAULT, "LoRA": LARGE, "AutoLoRA": autolora.ADAPTED},
-        draw=plots.atlas,
-        shows_factors=True,
-    ),
-]
 
 PROBE = Probe(
     name="fourierft",

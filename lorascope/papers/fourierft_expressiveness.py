@@ -20,22 +20,16 @@ Departs:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.seed_intervals import band
 from lorascope.array_types import Float, Int
-from lorascope.charts.chart import Chart, Drawable, set_side_by_side
-from lorascope.charts.marks import Axis, Line, Point
-from lorascope.papers.figures.gallery_figure import GalleryFigure
 from lorascope.papers.judging.statistics import COURSE, Combined, OfRun
 from lorascope.papers.probe import OwnArm, Probe, Scored
-from lorascope.plots import builders
-from lorascope.plots.run_groups import INTERVAL
 from lorascope.updates import fourier
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -47,7 +41,6 @@ CLASSES, POINTS, CENTER, NOISE = 8, 30, 5.0, 0.5
 WIDTH, COEFFICIENTS = 64, 128
 EPOCHS = 1000
 _ALPHA, _ENTRY_SEED, _MIDDLE = 300.0, 777, "2"  # FourierFT's alpha and entry seed, and the name of the middle layer
-_FIRST_EPOCH = 10  # of the axis of the figure; no seed fits all points before it
 FOURIER, RANDOM = "FourierFT", "random basis"
 SLOW, FAST = "LoRA, rank 1, lr 0.01", "LoRA, rank 1, lr 0.1"
 
@@ -197,54 +190,6 @@ CLAIMS = {
     "expressiveness.frequencies": (-OfRun(log_epochs, COURSE, FOURIER), -OfRun(log_epochs, COURSE, RANDOM)),
 }
 
-
-def _draw_toy_task(runs: Mapping[str, Sequence[Any]]) -> Drawable:
-    """Plot the kept tables ``course``: the fraction of seeds that fit all points by epoch, and the best accuracy."""
-    tables = [run.tables[COURSE].assign(recipe=label, run=run.id) for label in runs for run in runs[label]]
-    rows = pd.concat(tables)
-    epochs = np.append(_FIRST_EPOCH, np.unique(rows["epochs"]))
-    fractions = []
-    for label, of_label in rows.groupby("recipe", sort=False):
-        fitted = of_label.loc[of_label["best_accuracy"] == 1, "epochs"].to_numpy()
-        share = (fitted <= epochs[:, None]).sum(1) / len(of_label)
-        # Every value holds until the next epoch, at which the line rises vertically.
-        steps = {"epoch": np.repeat(epochs, 2)[1:], "value": np.repeat(share, 2)[:-1]}
-        fractions.append(pd.DataFrame(steps).assign(recipe=label))
-    best = band(rows.assign(value=rows["best_accuracy"]), ["recipe"])
-    caption = (
-        "Eight classes of points, learned by a network whose hidden layer has an adapter of 128 parameters; "
-        f"{len(rows) // len(runs)} seeds. The paper does not state its points. Right: mean; bars: {INTERVAL}."
-    )
-    return set_side_by_side(
-        Chart(
-            pd.concat(fractions),
-            [Line("epoch", "value", "recipe")],
-            title="Seeds that fit all points",
-            x=Axis(label="epoch", log=True),
-            y=Axis(label="fraction of seeds", limits=(0, 1.02)),
-            caption=caption,
-        ),
-        Chart(
-            best,
-            [Point("recipe", "value", "recipe", **builders.ends(best))],
-            title="Best accuracy",
-            x=Axis(order=list(runs)),
-            y=Axis(label="training accuracy"),
-            caption=caption,
-        ),
-    )
-
-
-HEADING = "FourierFT"
-FIGURES = [
-    GalleryFigure(
-        name="toy-task",
-        alt="Toy task: seeds that fit all points by epoch, and best accuracy, with 128 parameters",
-        arms={"Fourier": FOURIER, "random basis": RANDOM, "LoRA, lr 0.01": SLOW, "LoRA, lr 0.1": FAST},
-        draw=_draw_toy_task,
-        table=COURSE,
-    )
-]
 
 PROBE = Probe(
     name="expressiveness",

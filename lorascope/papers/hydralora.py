@@ -16,17 +16,14 @@ Departs:
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lorascope import plots
-from lorascope.charts.chart import Chart
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_bars, printed
 from lorascope.papers.hydralora_factors import PLANTED_SETS, SETS
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, MeanOverRows, OfRun
@@ -34,9 +31,6 @@ from lorascope.papers.judging.study_statistics import GapClosed, average, pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
-from lorascope.plots.builders import add_printed
-from lorascope.plots.component_ablations import metric_by_experts
-from lorascope.plots.run_groups import gather
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import FFN
 
@@ -185,70 +179,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     run = {ROUTED: runs[ROUTED]}
     return [draw(figure, run) for figure in ("gates", "gate_course")]
 
-
-def _draw_ablations(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="HydraLoRA", table="Figure 6", data="MMLU")
-    # In the order of the table: without a mixture, uniform gates, separate A's, and the full method.
-    numbers = numbers.assign(recipe=["LoRA", "uniform gates", "separate A's", "HydraLoRA"], source="printed")
-    return add_printed(plots.ablations(runs), numbers, "recipe", "HydraLoRA, figure 6, MMLU")
-
-
-def _draw_experts(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    experts = {label: runs[label] for label in ("2 experts", "4 experts")}
-    return metric_by_experts(gather("number_of_experts", experts, {"LoRA": runs["LoRA"]}))
-
-
-_ROUTED = {"shared A": ROUTED, "separate A's": SPLIT}
-HEADING = "HydraLoRA"
-FIGURES = [
-    GalleryFigure(
-        name="left-out",
-        alt="Accuracy of HydraLoRA and its ablations on a mixture of four tasks, and printed numbers",
-        arms={"HydraLoRA": ROUTED, "uniform gates": EVEN, "separate A's": SPLIT, "LoRA": LORA},
-        draw=_draw_ablations,
-    ),
-    GalleryFigure(
-        name="number-of-experts",
-        alt="Accuracy of HydraLoRA by number of experts, and of LoRA with the parameters of four",
-        arms={"2 experts": TWO, "4 experts": ROUTED, "LoRA": LORA},
-        draw=_draw_experts,
-    ),
-    GalleryFigure(
-        name="gap",
-        alt="Accuracy of full fine-tuning and LoRA on one task and on a mixture of four",
-        arms={
-            "full, one task": FULL_ONE,
-            "LoRA, one task": LORA_ONE,
-            "full, four tasks": FULL_MANY,
-            "LoRA, four tasks": LORA,
-        },
-        draw=lambda runs: accuracy_bars(runs, "Gap between full fine-tuning and LoRA", start=0.0),
-    ),
-    GalleryFigure(
-        name="gates",
-        alt="Mean gate weights of four experts by task",
-        arms=_ROUTED,
-        draw=plots.gates,
-        seeds=1,
-        quantities=("gate_information",),
-        arrays=("gate_by_domain",),
-    ),
-    GalleryFigure(
-        name="gate-course",
-        alt="Entropy of the gate weights over the steps, and their mutual information with the task",
-        arms=_ROUTED,
-        draw=plots.gate_course,
-        quantities=("gate_entropy", "gate_information", "gate_chance"),
-    ),
-    GalleryFigure(
-        name="adapter-pairs",
-        alt="Norm ratio, cosine, angle and allocation of two seeds each of LoRA and HydraLoRA",
-        arms={"LoRA": LORA, "HydraLoRA": ROUTED},
-        draw=plots.adapter_pairs,
-        shows_factors=True,
-        seeds=2,
-    ),
-]
 
 PROBE = Probe(
     name="hydralora",

@@ -23,19 +23,15 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis.factor_embeddings import Factor, FactorSet, View, build_factor_sets, factored_updates
 from lorascope.analysis.factor_sharing import neighbour_fraction, sharedness
-from lorascope.charts.chart import Drawable
-from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging.statistics import Constant, OfRun
 from lorascope.papers.probe import Arm, Probe, factor_settings
 from lorascope.runs.run import Run
@@ -189,40 +185,6 @@ def keep_similarities(run: Run, *earlier: Run, cosines: Sequence[tuple[str, Fact
             tables.append(table.assign(first=first, other=other, second=second, cosine=cosine))
     return pd.concat(tables, ignore_index=True)
 
-
-def _by_name(runs: Mapping[str, Sequence[Any]], labels: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Group the runs of a set by domain or by quarter, each of which has two labels in a row."""
-    groups = zip(names, labels[::2], labels[1::2], strict=True)
-    return {name: [*runs[first], *runs[second]] for name, first, second in groups}
-
-
-def _draw_domains(runs: Mapping[str, Sequence[Any]]) -> Drawable:
-    return plots.factor_embedding(_by_name(runs, COMMON, DOMAINS), control=_by_name(runs, OWN, DOMAINS))
-
-
-def _draw_quarters(runs: Mapping[str, Sequence[Any]]) -> Drawable:
-    return plots.factor_embedding(_by_name(runs, QUARTERS, [f"quarter {n}" for n in (1, 2, 3, 4)]))
-
-
-HEADING = "HydraLoRA"
-FIGURES = [
-    GalleryFigure(
-        name="factor-embedding",
-        alt="Factors of LoRAs trained on four domains: above from a shared initial A, below from separate ones",
-        arms=own_labels(*COMMON, *OWN),
-        draw=_draw_domains,
-        shows_factors=True,
-        seeds=1,
-    ),
-    GalleryFigure(
-        name="factor-quarters",
-        alt="Factors of LoRAs trained on four random quarters of the text, from a shared initial A",
-        arms=own_labels(*QUARTERS),
-        draw=_draw_quarters,
-        shows_factors=True,
-        seeds=1,
-    ),
-]
 
 PROBE = Probe(
     name="asymmetry",

@@ -33,12 +33,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis import norms
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels, training_loss
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, Constant, LogLikelihood, OfRun
 from lorascope.papers.judging.study_statistics import Comparison, OfTable, pair
@@ -155,52 +153,6 @@ def training_figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     run = {DRAWN: runs[DRAWN]}
     return [draw(figure, run) for figure in ("active_layers", "draw_frequency")]
 
-
-_SMALL, _USUAL = "LoRA, small initial B", "LoRA"
-HEADING = "LISA"
-FIGURES = [
-    GalleryFigure(
-        name="mean-norm",
-        alt="Mean norms by layer, in four readings, on minilm",
-        arms={FULL: FULL, _USUAL: ADAPTED, _SMALL: SMALL},
-        draw=plots.mean_norm,
-        quantities=("weight_norm", "update_norm", "adapter_norm", "learned_norm"),
-    ),
-    GalleryFigure(
-        name="mean-norm-decoder",
-        alt="Mean norms by layer, in four readings, on SmolLM2",
-        arms={FULL: WHOLE_FULL, _USUAL: ADAPTED_DECODER, _SMALL: SMALL_DECODER},
-        draw=plots.mean_norm,
-        quantities=("weight_norm", "update_norm", "adapter_norm", "learned_norm"),
-    ),
-    GalleryFigure(
-        name="active-layers",
-        alt="Blocks that LISA trained, and the number of blocks trained so far",
-        arms=own_labels(DRAWN, ONCE),
-        draw=plots.active_layers,
-        quantities=("active", "draw_probability", "weight_norm"),
-    ),
-    GalleryFigure(
-        name="draw-frequency",
-        alt="How often LISA drew each block",
-        arms=own_labels(DRAWN),
-        draw=plots.draw_frequency,
-        quantities=("active", "draw_probability"),
-    ),
-    GalleryFigure(
-        name="training-curves-lisa",
-        alt="Training loss on the whole of SmolLM2: full fine-tuning, LoRA and LISA",
-        arms={FULL: WHOLE_FULL, "LoRA": WHOLE_LORA, "LISA": WHOLE, "LISA, one draw": WHOLE_ONCE},
-        draw=training_loss,
-        quantities=("loss",),
-    ),
-    GalleryFigure(
-        name="accuracy-lisa",
-        alt="Accuracy of LISA by number of blocks, and of full fine-tuning",
-        arms={"full": FULL, "no block": ENDS, "2 blocks": DRAWN, "4 blocks": FOUR, "2, one draw": ONCE},
-        draw=lambda runs: replace(plots.ablations(runs, start=0.5), title="LISA compared with full fine-tuning"),
-    ),
-]
 
 NORM_FULL, NORM_LORA = "full fine-tuning, SmolLM2", "LoRA, rank 16, SmolLM2"
 NORM_SMALL, NORM_LISA = "LoRA, rank 16, small start, SmolLM2", "LISA, 2 of 30 blocks, SmolLM2"

@@ -16,7 +16,7 @@ Departs:
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -24,31 +24,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
-from lorascope.analysis import norms
-from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Bar, Heat
 from lorascope.files.predictions import quantize_margins
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.papers import alora
-from lorascope.papers.figures.gallery_figure import (
-    GalleryFigure,
-    accuracy_bars,
-    accuracy_by_rank,
-    add_printed_sizes,
-    own_labels,
-    printed,
-    training_loss,
-)
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, OfRun
 from lorascope.papers.judging.study_statistics import Comparison, pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import planted_arms
 from lorascope.papers.probe import Arm, OwnArm, Probe, Scored, encoder_settings, factor_settings
-from lorascope.plots.builders import add_printed, heat_by_role
 from lorascope.runs.run import Run
-from lorascope.schema import module_table
 from lorascope.updates.linalg import as_float64
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -256,145 +240,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     compared = {label: runs[label] for label in (FULL, LOW)}
     return [draw(figure, compared) for figure in ("update_norm", "update_norm_heat", "norm_over_steps")]
 
-
-LORA_RATES = "LoRA of rank 1 and 2 has the learning rate of rank 8; the other ranks have their own."
-_BY_RANK = {**LOWER, 4: alora.UNIFORM, 8: LOW, 64: HIGH}
-
-
-def _draw_sizes(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="LoRA", table="Table 2", model="RoBERTa-base", data="SST-2")
-    numbers = numbers[numbers["method"].isin([FULL, "LoRA"])]
-    return add_printed_sizes(plots.accuracy_by_parameters(runs), numbers, "LoRA, table 2, SST-2")
-
-
-def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="LoRA", table="Table 6", data="MNLI-m")
-    numbers = numbers.assign(rank=numbers["method"].map({f"all four, rank {rank}": rank for rank in _BY_RANK}))
-    numbers = numbers.dropna(subset="rank").assign(source="printed")
-    ranks = {label: rank for rank, label in _BY_RANK.items()}
-    chart = accuracy_by_rank(runs, ranks, "Accuracy by rank", LORA_RATES)
-    return add_printed(chart, numbers, "rank", "LoRA, table 6, MNLI-m, all four attention matrices")
-
-
-def _draw_low_data(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="LoRA", table="Table 16")
-    bars = {f"MNLI, {rows} rows": f", {rows}" for rows in ("1,000", "100")} | {"MNLI, 392,000 rows": ""}
-    names = {"full fine-tuning": "full", "LoRA": "LoRA"}
-    numbers = numbers[numbers["data"].isin(list(bars)) & numbers["method"].isin(list(names))]
-    recipe = numbers["method"].map(names) + numbers["data"].map(bars)
-    chart = accuracy_bars(runs, "Accuracy by number of training examples", start=0.5)
-    chart = replace(chart, marks=[mark for mark in chart.marks if isinstance(mark, Bar)])  # no numbers under the dots
-    return add_printed(chart, numbers.assign(recipe=recipe, source="printed"), "recipe", "LoRA, table 16, MNLI")
-
-
-def _draw_amplification(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    """Plot the kept table ``amplification`` by layer and role, averaged over seeds on a logarithmic scale."""
-    tables = pd.concat(run.tables[AMPLIFICATION] for run in runs[LOW])
-    ratios = np.log10(tables["update"] / tables["random"]).groupby(tables["module"]).mean()
-    cells = pd.DataFrame([module_table.parse(name) for name in ratios.index], columns=["stack", "layer", "role"])
-    cells = cells.assign(value=ratios.to_numpy(), recipe="").astype({"layer": "Int16"})
-    cells = cells.assign(place=norms.layer_places(cells))
-    (chart,) = heat_by_role(
-        cells,
-        [""],
-        lambda panel: Heat("place", "role", "value", "log10 of the ratio", ".2f", scale="diverging"),
-        "layer",
-        "Norm of W between eight left and right singular vectors of the update, over its expectation for random "
-        f"directions; mean of {len(runs[LOW])} seeds. 0: no amplification.",
-    )
-    return replace(chart, title="Base weight along the update, relative to random directions")
-
-
-_BOTH, _RANKS = own_labels(FULL, LOW), own_labels(LOW, HIGH)
-_COMPARED = "full fine-tuning and LoRA"
-HEADING = "LoRA"
-FIGURES = [
-    GalleryFigure(
-        name="update-norm",
-        alt=f"Update norm by layer: {_COMPARED}",
-        arms=_BOTH,
-        draw=plots.update_norm,
-        quantities=("update_norm",),
-    ),
-    GalleryFigure(
-        name="update-norm-heat",
-        alt=f"Update norm by block and role: {_COMPARED}",
-        arms=_BOTH,
-        draw=plots.update_norm_heat,
-        quantities=("update_norm",),
-    ),
-    GalleryFigure(
-        name="norm-over-steps",
-        alt=f"Update norm by layer over the steps: {_COMPARED}",
-        arms=_BOTH,
-        draw=plots.norm_over_steps,
-        quantities=("update_norm",),
-    ),
-    GalleryFigure(
-        name="training-curves",
-        alt=f"Training loss: {_COMPARED} of rank 8 and 64",
-        arms=_BOTH | _RANKS,
-        draw=training_loss,
-        quantities=("loss",),
-    ),
-    GalleryFigure(
-        name="spectrum",
-        alt="Singular values of the updates of rank 8 and 64",
-        arms=_RANKS,
-        draw=plots.spectrum,
-        quantities=("update_norm",),
-        arrays=("singular_values",),
-    ),
-    GalleryFigure(
-        name="subspace-similarity",
-        alt="Subspace similarity of rank 8 and rank 64 with different seeds, and at chance",
-        arms=_RANKS,
-        # With one seed, the smaller random A equals the first rows of the larger one.
-        draw=lambda runs: plots.subspace_similarity({LOW: runs[LOW][0], HIGH: runs[HIGH][1]}),
-        shows_factors=True,
-        seeds=2,
-    ),
-    GalleryFigure(
-        name="subspace-seeds",
-        alt="Subspace similarity of two seeds of rank 64, and at chance",
-        arms=own_labels(HIGH),
-        draw=plots.subspace_similarity,
-        shows_factors=True,
-        seeds=2,
-    ),
-    GalleryFigure(
-        name="low-data",
-        alt="Accuracy of full fine-tuning and LoRA on all examples, on 1,000 and on 100, and printed numbers",
-        arms={
-            "full": FULL,
-            "LoRA": LOW,
-            "full, 1,000": MORE_FULL,
-            "LoRA, 1,000": MORE_LOW,
-            "full, 100": FEW_FULL,
-            "LoRA, 100": FEW_LOW,
-        },
-        draw=_draw_low_data,
-    ),
-    GalleryFigure(
-        name="amplification",
-        alt="Norm of the base weight along the directions of the update, relative to random ones",
-        arms=own_labels(LOW),
-        draw=_draw_amplification,
-        table=AMPLIFICATION,
-    ),
-    GalleryFigure(
-        name="accuracy-lora",
-        alt="Accuracy by trained parameters: full fine-tuning, LoRA of rank 1 to 64, and printed numbers",
-        arms=own_labels(FULL, *_BY_RANK.values()),
-        draw=_draw_sizes,
-    ),
-    GalleryFigure(
-        name="ranks-lora",
-        alt="Accuracy of LoRA by rank, and printed numbers",
-        arms=own_labels(*_BY_RANK.values()),
-        draw=_draw_ranks,
-    ),
-]
 
 PROBE = Probe(
     name="lora",

@@ -24,14 +24,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis import norms, selected_neurons
-from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_bars, own_labels, printed, training_loss
-from lorascope.papers.judging import registration, truth_names
+from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, Reads, Statistic, average
 from lorascope.papers.judging.study_statistics import Comparison, Constant, OfTable, pair
@@ -39,8 +34,6 @@ from lorascope.papers.lora import FULL, LOW
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import STEPS, Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings
-from lorascope.plots.builders import add_printed, bars, curves
-from lorascope.plots.run_groups import INTERVAL
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import FFN
 
@@ -237,132 +230,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     run = {CHANGED: runs[CHANGED]}
     return [draw(figure, run) for figure in ("neurons", "neuron_cosine", "rank_shift")]
 
-
-_RANKS = 352_256  # of the neurons of one projection of LLaMA-2 7B, the paper's model
-
-
-def _draw_accuracy(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="NeFT", table="Figure 3")
-    further = numbers["method"].str.extract("(lowest|highest), x = 6$")[0]  # in percent, after 3% of the lowest cosine
-    recipe = further.map({"lowest": "NeFT, 9%", "highest": "reversed"})
-    numbers = numbers.assign(recipe=recipe, source="printed").dropna(subset="recipe")
-    chart = accuracy_bars(runs, "Accuracy by selection of neurons", start=0.5)
-    return add_printed(chart, numbers, "recipe", "NeFT, figure 3, COMET of a translation")
-
-
-def _draw_use(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    """Plot the kept tables ``utilization``: mean shift of the ranks from those of NeFT, 3%, with the same seed."""
-    shifts = []
-    for label in (CHANGED, REVERSED):
-        for run, reference in zip(runs[label], runs[FEW], strict=True):  # both in the order of the seeds
-            value = mean_shift(reference.tables[UTILIZATION], run.tables[UTILIZATION])
-            shifts.append({"recipe": label, "run": run.id, "value": value})
-    numbers = printed(paper="NeFT", table="Figure 4 (a)")
-    numbers = numbers.assign(recipe=numbers["method"].map({"NeFT, 9 %": CHANGED, "3 % and 6 % reversed": REVERSED}))
-    # ``printed`` divides scores in points by 100, but these are ranks.
-    numbers = numbers.dropna(subset="recipe").assign(value=100 * numbers["value"] / _RANKS, source="printed")
-    chart = bars(
-        band(pd.DataFrame(shifts), ["recipe"]),
-        "recipe",
-        (Axis(order=[CHANGED, REVERSED]), "mean shift (fraction of the ranks)"),
-        title=f"Shift in utilization rank from {FEW}",
-        caption="Neurons of each role are ranked by utilization and compared with NeFT, 3%, of the same seed. "
-        f"Mean of {len(runs[FEW])} seeds; bars: {INTERVAL}.",
-    )
-    return add_printed(chart, numbers, "recipe", f"NeFT, figure 4 (a), divided by {_RANKS:,} ranks")
-
-
-def _draw_overlap(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    """Plot the overlap between seeds by size of the selection, at the sizes of the paper's table 6."""
-    numbers = pd.read_csv(registration.FILE.parent / "published" / "neft_overlap.csv")
-    numbers = numbers[numbers["comparison"] == "two disjoint 20k samples of one corpus"]
-    scores = [selected_neurons.last_scores(run, "selection_cosine") for run in runs[CHANGED]]
-    pool = selected_neurons.count_selectable(runs[CHANGED][0]).total()  # the same for every run of the model
-    cells = []
-    for fraction in numbers["share_of_pool"]:
-        size = round(fraction * pool)
-        choices = [selected_neurons.to_set(of_run.nlargest(size, "value")) for of_run in scores]
-        overlaps = selected_neurons.compare_all_selections({CHANGED: choices}, pool)
-        for label, column in (("two seeds", "overlap"), ("chance", "chance")):
-            cells.append({"fraction": fraction, "recipe": label, "value": overlaps[column].mean()})
-    chart = curves(
-        pd.DataFrame(cells).assign(low=np.nan, high=np.nan),
-        "fraction",
-        ("fraction of all neurons selected", Axis(label="overlap", limits=(0, 1))),
-        title="Overlap of selected neurons by size of the selection",
-        caption=f"Largest cosine distances after the tuning phase; mean over the pairs of {len(scores)} seeds.",
-    )
-    numbers = numbers.assign(fraction=numbers["share_of_pool"], value=numbers["overlap"], source="printed: two samples")
-    return add_printed(chart, numbers, "fraction", "NeFT, table 6, two samples of one corpus")
-
-
-HEADING = "NeFT"
-FIGURES = [
-    GalleryFigure(
-        name="accuracy-neft",
-        alt="Accuracy of NeFT by selection of neurons, of full fine-tuning and of LoRA, and printed numbers",
-        arms={
-            "NeFT, 9%": CHANGED,
-            "NeFT, 3%": FEW,
-            "reversed": REVERSED,
-            "probes": PROBED,
-            "random": RANDOM,
-            "full": FULL,
-            "LoRA": LOW,
-        },
-        draw=_draw_accuracy,
-    ),
-    GalleryFigure(
-        name="training-curves-neft",
-        alt="Training loss: full fine-tuning, NeFT and LoRA",
-        arms=own_labels(FULL, CHANGED, LOW),
-        draw=training_loss,
-        quantities=("loss",),
-    ),
-    GalleryFigure(
-        name="use-shift",
-        alt="Mean shift in utilization rank of neurons, largest and smallest rotation, and printed numbers",
-        arms=own_labels(CHANGED, REVERSED, FEW),
-        draw=_draw_use,
-        table=UTILIZATION,
-    ),
-    GalleryFigure(
-        name="neurons",
-        alt="Selected neurons by layer and projection: largest and smallest rotation, random, linear probes",
-        arms=own_labels(CHANGED, REVERSED, RANDOM, PROBED),
-        draw=plots.neurons,
-        quantities=("selected",),
-    ),
-    GalleryFigure(
-        name="neuron-cosine",
-        alt="Cosine distance of neurons by layer, and the selection threshold",
-        arms=own_labels(CHANGED),
-        draw=plots.neuron_cosine,
-        quantities=("selection_cosine",),
-    ),
-    GalleryFigure(
-        name="neuron-overlap",
-        alt="Overlap of selected neurons between domains and between seeds",
-        arms={"all": CHANGED, "movies": MOVIES, "tweets": TWEETS},
-        draw=plots.neuron_overlap,
-        quantities=("selected",),
-    ),
-    GalleryFigure(
-        name="overlap-by-size",
-        alt="Overlap of selected neurons between seeds by size of the selection, at chance, and printed numbers",
-        arms=own_labels(CHANGED),
-        draw=_draw_overlap,
-        quantities=("selection_cosine",),
-    ),
-    GalleryFigure(
-        name="rank-shift",
-        alt="Shift of neurons in utilization rank, by percentile and kind",
-        arms=own_labels(CHANGED, FEW, REVERSED),
-        draw=plots.rank_shift,
-        quantities=("selected", "utilisation"),
-        seeds=2,
-    ),
-]
 
 PROBE = Probe(
     name="neft",

@@ -13,19 +13,14 @@ Departs:
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from lorascope.analysis.planted_ranks import mean_rank_error, rank_correlation, recovered_ranks
-from lorascope.charts.chart import Chart
-from lorascope.papers.figures.gallery_figure import GalleryFigure
 from lorascope.papers.judging.statistics import Constant, LogLikelihood, MeanOverRows, OfRun
 from lorascope.papers.probe import Arm, Probe, encoder_settings
-from lorascope.plots.rank_allocations import found_by_planted
-from lorascope.plots.run_groups import gather
 from lorascope.runs.run import Run
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -98,27 +93,6 @@ def keep_recovery(run: Run) -> pd.DataFrame:
     ranks = recovered_ranks(run)[["module", "planted", "found"]]
     return ranks.astype({"planted": "int16", "found": "int16"}).reset_index(drop=True)
 
-
-_ALLOCATORS = {"AdaLoRA": ADALORA, "AutoLoRA": AUTOLORA, "ALoRA": ALORA}
-
-
-def _draw(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    """Plot the kept tables ``recovery``; uniform ranks have none, but share the planted ranks of their seed."""
-    truths = {run.seed: run.tables[RECOVERY] for run in runs["AdaLoRA"]}
-    uniform = [truths[run.seed].assign(run=run.id, found=run.meta.method["rank"]) for run in runs["uniform ranks"]]
-    allocated = [run.tables[RECOVERY].assign(run=run.id) for name in _ALLOCATORS for run in runs[name]]
-    return found_by_planted(gather("planted", runs), pd.concat([*allocated, *uniform]))
-
-
-HEADING = "Planted ranks"
-FIGURES = [
-    GalleryFigure(
-        name="planted",
-        alt="Rank found by planted rank, for three allocators and uniform ranks",
-        arms=_ALLOCATORS | {"uniform ranks": UNIFORM},
-        draw=_draw,
-    )
-]
 
 PROBE = Probe(
     name="planted",

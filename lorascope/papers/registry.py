@@ -1,6 +1,6 @@
-"""Registry of the papers: probes, claims and figures that the modules of ``papers`` define.
+"""Registry of the papers: probes and claims that the modules of ``papers`` define.
 
-A module may define instances of ``Probe``, ``CLAIMS`` (id -> statistic and control), and ``HEADING`` with ``FIGURES``.
+A module may define instances of ``Probe`` and ``CLAIMS`` (id -> statistic and control).
 For the second edition it defines ``JUDGED`` (id -> comparison), and ``study_arms``, which returns the arms.
 None of them imports torch at its top, so that verdicts are computed without it. A study reads in one order: question,
 arms, statistics and claims, kept tables, figures, probe.
@@ -12,13 +12,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lorascope.papers.figures.gallery_figure import GalleryFigure
 from lorascope.papers.judging.study_statistics import StudyComparison
 from lorascope.papers.judging.verdicts import Pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.probe import Arm, ComputedArm, KeptTable, Probe
 
-__all__ = ["COMPARISONS", "KEPT_TABLES", "PAIRS", "PAPERS", "PROBES", "SECTIONS", "module_of", "study_arms"]
+__all__ = ["COMPARISONS", "KEPT_TABLES", "PAIRS", "PAPERS", "PROBES", "module_of", "study_arms"]
 
 PAPERS: dict[str, PaperStudy] = {}
 """Papers by the names of their modules."""
@@ -30,8 +29,6 @@ COMPARISONS: dict[str, StudyComparison] = {}
 """Comparison of every claim of the second edition, by id."""
 KEPT_TABLES: dict[str, list[KeptTable]] = {}
 """Kept tables of the second edition by name: the arms of each, and what computes it from one run of each."""
-SECTIONS: dict[str, list[GalleryFigure]] = {}
-"""Figures by heading: the method, or what a study of this project shows."""
 _module_of: dict[str, str] = {}
 _with_arms: list[Any] = []
 
@@ -54,8 +51,6 @@ for _file in sorted(Path(__file__).parent.glob("*.py")):
         KEPT_TABLES.setdefault(_name, []).extend(_kept_tables)
     if hasattr(_module, "study_arms"):
         _with_arms.append(_module)
-    if hasattr(_module, "FIGURES"):
-        SECTIONS.setdefault(_module.HEADING, []).extend(_module.FIGURES)
 # Sorting is stable: probes with the same number stay in the order of their files.
 PROBES = dict(sorted(PROBES.items(), key=lambda item: item[1].order))
 

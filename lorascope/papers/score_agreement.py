@@ -23,10 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
-from lorascope.analysis.score_agreement import correlate, spearman
-from lorascope.charts.chart import Chart
-from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
+from lorascope.analysis.score_agreement import spearman
 from lorascope.papers.judging.statistics import Constant, OfRun
 from lorascope.papers.lora import LOW
 from lorascope.papers.probe import Probe
@@ -208,50 +205,6 @@ def autolora_scores(model: nn.Module, loss: Loss, state: Mapping[str, SvdTriple]
 
 _TRUTH = "loss increase on removal"
 
-
-def _component_scores(runs: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    """Return the kept scores of the components of each run, without those of whole modules."""
-    scores = pd.concat(run.tables[SCORES].assign(run=run.id) for run in runs[LOW])
-    return scores[scores["component"] >= 0]
-
-
-def _draw_truth(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    """Plot the correlation of every score with the loss increase on both halves of the text together, as claims use it.
-
-    The correlation between the halves is how well the loss increase can be measured at all.
-    """
-    scores = _component_scores(runs)
-    halves = scores["score"].isin(HALVES)
-    component = ["run", "module", "component"]
-    truth = scores[halves].groupby(component, sort=False, observed=True)["value"].mean().reset_index()
-    with_truth = correlate(pd.concat([scores[~halves], truth.assign(score=_TRUTH)]))
-    between = correlate(scores[halves])
-    between = between[between["first"] < between["second"]]  # pairs are in both orders
-    pairs = pd.concat([with_truth, between.assign(first="one half with the other", second=_TRUTH)])
-    return plots.against_truth(pairs, _TRUTH, "components")
-
-
-def _draw_agreement(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    return plots.agreement(correlate(_component_scores(runs)), "components")
-
-
-HEADING = "Importance scores"
-FIGURES = [
-    GalleryFigure(
-        name="against-truth",
-        alt="Rank correlation of every score with the loss increase on removal of a component",
-        arms=own_labels(LOW),
-        draw=_draw_truth,
-        table=SCORES,
-    ),
-    GalleryFigure(
-        name="agreement",
-        alt="Rank correlation of every pair of scores",
-        arms=own_labels(LOW),
-        draw=_draw_agreement,
-        table=SCORES,
-    ),
-]
 
 PROBE = Probe(
     name="agreement",

@@ -8,22 +8,14 @@ the number of rows of each table, heading and description, and the runs and the 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
-from lorascope.charts.chart import Drawable
 from lorascope.charts.stored_chart import unpack
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import parse_json, to_typed, unreadable
-
-
-class StudyFigure(NamedTuple):
-    """Figure of the study: the method or other heading under which pages list it, what it shows, and its chart."""
-
-    heading: str
-    alt: str
-    chart: Drawable
+from lorascope.papers.figures.study_images import StudyFigure
 
 
 class _Metadata(msgspec.Struct):

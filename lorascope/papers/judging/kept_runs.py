@@ -6,8 +6,6 @@ A folder of evidence has
 - ``rows.parquet``: one row per test row of each task, with label, group and cluster, without text;
 - ``predictions/RUN.npz``: what a run scored on each test row;
 - ``kept/NAME/RUN.parquet``: tables from which values other than accuracies and losses are computed;
-- ``figures/NAME.parquet``: data of the figures, with the runs that they show;
-- ``shown/RUN/``: the records and arrays of a run that figures show, as a run folder;
 - ``tuning.csv``, ``values.csv``, ``verdicts.csv``: chosen rates, values by seed and verdicts, computed from the above;
 - ``numbers.csv``: the measured numbers that README and docs print;
 - ``MANIFEST``: SHA-256 of every file, in the format of ``sha256sum``.
@@ -32,7 +30,6 @@ from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import MAX_BYTES, require_small, unreadable
 from lorascope.files.whole_files import write_bytes
-from lorascope.papers.judging import kept_figures as figures
 from lorascope.papers.judging.csv_tables import (
     COUNT,
     FLAG,
@@ -46,7 +43,6 @@ from lorascope.papers.judging.csv_tables import (
     text_table,
     to_csv,
 )
-from lorascope.papers.judging.kept_figures import KeptFigure
 
 RUN_COLUMNS = {
     "run": TEXT, "arm": TEXT, "arm_hash": TEXT, "role": ROLE, "seed": COUNT, "rate": NUMBER, "steps": NUMBER,
@@ -91,8 +87,6 @@ class Evidence:
         Negative log-likelihood of each row in nats, of the runs whose loss a claim uses.
     kept : mapping name -> mapping run -> DataFrame
         Tables that statistics read.
-    figures : mapping name -> KeptFigure
-        Figures that were drawn from the runs.
     """
 
     runs: pd.DataFrame
@@ -101,7 +95,6 @@ class Evidence:
     margins: Mapping[str, Int8[np.ndarray, "_"]] = field(default_factory=dict)
     nll: Mapping[str, Float[np.ndarray, "_"]] = field(default_factory=dict)
     kept: Mapping[str, Mapping[str, pd.DataFrame]] = field(default_factory=dict)
-    figures: Mapping[str, KeptFigure] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Judged runs of an arm have one rate, so a second run of a seed is a duplicate at any rate.
@@ -218,7 +211,7 @@ def read(folder: str | Path) -> Evidence:
         kept_tables[path.name] = {file.stem: read_table(file, file) for file in sorted(path.glob("*.parquet"))}
     if scores["margin"] and not len(rows):
         raise unreadable(folder / "rows.parquet", "it has no test rows, but there are predictions of them")
-    return Evidence(runs, rows, scores["margin"], scores["nll"], kept_tables, figures.read(folder))
+    return Evidence(runs, rows, scores["margin"], scores["nll"], kept_tables)
 
 
 def read_kept(folder: Path) -> Evidence:

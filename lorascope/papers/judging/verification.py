@@ -13,7 +13,7 @@ import pandas as pd
 
 from lorascope.files.typed_json import parse_json, to_typed
 from lorascope.files.whole_files import write_bytes
-from lorascope.papers.judging import kept_figures, kept_runs
+from lorascope.papers.judging import kept_runs
 from lorascope.papers.judging.claims import format_effect
 from lorascope.papers.judging.csv_tables import CLOSE, are_equal, compare_with_file, to_csv
 from lorascope.papers.judging.evidence_manifest import full_manifest, kept_digests, parse_digests
@@ -161,7 +161,6 @@ def verify(
     code: Callable[[str], str],
     evidence: Evidence | None = None,
     derived: Derived | None = None,
-    images: Path | None = None,
 ) -> list[str]:
     """Verify all that is derived from the runs by computing it again; return one line for each difference.
 
@@ -181,8 +180,6 @@ def verify(
         Content of the folder; None to read it.
     derived : Derived or None
         What follows from it; None to compute it.
-    images : path or None
-        Folder of the images of the figures; None not to compare them.
 
     Returns
     -------
@@ -199,7 +196,6 @@ def verify(
         *_check_rates(evidence, registration),
         *_check_seeds(evidence, registration),
         *_check_registration(registration, pairs, code, derived),
-        *kept_figures.image_differences(evidence.figures, set(evidence.runs["run"]), images),
         *(line for name, content in derived.files.items() for line in compare_with_file(folder / name, content)),
     ]
 

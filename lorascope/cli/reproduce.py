@@ -18,8 +18,9 @@ from lorascope import papers
 from lorascope.cli.arguments import command
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import format_frame
-from lorascope.papers.judging import kept_runs, kept_verdicts, registered_study, registration, study_verification
-from lorascope.papers.judging.data_folder import STUDY_RUNS
+from lorascope.papers.judging import kept_verdicts, registered_study, study_verification
+from lorascope.papers.judging.data_folder import STUDY_RUNS, clone_root
+from lorascope.papers.judging.kept_study import INSTRUCTIONS
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.schema.suggestions import unknown_name
 
@@ -68,7 +69,7 @@ def main(
         raise ValueError("--paper and --claim cannot be combined: a small version has all claims of the paper")
     if paper is not None and paper.lower() not in papers.NAMES:
         raise ValueError(f"unknown paper {printable(paper)!r}; expected one of {', '.join(papers.NAMES)}")
-    if evidence is not None and registration.clone_of(registration.FILE) is None:
+    if evidence is not None and clone_root() is None:
         raise ValueError("--evidence requires a clone of the repository, whose commit and figures it records")
     if not minutes >= 0:
         raise ValueError(f"--minutes must be >= 0, got {minutes:g}")
@@ -80,7 +81,7 @@ def main(
         raise ModuleNotFoundError(name="torch")  # now, since the verdicts are printed before torch is imported
     if (evidence, paper, claim) != (None, None, None):
         # Before torch is imported, so that machines with other instructions compute the same numbers.
-        os.environ |= kept_runs.INSTRUCTIONS
+        os.environ |= INSTRUCTIONS
     if evidence is not None:
         return _train_study(Path(evidence), Path(out), minutes)
     if paper is not None:

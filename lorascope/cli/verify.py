@@ -28,6 +28,7 @@ from lorascope.papers.judging import (
 )
 from lorascope.papers.judging.code_hash import code_hash
 from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.kept_study import INSTRUCTIONS
 from lorascope.papers.judging.registration import Registration
 from lorascope.papers.registry import COMPARISONS, PAIRS, module_of
 from lorascope.papers.study_figures import read_figures
@@ -123,7 +124,7 @@ def _verify_second(write: bool, retrain: int = 0) -> list[str]:
     differences = study_verification.verify_study(folder, registered, COMPARISONS, module_of)
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
-        os.environ |= kept_runs.INSTRUCTIONS
+        os.environ |= INSTRUCTIONS
         from lorascope.papers.training.study_retraining import retrain_study
 
         with redirect_stdout(sys.stderr), TemporaryDirectory() as out:

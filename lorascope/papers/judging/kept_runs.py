@@ -66,8 +66,6 @@ BLOCK = ["capability", "torch", "threads", "device"]
 
 Another processor of the same instruction set only rounds differently, so it is not one of them.
 """
-INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-"""Environment of all runs, so that they do not depend on the instructions that a processor has beyond these."""
 
 
 @dataclass(eq=False)

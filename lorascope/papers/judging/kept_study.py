@@ -47,6 +47,8 @@ A role is "judged" or "tuning". The phase is "" for the last one, which is judge
 """
 _DTYPES = {name: kind.dtype for name, kind in STUDY_COLUMNS.items()}
 FIRST_SEED = 200  # of the judged runs of all arms
+INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+"""Environment of all runs, so that they do not depend on the instructions that a processor has beyond these."""
 _ADDED = "added"
 _KEY = ["arm", "arm_hash", "role", "seed", "rate"]  # one value per run
 

@@ -12,13 +12,14 @@ import pandas as pd
 from page_blocks import format_table
 
 from lorascope.files.printable import count_phrase
+from lorascope.papers.figures.first_edition import stored_figures
 from lorascope.papers.judging import beliefs, first_edition, kept_study, registered_study
 from lorascope.papers.judging.beliefs import format_with_interval, shown_word
 from lorascope.papers.judging.first_edition import format_estimate
 from lorascope.papers.judging.registered_study import StudyClaim
 from lorascope.papers.judging.study_statistics import GapClosed, LogLoss, are_learned, effect_interval
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED, NOT_RUN, has_headroom
-from lorascope.papers.study_figures import read_figures
+from lorascope.papers.study_figures import ROWS
 
 _HYDRA = "HydraLoRA, 4 experts of rank 4"
 PARTS = {
@@ -74,6 +75,7 @@ def study_blocks(root: Path) -> dict[str, str]:
         "headline": "\n\n".join([study.first_screen(""), study.headline("docs/papers/")]),
         "beliefs": study.headline("papers/"),
         "counts": study.counts(),
+        "pairs": study.image("pairs", "../"),
         "results": study.claims(study.registration.claims.values()),
         "changes": study.changes(),
         "state": study.state(),
@@ -102,29 +104,28 @@ class StudyPages:
         self.by_claim: dict[Any, Any] = self.results.set_index("claim").to_dict("index")
         self.edition_1 = data / "edition-1"
         self.earlier = first_edition.text_estimates(self.edition_1)
-        self.images = root / "figures"
-        self.figures = read_figures(data)
+        # The first one is at the top of a page.
+        figures = {row.name: row for row in ROWS} | stored_figures(self.edition_1 / "figures")
+        self.figures = {name: figure for name, figure in figures.items() if (root / f"figures/{name}.png").exists()}
 
-    def image(self, name: str, alt: str, root: str) -> str:
-        """Return an image of ``figures`` for a page from which the clone is at ``root``; "" if there is none."""
-        return f"![{alt}]({root}figures/{name}.png)" if (self.images / f"{name}.png").exists() else ""
+    def image(self, name: str, root: str) -> str:
+        """Return a figure for a page from which the clone is at ``root``; "" if it is not drawn."""
+        return f"![{self.figures[name].alt}]({root}figures/{name}.png)" if name in self.figures else ""
 
     def figure_blocks(self, heading: str, name: str, root: str) -> dict[str, str]:
         """Return the first figure under a heading, and the others, for a page from which the clone is at ``root``."""
         headings = {heading, *(several for several, methods in _OF_SEVERAL.items() if heading in methods)}
-        figures = {file: figure for file, figure in self.figures.items() if figure.heading in headings}
-        lines = [line for file, figure in figures.items() if (line := self.image(file, figure.alt, root))]
+        lines = [self.image(file, root) for file, figure in self.figures.items() if figure.heading in headings]
         return {f"{name}-figure": "\n".join(lines[:1]), f"{name}-figures": "\n".join(lines[1:]) or NO_FIGURES}
 
     def first_screen(self, root: str) -> str:
         """Return the forest plot, or another figure until it is drawn, and below it the two motives."""
-        forest = self.image("forest", "Effect of each method on text, and where the truth is known", root)
-        other = self.image("update-norm-heat", "Update norm by block and role: full fine-tuning and LoRA", root)
-        motives = [self.image(name, title, root) for name, title in MOTIVES.items()]
+        images = [self.image("forest", root) or self.image("update-norm-heat", root)]
+        motives = [self.image(name, root) for name in MOTIVES]
         # The README is wide enough for both.
         if not root and any(motives):
             motives = [format_table(list(MOTIVES.values()), [motives])]
-        return "\n\n".join(filter(None, [forest or other, *motives]))
+        return "\n\n".join(filter(None, images + motives))
 
     def headline(self, pages: str) -> str:
         """Return the table of nine rows, with links to the pages of the papers."""

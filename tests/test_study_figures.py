@@ -131,7 +131,7 @@ def test_forest_has_words_instead_of_dots() -> None:
         assert labeled_dots(figure, FAVORABLE).empty
         assert labeled_dots(figure, POSITIVE).empty
         assert gray_words(figure).count(word) == 1 + (word == "no headroom")  # AdaLoRA on text
-        assert labeled_dots(figure, BOUND).empty
+        assert set(labeled_dots(figure, BOUND)["method"]) == {"LoRA"}  # on text, by edition 1
     assert "AdaLoRA" not in set(labeled_dots(figure, EDITION_1)["method"])
 
 

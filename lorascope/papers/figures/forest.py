@@ -124,6 +124,8 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     table = forest_table(results, registration, earlier)
     # The effect at the other truth is on a separate line, below.
     table["row"] = table["method"].where(table["mark"] != OTHER, table["method"] + ", other")
+    # The bound has the same symbol in both grounds, and one entry in the legend.
+    ground_of_bound = TRUTH if ((table["mark"] == BOUND) & (table["ground"] == TRUTH)).any() else TEXT
     limits = {unit: _limits(of_unit) for unit, of_unit in table.groupby("unit")}
     grid = []
     for methods, units in ROWS.items():
@@ -141,7 +143,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
             if -low <= {TEXT: high / 2, TRUTH: high}[ground]:
                 side = high
             words = rows[rows["word"] != ""].assign(x=side / 2)
-            marks = [Rule(x=0), *_effect_marks(rows), Text("x", "row", "word", muted=True, data=words)]
+            marks = [Rule(x=0), *_effect_marks(rows, ground_of_bound), Text("x", "row", "word", muted=True, data=words)]
             x, y = Axis(label=unit, limits=(low, high)), Axis(order=order, ticks=ticks, compact=True)
             charts.append(Chart(rows, marks, x=x, y=y))
         grid.append(tuple(charts))
@@ -150,7 +152,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     return Panels(((left, replace(right, title=f"{TRUTH}, {_GAP}")), *grid[1:]))
 
 
-def _effect_marks(rows: pd.DataFrame) -> list[Mark]:
+def _effect_marks(rows: pd.DataFrame, ground_of_bound: str) -> list[Mark]:
     """Return a line between the effects of each pair, then the marks in their order."""
     judged = rows[rows["word"] == ""]
     marks: list[Mark] = []
@@ -158,8 +160,7 @@ def _effect_marks(rows: pd.DataFrame) -> list[Mark]:
         marks.append(Line("effect", "row", "ground", data=pair))
     for mark, symbol in SYMBOLS.items():
         of_mark, label = judged[judged["mark"] == mark], mark
-        # The bound has the same symbol in both grounds, and one entry in the legend.
-        if mark == BOUND and set(of_mark["ground"]) == {TEXT}:
+        if mark == BOUND and (of_mark["ground"] != ground_of_bound).any():
             label = ""
         point = Point("effect", "row", "ground", symbol=symbol, label=label, data=of_mark)
         # The interval of a positive control is on the line of the effect, and would cover that of the effect.

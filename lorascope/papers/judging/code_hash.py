@@ -1,4 +1,4 @@
-"""Hash of the code that computes and judges a claim: its row in ``CLAIMS``, and every function that these reach."""
+"""Hash of the code that computes and judges a claim: its row in ``JUDGED``, and every function that it reaches."""
 
 from __future__ import annotations
 
@@ -13,17 +13,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-_PART_OF_CLAIM = re.compile(
-    r"lorascope\.(analysis|papers\.judging\.(statistics|claims|looks|verdicts)|papers\.(?!judging|training|figures)\w+)(\.\w+)*"
-)
-"""Names of the modules, and of their functions and constants, that are part of a claim."""
-_DECIDING = ("lorascope.papers.judging.verdicts", "judge_all")
-"""Module and name of the function that decides claims: intervals, looks, rules and correction are what it reaches."""
 _PART_OF_COMPARISON = re.compile(
     r"lorascope\.(analysis|papers\.judging\.(statistics|study_statistics|truth_names)"
     r"|papers\.(?!judging|training|figures)\w+)(\.\w+)*"
 )
-"""Names of modules, functions and constants in the comparison of a claim of the second edition."""
+"""Names of modules, functions and constants that are part of the comparison of a claim."""
 _PART_OF_JUDGING = re.compile(
     r"lorascope\.(analysis|papers\.judging\.(words|kept_study|statistics|study_statistics|study_results|study_rates))(\.\w+)*"
 )
@@ -32,7 +26,7 @@ _JUDGING = (
     ("lorascope.papers.judging.study_rates", "chosen_rates"),
     ("lorascope.papers.judging.study_rates", "planned_seeds"),
 )
-"""Functions that judge the second edition: intervals, words, headroom, learned, rates and seeds are what they reach."""
+"""Functions that judge all claims: intervals, words, headroom, learned, rates and seeds are what they reach."""
 # Fields that differ between versions of Python or do not change what the code computes.
 _IGNORED = {"ctx", "type_comment", "type_params", "type_ignores", "returns", "annotation", "kind"}
 
@@ -80,13 +74,13 @@ def _bound_names(node: ast.stmt) -> Iterator[str]:
             yield from (name.id for name in ast.walk(target) if isinstance(name, ast.Name))
 
 
-def code_hash(module: str, claim: str) -> str:
-    """Hash the code of a claim.
+def comparison_hash(module: str, claim: str) -> str:
+    """Hash the comparison of a claim.
 
     Parameters
     ----------
     module : str
-        Name of the module of ``papers.registry`` whose ``CLAIMS`` has the claim.
+        Name of the module of ``papers`` whose ``JUDGED`` has the claim.
     claim : str
         Id of the claim.
 
@@ -94,24 +88,8 @@ def code_hash(module: str, claim: str) -> str:
     -------
     str
         ``sha256:`` and the digest of the row of the claim, and of all functions, classes and constants of papers,
-        ``analysis`` and ``judging`` that the row or the rule reaches by name. Paths of modules, names of local
-        variables, docstrings, annotations and comments are not part of it.
-
-    Raises
-    ------
-    KeyError
-        The module has no row for the claim.
-    """
-    row = _row(module, claim)
-    reached: dict[str, str] = {}
-    _follow(row, module, reached)
-    deciding_module, deciding_function = _DECIDING
-    _resolve([deciding_function], deciding_module, reached)
-    return _digest([_canonical(row)], reached)
-
-
-def comparison_hash(module: str, claim: str) -> str:
-    """Hash the comparison of a claim of the second edition: its row in ``JUDGED``, and all that it reaches.
+        ``analysis`` and ``judging`` that it reaches by name. Paths of modules, names of local variables, docstrings,
+        annotations and comments are not part of it.
 
     Raises
     ------
@@ -125,7 +103,7 @@ def comparison_hash(module: str, claim: str) -> str:
 
 
 def judging_hash() -> str:
-    """Hash the code that judges all claims of the second edition, and chooses rates and numbers of seeds."""
+    """Hash the code that judges all claims, and chooses rates and numbers of seeds."""
     reached: dict[str, str] = {}
     for module, function in _JUDGING:
         _resolve([function], module, reached, _PART_OF_JUDGING)
@@ -159,7 +137,7 @@ def module_hash(name: str) -> str:
     return f"sha256:{hashlib.sha256(_canonical(source.tree).encode()).hexdigest()}"
 
 
-def _follow(node: ast.AST, module: str, reached: dict[str, str], covered: re.Pattern[str] | None = None) -> None:
+def _follow(node: ast.AST, module: str, reached: dict[str, str], covered: re.Pattern[str]) -> None:
     """Add everything that a node names, and what that names in turn."""
     for name in _names(node):
         _resolve(name.split("."), module, reached, covered)
@@ -178,8 +156,8 @@ def _names(node: ast.AST) -> Iterator[str]:
         yield from _names(child)
 
 
-def _resolve(names: list[str], module: str, reached: dict[str, str], covered: re.Pattern[str] | None = None) -> None:
-    source, covered = _module(module), covered or _PART_OF_CLAIM
+def _resolve(names: list[str], module: str, reached: dict[str, str], covered: re.Pattern[str]) -> None:
+    source = _module(module)
     if source is None:
         return
     first = names[0]

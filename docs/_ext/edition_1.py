@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+from page_blocks import format_table
 
 from lorascope.papers.judging import first_edition, published_numbers
 from lorascope.papers.judging.data_folder import PAPERS
@@ -32,7 +33,7 @@ def _verdicts(claims: Mapping[str, FirstClaim], verdicts: pd.DataFrame) -> str:
         effect = format_estimate(claim, row.effect, row.low, row.high)
         level = f"{100 * (1 - 2 * row.level):g}%"
         rows.append((_described(claim), row.seeds, f"{effect} ({level})", _bound(claim), row.outcome))
-    return _table(("claim", "seeds", "effect", "bound", "verdict"), rows)
+    return format_table(("claim", "seeds", "effect", "bound", "verdict"), rows)
 
 
 def _retired(claims: Mapping[str, FirstClaim], estimates: pd.DataFrame) -> str:
@@ -46,7 +47,7 @@ def _retired(claims: Mapping[str, FirstClaim], estimates: pd.DataFrame) -> str:
             if row.seeds:
                 effect = f"{format_estimate(claim, row.effect, row.low, row.high)} {claim.unit}"
             rows.append((_described(claim), row.seeds, effect))
-        table = _table(("claim", "seeds", "estimate [95%]"), rows)
+        table = format_table(("claim", "seeds", "estimate [95%]"), rows)
         parts.append(f"**{str(reason).capitalize()}** ({len(rows)})\n\n{table}")
     return "\n\n".join(parts)
 
@@ -56,7 +57,7 @@ def _published(claims: Mapping[str, FirstClaim], published: pd.DataFrame) -> str
     for row in published.itertuples():
         claim = claims[str(row.claim)]
         rows.append((_described(claim), row.shown, _bound(claim), row.outcome))
-    return _table(("claim", "effect", "bound", "verdict"), rows)
+    return format_table(("claim", "effect", "bound", "verdict"), rows)
 
 
 def _described(claim: FirstClaim) -> str:
@@ -68,8 +69,3 @@ def _described(claim: FirstClaim) -> str:
 def _bound(claim: FirstClaim) -> str:
     where = {"superiority": "above ", "non-inferiority": "above -", "equivalence": "within "}[claim.kind]
     return f"{where}{claim.bound:g} {claim.unit}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(map(str, line))} |" for line in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])

@@ -116,7 +116,7 @@ class StudyPages:
         """Return the first figure under a heading, and the others, for a page from which the clone is at ``root``."""
         headings = {heading, *(several for several, methods in _OF_SEVERAL.items() if heading in methods)}
         lines = [self.image(file, root) for file, figure in self.figures.items() if figure.heading in headings]
-        return {f"{name}-figure": "\n".join(lines[:1]), f"{name}-figures": "\n".join(lines[1:]) or NO_FIGURES}
+        return {f"{name}-figure": "\n".join(lines[:1]), f"{name}-figures": " ".join(lines[1:]) or NO_FIGURES}
 
     def first_screen(self, root: str) -> str:
         """Return the forest plot, or another figure until it is drawn, and below it the two motives."""

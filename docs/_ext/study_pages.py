@@ -253,23 +253,26 @@ class StudyPages:
     def first_edition(self, arxiv: str) -> str:
         """Return the verdicts and estimates of edition 1 on a paper, folded."""
         claims = first_edition.read_claims(self.edition_1 / "registered.toml")
-        verdicts, estimates = [], []
-        for row in pd.read_csv(self.edition_1 / first_edition.VERDICTS).itertuples():
-            claim = claims[str(row.claim)]
-            if claim.arxiv == arxiv:
-                effect = format_estimate(claim, row.effect, row.low, row.high)
-                verdicts.append((f"`{claim.id}` {claim.sentence}", effect, claim.unit, row.outcome))
-        missing = 0
-        for row in first_edition.read_estimates(self.edition_1).itertuples():
-            claim = claims[str(row.claim)]
-            if claim.arxiv == arxiv and row.seeds:
-                effect = format_estimate(claim, row.effect, row.low, row.high)
-                estimates.append((f"`{claim.id}` {claim.sentence}", effect, claim.unit, f"none: {row.reason}"))
-            missing += claim.arxiv == arxiv and not row.seeds
-        table = format_table(("claim", "effect", "unit", "verdict"), verdicts + estimates)
-        summary = f"Edition 1: {count_phrase(len(verdicts), 'verdict')}, {count_phrase(len(estimates), 'estimate')}"
-        if missing:
-            summary += f", {count_phrase(missing, 'claim')} without runs"
+        verdicts = pd.read_csv(self.edition_1 / first_edition.VERDICTS)
+        estimates = first_edition.read_estimates(self.edition_1)
+        rows, unlearned = [], 0
+        for row in pd.concat([verdicts, estimates]).fillna({"reason": ""}).to_dict("records"):
+            claim = claims[row["claim"]]
+            if claim.arxiv != arxiv:
+                continue
+            # Nothing can be read off the estimate of an arm that did not learn.
+            if not row["seeds"] or row["reason"] == NOT_LEARNED:
+                unlearned += 1
+                continue
+            effect = format_estimate(claim, row["effect"], row["low"], row["high"])
+            outcome = f"none: {row['reason']}" if row["reason"] else row["outcome"]
+            rows.append((f"`{claim.id}` {claim.sentence}", effect, claim.unit, outcome))
+        summary = f"Edition 1: {count_phrase(len(rows), 'result')}"
+        if unlearned:
+            summary += f", and {count_phrase(unlearned, 'claim')} not run or not learned"
+        if not rows:
+            return f"{summary}."
+        table = format_table(("claim", "effect", "unit", "verdict"), rows)
         return f"<details>\n<summary>{summary}</summary>\n\n{table}\n\n</details>"
 
     def state(self) -> str:

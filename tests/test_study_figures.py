@@ -10,21 +10,24 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_up_study import around, made_up, registration
+from scipy.stats import spearmanr
 
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.charts.marks import Line, Point, Text
 from lorascope.papers import registry
 from lorascope.papers.figures import forest as forest_plot
-from lorascope.papers.figures.claim_losses import claim_losses, loss_table
 from lorascope.papers.figures.forest import BOUND, EDITION_1, EDITION_2, POSITIVE, PRINTED, forest, forest_table
 from lorascope.papers.figures.neuron_hits import SCORES, neuron_hits
+from lorascope.papers.figures.neuron_sensitivity import CHANGED, NULL, sensitivity_table, stability_table
 from lorascope.papers.figures.pair_gaps import CLOSED, LOSS, gap_table, pair_gaps
+from lorascope.papers.figures.pair_losses import METHOD, loss_table, pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
 from lorascope.papers.figures.study_marks import FAVORABLE, OTHER, claim_arms
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence
 from lorascope.papers.judging.registered_study import PaperPlace
 from lorascope.papers.judging.study_results import RESULT_COLUMNS, compute
 from lorascope.papers.neft import AT_RANDOM, hit_rate
+from lorascope.papers.study_figures import draw_neurons
 
 # Of the forest plot, and two of other forms.
 IDS = [f"pair.{method.lower()}" for methods in forest_plot.ROWS for method in methods]
@@ -217,12 +220,10 @@ def test_losses_are_means_and_ranges_over_seeds() -> None:
     table = loss_table(claim, evidence)
     assert table["step"].tolist() == [5.0, 15.0]
     np.testing.assert_allclose(table[["value", "low", "high"]], [[3.0, 2.0, 4.0], [3.1, 2.1, 4.1]], atol=2e-3)
-    figure = claim_losses(claim, evidence)
-    assert [chart.title for chart in figure.charts()] == ["uneven ranks", "update of rank 2"]
-    assert gray_words(figure) == ["not run"]  # the other truth
-    assert "LoRA, rank 2, uneven ranks" in figure.charts()[0].caption
-    assert gray_words(claim_losses(claim, EMPTY)) == ["not run"] * 2
-    claim_losses(claim, EMPTY).mpl()
+    assert set(table["role"]) == {METHOD}
+    figure = pair_losses(REGISTERED, evidence)
+    assert gray_words(figure) == ["not run"] * (len(figure.charts()) - 1)
+    pair_losses(REGISTERED, EMPTY).mpl()
 
 
 def test_neurons_have_the_hit_rates_of_the_kept_table() -> None:
@@ -242,16 +243,84 @@ def test_neurons_have_the_hit_rates_of_the_kept_table() -> None:
     empty.mpl()
 
 
+RANKS = pd.DataFrame({
+    "arm": "a", "run": ["1", "1", "1", "2", "2"], "module": list("uvwuw"), "planted": [0, 0, 4, 0, 4],
+    "rank": [0, 2, 4, 3, 2],
+})  # fmt: skip
+
+
 def test_allocations_average_modules_then_seeds() -> None:
-    ranks = pd.DataFrame({
-        "arm": "a", "seed": [200, 200, 200, 201, 201], "planted": [0, 0, 4, 0, 4], "rank": [0, 2, 4, 3, 2]
-    })  # fmt: skip
-    chart = planted_allocations(ranks, {"AdaLoRA": "a", "ALoRA": "b"}, 2)
-    assert chart.data.set_index("planted")["value"].to_dict() == {0: 2.0, 4: 3.0}
-    assert gray_words(chart) == ["not run: ALoRA"]
-    empty = planted_allocations(pd.DataFrame(), {"AdaLoRA": "a"}, 2)
-    assert gray_words(empty) == ["not run: AdaLoRA"]
-    empty.mpl()
+    first, last = (RANKS.assign(step=step, component=0) for step in (10, 20))
+    # The last scores order the components of run 1 as u, v, w, and those of run 2 as w, u.
+    scores = pd.concat([first.assign(score=1.0), last.assign(score=[-3.0, -2.0, 5e9, 2.0, 1.0])])
+    scores = scores.drop(columns=["planted", "rank"])
+    figure = planted_allocations(RANKS, scores, {"AdaLoRA": "a", "ALoRA": "b"}, 2)
+    values = [chart.data.set_index("planted")["value"].to_dict() for chart in figure.charts()]
+    assert values[0] == {0: 2.0, 4: 3.0}
+    equal = (100 * (2 / 3 + 3 / 4) / 2, 100 * (2 / 3 + 3 / 4) / 2)  # mean ranks of three and of two equal scores
+    assert values[1] == pytest.approx(dict(zip((0, 4), equal, strict=True)))
+    assert values[2] == pytest.approx({0: 100 * (1 / 2 + 1) / 2, 4: 100 * (1 + 1 / 2) / 2})
+    assert gray_words(figure) == ["not run: ALoRA"]
+    figure.mpl()
+    # Scores of one step, as AutoLoRA has them, are the last ones.
+    once = planted_allocations(RANKS, scores[scores["step"] == 20], {"AdaLoRA": "a"}, 2).charts()
+    assert len(once[1].data) == 0
+    assert len(once[2].data) == 2
+
+
+def neuron_table(seeds: int, size: int = 40) -> pd.DataFrame:
+    """Return a kept table ``neurons`` with one module in each of two blocks; scores are stable in block 0."""
+    rng = np.random.default_rng(0)
+    names = [f"model.layers.{block}.mlp.up_proj" for block in (0, 1)]
+    stable, tables = rng.normal(size=size), []
+    for seed in range(200, 200 + seeds):
+        for block, name in enumerate(names):
+            logs = stable if block == 0 else rng.normal(size=size)
+            changed = np.isin(np.arange(size), rng.choice(size, 4, replace=False))
+            table = pd.DataFrame({"seed": seed, "module": name, "neuron": range(size), "changed": changed})
+            tables.append(table.assign(sensitivity=10 ** (logs - block + 3 * changed)))
+    neurons = pd.concat(tables, ignore_index=True)
+    return neurons.assign(**dict.fromkeys(["rotation", "displacement", "sensitivity_end"], neurons["sensitivity"]))
+
+
+def test_null_of_sensitivity_has_the_range_of_permuted_neurons() -> None:
+    neurons = neuron_table(seeds=3)
+    table = sensitivity_table(neurons, "sensitivity").set_index(["neurons", "block"])
+    logs, rng = np.log10(neurons["sensitivity"]), np.random.default_rng(1)
+    block = neurons["module"].str.contains("layers.1").astype(int)
+    for number in (0, 1):
+        of_block = [logs[(block == number) & (neurons["seed"] == seed)].to_numpy() for seed in (200, 201, 202)]
+        draws = [np.mean([rng.permutation(values)[:4].mean() for values in of_block]) for _ in range(4000)]
+        low, high = np.quantile(draws, [0.025, 0.975])
+        row = np.log10(table.loc[(NULL, number), ["low", "high"]].astype(float))
+        np.testing.assert_allclose(row, [low, high], atol=0.06 * (high - low))
+        by_seed = [
+            logs[(block == number) & (neurons["seed"] == seed) & neurons["changed"]].mean() for seed in (200, 201, 202)
+        ]
+        changed = np.log10(table.loc[(CHANGED, number), ["value", "low", "high"]].astype(float))
+        np.testing.assert_allclose(changed, [np.mean(by_seed), min(by_seed), max(by_seed)])
+
+
+def test_stability_is_the_mean_rank_correlation_within_modules() -> None:
+    neurons = neuron_table(seeds=3).assign(changed=False)
+    expected = []
+    for first, second in ((200, 201), (200, 202), (201, 202)):
+        of_pair = []
+        for _, rows in neurons.groupby("module"):
+            one, other = (rows.loc[rows["seed"] == seed, "sensitivity"].to_numpy() for seed in (first, second))
+            of_pair.append(spearmanr(one, other).statistic)
+        expected.append(np.mean(of_pair))
+    row = stability_table(neurons).set_index("score").loc[SCORES["sensitivity"]]
+    np.testing.assert_allclose(row.to_numpy(float), [np.mean(expected), min(expected), max(expected)])
+
+
+def test_neurons_of_one_seed_have_no_stability_and_are_not_drawn() -> None:
+    neurons = neuron_table(seeds=2).assign(selected=False)
+    assert draw_neurons(neurons[neurons["seed"] == 200]) is None
+    figure = draw_neurons(neurons)
+    assert figure is not None
+    assert len(figure.charts()) == 4
+    figure.mpl()
 
 
 def test_panels_with_columns_leave_places_empty() -> None:

@@ -13,7 +13,9 @@ from lorascope.papers import adalora, alora, autolora, hydralora_factors, lisa, 
 from lorascope.papers.figures.first_edition import stored_figures
 from lorascope.papers.figures.forest import forest
 from lorascope.papers.figures.neuron_hits import neuron_hits
+from lorascope.papers.figures.neuron_sensitivity import neuron_sensitivity
 from lorascope.papers.figures.pair_gaps import pair_gaps
+from lorascope.papers.figures.pair_losses import pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
 from lorascope.papers.figures.study_images import StudyFigure
 from lorascope.papers.judging import beliefs, first_edition, kept_study, registered_study
@@ -44,16 +46,15 @@ class FigureRow(NamedTuple):
     draw: Callable[[StudyData], Drawable | None]
 
 
-def of_table(name: str, draw: Callable[[pd.DataFrame], Drawable]) -> Callable[[StudyData], Drawable | None]:
-    """Return the function that draws a kept table of the judged runs, once it has rows."""
+def of_tables(draw: Callable[..., Drawable | None], *names: str) -> Callable[[StudyData], Drawable | None]:
+    """Return the function that draws kept tables, once all of them have rows."""
 
-    def draw_table(data: StudyData) -> Drawable | None:
-        runs, table = data.evidence.runs, data.evidence.tables.get(name, pd.DataFrame())
-        if table.empty:
+    def draw_tables(data: StudyData) -> Drawable | None:
+        if not set(names).issubset(data.evidence.tables):
             return None
-        return draw(table[table["run"].isin(runs.loc[runs["role"] == "judged", "run"])])
+        return draw(*(data.evidence.tables[name] for name in names))
 
-    return draw_table
+    return draw_tables
 
 
 def draw_forest(data: StudyData) -> Drawable | None:
@@ -63,23 +64,32 @@ def draw_forest(data: StudyData) -> Drawable | None:
     return forest(data.results, data.registration, data.earlier)
 
 
-def draw_pairs(data: StudyData) -> Drawable | None:
-    """Draw the gaps of all pairs, once a pair has runs."""
-    pairs = [claim for claim in data.registration.claims.values() if claim.id.startswith("pair.")]
-    if not any(data.evidence.seeds(arm) for claim in pairs for arm in claim.for_arms):
+def of_pairs(draw: Callable[[StudyRegistration, StudyEvidence], Drawable]) -> Callable[[StudyData], Drawable | None]:
+    """Return the function that draws all pairs, once one has runs."""
+
+    def draw_pairs(data: StudyData) -> Drawable | None:
+        pairs = [claim for claim in data.registration.claims.values() if claim.id.startswith("pair.")]
+        if not any(data.evidence.seeds(arm) for claim in pairs for arm in claim.for_arms):
+            return None
+        return draw(data.registration, data.evidence)
+
+    return draw_pairs
+
+
+def draw_allocations(ranks: pd.DataFrame, scores: pd.DataFrame) -> Drawable | None:
+    """Draw the final ranks and the scores of the allocators by planted rank, once one of them has runs."""
+    students = {"AdaLoRA": adalora.ALLOCATED, "AutoLoRA": autolora.SEARCHED, "ALoRA": alora.MOVED}
+    arms = {name: f"{student}, {ALLOCATION[0]}" for name, student in students.items()}
+    if not ranks["arm"].isin(arms.values()).any():
         return None
-    return pair_gaps(data.registration, data.evidence)
+    return planted_allocations(ranks, scores, arms, 2.0)
 
 
-def draw_allocations(table: pd.DataFrame) -> Drawable:
-    """Draw the final ranks of the allocators by planted rank."""
-    labels = {"AdaLoRA": adalora.ALLOCATED, "AutoLoRA": autolora.SEARCHED, "ALoRA": alora.MOVED}
-    return planted_allocations(table, {name: f"{arm}, {ALLOCATION[0]}" for name, arm in labels.items()}, 2.0)
-
-
-def draw_hits(table: pd.DataFrame) -> Drawable:
-    """Draw the hit rates of the neurons' scores."""
-    return neuron_hits(table, neft.hit_rate, neft.AT_RANDOM.value)
+def draw_neurons(neurons: pd.DataFrame) -> Drawable | None:
+    """Draw the sensitivity of neurons, and the stability and the hit rates of their scores, from two seeds on."""
+    if neurons["seed"].nunique() < 2:
+        return None
+    return neuron_sensitivity(neurons, neuron_hits(neurons, neft.hit_rate, neft.AT_RANDOM.value))
 
 
 ROWS = [
@@ -87,19 +97,28 @@ ROWS = [
         "forest", ALL_METHODS, "Effects of the nine methods on text, and where the truth is known, with 95% intervals",
         draw_forest,
     ),
-    FigureRow("pairs", ALL_METHODS, "Gap that every arm closes at both planted truths, one dot per seed", draw_pairs),
+    FigureRow(
+        "pairs", ALL_METHODS, "Gap that every arm closes at both planted truths, one dot per seed", of_pairs(pair_gaps)
+    ),
+    FigureRow(
+        "losses", ALL_METHODS, "Training loss by step of the methods and controls of pairs", of_pairs(pair_losses)
+    ),
     FigureRow(
         "norms", "LISA", "Norms by layer of full fine-tuning, LoRA and LISA: weight, update, factors, learned factors",
-        of_table("norms", lisa.norms_figure),
+        of_tables(lisa.norms_figure, "norms"),
     ),
     FigureRow(
         "factors", "HydraLoRA", "A's and B's of LoRAs on several tasks by t-SNE, with separate and shared initial A's",
-        of_table("nearest", hydralora_factors.factors_figure),
+        of_tables(hydralora_factors.factors_figure, "nearest"),
     ),
     FigureRow(
-        "hits", "NeFT", "Changed neurons that each score finds, one dot per seed", of_table("neurons", draw_hits)
+        "neuron-scores", "NeFT", "Sensitivity of changed neurons by block, stability and hit rate of neurons' scores",
+        of_tables(draw_neurons, "neurons"),
     ),
-    FigureRow("allocations", ALLOCATORS, "Final rank by planted rank", of_table("ranks", draw_allocations)),
+    FigureRow(
+        "allocations", ALLOCATORS, "Final ranks and scores of three allocators by planted rank",
+        of_tables(draw_allocations, "ranks", "scores"),
+    ),
 ]  # fmt: skip
 
 

@@ -145,6 +145,8 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
             words = rows[rows["word"] != ""].assign(x=side / 2)
             marks = [Rule(x=0), *_effect_marks(rows, ground_of_bound), Text("x", "row", "word", muted=True, data=words)]
             x, y = Axis(label=unit, limits=(low, high)), Axis(order=order, ticks=ticks, compact=True)
+            if rows["effect"].isna().all():  # words only
+                x = replace(x, ticks={})
             charts.append(Chart(rows, marks, x=x, y=y))
         grid.append(tuple(charts))
     left, right = grid[0]

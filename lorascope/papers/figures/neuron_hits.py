@@ -44,14 +44,14 @@ def neuron_hits(neurons: pd.DataFrame, hit_rate: Callable[[pd.DataFrame, str], f
         Expected hit rate of random neurons, in percent.
     """
     table = hit_table(neurons, hit_rate)
-    marks: list[Mark] = [Rule(x=at_random, label=f"random: {at_random:.1f}%"), Point("value", "score")]
+    marks: list[Mark] = [Rule(x=at_random), Point("value", "score")]
     if table.empty:
         marks += map(partial(write_word, 50.0), SCORES.values())
     return Chart(
         table,
         marks,
         title="Changed neurons that a score finds",
-        x=Axis(label="hit rate (%)", limits=(0, 100)),
+        x=Axis(label=f"hit rate (%); random: {at_random:.1f}", limits=(0, 100)),
         y=Axis(order=SCORES.values()),
         caption="Fraction of the neurons with the highest scores that the teacher changed, as many as it changed. "
         "Each dot is one seed. Scores come from full fine-tuning.",

@@ -1,19 +1,21 @@
-"""Figure of the allocators: final rank by planted rank."""
+"""Figure of the allocators: final rank and scores by planted rank."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis, Line, Mark
+from lorascope.charts.chart import Panels
+from lorascope.charts.marks import Axis, Line, Mark, Rule
 from lorascope.papers.figures.study_marks import write_word
 from lorascope.plots.builders import curves, ticks_at
 from lorascope.plots.run_groups import INTERVAL
 
 _TRUTH, _UNIFORM = "planted rank", "uniform rank"
+_KEYS = ["recipe", "run", "planted"]
 
 
 def allocation_table(ranks: pd.DataFrame, arms: Mapping[str, str]) -> pd.DataFrame:
@@ -22,44 +24,73 @@ def allocation_table(ranks: pd.DataFrame, arms: Mapping[str, str]) -> pd.DataFra
     The value is the final rank, averaged over the modules with the same planted rank, then over seeds, with a 95%
     interval.
     """
-    if ranks.empty:  # it may lack its columns
-        return pd.DataFrame(columns=["recipe", "planted", "value", "low", "high", "n"])
+    of_arms = _of_arms(ranks, arms)
+    return _over_seeds(of_arms.assign(value=of_arms["rank"]))
+
+
+def score_tables(
+    scores: pd.DataFrame, ranks: pd.DataFrame, arms: Mapping[str, str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tabulate scores as ``allocation_table`` does for ranks, at the first and at the last step that has some.
+
+    The value is the percentile of a component's score among those of the run, averaged over the components of a module.
+    An arm with scores at one step is in the second table only.
+    """
+    of_arms = _of_arms(scores, arms)
+    steps = of_arms.groupby("run")["step"]
+    first, last = steps.transform("min"), steps.transform("max")
+    tables = []
+    for is_shown in ((of_arms["step"] == first) & (first < last), of_arms["step"] == last):
+        components = of_arms[is_shown]
+        percentile = 100 * components.groupby("run")["score"].rank(pct=True)
+        planted = ranks[["run", "module", "planted"]]
+        modules = components.assign(value=percentile).groupby(["recipe", "run", "module"])["value"].mean()
+        tables.append(_over_seeds(modules.reset_index().merge(planted, on=["run", "module"])))
+    return tables[0], tables[1]
+
+
+def _of_arms(table: pd.DataFrame, arms: Mapping[str, str]) -> pd.DataFrame:
     names = {arm: name for name, arm in arms.items()}
-    of_arms = ranks[ranks["arm"].isin(names)]
-    means = of_arms.groupby(["arm", "seed", "planted"], sort=True)["rank"].mean().rename("value").reset_index()
-    return band(means.assign(recipe=means["arm"].map(names)), ["recipe", "planted"])
+    return table[table["arm"].isin(names)].assign(recipe=lambda rows: rows["arm"].map(names))
 
 
-def planted_allocations(ranks: pd.DataFrame, arms: Mapping[str, str], uniform: float) -> Chart:
-    """Draw the final rank of allocators by planted rank.
+def _over_seeds(modules: pd.DataFrame) -> pd.DataFrame:
+    cells = band(modules.groupby(_KEYS)["value"].mean().reset_index(), ["recipe", "planted"])
+    return cells.astype(dict.fromkeys(["planted", "value", "low", "high"], "float64"))
+
+
+def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping[str, str], uniform: float) -> Panels:
+    """Draw the final ranks and the scores of allocators by planted rank.
 
     Parameters
     ----------
-    ranks : DataFrame
-        Kept table ``ranks``.
+    ranks, scores : DataFrame
+        Kept tables.
     arms : mapping name -> arm
         Arms that learn uneven planted ranks, by their names in the legend.
     uniform : float
         Rank of all modules without allocation.
     """
     cells = allocation_table(ranks, arms)
-    truth = pd.DataFrame({"planted": sorted(set(cells["planted"]) or {0, 4})})
+    truth = pd.DataFrame({"planted": sorted(set(cells["planted"]))})
     references = pd.concat([
         truth.assign(recipe=_TRUTH, value=truth["planted"]), truth.assign(recipe=_UNIFORM, value=uniform)
     ])  # fmt: skip
+    caption = (
+        "Left: final rank. Scores: percentile of a component among those of the run, at the first and at the last "
+        "selection; 50 (dashed) at random. Means over the modules with the same planted rank, then over seeds; bands "
+        f"and bars: {INTERVAL}. AutoLoRA's weights sum to one in every module, so they cannot order modules, and are "
+        "shown at the end of its search."
+    )
+    x = Axis(label="rank of the teacher's update", ticks=ticks_at(truth["planted"]))
+    settings: dict[str, Any] = {"caption": caption, "colors": [*arms, _TRUTH, _UNIFORM]}
     marks: list[Mark] = [Line("planted", "value", "recipe", data=references)]
     missing = [name for name in arms if name not in set(cells["recipe"])]
     if missing:
         marks.append(write_word(2.0, 0.3, f"not run: {', '.join(missing)}"))
-    return curves(
-        cells.astype(dict.fromkeys(["planted", "value", "low", "high"], "float64")),
-        "planted",
-        (
-            Axis(label="rank of the teacher's update", ticks=ticks_at(truth["planted"])),
-            Axis(label="final rank", limits=(0, None)),
-        ),
-        *marks,
-        title="Final rank by planted rank",
-        caption=f"Final rank, mean over the modules with the same planted rank. Bands and bars: {INTERVAL}.",
-        colors=[*arms, _TRUTH, _UNIFORM],
-    )
+    y = Axis(label="final rank", limits=(0, None))
+    charts = [curves(cells, "planted", (x, y), *marks, title="Final rank", **settings)]
+    for when, table in zip(("First scores", "Last scores"), score_tables(scores, ranks, arms), strict=True):
+        y = Axis(label="score (percentile)")
+        charts.append(curves(table, "planted", (x, y), Rule(y=50), title=when, **settings))
+    return Panels((tuple(charts),))

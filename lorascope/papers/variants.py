@@ -359,8 +359,8 @@ def keep_update_amplification(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-W_STEP = 8
-"""Every such number of W's first directions is compared with those of the update."""
+W_DIRECTIONS = range(4, 65, 4)
+"""Numbers of W's first directions, of 384, whose similarity to those of the update is kept: a sixth."""
 
 
 def keep_weight_overlaps(run: Run) -> pd.DataFrame:
@@ -369,7 +369,7 @@ def keep_weight_overlaps(run: Run) -> pd.DataFrame:
         if (layer, role) == (2, "q"):
             cells = subspace_similarity.similarity_of_runs({"": Dense(weight)}, {"": update}, "", "update")
             small = {"i": "int16", "j": "int16", "phi": "float16"}
-            return cells.loc[cells["i"] % W_STEP == 0, ["i", "j", "phi"]].astype(small)
+            return cells.loc[cells["i"].isin(W_DIRECTIONS), ["i", "j", "phi"]].astype(small)
     raise ValueError("a LoRA on text must adapt q of layer 2")
 
 

@@ -1,0 +1,287 @@
+"""Figures of the papers over steps, neurons or components, from the kept tables of arms that no claim reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pandas as pd
+
+from lorascope.analysis.neuron_utilization import average_shifts, compute_rank_shift, count_shifts
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Chart, Drawable, set_side_by_side, stack_vertically
+from lorascope.charts.marks import Axis, Band, Bar, Line, Mark, Point
+from lorascope.papers import adalora, fourierft, lisa, neft, variants
+from lorascope.papers.figures.variant_gaps import PUBLISHED, common_seeds, published
+from lorascope.papers.judging import truth_names
+from lorascope.papers.judging.kept_study import StudyEvidence
+from lorascope.papers.variant_figures import VariantFigure, of_truth, printed_by_fraction
+from lorascope.plots.builders import curves, ticks_at
+from lorascope.plots.run_groups import INTERVAL
+
+WINDOW = 10  # steps, of which a batch's loss is the mean
+FEW, ALL_BLOCKS = truth_names.FEW_NEURONS, truth_names.ALL_BLOCKS
+
+
+def course(
+    evidence: StudyEvidence,
+    table: str,
+    arms: Mapping[str, str],
+    y: str,
+    title: str,
+    caption: str,
+    by_seed: bool = False,
+) -> Chart | None:
+    """Draw a loss of arms over the steps, mean and range over the seeds that all have; None if an arm has no runs.
+
+    Parameters
+    ----------
+    evidence : StudyEvidence
+        Kept runs.
+    table : {"losses", "validation"}
+        Kept table.
+    arms : mapping name -> label
+        Arms by their names in the legend.
+    y, title, caption : str
+        Label of the axis, and text of the figure.
+    by_seed : bool
+        Whether every seed has a line.
+    """
+    tables = []
+    seeds = common_seeds(evidence, arms.values())
+    for seed in seeds:
+        for name, arm in arms.items():
+            rows = evidence.table(table, arm, seed).astype({"loss": "float64"})
+            if table == "losses":  # of the last phase; a loss of single batches is noisy
+                rows = rows[rows["phase"] == ""]
+                rows = rows.assign(step=(rows["step"] - rows["step"].min()) // WINDOW * WINDOW + WINDOW / 2)
+            by_step = rows.groupby("step")["loss"].mean().reset_index()
+            tables.append(by_step.assign(recipe=f"seed {seed}" if by_seed else name))
+    if not tables:
+        return None
+    losses = pd.concat(tables, ignore_index=True)
+    cells = (
+        losses.groupby(["recipe", "step"], sort=False)["loss"].agg(value="mean", low="min", high="max").reset_index()
+    )
+    marks: list[Mark] = [Line("step", "value", "recipe")]
+    if not by_seed:
+        marks.insert(0, Band("step", "low", "high", "recipe"))
+    drawn = f"Lines: mean of {len(seeds)} seeds; bands: their range."
+    return Chart(
+        cells,
+        marks,
+        title=title,
+        x=Axis(label="step"),
+        y=Axis(label=y),
+        caption=f"{'' if by_seed else drawn + ' '}{caption}",
+        colors=dict.fromkeys(cells["recipe"]),
+    )
+
+
+def in_row(*charts: Chart | None) -> Drawable | None:
+    """Set charts side by side, with the caption of the first one; None if one is missing."""
+    drawn = [chart for chart in charts if chart is not None]
+    if len(drawn) < len(charts):
+        return None
+    return set_side_by_side(*(replace(chart, caption=drawn[0].caption) for chart in drawn))
+
+
+def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
+    """Draw LISA's figures 8, 9 and 10: training loss by number of blocks, by steps between draws, and by seed."""
+    full = {"γ = 8 (full)": f"{neft.FULL}, {ALL_BLOCKS}"}
+    by_number = {f"γ = {number}": f"LISA, {number} of 8 blocks, {ALL_BLOCKS}" for number in variants.BLOCKS}
+    by_interval = {"K = 10": f"{lisa.SAMPLED}, {ALL_BLOCKS}"}
+    for steps in variants.INTERVALS:
+        if steps != 10:  # the arm of a claim
+            by_interval[f"K = {steps}"] = f"{lisa.SAMPLED}, {steps} steps, {ALL_BLOCKS}"
+    caption = (
+        "Planted teachers change all eight blocks. Left: K = 10 steps between draws. Center: γ = 2 blocks; K = 400 is "
+        "a single draw. Right: one teacher, so that only data order and draws differ. The paper's lines end at about "
+        "the same loss for all K and all seeds, and lowest for the largest γ."
+    )
+    label = "training loss"
+    return in_row(
+        course(evidence, "losses", by_number | full, label, "Number of blocks", caption),
+        course(evidence, "losses", by_interval, label, "Steps between draws", caption),
+        course(evidence, "losses", of_truth(ALL_BLOCKS, variants.ON_ONE[-1]), label, "Seeds", caption, by_seed=True),
+    )
+
+
+def draw_lisa_validation(evidence: StudyEvidence) -> Drawable | None:
+    """Draw LISA's figure 11: validation loss."""
+    arms = dict(zip(("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"), variants.ON_ONE, strict=True))
+    caption = "All seeds learn the text of one planted teacher. The paper shows no sign of overfitting by LISA."
+    return course(evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss", "Validation loss", caption)
+
+
+def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
+    """Draw NeFT's figures 6 and 7: validation loss, also at equal numbers of parameters."""
+    few, many = variants.few_neurons(), variants.few_neurons(72)
+    small, large = variants.FACTORED_NEURONS
+    full = {"full fine-tuning": f"{neft.FULL}, evaluated"}
+    logs = pd.read_csv(PUBLISHED / "neft_dev_loss.csv")
+    best = logs.pivot(index="pair", columns="method", values="best_loss")
+    gains = ", ".join(f"{gain:.2f}" for gain in best["full fine-tuning"] - best["NeFT"])
+    caption = (
+        "The teacher changes 108 of 1,152 neurons. NeFT starts again after a full fine-tuning of 400 steps, which is "
+        "not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as 36. The authors' logs have full "
+        f"fine-tuning {gains} above NeFT at the best step of two language pairs."
+    )
+    label = "validation loss"
+    return in_row(
+        course(evidence, "validation", of_truth(FEW, **full, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
+               "Against full fine-tuning", caption),
+        course(evidence, "validation", of_truth(FEW, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
+               "As many as 108 neurons", caption),
+        course(evidence, "validation", of_truth(FEW, **{"NeFT, 36": few, "LoRA, rank 1": small}), label,
+               "As many as 36 neurons", caption),
+    )  # fmt: skip
+
+
+def draw_fourier_losses(evidence: StudyEvidence) -> Drawable | None:
+    """Draw FourierFT's figure 6: training loss of FourierFT and of LoRA of equal size."""
+    charts = []
+    for truth, title in zip(fourierft.SUFFICIENT, ("Its coefficients suffice", "Rank 2 suffices"), strict=True):
+        arms = of_truth(truth, **{"FourierFT, 192": fourierft.SPARSE, "LoRA, rank 2": fourierft.SMALL_STUDENT})
+        caption = "192 parameters per matrix. The paper compares LoRA of rank 1 with as many coefficients, on text."
+        charts.append(course(evidence, "losses", arms, "training loss", title, caption))
+    return in_row(*charts)
+
+
+def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
+    """Draw AdaLoRA's figure 4: distance of P and Q from orthogonality over the steps."""
+    names = {"AdaLoRA": adalora.ALLOCATED, "no penalty": f"{adalora.ALLOCATED}, no penalty"}
+    arms = of_truth(variants.UNEVEN, **names)
+    tables = []
+    for seed in common_seeds(evidence, arms.values()):
+        for name, arm in arms.items():
+            tables.append(evidence.table("penalties", arm, seed).assign(recipe=name))
+    if not tables:
+        return None
+    keys = ["role", "factor", "recipe", "step"]
+    cells = pd.concat(tables).groupby(keys)["value"].agg(value="mean", low="min", high="max").reset_index()
+    caption = (
+        "First block of planted students, mean and range over seeds, from before the first step on. The paper's "
+        "distance falls to about 1e-3 during the warm-up, with γ = 0.1 as here. The control has γ = 0."
+    )
+    charts = []
+    for role, module in (("o", "W_o"), ("ffn_out", "W_f2")):
+        for factor, formula in (("P", "‖PᵀP − I‖²"), ("Q", "‖QQᵀ − I‖²")):
+            rows = cells[(cells["role"] == role) & (cells["factor"] == factor)]
+            chart = curves(
+                rows, "step", ("step", Axis(label="distance", log=True)), points=False, title=f"{formula}, {module}",
+                caption=caption, colors=names,
+            )  # fmt: skip
+            charts.append(chart)
+    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))
+
+
+def shift_table(evidence: StudyEvidence, arm: str, reference: str, seed: int) -> pd.DataFrame:
+    """Compute the shift of utilization ranks of a run from those of another arm with the same seed."""
+    studied, before = (evidence.table("utilization", f"{name}, {FEW}", seed) for name in (arm, reference))
+    columns = ["module", "role", "neuron", "value"]
+    return compute_rank_shift(studied[columns], before[columns], studied.loc[studied["trained"], ["module", "neuron"]])
+
+
+_MODEL_RANKS = 352_256  # of the neurons of one projection of LLaMA-2 7B
+_ROLE_RANKS = 384  # of the decoder
+
+
+def draw_use(evidence: StudyEvidence) -> Drawable | None:
+    """Draw NeFT's figure 4: mean shift of utilization ranks, from the smallest and the largest number of neurons."""
+    seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values())
+    if not seeds:
+        return None
+    rows = []
+    kinds = {"next": variants.NEXT[1:], "reversed": variants.REVERSED}
+    for recipe, arms in kinds.items():
+        for number, arm in zip(variants.MORE_NEURONS, arms, strict=True):
+            for seed in seeds:
+                for panel, reference in (("a", variants.NEXT[0]), ("b", arms[-1])):
+                    moved = shift_table(evidence, arm, reference, seed)["d_rank"].abs().mean()
+                    rows.append((panel, recipe, number, 100 * moved / _ROLE_RANKS))
+    table = pd.DataFrame(rows, columns=["panel", "recipe", "x", "value"])
+    cells = band(table[(table["panel"] == "a") | (table["x"] < variants.MORE_NEURONS[-1])], ["panel", "recipe", "x"])
+    caption = (
+        f"Mean shift of a neuron's utilization rank in its role, in percent of the ranks; bars: {INTERVAL}. (a) from "
+        "NeFT with 3% of the neurons, (b) from the largest number of the same kind. Right: printed numbers, divided by "
+        f"{_MODEL_RANKS:,} ranks."
+    )
+    shift = Axis(label="mean shift (% of ranks)", limits=(0, None))
+    charts = []
+    for panel, place, pattern in (("a", "Figure 4 (a)", r"(?:and )(\d+)"), ("b", "Figure 4 (b)", r"(?:and )(\d+)")):
+        measured = cells[cells["panel"] == panel]
+        x = Axis(label="further neurons", ticks=ticks_at(measured["x"]))
+        charts.append(curves(measured, "x", (x, shift), title=f"({panel})", caption=caption, colors=kinds))
+        numbers = printed_by_fraction(place, pattern)
+        total = published("NeFT", place)["method"].str.extract(r"NeFT, (\d+)")[0].astype("float64") - 3
+        numbers = numbers.assign(x=numbers["x"].fillna(total), value=100 * numbers["value"] / _MODEL_RANKS)
+        x = Axis(label="further neurons (%)", ticks=ticks_at(numbers["x"]))
+        charts.append(curves(numbers, "x", (x, shift), title=f"({panel}), printed", caption=caption, colors=kinds))
+    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))
+
+
+def draw_shift(evidence: StudyEvidence) -> Drawable | None:
+    """Draw NeFT's figures 2 and 5: shift by percentile, and strongly, suppressed and indirectly affected neurons."""
+    arms = {f"{n}, {kind}": arm for kind, of_kind in (("next", variants.NEXT[1:]), ("reversed", variants.REVERSED))
+            for n, arm in zip(variants.MORE_NEURONS, of_kind, strict=True)}  # fmt: skip
+    seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values())
+    if not seeds:
+        return None
+    shifts, counts = [], []
+    for seed in seeds:
+        by_percentile = average_shifts(shift_table(evidence, variants.NEXT[1], variants.NEXT[0], seed))
+        shifts.append(by_percentile.iloc[:-1])  # the last row is the mean over all
+        for name, arm in arms.items():
+            numbers = count_shifts(shift_table(evidence, arm, variants.NEXT[0], seed))
+            for kind in ("strong", "suppressed", "indirect"):
+                counts.append((name, kind, 100 * numbers[kind] / (2 * _ROLE_RANKS)))
+    caption = (
+        "Left: mean shift of the utilization ranks between NeFT with 3% and 6% of the neurons, by percentile of use, "
+        "and as read off the paper's figure. Right: neurons of NeFT with further neurons whose rank shifts by at least "
+        f"28% from NeFT with 3%, in percent, mean of {len(seeds)} seeds. Suppressed ones are used less, indirect ones "
+        "do not train."
+    )
+    moved = pd.concat(shifts).assign(source="measured")
+    middle = (moved["low"] + moved["high"]) / 2
+    moved = moved.assign(x=100 * middle, y=100 * moved["value"] / _ROLE_RANKS)
+    printed_shifts = published("NeFT", "Figure 2")
+    edges = printed_shifts["method"].str.extract(r"percentiles ([\d.]+) to ([\d.]+)").astype("float64")
+    paper = pd.DataFrame(
+        {"x": edges.mean(axis=1), "y": 100 * printed_shifts["value"] / _MODEL_RANKS, "source": "printed"}
+    )
+    by_bucket = pd.concat([moved, paper]).groupby(["source", "x"], sort=False)["y"].mean().reset_index()
+    axes = {"x": Axis(label="percentile of use"), "y": Axis(label="mean shift (% of ranks)")}
+    left = Chart(
+        by_bucket, [Line("x", "y", "source"), Point("x", "y", "source")], title="Shift by use", caption=caption, **axes
+    )
+    table = (
+        pd.DataFrame(counts, columns=["name", "kind", "value"]).groupby(["name", "kind"], sort=False)["value"].mean()
+    )
+    panel = replace(
+        left,
+        data=table.reset_index(),
+        marks=[Bar("value", "name", "kind")],
+        title="Affected neurons",
+        x=Axis(label="neurons (%)"),
+        y=Axis(label="further neurons", order=arms),
+    )
+    printed_counts = published("NeFT", "Figure 5")
+    names = printed_counts["method"].str.replace("NeFT, ", "").str.replace("3 % and ", "").str.replace(" %", "%")
+    paper = pd.DataFrame({
+        "name": names, "kind": printed_counts["metric"].str.partition(":")[0],
+        "value": 100 * printed_counts["value"] / (2 * _MODEL_RANKS),
+    })  # fmt: skip
+    right = replace(panel, data=paper, title="Affected neurons, printed", y=Axis(label="", order=dict.fromkeys(names)))
+    return set_side_by_side(left, panel, right)
+
+
+STUDY_FIGURES = {
+    "losses-lisa": VariantFigure("LISA", "Training loss of LISA by blocks, draws and seed", draw_lisa_losses),
+    "validation-lisa": VariantFigure("LISA", "Validation loss of LISA, LoRA, full fine-tuning", draw_lisa_validation),
+    "validation-neft": VariantFigure("NeFT", "Validation loss of NeFT, LoRA, full fine-tuning", draw_neft_validation),
+    "losses-fourierft": VariantFigure("FourierFT", "Training loss of FourierFT and LoRA", draw_fourier_losses),
+    "penalties": VariantFigure("AdaLoRA", "Distance of P and Q from orthogonality over the steps", draw_penalties),
+    "shift-by-neurons": VariantFigure("NeFT", "Mean shift in utilization rank by further neurons", draw_use),
+    "affected-neurons": VariantFigure("NeFT", "Shift in utilization rank by use, and affected neurons", draw_shift),
+}

@@ -1,0 +1,339 @@
+"""Figures of the papers on directions, ranks by task, second moments and costs, from kept tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from lorascope import plots
+from lorascope.analysis.rank_allocations import kendall_tau
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side
+from lorascope.charts.marks import Axis, Heat, Line, Mark, Point, Text
+from lorascope.papers import adalora, adapprox, alora, autolora, hydralora, variants
+from lorascope.papers.course_figures import in_row
+from lorascope.papers.figures.variant_gaps import common_seeds, published
+from lorascope.papers.judging import truth_names
+from lorascope.papers.judging.kept_study import StudyEvidence
+from lorascope.papers.rank_tables import UNIFORM_STUDENT
+from lorascope.papers.variant_figures import VariantFigure
+from lorascope.plots.builders import curves, ticks_at
+from lorascope.schema import module_table
+
+WIDTH = 384
+"""Number of inputs of the text model's queries and values."""
+
+
+def rows_of(evidence: StudyEvidence, table: str, arm: str) -> pd.DataFrame:
+    """Return the rows of a kept table of all judged runs of an arm; empty without one."""
+    tables = [evidence.table(table, arm, seed) for seed in evidence.seeds(arm)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def similarity_heat(cells: pd.DataFrame, title: str, caption: str, high: float, y: str, x: str) -> Chart:
+    """Draw similarities of ``i`` (rows) and ``j`` (columns) as colors between 0 and a highest one."""
+    # Few enough ticks to be read.
+    ticks = [{n: str(n) for n in sorted(set(cells[name])) if n == 1 or n % 8 == 0} for name in "ji"]
+    axes = {"x": Axis(label=x, order=sorted(set(cells["j"])), ticks=ticks[0]),
+            "y": Axis(label=y, order=sorted(set(cells["i"])), ticks=ticks[1])}  # fmt: skip
+    return Chart(cells, [Heat("j", "i", "phi", "φ", limits=(0.0, high))], title=title, caption=caption, **axes)
+
+
+def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
+    """Draw LoRA's figures 3, 4 and 6: similarity of the directions of A between ranks, and between initial values."""
+    table = rows_of(evidence, "overlaps", variants.OTHER_HIGH)
+    if table.empty:
+        return None
+    keys = ["pair", "layer", "role", "i", "j"]
+    means = table.astype({"phi": "float64"}).groupby(keys)["phi"].mean().reset_index()
+    ranks, starts = (means[means["pair"] == pair] for pair in variants.PAIRS)
+    first = ranks.query("layer == 2 and i == 1 and j == 1").set_index("role")["phi"]
+    seeds = len(evidence.seeds(variants.OTHER_HIGH))
+    caption = (
+        "φ(i, j): overlap of the first i directions of one A with the first j of another one, mean of "
+        f"{seeds} pairs of runs that share neither seed nor initial A; text. Colors end at the largest value of a row. "
+        f"φ(1, 1) in layer 2 is {first['q']:.2f} for q and {first['v']:.2f} for v; at random {1 / WIDTH:.3f}. The "
+        "paper has φ(1, 1) > 0.5."
+    )
+    rows = []
+    for cells, label in ((ranks[ranks["layer"] == 2], "r = 8, i"), (starts, "r = 64, i")):
+        cells = cells.assign(random=cells[["i", "j"]].max(axis=1) / WIDTH)
+        high = float(cells[["phi", "random"]].max(axis=None))
+        panels = {f"{role}, layer 2": cells[cells["role"] == role] for role in "qv"}
+        panels["random"] = cells[cells["role"] == "q"].assign(phi=cells["random"])
+        row = []
+        for name, of_panel in panels.items():
+            row.append(similarity_heat(of_panel, name, caption, high, label, "r = 64, j"))
+        rows.append(row)
+    for role in "qv":
+        near = ranks[(ranks["role"] == role) & (ranks["j"] <= 8)]
+        high = float(near["phi"].max())
+        zoomed = [similarity_heat(near[near["layer"] == layer], f"{role}, layer {layer}", caption, high, "r = 8, i",
+                                  "r = 64, j ≤ 8") for layer in sorted(set(near["layer"]))]  # fmt: skip
+        rows.insert(len(rows) - 1, zoomed)
+    return Panels(tuple(map(tuple, rows)))
+
+
+def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
+    """Draw LoRA's figure 8: similarity of the directions of W and of the update."""
+    tables = {f"rank {rank}": rows_of(evidence, "weight_overlaps", arm) for rank, arm in _RANKS.items()}
+    if any(table.empty for table in tables.values()):
+        return None
+    means = {name: table.astype({"phi": "float64"}).groupby(["i", "j"])["phi"].mean().reset_index()
+             for name, table in tables.items()}  # fmt: skip
+    wide = means["rank 64"]
+    means["random"] = wide.assign(phi=wide[["i", "j"]].max(axis=1) / WIDTH)
+    high = float(max(cells["phi"].max() for cells in means.values()))
+    excess = {
+        name: float((cells["phi"] - cells[["i", "j"]].max(axis=1) / WIDTH).mean()) for name, cells in means.items()
+    }
+    caption = (
+        "Overlap of the first i input directions of W_q, of 384, with the first j of its update, layer 2, mean over "
+        f"seeds. Mean difference from random: {excess['rank 8']:+.3f} for rank 8, {excess['rank 64']:+.3f} for 64. "
+        "The paper finds that the update avoids the top directions of W."
+    )
+    return set_side_by_side(*(
+        similarity_heat(cells, name, caption, high, "W, i", "update, j") for name, cells in means.items()
+    ))  # fmt: skip
+
+
+_RANKS = {8: variants.LOW, 64: variants.HIGH}
+
+
+def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
+    """Draw LoRA's table 7: norm of W along the update's, its own and random directions, and the amplification."""
+    tables = {f"rank {rank}": rows_of(evidence, "amplification", arm) for rank, arm in _RANKS.items()}
+    if any(table.empty for table in tables.values()):
+        return None
+    kinds = {"along_update": "the update's", "along_weight": "W's own", "along_random": "random"}
+    rows, factors = [], []
+    for rank, table in tables.items():
+        queries = table[table["role"] == "q"]
+        factors.append((queries["update"] / queries["along_update"]).mean())
+        for layer, of_layer in queries.groupby("layer"):
+            rows += [(rank, name, layer, of_layer[column].mean()) for column, name in kinds.items()]
+    measured = pd.DataFrame(rows, columns=["rank", "name", "layer", "value"])
+    numbers = published("LoRA", "Table 7")
+    pattern = r"W_q on (?P<kind>the update's|its own top|random) directions, rank (?P<rank>\d+)"
+    printed = numbers["method"].str.extract(pattern).assign(value=numbers["value"]).dropna()
+    names = {"its own top": "W's own"}
+    printed = printed.assign(name=printed["kind"].replace(names), rank="rank " + printed["rank"])
+    caption = (
+        "Norm of W_q between the left and right directions of the update, as many of its own, and random ones; a dot "
+        f"per layer, mean over seeds. Amplification, norm of the update over that of W along it: {factors[0]:.1f} for "
+        f"rank 8, {factors[1]:.1f} for rank 64; printed 21.5 for rank 4, about 2 for rank 64."
+    )
+    y = Axis(order=kinds.values(), compact=True)
+    x = Axis(label="norm of W_q along directions", log=True)
+    left = Chart(measured, [Point("value", "name", "rank")], title="Measured", x=x, y=y, caption=caption)
+    return set_side_by_side(
+        left, replace(left, data=printed, title="LoRA, table 7", x=replace(x, label="printed norm"))
+    )
+
+
+def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
+    """Draw AutoLoRA's figure 3: ranks by module for two tasks, with agreement within and between tasks."""
+    arms = [f"{name}, {truth_names.UNEVEN}" for name in variants.ON_TEACHERS]
+    tables = [rows_of(evidence, "ranks", arm) for arm in arms]
+    if any(table.empty for table in tables):
+        return None
+    found = [table.pivot(index="module", columns="seed", values="rank") for table in tables]
+    both = pd.concat(found, axis=1)
+    agreement, count = kendall_tau(both.to_numpy(np.float64).T), len(found[0].columns)
+    within = [agreement[:count, :count], agreement[count:, count:]]
+    same = np.mean([block[np.triu_indices(count, 1)].mean() for block in within])
+    caption = (
+        f"Final ranks, mean of {count} runs per teacher, and planted ranks. Kendall's tau between runs on one teacher: "
+        f"{same:.2f}; on different teachers: {agreement[:count, count:].mean():.2f}. The paper finds that ranks differ "
+        "between layers, projections and tasks, without a control."
+    )
+    rows = []
+    for number, table in enumerate(tables):
+        by_module = table.groupby("module")[["rank", "planted"]].mean()
+        places = pd.DataFrame(
+            [module_table.parse(name) for name in by_module.index], columns=["stack", "layer", "role"]
+        )
+        cells = by_module.reset_index().assign(layer=places["layer"].astype(str), role=places["role"])
+        row = []
+        for column, name in (("rank", "found"), ("planted", "planted")):
+            heat = Heat("layer", "role", column, "rank", ".1f", limits=(0.0, 4.0))
+            axes = {"x": Axis(label="block"), "y": Axis(order=list(variants.TYPES))}
+            row.append(Chart(cells, [heat], title=f"task {number + 1}, {name}", caption=caption, **axes))
+        rows.append(tuple(row))
+    return Panels(tuple(rows))
+
+
+def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
+    """Draw Adapprox's figures 1 and 2: singular values of second moments, and error and time by rank."""
+    table = rows_of(evidence, "moments", variants.MOMENTS)
+    if table.empty:
+        return None
+    means = table.groupby(["quantity", "layer", "index"], dropna=False)["value"].mean().reset_index()
+    caption = (
+        "Second moments of AdamW after 100 steps on text, mean over matrices and seeds. Shuffled: other entries with "
+        "the same row and column sums. Any matrix of positive entries has one large singular value. Times are from the "
+        "machine that trained the runs."
+    )
+    sigma = means[means["quantity"].isin(["moment_sigma", "moment_sigma_dealt"])].dropna(subset="layer")
+    layer = "layer " + sigma["layer"].astype(int).astype(str)
+    sigma = sigma.assign(name=layer.where(sigma["quantity"] == "moment_sigma", "shuffled"))
+    spectra = Chart(
+        sigma.groupby(["name", "index"])["value"].mean().reset_index(),
+        [Line("index", "value", "name")],
+        title="Singular values",
+        x=Axis(label="component", log=True),
+        y=Axis(label="singular value / largest", log=True),
+        caption=caption,
+    )
+    errors = _by_rank(means, _ERRORS)
+    rank_one = means.loc[means["quantity"] == "moment_error_rank_one", "value"].mean()
+    ends = pd.DataFrame({"index": [errors["index"].min(), errors["index"].max()], "value": rank_one})
+    errors = pd.concat([errors, ends.assign(recipe="row-column product (Adafactor)")])
+    return in_row(
+        spectra,
+        _curve(errors, "relative error", "Error by rank", caption, log=False),
+        _curve(_by_rank(means, _TIMES), "seconds", "Time by rank", caption, log=True),
+    )
+
+
+_ERRORS = {
+    "moment_error": "best rank k",
+    "moment_error_s_rsi": "S-RSI",
+    "moment_error_dealt": "best rank k, shuffled",
+}
+_TIMES = {
+    "factoring_seconds_svd": "SVD",
+    "factoring_seconds_l5_p5": "S-RSI",
+    "factoring_seconds_svd_lowrank": "svd_lowrank",
+}
+
+
+def _by_rank(means: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    rows = means[means["quantity"].isin(list(names))]
+    by_rank = rows.groupby(["quantity", "index"])["value"].mean().reset_index()
+    return by_rank.assign(recipe=by_rank["quantity"].map(names))
+
+
+def _curve(cells: pd.DataFrame, y: str, title: str, caption: str, log: bool) -> Chart:
+    x = Axis(label="rank", log=True, ticks=ticks_at(cells["index"]))
+    up = Axis(label=y, log=log, limits=None if log else (0, None))
+    cells = cells.assign(low=np.nan, high=np.nan)
+    return curves(cells, "index", (x, up), title=title, caption=caption, colors=dict.fromkeys(cells["recipe"]))
+
+
+def draw_factors(evidence: StudyEvidence) -> Drawable | None:
+    """Draw Adapprox's ranks and errors over the steps, and its guidance."""
+    table = rows_of(evidence, "moments", variants.FACTORED)
+    guided = {}
+    for truth in adapprox.MOMENTS:
+        name = truth.removeprefix("second moments ")
+        guided |= {name: f"{adapprox.OURS}, {truth}", f"{name}, guided": variants.guided(truth)}
+    seeds = common_seeds(evidence, guided.values())
+    if table.empty or not seeds:
+        return None
+    caption = (
+        "Left, center: 100 steps on text, mean over matrices and seeds. Right: final loss on quadratics with known "
+        "second moments, in percent of the first loss, at one rate, a dot per seed. The paper prints no values."
+    )
+    by_step = table.groupby(["quantity", "role", "step"])["value"].mean().reset_index().assign(low=np.nan, high=np.nan)
+    ranks = by_step[by_step["quantity"] == "factor_rank"]
+    names = {
+        "factor_error": "error of the step's factors",
+        "factor_drift": "drift from the exact average",
+        "factor_drift_least": "best rank k of the exact average",
+        "factor_drift_rank_one": "row-column product",
+    }
+    errors = table[table["quantity"].isin(list(names))].groupby(["quantity", "step"])["value"].mean().reset_index()
+    errors = errors.assign(recipe=errors["quantity"].map(names), low=np.nan, high=np.nan)
+    rows = []
+    for name, arm in guided.items():
+        for seed in seeds:
+            run = evidence.of_phase(arm, seed).iloc[0]
+            rows.append((name, 100 * run["loss"] / run["first_loss"]))
+    losses = pd.DataFrame(rows, columns=["name", "value"])
+    left = curves(ranks, "step", ("step", "rank"), color="role", points=False, title="Rank by role", caption=caption)
+    center = curves(
+        errors, "step", ("step", Axis(label="relative error", log=True)), points=False, title="Error of the factors"
+    )
+    axes = {"x": Axis(label="final loss (% of first)", log=True), "y": Axis(order=guided, compact=True)}
+    return in_row(left, center, Chart(losses, [Point("value", "name")], title="Guidance", **axes))
+
+
+def draw_costs(evidence: StudyEvidence) -> Drawable | None:
+    """Draw ALoRA's table 4, AutoLoRA's table 5 and HydraLoRA's figure 5: cost of training."""
+    groups = {
+        truth_names.UNEVEN: {"LoRA": UNIFORM_STUDENT, "AdaLoRA": adalora.ALLOCATED, "ALoRA": alora.MOVED,
+                             "AutoLoRA": autolora.SEARCHED},
+        truth_names.SHARED_A: {"LoRA, rank 16": "LoRA, rank 16", "LoRA, rank 12": hydralora.EQUAL,
+                               "4 LoRAs of rank 4": hydralora.SEPARATE[4], "HydraLoRA": hydralora.EXPERTS},
+    }  # fmt: skip
+    charts = []
+    caption = (
+        "CPU time of a run of 400 steps of 16 texts on one thread, a dot per seed; AutoLoRA has a search of 400 more. "
+        "Center: tokens of training text per second. ALoRA's paper prints 2.68 hours for LoRA and 3.81 for ALoRA; "
+        "AutoLoRA's ratios are not readable; HydraLoRA's paper prints 1.96 times the speed of LoRA of rank 32."
+    )
+    for truth, names in groups.items():
+        seconds = [(name, seed, float(evidence.judged(f"{arm}, {truth}", seed)["cpu_seconds"].iloc[0]))
+                   for name, arm in names.items() for seed in evidence.seeds(f"{arm}, {truth}")]  # fmt: skip
+        table = pd.DataFrame(seconds, columns=["name", "seed", "seconds"])
+        if set(table["name"]) != set(names):
+            return None
+        x, column = "CPU-seconds", table["seconds"]
+        if truth == truth_names.SHARED_A:
+            x, column = "tokens per second", _TOKENS / column
+        axes = {"x": Axis(label=x, limits=(0, None)), "y": Axis(order=names, compact=True)}
+        charts.append(Chart(table.assign(value=column), [Point("value", "name")], title=truth, caption=caption, **axes))
+    hours = published("ALoRA", "Table 4").query("metric == 'hours to early stopping'")
+    printed = hours.assign(name=hours["method"])[["name", "value"]]
+    axes = {"x": Axis(label="hours", limits=(0, None)), "y": Axis(order=printed["name"], compact=True)}
+    return in_row(*charts, Chart(printed, [Point("value", "name")], title="ALoRA, table 4", **axes))
+
+
+_TOKENS = 400 * 16 * 32  # of a run: steps, texts of a batch, tokens of a text
+
+
+def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
+    """Draw HydraLoRA's figure 10: a few A's and B's of LoRAs on several texts, each with its module."""
+    table = evidence.tables.get("nearest", pd.DataFrame())
+    if table.empty or "domains, shared start" not in set(table["set"]):
+        return None
+    rows = table[(table["set"] == "domains, shared start") & (table["view"] == "raw")]
+    rows = rows[rows["seed"] == rows["seed"].min()]
+    places = pd.DataFrame([module_table.parse(name) for name in rows["module"]], columns=["stack", "layer", "role"])
+    rows = rows.assign(name=places["role"].to_numpy() + places["layer"].astype(str).to_numpy())
+    charts = []
+    for factor, names in (("A", ["q0", "v1", "q3", "v5"]), ("B", ["v0", "q1", "v3", "q5"])):
+        cells = rows[(rows["factor"] == factor) & rows["name"].isin(names)]
+        centers = cells.groupby("name")[["x", "y"]].mean().reset_index()
+        labels: list[Mark] = [Text("x", "y", "name", data=centers)]
+        axes = {"x": Axis(ticks={}), "y": Axis(ticks={})}
+        caption = (
+            "Four A's and four B's of LoRAs on three texts, two orders each, with a shared initial A, placed by t-SNE; "
+            "a dot per run, and the module's role and layer in the middle of its dots. The paper's A's of one module "
+            "coincide and its B's scatter; with separate initial A's, the A's scatter as well (see the figure of all)."
+        )
+        charts.append(Chart(cells, [Point("x", "y", "task"), *labels], title=factor, caption=caption, **axes))
+    return set_side_by_side(*charts)
+
+
+def draw_frequency_bias(evidence: StudyEvidence) -> Drawable:
+    """Draw FourierFT's figure 3, the probability of each entry under a frequency bias, which needs no run."""
+    return plots.frequency_bias()
+
+
+STUDY_FIGURES = {
+    "subspaces": VariantFigure("LoRA", "Similarity of the directions of two A's", draw_subspaces),
+    "weight-directions": VariantFigure("LoRA", "Directions of W and of the update", draw_weight_directions),
+    "amplification-factor": VariantFigure("LoRA", "Norm of W along directions of the update", draw_amplification),
+    "ranks-by-teacher": VariantFigure("AutoLoRA", "Ranks that AutoLoRA finds for two tasks", draw_ranks_by_task),
+    "moments": VariantFigure(
+        "Adapprox", "Second moments: singular values, error and time by rank", draw_second_moments
+    ),
+    "factor-course": VariantFigure("Adapprox", "Adapprox's ranks and errors over the steps; guidance", draw_factors),
+    "costs": VariantFigure("ALoRA", "Cost of training with four allocations, and of HydraLoRA", draw_costs),
+    "sub-modules": VariantFigure("HydraLoRA", "A few A's and B's of LoRAs on three texts", draw_sub_modules),
+    "frequency-bias": VariantFigure("FourierFT", "Probability of each entry by frequency bias", draw_frequency_bias),
+}

@@ -1,0 +1,161 @@
+"""Figures of variants on planted teachers: gap closed by variant or by a number, next to what the paper prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import pandas as pd
+
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Chart, Drawable, set_side_by_side
+from lorascope.charts.marks import Axis, Mark, Point, Rule
+from lorascope.papers.judging.kept_study import StudyEvidence
+from lorascope.papers.judging.registered_study import STUDY_FILE
+from lorascope.plots.builders import curves, ticks_at
+from lorascope.plots.run_groups import INTERVAL
+
+PUBLISHED = STUDY_FILE.with_name("published")
+CLOSED = "gap closed (points)"
+_GROUND = "Students of planted teachers"
+
+
+def common_seeds(evidence: StudyEvidence, arms: Iterable[str]) -> list[int]:
+    """Return the seeds that all arms have: arms of claims have more than those that only figures show."""
+    return sorted(set.intersection(*(set(evidence.seeds(arm)) for arm in arms)))
+
+
+def gap_table(evidence: StudyEvidence, arms: Mapping[str, str]) -> pd.DataFrame:
+    """Tabulate ``name, seed, value``: the gap that arms close, in points, for the seeds that all of them have.
+
+    Parameters
+    ----------
+    evidence : StudyEvidence
+        Kept runs.
+    arms : mapping name -> label
+        Arms by their names in the figure.
+    """
+    rows = []
+    for seed in common_seeds(evidence, arms.values()):
+        for name, arm in arms.items():
+            rows.append((name, seed, evidence.closed(arm, seed)))
+    return pd.DataFrame(rows, columns=["name", "seed", "value"]).astype({"value": "float64"})
+
+
+def gaps_by_variant(
+    evidence: StudyEvidence, arms: Mapping[str, str], title: str, caption: str, x: str = CLOSED
+) -> Chart | None:
+    """Draw the gap that variants of a method close, a dot per seed; None if an arm has no runs.
+
+    Parameters
+    ----------
+    evidence, arms
+        See ``gap_table``; the arms are rows from top to bottom.
+    title, caption : str
+        Text of the figure.
+    x : str
+        Label of the axis.
+    """
+    table = gap_table(evidence, arms)
+    if table.empty:
+        return None
+    means = table.groupby("name", sort=False)["value"].mean().reset_index()
+    seeds = table["seed"].nunique()
+    return Chart(
+        table,
+        [
+            Point("value", "name", label="one seed"),
+            Point("value", "name", symbol="line-ns-open", label="mean", data=means),
+        ],
+        title=title,
+        x=Axis(label=x),
+        y=Axis(order=arms, compact=True),
+        caption=f"{_GROUND}, {seeds} seeds with the same teachers in all rows. {caption}",
+    )
+
+
+def gaps_by_number(
+    evidence: StudyEvidence,
+    series: Mapping[str, Mapping[float, str]],
+    x: str,
+    title: str,
+    caption: str,
+    references: Mapping[str, str] | None = None,
+    log: bool = True,
+) -> Chart | None:
+    """Draw the gap that arms close by a number, a line per series; None if an arm has no runs.
+
+    Parameters
+    ----------
+    evidence : StudyEvidence
+        Kept runs.
+    series : mapping name -> number -> label
+        Arms of every line.
+    x : str
+        Label of the axis.
+    title, caption : str
+        Text of the figure.
+    references : mapping name -> label, optional
+        Arms without a number, drawn as lines across the panel.
+    log : bool
+        Whether x is logarithmic.
+    """
+    references = references or {}
+    places = {(name, number): arm for name, arms in series.items() for number, arm in arms.items()}
+    seeds = common_seeds(evidence, [*places.values(), *references.values()])
+    if not seeds:
+        return None
+    rows = []
+    for (name, number), arm in places.items():
+        rows += [(name, number, evidence.closed(arm, seed)) for seed in seeds]
+    table = pd.DataFrame(rows, columns=["recipe", "number", "value"])
+    marks: list[Mark] = []
+    for name, arm in references.items():
+        mean = sum(evidence.closed(arm, seed) for seed in seeds) / len(seeds)
+        marks.append(Rule(y=mean, label=name))
+    return curves(
+        band(table, ["recipe", "number"]),
+        "number",
+        (Axis(label=x, log=log, ticks=ticks_at(sorted(set(table["number"])))), CLOSED),
+        *marks,
+        title=title,
+        caption=f"{_GROUND}, {len(seeds)} seeds with the same teachers everywhere; bars: {INTERVAL}. {caption}",
+        colors=series,
+    )
+
+
+def published(paper: str, place: str) -> pd.DataFrame:
+    """Read the numbers that a paper prints in a table or figure, from ``data/published/reported.csv``."""
+    table = pd.read_csv(PUBLISHED / "reported.csv")
+    return table[(table["paper"] == paper) & (table["table"] == place)]
+
+
+def printed(paper: str, place: str, names: Mapping[str, str], size: str = "") -> pd.DataFrame:
+    """Tabulate ``name, data, value`` of a paper's printed scores.
+
+    Parameters
+    ----------
+    paper, place : str
+        Paper, and its table or figure.
+    names : mapping method -> name
+        Rows to show, and their names in the figure.
+    size : str
+        Printed size of the rows to show; "" takes all.
+    """
+    rows = published(paper, place)
+    rows = rows[rows["method"].isin(list(names))]
+    if size:
+        rows = rows[rows["parameters"] == size]
+    return rows.assign(name=rows["method"].map(names))[["name", "data", "value"]]
+
+
+def beside_printed(chart: Chart | None, numbers: pd.DataFrame, title: str, x: str) -> Drawable | None:
+    """Set a chart of variants next to a panel of the paper's numbers for the same rows; None without a chart."""
+    if chart is None:
+        return None
+    caption = f"{chart.caption} Right: printed, another model and task, so only the order is comparable."
+    # A row that only one panel has stays empty in the other one.
+    y = replace(chart.y, order=dict.fromkeys([*(chart.y.order or ()), *numbers["name"]]))
+    dots = [Point("value", "name", "data", symbol="diamond")]
+    panel = Chart(numbers, dots, title=title, x=Axis(label=x), y=y, caption=caption)
+    return set_side_by_side(replace(chart, y=y, caption=caption), panel)

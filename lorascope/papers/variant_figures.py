@@ -1,0 +1,347 @@
+"""Figures of the papers that arms without a claim show: one function of the kept runs each, listed in ``FIGURES``.
+
+Students of planted teachers replace the papers' models, so quantities and axes are those of the paper, but not the
+levels. Numbers that a paper prints are in a separate panel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lorascope.charts.chart import Chart, Drawable, set_side_by_side
+from lorascope.charts.marks import Axis, Line, Point
+from lorascope.papers import adalora, alora, autolora, fourierft, hydralora, lisa, neft, variants
+from lorascope.papers.figures.variant_gaps import (
+    CLOSED,
+    beside_printed,
+    common_seeds,
+    gap_table,
+    gaps_by_number,
+    gaps_by_variant,
+    printed,
+    published,
+)
+from lorascope.papers.judging import truth_names
+from lorascope.papers.judging.kept_study import StudyEvidence
+from lorascope.papers.rank_tables import ORACLE, UNIFORM_STUDENT
+from lorascope.plots.builders import curves, ticks_at
+
+UNEVEN, EVEN = truth_names.UNEVEN, truth_names.RANK_2
+SHARED_A, ONE_UPDATE = truth_names.SHARED_A, truth_names.ONE_UPDATE
+FULL = neft.FULL
+
+
+class VariantFigure(NamedTuple):
+    """Heading of a figure, what it shows, and ``draw(evidence)``, which returns None if an arm has no runs."""
+
+    heading: str
+    alt: str
+    draw: Callable[[StudyEvidence], Drawable | None]
+
+
+def of_truth(truth: str, *names: str, **by_name: str) -> dict[str, str]:
+    """Return arms that learn one truth by their names in a figure; keywords give them another name."""
+    arms = {name: f"{name}, {truth}" for name in names}
+    return arms | {name: f"{arm}, {truth}" for name, arm in by_name.items()}
+
+
+def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
+    """Draw ALoRA's figure 2: ALoRA and LoRA by budget."""
+    return gaps_by_number(
+        evidence,
+        {
+            "ALoRA": {rank: f"ALoRA, rank {rank}, {UNEVEN}" for rank in variants.BUDGETS},
+            "LoRA": {rank: f"LoRA, rank {rank}, {UNEVEN}" for rank in variants.BUDGETS},
+        },
+        "budget: ranks per module",
+        "ALoRA and LoRA by budget",
+        "Modules need ranks of 0, 1, 3 and 4. The paper finds ALoRA above LoRA at every budget.",
+        {"planted ranks (2 per module)": f"{ORACLE}, {UNEVEN}"},
+    )
+
+
+def draw_alora_scores(evidence: StudyEvidence) -> Drawable | None:
+    """Draw ALoRA's table 6: its scores and others."""
+    arms = {
+        "ALoRA": f"{alora.MOVED}, {UNEVEN}",
+        "random scores": f"{alora.MOVED}, random scores, {UNEVEN}",
+        "LoRA, no rounds": f"{UNIFORM_STUDENT}, {UNEVEN}",
+        "planted ranks": f"{ORACLE}, {UNEVEN}",
+    }
+    names = {"ALoRA": "ALoRA", "ALoRA, sensitivity score": "sensitivity", "ALoRA, gates learnt (DNAS)": "learned gates"}
+    numbers = printed("ALoRA", "Table 6", names)
+    numbers = pd.concat([numbers, printed("ALoRA", "Table 1", {"LoRA": "LoRA, no rounds"})])
+    numbers = numbers[numbers["data"].isin(["BoolQ", "ReCoRD", "SQuAD"])]
+    caption = "Modules need ranks of 0, 1, 3 and 4. ALoRA's scores help if it is above random scores."
+    chart = gaps_by_variant(evidence, arms, "ALoRA by score", caption)
+    return beside_printed(chart, numbers, "ALoRA, tables 6 and 1", "score of the task")
+
+
+def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
+    """Draw HydraLoRA's figure 2: full fine-tuning and LoRA by heterogeneity of the tasks."""
+    truths = {"one update": ONE_UPDATE, "shared A": SHARED_A, "unrelated": truth_names.UNRELATED}
+    names = {"full fine-tuning": FULL, "HydraLoRA": hydralora.EXPERTS, "LoRA": hydralora.EQUAL}
+    tables = []
+    for place, truth in truths.items():
+        of_place = gap_table(evidence, {name: f"{arm}, {truth}" for name, arm in names.items()})
+        tables.append(of_place.assign(place=place))
+    table = pd.concat(tables, ignore_index=True)
+    if table["place"].nunique() < len(truths):
+        return None
+    means = table.groupby(["place", "name"], sort=False)["value"].mean().reset_index()
+    gap = means.pivot(index="place", columns="name", values="value").loc[list(truths)]
+    differences = ", ".join(f"{value:.1f}" for value in gap["full fine-tuning"] - gap["LoRA"])
+    return Chart(
+        table,
+        [Line("place", "value", "name", data=means), Point("place", "value", "name")],
+        title="Gap by heterogeneity of four tasks",
+        x=Axis(label="updates of the tasks", order=truths),
+        y=Axis(label=CLOSED),
+        caption="Students of planted teachers, one dot per seed. LoRA of rank 12 and HydraLoRA have equal size. Full "
+        f"fine-tuning minus LoRA, from left to right: {differences} points. The paper's drawing has no numbers; its "
+        "gap increases to the right.",
+        colors=names,
+    )
+
+
+def draw_hydralora_parts(evidence: StudyEvidence) -> Drawable | None:
+    """Draw HydraLoRA's figure 6: the method without each of its parts."""
+    arms = of_truth(SHARED_A) | {
+        "HydraLoRA": f"{hydralora.EXPERTS}, {SHARED_A}",
+        "separate A's": f"{hydralora.SEPARATE[3]}, {SHARED_A}",
+        "uniform gates": f"{hydralora.EXPERTS}, uniform gates, {SHARED_A}",
+        "LoRA": f"{hydralora.EQUAL}, {SHARED_A}",
+    }
+    names = {
+        "HydraLoRA": "HydraLoRA",
+        "an A each (LoRA-Split)": "separate A's",
+        "even gates": "uniform gates",
+        "without mixture (LoRA, rank 8)": "LoRA",
+    }
+    caption = "Four tasks whose updates share A; all have about the same number of parameters."
+    chart = gaps_by_variant(evidence, arms, "HydraLoRA without its parts", caption)
+    return beside_printed(chart, printed("HydraLoRA", "Figure 6", names), "HydraLoRA, figure 6", "score of the task")
+
+
+def draw_experts(evidence: StudyEvidence) -> Drawable | None:
+    """Draw HydraLoRA's figure 8: number of experts."""
+    series = {}
+    for truth in (SHARED_A, ONE_UPDATE):
+        series[truth] = {number: f"{variants.experts_of_rank_4(number)}, {truth}" for number in variants.EXPERTS}
+    return gaps_by_number(
+        evidence,
+        series,
+        "number of experts of rank 4",
+        "HydraLoRA by number of experts",
+        "Four tasks: with different updates that share A, or with one update, where experts cannot help. The paper "
+        "finds 4 best and 3 0.42% lower.",
+        {f"LoRA of rank 12, {SHARED_A}": f"{hydralora.EQUAL}, {SHARED_A}"},
+    )
+
+
+def draw_splits(evidence: StudyEvidence) -> Drawable | None:
+    """Draw HydraLoRA's table 1: one LoRA, and several with the same total rank."""
+    arms = {f"1 of rank {rank}": f"LoRA, rank {rank}, {SHARED_A}" for rank in (4, 8, 16)} | {
+        "2 of rank 8": f"HydraLoRA, 2 separate A's of rank 8, {SHARED_A}",
+        "4 of rank 4": f"{hydralora.SEPARATE[4]}, {SHARED_A}",
+        "8 of rank 2": f"HydraLoRA, 8 separate A's of rank 2, {SHARED_A}",
+    }
+    names = {"LoRA, rank 8": "1 of rank 4", "LoRA, rank 16": "1 of rank 8", "LoRA, rank 32": "1 of rank 16"}
+    names |= {
+        f"LoRA-Split, {number} of rank {32 // number}": f"{number} of rank {16 // number}" for number in (2, 4, 8)
+    }
+    caption = (
+        "Four tasks whose updates share A. The last four rows have a total rank of 16; several LoRAs have routers. "
+        "Printed ranks are twice as large as the labels."
+    )
+    chart = gaps_by_variant(evidence, arms, "LoRAs by rank and number", caption)
+    return beside_printed(chart, printed("HydraLoRA", "Table 1", names), "HydraLoRA, table 1, MMLU", "accuracy")
+
+
+def draw_searches(evidence: StudyEvidence) -> Drawable | None:
+    """Draw AutoLoRA's table 4, its ablations, with the mean rank that each search finds."""
+    searches = dict(zip(("first order (η = 0)", "sigmoid", "no constraint"), variants.SEARCHES, strict=True))
+    arms = {"AutoLoRA": f"{autolora.SEARCHED}, {UNEVEN}"} | of_truth(UNEVEN, **searches)
+    searched = list(arms.values())
+    arms |= {
+        "ranks from random logits": f"LoRA, ranks from random logits, {UNEVEN}",
+        "LoRA of rank 2": f"{UNIFORM_STUDENT}, {UNEVEN}",
+        "planted ranks": f"{ORACLE}, {UNEVEN}",
+    }
+    caption = (
+        "Modules need ranks of 0, 1, 3 and 4. Retraining with the ranks that each search finds; right: their mean. The "
+        "paper prints only the order: AutoLoRA is best."
+    )
+    chart = gaps_by_variant(evidence, arms, "AutoLoRA and its ablations", caption)
+    if chart is None:
+        return None
+    rows = []
+    for name, arm in zip(arms, searched, strict=False):
+        for seed in common_seeds(evidence, arms.values()):
+            rows.append((name, evidence.table("ranks", arm, seed)["rank"].mean()))
+    panel = replace(
+        chart,
+        data=pd.DataFrame(rows, columns=["name", "value"]),
+        marks=[Point("value", "name")],
+        title="Ranks that the search finds",
+        x=Axis(label="ranks per module"),
+    )
+    return set_side_by_side(chart, panel)
+
+
+def draw_placements(evidence: StudyEvidence) -> Drawable | None:
+    """Draw AdaLoRA's figure 1: one type of weight, or one block, with equal parameters."""
+    reference = {"everywhere, rank 2": f"{UNIFORM_STUDENT}, {EVEN}"}
+    types = {f"W_{name}": f"LoRA, {name} only, {EVEN}" for name in variants.TYPES.values()}
+    blocks = {f"block {block}": f"LoRA, block {block} only, {EVEN}" for block in range(4)}
+    caption = (
+        "LoRA with the same number of parameters in one type of weight (left), in one block (right), or everywhere; "
+        "feed-forward types have 3% fewer. The teacher changes all modules at rank 2. The paper's figure has no "
+        "readable values; in it, feed-forward types and upper layers are best."
+    )
+    left = gaps_by_variant(evidence, reference | types, "LoRA in one type of weight", caption)
+    right = gaps_by_variant(evidence, reference | blocks, "LoRA in one block", caption)
+    if left is None or right is None:
+        return None
+    return set_side_by_side(left, replace(right, caption=left.caption))
+
+
+def draw_adalora_scores(evidence: StudyEvidence) -> Drawable | None:
+    """Draw AdaLoRA's table 4: its importance and others."""
+    arms = {
+        "AdaLoRA": f"{adalora.ALLOCATED}, {UNEVEN}",
+        "sensitivity": f"{adalora.ALLOCATED}, sensitivity, {UNEVEN}",
+        "size of lambda": f"{adalora.ALLOCATED}, size of lambda, {UNEVEN}",
+        "no allocation": f"AdaLoRA, rank 2 to 2, {UNEVEN}",
+    }
+    names = {
+        "AdaLoRA": "AdaLoRA",
+        "AdaLoRA, importance by sensitivity alone": "sensitivity",
+        "AdaLoRA, importance by size of lambda": "size of lambda",
+    }
+    numbers = printed("AdaLoRA", "Table 4", names, "0.08 %")
+    chart = gaps_by_variant(evidence, arms, "AdaLoRA by importance", "Modules need ranks of 0, 1, 3 and 4.")
+    return beside_printed(chart, numbers[numbers["data"] == "SST-2"], "AdaLoRA, table 4, SST-2, 0.08%", "accuracy")
+
+
+def draw_adalora_parts(evidence: StudyEvidence) -> Drawable | None:
+    """Draw AdaLoRA's table 5: its form, its penalty and its allocation."""
+    arms = {
+        "AdaLoRA": f"{adalora.ALLOCATED}, {UNEVEN}",
+        "no penalty": f"{adalora.ALLOCATED}, no penalty, {UNEVEN}",
+        "no allocation": f"AdaLoRA, rank 2 to 2, {UNEVEN}",
+        "neither": f"AdaLoRA, rank 2 to 2, no penalty, {UNEVEN}",
+        "LoRA": f"{UNIFORM_STUDENT}, {UNEVEN}",
+    }
+    names = {
+        "AdaLoRA": "AdaLoRA",
+        "AdaLoRA without the penalty": "no penalty",
+        "SVD-LoRA, no allocation": "no allocation",
+        "LoRA": "LoRA",
+    }
+    caption = "Modules need ranks of 0, 1, 3 and 4; the mean rank is 2 in all rows."
+    chart = gaps_by_variant(evidence, arms, "AdaLoRA without its parts", caption)
+    numbers = printed("AdaLoRA", "Table 5", names, "0.08 %")
+    return beside_printed(chart, numbers, "AdaLoRA, table 5, 0.08%", "accuracy")
+
+
+def draw_blocks(evidence: StudyEvidence) -> Drawable | None:
+    """Draw LISA's figure 7: number of blocks that train at a time."""
+    truth = truth_names.ALL_BLOCKS
+    return gaps_by_number(
+        evidence,
+        {"LISA": {number: f"LISA, {number} of 8 blocks, {truth}" for number in variants.BLOCKS}},
+        "blocks that train at a time (γ), of 8",
+        "LISA by number of blocks",
+        "All blocks change at rank 2. With γ = 0, only embedding, final norm and head train. The paper finds that γ = "
+        "8 of 32 equals full fine-tuning, and that γ = 16 exceeds it.",
+        {"full fine-tuning (γ = 8)": f"{FULL}, {truth}", "LoRA of rank 8": f"{lisa.FACTORED}, {truth}"},
+        log=False,
+    )
+
+
+def draw_sizes(evidence: StudyEvidence) -> Drawable | None:
+    """Draw FourierFT's figure 1: FourierFT and LoRA by parameters."""
+    charts = []
+    for truth, title in zip(fourierft.SUFFICIENT, ("its coefficients suffice", "rank 2 suffices"), strict=True):
+        sparse = {number: f"FourierFT, {number} coefficients from zero, {truth}" for number in variants.COEFFICIENTS}
+        factored = {n: f"LoRA, rank {rank}, attention, {truth}" for n, rank in variants.COEFFICIENTS.items() if rank}
+        chart = gaps_by_number(
+            evidence,
+            {"FourierFT": sparse, "LoRA": factored},
+            "parameters per matrix",
+            f"Teacher: {title}",
+            "LoRA has ranks 1, 2, 4 and 8. Left: the teacher changes 192 coefficients at FourierFT's entries. The "
+            "paper finds that FourierFT reaches LoRA's score with a hundredth of its parameters.",
+        )
+        if chart is None:
+            return None
+        charts.append(chart)
+    return set_side_by_side(*charts)
+
+
+def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
+    """Draw NeFT's figure 3: more neurons, the next ones or those that rotate least."""
+    truth = truth_names.FEW_NEURONS
+    series = {
+        name: {0: f"{variants.few_neurons()}, {truth}"}
+        | {n: f"{variants.few_neurons(n, is_reversed)}, {truth}" for n in variants.MORE_NEURONS}
+        for name, is_reversed in (("next", False), ("reversed", True))
+    }
+    chart = gaps_by_number(
+        evidence,
+        series,
+        "further neurons, of 1,152",
+        "NeFT with further neurons",
+        f"NeFT trains the {variants.NEURONS} neurons (3%) that rotate most, and the next or those that rotate least. "
+        "The teacher changes 108.",
+        {"108 planted neurons": f"{neft.PLANTED_NEURONS}, {truth}", "108 random": f"{neft.RANDOM_NEURONS}, {truth}"},
+        log=False,
+    )
+    if chart is None:
+        return None
+    numbers = printed_by_fraction("Figure 3", r"x = (\d+)")
+    caption = f"{chart.caption} Right: printed, another model and task, so only the order is comparable."
+    panel = curves(
+        numbers,
+        "x",
+        (Axis(label="further neurons (% of parameters)", ticks=ticks_at(numbers["x"])), "COMET of a translation"),
+        title="NeFT, figure 3",
+        caption=caption,
+        colors=["next", "reversed"],
+    )
+    return set_side_by_side(replace(chart, caption=caption), panel)
+
+
+def printed_by_fraction(place: str, added: str) -> pd.DataFrame:
+    """Tabulate ``recipe, x, value, low, high`` of NeFT's printed numbers by fraction of further neurons, in percent.
+
+    ``added`` is the pattern of the number in the name of a method, with one group.
+    """
+    table = published("NeFT", place)
+    is_reversed = table["method"].str.contains("highest|reversed")
+    recipe = is_reversed.map({True: "reversed", False: "next"})
+    x = table["method"].str.extract(added)[0].astype("float64")
+    return pd.DataFrame({"recipe": recipe, "x": x, "value": table["value"], "low": np.nan, "high": np.nan})
+
+
+STUDY_FIGURES = {
+    "budgets-alora": VariantFigure("ALoRA", "Gap that ALoRA and LoRA close by budget", draw_budgets),
+    "scores-alora": VariantFigure("ALoRA", "Gap that ALoRA closes with its scores and random ones", draw_alora_scores),
+    "heterogeneity": VariantFigure("HydraLoRA", "Gap closed by heterogeneity of four tasks", draw_heterogeneity),
+    "parts-hydralora": VariantFigure("HydraLoRA", "HydraLoRA without each of its parts", draw_hydralora_parts),
+    "experts": VariantFigure("HydraLoRA", "HydraLoRA by number of experts", draw_experts),
+    "splits": VariantFigure("HydraLoRA", "One LoRA and several with the same total rank", draw_splits),
+    "searches": VariantFigure("AutoLoRA", "AutoLoRA and its ablations, with the ranks found", draw_searches),
+    "placements": VariantFigure("AdaLoRA", "LoRA in one type of weight and in one block", draw_placements),
+    "scores-adalora": VariantFigure("AdaLoRA", "AdaLoRA by importance of its components", draw_adalora_scores),
+    "parts-adalora": VariantFigure("AdaLoRA", "AdaLoRA without its penalty and allocation", draw_adalora_parts),
+    "blocks": VariantFigure("LISA", "LISA by number of blocks that train at a time", draw_blocks),
+    "sizes-fourierft": VariantFigure("FourierFT", "FourierFT and LoRA by parameters", draw_sizes),
+    "further-neurons": VariantFigure("NeFT", "NeFT with further neurons, next or reversed", draw_neurons),
+}

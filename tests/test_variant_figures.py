@@ -1,0 +1,319 @@
+"""Figures of variants, drawn from made-up kept tables: their numbers are those of the tables, and None without runs."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorascope.charts.chart import Drawable
+from lorascope.charts.marks import Bar, Heat, Rule
+from lorascope.papers import (
+    course_figures,
+    direction_figures,
+    hydralora_factors,
+    registry,
+    variant_figures,
+    variants,
+)
+from lorascope.papers.figures.variant_gaps import gap_table
+from lorascope.papers.judging import truth_names as names
+from lorascope.papers.judging.kept_study import STUDY_COLUMNS, StudyEvidence
+from lorascope.papers.setups import planted_teacher
+from lorascope.schema import module_table
+
+FIGURES = variant_figures.STUDY_FIGURES | course_figures.STUDY_FIGURES | direction_figures.STUDY_FIGURES
+EMPTY = StudyEvidence(pd.DataFrame(columns=list(STUDY_COLUMNS)))
+SEEDS = (200, 201, 202)
+UNEVEN, FEW = names.UNEVEN, names.FEW_NEURONS
+
+
+def closed(arm: str, seed: int) -> float:
+    """Return the made-up gap that a run closes, in points."""
+    return 40 + zlib.crc32(arm.encode()) % 4000 / 100 + (seed - 201)
+
+
+def made_up() -> StudyEvidence:
+    """Return evidence of all arms, with the kept tables that the figures read."""
+    rows, tables = [], {}
+    labels = [arm.label for arm in registry.study_arms()]
+    kept = {
+        name: {label for arms, _ in of_name for label in arms[-1:]} for name, of_name in registry.KEPT_TABLES.items()
+    }
+    for label in labels:
+        for seed in SEEDS:
+            run = f"{zlib.crc32(label.encode())}-{seed}"
+            key = {"arm": label, "seed": seed, "run": run}
+            rng = np.random.default_rng(zlib.crc32(run.encode()))
+            tasks = [""] if names.SHARED_A not in label else ["task 1", "task 2"]
+            for task in tasks:
+                rows.append(
+                    key | {"role": "judged", "phase": "", "task": task, "base_gap": 1.0, "cpu_seconds": 8.0,
+                           "gap": 1 - closed(label, seed) / 100, "loss": 2.0, "first_loss": 9.0}
+                )  # fmt: skip
+            steps = np.arange(1, 401)
+            loss = 3 + np.exp(-steps / 80) + 0.2 * rng.random(400)
+            of_run = {"losses": pd.DataFrame({"phase": "", "step": steps, "loss": loss})}
+            for name, arms in kept.items():
+                if label in arms and name in TABLES:
+                    of_run[name] = TABLES[name](label, rng)
+            for name, table in of_run.items():
+                tables.setdefault(name, []).append(pd.DataFrame(key, index=table.index).join(table))
+    runs = pd.DataFrame(rows).reindex(columns=list(STUDY_COLUMNS))
+    return StudyEvidence(runs, {name: pd.concat(pieces, ignore_index=True) for name, pieces in tables.items()})
+
+
+MODULES = module_table.describe(planted_teacher.student())
+LINEAR = list(MODULES.loc[MODULES["role"].isin(list(variants.TYPES)), "module"])
+
+
+def ranks(label: str, rng: Any) -> pd.DataFrame:
+    teacher = int("teacher 2" in label)
+    planted = np.resize([0, 1, 3, 4], len(LINEAR)) if not teacher else np.resize([4, 3, 1, 0], len(LINEAR))
+    return pd.DataFrame(
+        {"module": LINEAR, "planted": planted, "rank": np.clip(planted + rng.integers(-1, 2, 28), 0, 4)}
+    )
+
+
+def validation(label: str, rng: Any) -> pd.DataFrame:
+    steps = np.arange(0, 401, 20)
+    return pd.DataFrame({"step": steps, "loss": 3.2 + np.exp(-steps / 60) + 0.05 * rng.random(21)})
+
+
+def penalties(label: str, rng: Any) -> pd.DataFrame:
+    tables = []
+    for role in ("o", "ffn_out"):
+        for factor in "PQ":
+            steps = np.arange(0, 400, 4)
+            value = (4 if "no penalty" in label else 0.01) + 4 * np.exp(-steps / 30)
+            tables.append(pd.DataFrame({"role": role, "factor": factor, "step": steps, "value": value}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def utilization(label: str, rng: Any) -> pd.DataFrame:
+    tables = []
+    noise = 0.3 if "reversed" in label else 0.1
+    for role in ("ffn_in", "ffn_out"):
+        for block in range(4):
+            base = np.random.default_rng(block).random(96)
+            table = pd.DataFrame({"module": f"{block}.{role}", "role": role, "neuron": np.arange(96)})
+            tables.append(table.assign(value=base + noise * rng.random(96), trained=np.arange(96) < 9))
+    return pd.concat(tables, ignore_index=True)
+
+
+def overlaps(label: str, rng: Any) -> pd.DataFrame:
+    tables = []
+    for pair, layers in variants.SHOWN_LAYERS.items():
+        for layer in layers:
+            for role in "qv":
+                i, j = np.meshgrid(np.arange(1, 9 if "8" in pair else 65), np.arange(1, 65), indexing="ij")
+                phi = np.maximum(i, j) / 384 + 0.2 / (i * j) ** 0.5
+                cells = pd.DataFrame({"i": i.ravel(), "j": j.ravel(), "phi": phi.ravel()})
+                tables.append(cells.assign(pair=pair, layer=layer, role=role))
+    return pd.concat(tables, ignore_index=True)
+
+
+def weight_overlaps(label: str, rng: Any) -> pd.DataFrame:
+    rank = 64 if "64" in label else 8
+    i, j = np.meshgrid(np.array(variants.W_DIRECTIONS), np.arange(1, rank + 1), indexing="ij")
+    phi = np.maximum(i, j) / 384 - 0.02
+    return pd.DataFrame({"i": i.ravel(), "j": j.ravel(), "phi": phi.ravel()})
+
+
+def amplification(label: str, rng: Any) -> pd.DataFrame:
+    layers = pd.DataFrame({"layer": np.repeat(np.arange(6), 2), "role": ["q", "v"] * 6})
+    return layers.assign(update=2.0, weight=60.0, along_update=0.5, along_weight=20.0, along_random=0.1)
+
+
+def moments(label: str, rng: Any) -> pd.DataFrame:
+    tables = []
+    index = np.array([1, 2, 4, 8, 16, 32])
+    if label == variants.MOMENTS:
+        for layer in range(3):
+            for quantity in ("moment_sigma", "moment_sigma_dealt", "moment_error", "moment_error_dealt",
+                             "moment_error_s_rsi", *direction_figures._TIMES):  # fmt: skip
+                value = np.exp(-index / 9) + 0.05 * ("dealt" in quantity)
+                tables.append(pd.DataFrame({"quantity": quantity, "layer": layer, "role": "", "step": 100,
+                                            "index": index, "value": value}))  # fmt: skip
+            tables.append(pd.DataFrame({"quantity": ["moment_error_rank_one"], "layer": layer, "role": "", "step": 100,
+                                        "index": np.nan, "value": 0.5}))  # fmt: skip
+    else:
+        steps = np.arange(0, 101, 10)
+        for quantity in ("factor_rank", "factor_error", "factor_drift", "factor_drift_least", "factor_drift_rank_one"):
+            for role in ("q", "ffn_in"):
+                value = 0.1 + steps / 100 + (quantity == "factor_rank")
+                tables.append(pd.DataFrame({"quantity": quantity, "layer": 0, "role": role, "step": steps,
+                                            "index": np.nan, "value": value}))  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
+
+
+def nearest(label: str, rng: Any) -> pd.DataFrame:
+    name = next(name for name, labels in hydralora_factors.SETS.items() if [*labels][-1] == label)
+    tables = []
+    for factor in "AB":
+        for layer in range(6):
+            for role in ("query", "value"):
+                module = f"bert.encoder.layer.{layer}.attention.self.{role}"
+                center = 10 * rng.normal(size=2)
+                xy = center + rng.normal(size=(6, 2)) * (0.1 if factor == "A" else 4)
+                tables.append(
+                    pd.DataFrame(
+                        {
+                            "set": name,
+                            "factor": factor,
+                            "view": "raw",
+                            "module": module,
+                            "task": ["tweets", "movies", "products"] * 2,
+                            "x": xy[:, 0],
+                            "y": xy[:, 1],
+                        }
+                    )
+                )
+    return pd.concat(tables, ignore_index=True)
+
+
+TABLES = {
+    "ranks": ranks,
+    "validation": validation,
+    "penalties": penalties,
+    "utilization": utilization,
+    "overlaps": overlaps,
+    "weight_overlaps": weight_overlaps,
+    "amplification": amplification,
+    "moments": moments,
+    "nearest": nearest,
+}
+
+
+@pytest.fixture(scope="module")
+def evidence() -> StudyEvidence:
+    return made_up()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_need_runs_of_all_arms(name: str, evidence: StudyEvidence) -> None:
+    assert isinstance(FIGURES[name].draw(evidence), Drawable)
+    if name != "frequency-bias":  # it needs no run
+        assert FIGURES[name].draw(EMPTY) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_rendered(name: str, evidence: StudyEvidence) -> None:
+    figure = FIGURES[name].draw(evidence)
+    assert figure is not None
+    figure.mpl()
+    figure.plotly()
+
+
+def test_dots_are_the_gaps_of_the_seeds_that_all_arms_have(evidence: StudyEvidence) -> None:
+    arms = {"a": f"ALoRA, rank 1, {UNEVEN}", "b": f"LoRA, rank 1, {UNEVEN}"}
+    runs = evidence.runs
+    fewer = StudyEvidence(runs[(runs["arm"] != arms["b"]) | (runs["seed"] > 200)])
+    table = gap_table(fewer, arms)
+    assert table[["name", "seed"]].to_numpy().tolist() == [["a", 201], ["b", 201], ["a", 202], ["b", 202]]
+    assert table["value"].tolist() == pytest.approx(
+        [closed(arms[name], seed) for seed in (201, 202) for name in ("a", "b")]
+    )
+
+
+def drawn(name: str, evidence: StudyEvidence) -> Drawable:
+    figure = FIGURES[name].draw(evidence)
+    assert figure is not None
+    return figure
+
+
+def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: StudyEvidence) -> None:
+    (chart,) = drawn("budgets-alora", evidence).charts()
+    cells = chart.data.set_index(["recipe", "number"])["value"]
+    assert cells["ALoRA", 2] == pytest.approx(closed(f"ALoRA, rank 2, {UNEVEN}", 201))
+    assert cells["LoRA", 8] == pytest.approx(closed(f"LoRA, rank 8, {UNEVEN}", 201))
+    (rule,) = chart.marks_of(Rule)
+    assert rule.y == pytest.approx(closed(f"LoRA, planted ranks, {UNEVEN}", 201))
+
+
+def test_heterogeneity_prints_full_fine_tuning_minus_lora(evidence: StudyEvidence) -> None:
+    (chart,) = drawn("heterogeneity", evidence).charts()
+    truths = (names.ONE_UPDATE, names.SHARED_A, names.UNRELATED)
+    gaps = [closed(f"full fine-tuning, {truth}", 201) - closed(f"LoRA, rank 12, {truth}", 201) for truth in truths]
+    assert ", ".join(f"{gap:.1f}" for gap in gaps) in chart.caption
+
+
+def test_printed_numbers_are_those_of_the_papers(evidence: StudyEvidence) -> None:
+    panels = {name: drawn(name, evidence).charts()[1].data for name in
+              ("scores-alora", "parts-hydralora", "splits", "scores-adalora", "parts-adalora")}  # fmt: skip
+    cells = {name: panel.set_index(["name", "data"])["value"] for name, panel in panels.items()}
+    assert cells["scores-alora"]["sensitivity", "BoolQ"] == 87.5
+    assert cells["parts-hydralora"]["uniform gates", "MMLU"] == 42.81
+    assert cells["splits"]["4 of rank 4", "MMLU"] == 46.94
+    assert cells["scores-adalora"]["size of lambda", "SST-2"] == 95.41
+    assert cells["parts-adalora"]["no penalty", "SST-2"] == 95.41
+    neft = drawn("further-neurons", evidence).charts()[1].data.set_index(["recipe", "x"])["value"]
+    assert (neft["next", 6], neft["reversed", 9]) == (82.27, 80.82)
+    shifts = drawn("shift-by-neurons", evidence).charts()
+    for panel, number, value in ((1, 3, 17172), (3, 7, 22055)):
+        cells = shifts[panel].data.set_index(["recipe", "x"])["value"]
+        assert cells["next", number] == pytest.approx(100 * value / 352_256)
+
+
+def test_searches_show_the_mean_rank_they_find(evidence: StudyEvidence) -> None:
+    panel = drawn("searches", evidence).charts()[1].data
+    arm = f"AutoLoRA, from rank 4, sigmoid, {UNEVEN}"
+    expected = [evidence.table("ranks", arm, seed)["rank"].mean() for seed in SEEDS]
+    assert panel.loc[panel["name"] == "sigmoid", "value"].tolist() == pytest.approx(expected)
+
+
+def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvidence) -> None:
+    chart = drawn("shift-by-neurons", evidence).charts()[0]
+    moved = []
+    for seed in SEEDS:
+        tables = [evidence.table("utilization", f"{name}, {FEW}", seed) for name in
+                  ("NeFT, 36 neurons and 72 reversed", "NeFT, 36 neurons")]  # fmt: skip
+        ranks = [table.groupby("role")["value"].rank(ascending=False).to_numpy() for table in tables]
+        moved.append(np.abs(ranks[0] - ranks[1]).mean() / 384)
+    value = chart.data.set_index(["recipe", "x"])["value"]["reversed", 72]
+    assert value == pytest.approx(100 * np.mean(moved))
+    bars = drawn("affected-neurons", evidence).charts()[1]
+    assert isinstance(bars.marks[0], Bar)
+    assert set(bars.data["kind"]) == {"strong", "suppressed", "indirect"}
+
+
+def test_ranks_agree_within_a_teacher_and_not_between_two(evidence: StudyEvidence) -> None:
+    charts = drawn("ranks-by-teacher", evidence).charts()
+    assert len(charts) == 4
+    arm = f"AutoLoRA, from rank 4, teacher 1, {UNEVEN}"
+    means = (
+        pd.concat(evidence.table("ranks", arm, seed) for seed in SEEDS).groupby("module")[["rank", "planted"]].mean()
+    )
+    cells = charts[0].data.set_index("module")
+    pd.testing.assert_frame_equal(cells[["rank", "planted"]].sort_index(), means.sort_index())
+    assert isinstance(charts[0].marks[0], Heat)
+
+
+def test_directions_are_next_to_random_ones(evidence: StudyEvidence) -> None:
+    q, _, random = drawn("subspaces", evidence).charts()[:3]
+    cell = q.data.set_index(["i", "j"])["phi"]
+    assert cell[2, 8] == pytest.approx(8 / 384 + 0.05)
+    assert random.data.set_index(["i", "j"])["phi"][2, 8] == pytest.approx(8 / 384)
+    chart, *_ = drawn("amplification-factor", evidence).charts()
+    assert "4.0 for rank 8" in chart.caption
+    assert set(chart.data["name"]) == {"the update's", "W's own", "random"}
+
+
+def test_costs_are_cpu_seconds_and_tokens_per_second(evidence: StudyEvidence) -> None:
+    seconds, tokens, printed = drawn("costs", evidence).charts()
+    assert set(seconds.data["value"]) == {8.0}
+    assert set(tokens.data["value"]) == {400 * 16 * 32 / 8}
+    assert printed.data.set_index("name")["value"]["ALoRA"] == 3.81
+
+
+def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
+    left, _, right = drawn("losses-lisa", evidence).charts()
+    arm = f"LISA, 1 of 8 blocks, {names.ALL_BLOCKS}"
+    first = np.mean([evidence.table("losses", arm, seed)["loss"].iloc[:10].mean() for seed in SEEDS])
+    cells = left.data.set_index(["recipe", "step"])["value"]
+    assert cells["γ = 1", 5.0] == pytest.approx(first)
+    assert set(right.data["recipe"]) == {"seed 200", "seed 201", "seed 202"}

@@ -1,4 +1,4 @@
-"""Figures of variants, drawn from made-up kept tables: their numbers are those of the tables, and None without runs."""
+"""Figures of variants, drawn from made-up kept tables: their numbers, and None without runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorascope.papers import (
     variant_figures,
     variants,
 )
-from lorascope.papers.figures.variant_gaps import gap_table
+from lorascope.papers.figures.variant_gaps import variant_gap_table
 from lorascope.papers.judging import truth_names as names
 from lorascope.papers.judging.kept_study import STUDY_COLUMNS, StudyEvidence
 from lorascope.papers.setups import planted_teacher
@@ -38,7 +38,8 @@ def closed(arm: str, seed: int) -> float:
 
 def made_up() -> StudyEvidence:
     """Return evidence of all arms, with the kept tables that the figures read."""
-    rows, tables = [], {}
+    rows: list[dict[str, Any]] = []
+    tables: dict[str, list[pd.DataFrame]] = {}
     labels = [arm.label for arm in registry.study_arms()]
     kept = {
         name: {label for arms, _ in of_name for label in arms[-1:]} for name, of_name in registry.KEPT_TABLES.items()
@@ -213,7 +214,7 @@ def test_dots_are_the_gaps_of_the_seeds_that_all_arms_have(evidence: StudyEviden
     arms = {"a": f"ALoRA, rank 1, {UNEVEN}", "b": f"LoRA, rank 1, {UNEVEN}"}
     runs = evidence.runs
     fewer = StudyEvidence(runs[(runs["arm"] != arms["b"]) | (runs["seed"] > 200)])
-    table = gap_table(fewer, arms)
+    table = variant_gap_table(fewer, arms)
     assert table[["name", "seed"]].to_numpy().tolist() == [["a", 201], ["b", 201], ["a", 202], ["b", 202]]
     assert table["value"].tolist() == pytest.approx(
         [closed(arms[name], seed) for seed in (201, 202) for name in ("a", "b")]
@@ -242,7 +243,7 @@ def test_heterogeneity_prints_full_fine_tuning_minus_lora(evidence: StudyEvidenc
     assert ", ".join(f"{gap:.1f}" for gap in gaps) in chart.caption
 
 
-def test_printed_numbers_are_those_of_the_papers(evidence: StudyEvidence) -> None:
+def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
     panels = {name: drawn(name, evidence).charts()[1].data for name in
               ("scores-alora", "parts-hydralora", "splits", "scores-adalora", "parts-adalora")}  # fmt: skip
     cells = {name: panel.set_index(["name", "data"])["value"] for name, panel in panels.items()}
@@ -255,8 +256,8 @@ def test_printed_numbers_are_those_of_the_papers(evidence: StudyEvidence) -> Non
     assert (neft["next", 6], neft["reversed", 9]) == (82.27, 80.82)
     shifts = drawn("shift-by-neurons", evidence).charts()
     for panel, number, value in ((1, 3, 17172), (3, 7, 22055)):
-        cells = shifts[panel].data.set_index(["recipe", "x"])["value"]
-        assert cells["next", number] == pytest.approx(100 * value / 352_256)
+        printed = shifts[panel].data.set_index(["recipe", "x"])["value"]
+        assert printed["next", number] == pytest.approx(100 * value / 352_256)
 
 
 def test_searches_show_the_mean_rank_they_find(evidence: StudyEvidence) -> None:

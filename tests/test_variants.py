@@ -234,4 +234,5 @@ def test_moments_are_means_over_the_matrices_of_a_layer() -> None:
 def test_guidance_is_the_only_change_of_its_arms() -> None:
     for truth in (names.MOMENTS_RANK_4, names.MOMENTS_UNSTRUCTURED):
         arm, plain = ARMS[variants.guided(truth)], ARMS[f"Adapprox, {truth}"]
-        assert arm.method == replace(plain.method, cosine=True)
+        method: Any = plain.method
+        assert arm.method == replace(method, cosine=True)

@@ -12,7 +12,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Band, Bar, Line, Mark, Point
 from lorascope.papers import adalora, fourierft, lisa, neft, variants
-from lorascope.papers.figures.variant_gaps import PUBLISHED, common_seeds, published
+from lorascope.papers.figures.variant_gaps import PUBLISHED, common_seeds, numbered, published
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.variant_figures import VariantFigure, of_truth, printed_by_fraction
@@ -23,7 +23,7 @@ WINDOW = 10  # steps, of which a batch's loss is the mean
 FEW, ALL_BLOCKS = truth_names.FEW_NEURONS, truth_names.ALL_BLOCKS
 
 
-def course(
+def loss_course(
     evidence: StudyEvidence,
     table: str,
     arms: Mapping[str, str],
@@ -48,6 +48,7 @@ def course(
         Whether every seed has a line.
     """
     tables = []
+    # Arms of claims have more seeds, which would make their lines smoother.
     seeds = common_seeds(evidence, arms.values())
     for seed in seeds:
         for name, arm in arms.items():
@@ -66,44 +67,45 @@ def course(
     marks: list[Mark] = [Line("step", "value", "recipe")]
     if not by_seed:
         marks.insert(0, Band("step", "low", "high", "recipe"))
-    drawn = f"Lines: mean of {len(seeds)} seeds; bands: their range."
+    sentence = f"Lines: mean of {len(seeds)} seeds; bands: their range."
     return Chart(
         cells,
         marks,
         title=title,
         x=Axis(label="step"),
         y=Axis(label=y),
-        caption=f"{'' if by_seed else drawn + ' '}{caption}",
+        caption=f"{'' if by_seed else sentence + ' '}{caption}",
         colors=dict.fromkeys(cells["recipe"]),
     )
 
 
 def in_row(*charts: Chart | None) -> Drawable | None:
     """Set charts side by side, with the caption of the first one; None if one is missing."""
-    drawn = [chart for chart in charts if chart is not None]
-    if len(drawn) < len(charts):
-        return None
-    return set_side_by_side(*(replace(chart, caption=drawn[0].caption) for chart in drawn))
+    panels: list[Chart] = []
+    for chart in charts:
+        if chart is None:
+            return None
+        # Panels of one figure have one caption.
+        panels.append(replace(chart, caption=panels[0].caption if panels else chart.caption))
+    return set_side_by_side(*panels)
 
 
 def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
     """Draw LISA's figures 8, 9 and 10: training loss by number of blocks, by steps between draws, and by seed."""
     full = {"γ = 8 (full)": f"{neft.FULL}, {ALL_BLOCKS}"}
-    by_number = {f"γ = {number}": f"LISA, {number} of 8 blocks, {ALL_BLOCKS}" for number in variants.BLOCKS}
-    by_interval = {"K = 10": f"{lisa.SAMPLED}, {ALL_BLOCKS}"}
-    for steps in variants.INTERVALS:
-        if steps != 10:  # the arm of a claim
-            by_interval[f"K = {steps}"] = f"{lisa.SAMPLED}, {steps} steps, {ALL_BLOCKS}"
+    by_number = numbered(f"LISA, {{}} of 8 blocks, {ALL_BLOCKS}", variants.BLOCKS, "γ = {}")
+    by_interval = numbered(f"{lisa.SAMPLED}, {{}} steps, {ALL_BLOCKS}", variants.INTERVALS, "K = {}")
+    by_interval["K = 10"] = f"{lisa.SAMPLED}, {ALL_BLOCKS}"  # the arm of a claim
     caption = (
         "Planted teachers change all eight blocks. Left: K = 10 steps between draws. Center: γ = 2 blocks; K = 400 is "
         "a single draw. Right: one teacher, so that only data order and draws differ. The paper's lines end at about "
         "the same loss for all K and all seeds, and lowest for the largest γ."
     )
-    label = "training loss"
+    label, on_one = "training loss", of_truth(ALL_BLOCKS, variants.ON_ONE[-1])
     return in_row(
-        course(evidence, "losses", by_number | full, label, "Number of blocks", caption),
-        course(evidence, "losses", by_interval, label, "Steps between draws", caption),
-        course(evidence, "losses", of_truth(ALL_BLOCKS, variants.ON_ONE[-1]), label, "Seeds", caption, by_seed=True),
+        loss_course(evidence, "losses", by_number | full, label, "Number of blocks", caption),
+        loss_course(evidence, "losses", by_interval, label, "Steps between draws", caption),
+        loss_course(evidence, "losses", on_one, label, "Seeds", caption, by_seed=True),
     )
 
 
@@ -111,7 +113,9 @@ def draw_lisa_validation(evidence: StudyEvidence) -> Drawable | None:
     """Draw LISA's figure 11: validation loss."""
     arms = dict(zip(("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"), variants.ON_ONE, strict=True))
     caption = "All seeds learn the text of one planted teacher. The paper shows no sign of overfitting by LISA."
-    return course(evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss", "Validation loss", caption)
+    return loss_course(
+        evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss", "Validation loss", caption
+    )
 
 
 def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
@@ -120,8 +124,9 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
     small, large = variants.FACTORED_NEURONS
     full = {"full fine-tuning": f"{neft.FULL}, evaluated"}
     logs = pd.read_csv(PUBLISHED / "neft_dev_loss.csv")
+    # Their last steps are after the best one, where full fine-tuning overfits more.
     best = logs.pivot(index="pair", columns="method", values="best_loss")
-    gains = ", ".join(f"{gain:.2f}" for gain in best["full fine-tuning"] - best["NeFT"])
+    gains = ", ".join(map("{:.2f}".format, best["full fine-tuning"] - best["NeFT"]))
     caption = (
         "The teacher changes 108 of 1,152 neurons. NeFT starts again after a full fine-tuning of 400 steps, which is "
         "not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as 36. The authors' logs have full "
@@ -129,11 +134,11 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
     )
     label = "validation loss"
     return in_row(
-        course(evidence, "validation", of_truth(FEW, **full, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
+        loss_course(evidence, "validation", of_truth(FEW, **full, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
                "Against full fine-tuning", caption),
-        course(evidence, "validation", of_truth(FEW, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
+        loss_course(evidence, "validation", of_truth(FEW, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
                "As many as 108 neurons", caption),
-        course(evidence, "validation", of_truth(FEW, **{"NeFT, 36": few, "LoRA, rank 1": small}), label,
+        loss_course(evidence, "validation", of_truth(FEW, **{"NeFT, 36": few, "LoRA, rank 1": small}), label,
                "As many as 36 neurons", caption),
     )  # fmt: skip
 
@@ -141,10 +146,11 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
 def draw_fourier_losses(evidence: StudyEvidence) -> Drawable | None:
     """Draw FourierFT's figure 6: training loss of FourierFT and of LoRA of equal size."""
     charts = []
+    # A claim compares both arms, so their rates are tuned.
     for truth, title in zip(fourierft.SUFFICIENT, ("Its coefficients suffice", "Rank 2 suffices"), strict=True):
         arms = of_truth(truth, **{"FourierFT, 192": fourierft.SPARSE, "LoRA, rank 2": fourierft.SMALL_STUDENT})
         caption = "192 parameters per matrix. The paper compares LoRA of rank 1 with as many coefficients, on text."
-        charts.append(course(evidence, "losses", arms, "training loss", title, caption))
+        charts.append(loss_course(evidence, "losses", arms, "training loss", title, caption))
     return in_row(*charts)
 
 
@@ -197,6 +203,7 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
     for recipe, arms in kinds.items():
         for number, arm in zip(variants.MORE_NEURONS, arms, strict=True):
             for seed in seeds:
+                # The paper's second panel compares with the largest number of the same kind.
                 for panel, reference in (("a", variants.NEXT[0]), ("b", arms[-1])):
                     moved = shift_table(evidence, arm, reference, seed)["d_rank"].abs().mean()
                     rows.append((panel, recipe, number, 100 * moved / _ROLE_RANKS))
@@ -209,12 +216,13 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
     )
     shift = Axis(label="mean shift (% of ranks)", limits=(0, None))
     charts = []
-    for panel, place, pattern in (("a", "Figure 4 (a)", r"(?:and )(\d+)"), ("b", "Figure 4 (b)", r"(?:and )(\d+)")):
+    for panel in "ab":
         measured = cells[cells["panel"] == panel]
         x = Axis(label="further neurons", ticks=ticks_at(measured["x"]))
         charts.append(curves(measured, "x", (x, shift), title=f"({panel})", caption=caption, colors=kinds))
-        numbers = printed_by_fraction(place, pattern)
-        total = published("NeFT", place)["method"].str.extract(r"NeFT, (\d+)")[0].astype("float64") - 3
+        numbers = printed_by_fraction(f"Figure 4 ({panel})", r"and (\d+)")
+        # The name of a printed arm has the further neurons, or all of them.
+        total = published("NeFT", f"Figure 4 ({panel})")["method"].str.extract(r"NeFT, (\d+)")[0].astype("float64") - 3
         numbers = numbers.assign(x=numbers["x"].fillna(total), value=100 * numbers["value"] / _MODEL_RANKS)
         x = Axis(label="further neurons (%)", ticks=ticks_at(numbers["x"]))
         charts.append(curves(numbers, "x", (x, shift), title=f"({panel}), printed", caption=caption, colors=kinds))
@@ -223,8 +231,10 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
 
 def draw_shift(evidence: StudyEvidence) -> Drawable | None:
     """Draw NeFT's figures 2 and 5: shift by percentile, and strongly, suppressed and indirectly affected neurons."""
-    arms = {f"{n}, {kind}": arm for kind, of_kind in (("next", variants.NEXT[1:]), ("reversed", variants.REVERSED))
-            for n, arm in zip(variants.MORE_NEURONS, of_kind, strict=True)}  # fmt: skip
+    arms = {}
+    for kind, of_kind in (("next", variants.NEXT[1:]), ("reversed", variants.REVERSED)):
+        for number, arm in zip(variants.MORE_NEURONS, of_kind, strict=True):
+            arms[f"{number}, {kind}"] = arm
     seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values())
     if not seeds:
         return None
@@ -237,7 +247,7 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
             for kind in ("strong", "suppressed", "indirect"):
                 counts.append((name, kind, 100 * numbers[kind] / (2 * _ROLE_RANKS)))
     caption = (
-        "Left: mean shift of the utilization ranks between NeFT with 3% and 6% of the neurons, by percentile of use, "
+        "Left: mean shift of utilization ranks of NeFT with 6% of the neurons from 3%, by percentile of utilization, "
         "and as read off the paper's figure. Right: neurons of NeFT with further neurons whose rank shifts by at least "
         f"28% from NeFT with 3%, in percent, mean of {len(seeds)} seeds. Suppressed ones are used less, indirect ones "
         "do not train."
@@ -250,8 +260,9 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
     paper = pd.DataFrame(
         {"x": edges.mean(axis=1), "y": 100 * printed_shifts["value"] / _MODEL_RANKS, "source": "printed"}
     )
+    # The seeds have the same buckets, and the paper has one value each.
     by_bucket = pd.concat([moved, paper]).groupby(["source", "x"], sort=False)["y"].mean().reset_index()
-    axes = {"x": Axis(label="percentile of use"), "y": Axis(label="mean shift (% of ranks)")}
+    axes = {"x": Axis(label="percentile of utilization"), "y": Axis(label="mean shift (% of ranks)")}
     left = Chart(
         by_bucket, [Line("x", "y", "source"), Point("x", "y", "source")], title="Shift by use", caption=caption, **axes
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lorascope import plots
 from lorascope.analysis.rank_allocations import kendall_tau
+from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Heat, Line, Mark, Point, Text
 from lorascope.papers import adalora, adapprox, alora, autolora, hydralora, variants
@@ -28,16 +30,31 @@ WIDTH = 384
 
 def rows_of(evidence: StudyEvidence, table: str, arm: str) -> pd.DataFrame:
     """Return the rows of a kept table of all judged runs of an arm; empty without one."""
-    tables = [evidence.table(table, arm, seed) for seed in evidence.seeds(arm)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    tables = [pd.DataFrame()]
+    for seed in evidence.seeds(arm):
+        tables.append(evidence.table(table, arm, seed))
+    return pd.concat(tables[1:] or tables, ignore_index=True)
+
+
+def of_ranks(evidence: StudyEvidence, table: str) -> dict[str, pd.DataFrame]:
+    """Return the rows of a kept table of LoRA of rank 8 and 64 on text; empty if one has no runs."""
+    tables = {"rank 8": rows_of(evidence, table, variants.LOW), "rank 64": rows_of(evidence, table, variants.HIGH)}
+    # Panels of both share limits, so one is not drawn without the other.
+    return {} if tables["rank 8"].empty or tables["rank 64"].empty else tables
+
+
+def at_random(cells: pd.DataFrame) -> pd.Series:
+    """Return the expected similarity of random subspaces: max(i, j) / width."""
+    return cells[["i", "j"]].max(axis=1) / WIDTH
 
 
 def similarity_heat(cells: pd.DataFrame, title: str, caption: str, high: float, y: str, x: str) -> Chart:
     """Draw similarities of ``i`` (rows) and ``j`` (columns) as colors between 0 and a highest one."""
-    # Few enough ticks to be read.
-    ticks = [{n: str(n) for n in sorted(set(cells[name])) if n == 1 or n % 8 == 0} for name in "ji"]
-    axes = {"x": Axis(label=x, order=sorted(set(cells["j"])), ticks=ticks[0]),
-            "y": Axis(label=y, order=sorted(set(cells["i"])), ticks=ticks[1])}  # fmt: skip
+    axes: dict[str, Any] = {}
+    for letter, name, label in (("x", "j", x), ("y", "i", y)):
+        order = sorted(set(cells[name]))
+        # Few enough ticks to be read.
+        axes[letter] = Axis(label=label, order=order, ticks={n: str(n) for n in order if n == 1 or n % 8 == 0})
     return Chart(cells, [Heat("j", "i", "phi", "φ", limits=(0.0, high))], title=title, caption=caption, **axes)
 
 
@@ -48,7 +65,8 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
         return None
     keys = ["pair", "layer", "role", "i", "j"]
     means = table.astype({"phi": "float64"}).groupby(keys)["phi"].mean().reset_index()
-    ranks, starts = (means[means["pair"] == pair] for pair in variants.PAIRS)
+    of_pair = dict(iter(means.groupby("pair")))
+    ranks, starts = map(of_pair.__getitem__, variants.PAIRS)
     first = ranks.query("layer == 2 and i == 1 and j == 1").set_index("role")["phi"]
     seeds = len(evidence.seeds(variants.OTHER_HIGH))
     caption = (
@@ -59,71 +77,65 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
     )
     rows = []
     for cells, label in ((ranks[ranks["layer"] == 2], "r = 8, i"), (starts, "r = 64, i")):
-        cells = cells.assign(random=cells[["i", "j"]].max(axis=1) / WIDTH)
-        high = float(cells[["phi", "random"]].max(axis=None))
-        panels = {f"{role}, layer 2": cells[cells["role"] == role] for role in "qv"}
-        panels["random"] = cells[cells["role"] == "q"].assign(phi=cells["random"])
+        random = cells[cells["role"] == "q"].assign(phi=at_random)
+        high = float(max(cells["phi"].max(), random["phi"].max()))
         row = []
-        for name, of_panel in panels.items():
-            row.append(similarity_heat(of_panel, name, caption, high, label, "r = 64, j"))
-        rows.append(row)
-    for role in "qv":
-        near = ranks[(ranks["role"] == role) & (ranks["j"] <= 8)]
-        high = float(near["phi"].max())
-        zoomed = [similarity_heat(near[near["layer"] == layer], f"{role}, layer {layer}", caption, high, "r = 8, i",
-                                  "r = 64, j ≤ 8") for layer in sorted(set(near["layer"]))]  # fmt: skip
-        rows.insert(len(rows) - 1, zoomed)
-    return Panels(tuple(map(tuple, rows)))
+        for name, of_panel in (*cells.groupby("role"), ("random", random)):
+            title = name if name == "random" else f"{name}, layer 2"
+            row.append(similarity_heat(of_panel, title, caption, high, label, "r = 64, j"))
+        rows.append(tuple(row))
+    # Between these rows, the upper left corner of the first one, in other layers as well.
+    for role, near in ranks[ranks["j"] <= 8].groupby("role"):
+        high, row = float(near["phi"].max()), []
+        for layer, cells in near.groupby("layer"):
+            row.append(similarity_heat(cells, f"{role}, layer {layer}", caption, high, "r = 8, i", "r = 64, j ≤ 8"))
+        rows.insert(-1, tuple(row))
+    return Panels(tuple(rows))
 
 
 def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
     """Draw LoRA's figure 8: similarity of the directions of W and of the update."""
-    tables = {f"rank {rank}": rows_of(evidence, "weight_overlaps", arm) for rank, arm in _RANKS.items()}
-    if any(table.empty for table in tables.values()):
+    tables = of_ranks(evidence, "weight_overlaps")
+    if not tables:
         return None
-    means = {name: table.astype({"phi": "float64"}).groupby(["i", "j"])["phi"].mean().reset_index()
-             for name, table in tables.items()}  # fmt: skip
-    wide = means["rank 64"]
-    means["random"] = wide.assign(phi=wide[["i", "j"]].max(axis=1) / WIDTH)
-    high = float(max(cells["phi"].max() for cells in means.values()))
-    excess = {
-        name: float((cells["phi"] - cells[["i", "j"]].max(axis=1) / WIDTH).mean()) for name, cells in means.items()
-    }
+    means = {}
+    for name, table in tables.items():
+        means[name] = table.astype({"phi": "float64"}).groupby(["i", "j"])["phi"].mean().reset_index()
+    # Random directions depend on i and j only, so those of rank 64 include those of rank 8.
+    means["random"] = means["rank 64"].assign(phi=at_random)
+    cells = pd.concat(means)
+    excess = (cells["phi"] - at_random(cells)).groupby(level=0).mean()
     caption = (
-        "Overlap of the first i input directions of W_q, of 384, with the first j of its update, layer 2, mean over "
-        f"seeds. Mean difference from random: {excess['rank 8']:+.3f} for rank 8, {excess['rank 64']:+.3f} for 64. "
+        f"Overlap of the first i input directions of W_q, of {WIDTH}, with the first j of its update, layer 2, mean "
+        f"over seeds. Difference from random: {excess['rank 8']:+.3f} for rank 8, {excess['rank 64']:+.3f} for 64. "
         "The paper finds that the update avoids the top directions of W."
     )
-    return set_side_by_side(*(
-        similarity_heat(cells, name, caption, high, "W, i", "update, j") for name, cells in means.items()
-    ))  # fmt: skip
-
-
-_RANKS = {8: variants.LOW, 64: variants.HIGH}
+    charts = []
+    for name, of_panel in means.items():
+        charts.append(similarity_heat(of_panel, name, caption, float(cells["phi"].max()), "W, i", "update, j"))
+    return set_side_by_side(*charts)
 
 
 def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     """Draw LoRA's table 7: norm of W along the update's, its own and random directions, and the amplification."""
-    tables = {f"rank {rank}": rows_of(evidence, "amplification", arm) for rank, arm in _RANKS.items()}
-    if any(table.empty for table in tables.values()):
+    tables = of_ranks(evidence, "amplification")
+    if not tables:
         return None
     kinds = {"along_update": "the update's", "along_weight": "W's own", "along_random": "random"}
-    rows, factors = [], []
-    for rank, table in tables.items():
-        queries = table[table["role"] == "q"]
-        factors.append((queries["update"] / queries["along_update"]).mean())
-        for layer, of_layer in queries.groupby("layer"):
-            rows += [(rank, name, layer, of_layer[column].mean()) for column, name in kinds.items()]
-    measured = pd.DataFrame(rows, columns=["rank", "name", "layer", "value"])
+    queries = pd.concat(tables, names=["rank"]).query("role == 'q'").rename(columns=kinds)
+    by_layer = queries.groupby(["rank", "layer"])[[*kinds.values()]].mean()
+    measured = by_layer.melt(var_name="name", ignore_index=False).reset_index()
+    factors = (queries["update"] / queries[kinds["along_update"]]).groupby("rank").mean()
     numbers = published("LoRA", "Table 7")
     pattern = r"W_q on (?P<kind>the update's|its own top|random) directions, rank (?P<rank>\d+)"
     printed = numbers["method"].str.extract(pattern).assign(value=numbers["value"]).dropna()
     names = {"its own top": "W's own"}
     printed = printed.assign(name=printed["kind"].replace(names), rank="rank " + printed["rank"])
     caption = (
-        "Norm of W_q between the left and right directions of the update, as many of its own, and random ones; a dot "
-        f"per layer, mean over seeds. Amplification, norm of the update over that of W along it: {factors[0]:.1f} for "
-        f"rank 8, {factors[1]:.1f} for rank 64; printed 21.5 for rank 4, about 2 for rank 64."
+        "Norm of W_q between the left and right directions of the update, as many of W's, and random ones; dots "
+        "are layers, means over seeds. Amplification: norm of the update over that of W along it, "
+        f"{factors['rank 8']:.1f} for rank 8, {factors['rank 64']:.1f} for rank 64; printed 21.5 for rank 4, "
+        "about 2 for rank 64."
     )
     y = Axis(order=kinds.values(), compact=True)
     x = Axis(label="norm of W_q along directions", log=True)
@@ -135,15 +147,16 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
 
 def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
     """Draw AutoLoRA's figure 3: ranks by module for two tasks, with agreement within and between tasks."""
-    arms = [f"{name}, {truth_names.UNEVEN}" for name in variants.ON_TEACHERS]
-    tables = [rows_of(evidence, "ranks", arm) for arm in arms]
-    if any(table.empty for table in tables):
-        return None
-    found = [table.pivot(index="module", columns="seed", values="rank") for table in tables]
-    both = pd.concat(found, axis=1)
-    agreement, count = kendall_tau(both.to_numpy(np.float64).T), len(found[0].columns)
-    within = [agreement[:count, :count], agreement[count:, count:]]
-    same = np.mean([block[np.triu_indices(count, 1)].mean() for block in within])
+    tables = []
+    for name in variants.ON_TEACHERS:
+        tables.append(rows_of(evidence, "ranks", f"{name}, {truth_names.UNEVEN}"))
+        if tables[-1].empty:
+            return None
+    first, second = map(_ranks_by_seed, tables)
+    # Agreement of runs on different teachers is what any search would show by chance.
+    agreement, count = kendall_tau(np.concatenate([first, second])), len(first)
+    pairs = np.triu_indices(count, 1)
+    same = np.mean([agreement[:count, :count][pairs], agreement[count:, count:][pairs]])
     caption = (
         f"Final ranks, mean of {count} runs per teacher, and planted ranks. Kendall's tau between runs on one teacher: "
         f"{same:.2f}; on different teachers: {agreement[:count, count:].mean():.2f}. The paper finds that ranks differ "
@@ -152,17 +165,24 @@ def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
     rows = []
     for number, table in enumerate(tables):
         by_module = table.groupby("module")[["rank", "planted"]].mean()
-        places = pd.DataFrame(
-            [module_table.parse(name) for name in by_module.index], columns=["stack", "layer", "role"]
-        )
-        cells = by_module.reset_index().assign(layer=places["layer"].astype(str), role=places["role"])
+        cells = by_module.reset_index().join(_parsed(by_module.index))
         row = []
         for column, name in (("rank", "found"), ("planted", "planted")):
             heat = Heat("layer", "role", column, "rank", ".1f", limits=(0.0, 4.0))
-            axes = {"x": Axis(label="block"), "y": Axis(order=list(variants.TYPES))}
+            axes: dict[str, Any] = {"x": Axis(label="block"), "y": Axis(order=list(variants.TYPES))}
             row.append(Chart(cells, [heat], title=f"task {number + 1}, {name}", caption=caption, **axes))
         rows.append(tuple(row))
     return Panels(tuple(rows))
+
+
+def _ranks_by_seed(table: pd.DataFrame) -> Float[np.ndarray, "run module"]:
+    return table.pivot(index="seed", columns="module", values="rank").to_numpy(np.float64)
+
+
+def _parsed(modules: Iterable[str]) -> pd.DataFrame:
+    """Tabulate the ``layer`` (as text) and ``role`` of modules, in their order."""
+    table = pd.DataFrame(map(module_table.parse, modules), columns=["stack", "layer", "role"])
+    return table[["layer", "role"]].astype({"layer": "str"})
 
 
 def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
@@ -188,6 +208,7 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
         caption=caption,
     )
     errors = _by_rank(means, _ERRORS)
+    # Adafactor has no rank, so its error is drawn at both ends.
     rank_one = means.loc[means["quantity"] == "moment_error_rank_one", "value"].mean()
     ends = pd.DataFrame({"index": [errors["index"].min(), errors["index"].max()], "value": rank_one})
     errors = pd.concat([errors, ends.assign(recipe="row-column product (Adafactor)")])
@@ -226,7 +247,7 @@ def _curve(cells: pd.DataFrame, y: str, title: str, caption: str, log: bool) -> 
 def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     """Draw Adapprox's ranks and errors over the steps, and its guidance."""
     table = rows_of(evidence, "moments", variants.FACTORED)
-    guided = {}
+    guided: dict[str, str] = {}
     for truth in adapprox.MOMENTS:
         name = truth.removeprefix("second moments ")
         guided |= {name: f"{adapprox.OURS}, {truth}", f"{name}, guided": variants.guided(truth)}
@@ -238,6 +259,7 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
         "second moments, in percent of the first loss, at one rate, a dot per seed. The paper prints no values."
     )
     by_step = table.groupby(["quantity", "role", "step"])["value"].mean().reset_index().assign(low=np.nan, high=np.nan)
+    # Roles have different shapes, and so different largest ranks.
     ranks = by_step[by_step["quantity"] == "factor_rank"]
     names = {
         "factor_error": "error of the step's factors",
@@ -257,7 +279,7 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     center = curves(
         errors, "step", ("step", Axis(label="relative error", log=True)), points=False, title="Error of the factors"
     )
-    axes = {"x": Axis(label="final loss (% of first)", log=True), "y": Axis(order=guided, compact=True)}
+    axes: dict[str, Any] = {"x": Axis(label="final loss (% of first)", log=True), "y": Axis(order=guided, compact=True)}
     return in_row(left, center, Chart(losses, [Point("value", "name")], title="Guidance", **axes))
 
 
@@ -276,15 +298,19 @@ def draw_costs(evidence: StudyEvidence) -> Drawable | None:
         "AutoLoRA's ratios are not readable; HydraLoRA's paper prints 1.96 times the speed of LoRA of rank 32."
     )
     for truth, names in groups.items():
-        seconds = [(name, seed, float(evidence.judged(f"{arm}, {truth}", seed)["cpu_seconds"].iloc[0]))
-                   for name, arm in names.items() for seed in evidence.seeds(f"{arm}, {truth}")]  # fmt: skip
+        seconds = []
+        for name, arm in names.items():
+            for seed in evidence.seeds(f"{arm}, {truth}"):
+                run = evidence.judged(f"{arm}, {truth}", seed)
+                seconds.append((name, seed, run["cpu_seconds"].iloc[0]))
         table = pd.DataFrame(seconds, columns=["name", "seed", "seconds"])
         if set(table["name"]) != set(names):
             return None
+        # The paper measures energy and hours on GPUs; on one thread both follow from the time.
         x, column = "CPU-seconds", table["seconds"]
         if truth == truth_names.SHARED_A:
             x, column = "tokens per second", _TOKENS / column
-        axes = {"x": Axis(label=x, limits=(0, None)), "y": Axis(order=names, compact=True)}
+        axes: dict[str, Any] = {"x": Axis(label=x, limits=(0, None)), "y": Axis(order=names, compact=True)}
         charts.append(Chart(table.assign(value=column), [Point("value", "name")], title=truth, caption=caption, **axes))
     hours = published("ALoRA", "Table 4").query("metric == 'hours to early stopping'")
     printed = hours.assign(name=hours["method"])[["name", "value"]]
@@ -302,14 +328,14 @@ def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
         return None
     rows = table[(table["set"] == "domains, shared start") & (table["view"] == "raw")]
     rows = rows[rows["seed"] == rows["seed"].min()]
-    places = pd.DataFrame([module_table.parse(name) for name in rows["module"]], columns=["stack", "layer", "role"])
-    rows = rows.assign(name=places["role"].to_numpy() + places["layer"].astype(str).to_numpy())
+    parsed = _parsed(rows["module"])
+    rows = rows.assign(name=(parsed["role"] + parsed["layer"]).to_numpy())
     charts = []
     for factor, names in (("A", ["q0", "v1", "q3", "v5"]), ("B", ["v0", "q1", "v3", "q5"])):
         cells = rows[(rows["factor"] == factor) & rows["name"].isin(names)]
         centers = cells.groupby("name")[["x", "y"]].mean().reset_index()
         labels: list[Mark] = [Text("x", "y", "name", data=centers)]
-        axes = {"x": Axis(ticks={}), "y": Axis(ticks={})}
+        axes: dict[str, Any] = {"x": Axis(ticks={}), "y": Axis(ticks={})}
         caption = (
             "Four A's and four B's of LoRAs on three texts, two orders each, with a shared initial A, placed by t-SNE; "
             "a dot per run, and the module's role and layer in the middle of its dots. The paper's A's of one module "

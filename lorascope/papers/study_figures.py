@@ -9,7 +9,17 @@ from typing import NamedTuple
 import pandas as pd
 
 from lorascope.charts.chart import Drawable
-from lorascope.papers import adalora, alora, autolora, hydralora_factors, lisa, neft
+from lorascope.papers import (
+    adalora,
+    alora,
+    autolora,
+    course_figures,
+    direction_figures,
+    hydralora_factors,
+    lisa,
+    neft,
+    variant_figures,
+)
 from lorascope.papers.figures.first_edition import stored_figures
 from lorascope.papers.figures.forest import forest
 from lorascope.papers.figures.neuron_hits import neuron_hits
@@ -120,6 +130,8 @@ ROWS = [
         of_tables(draw_allocations, "ranks", "scores"),
     ),
 ]  # fmt: skip
+VARIANTS = variant_figures.STUDY_FIGURES | course_figures.STUDY_FIGURES | direction_figures.STUDY_FIGURES
+"""Further figures of the papers, whose arms no claim reads."""
 
 
 def read_figures(data: Path) -> dict[str, StudyFigure]:
@@ -132,4 +144,9 @@ def read_figures(data: Path) -> dict[str, StudyFigure]:
     for row in ROWS:
         if (chart := row.draw(contents)) is not None:
             figures[row.name] = StudyFigure(row.heading, row.alt, chart)
-    return figures | stored_figures(data / "edition-1" / "figures")
+    figures |= stored_figures(data / "edition-1" / "figures")
+    # Last, because a page begins with its first figure.
+    for name, figure in VARIANTS.items():
+        if (chart := figure.draw(evidence)) is not None:
+            figures[name] = StudyFigure(figure.heading, figure.alt, chart)
+    return figures

@@ -1,7 +1,7 @@
-"""Figures of the papers that arms without a claim show: one function of the kept runs each, listed in ``FIGURES``.
+"""Figures of the papers by variant or number, from arms that no claim reads: one function of the kept runs each.
 
-Students of planted teachers replace the papers' models, so quantities and axes are those of the paper, but not the
-levels. Numbers that a paper prints are in a separate panel.
+Students of planted teachers replace the papers' models, so quantities and axes equal the paper's, and levels do not.
+Numbers that a paper prints are in a separate panel.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from lorascope.papers.figures.variant_gaps import (
     CLOSED,
     beside_printed,
     common_seeds,
-    gap_table,
     gaps_by_number,
     gaps_by_variant,
+    numbered,
     printed,
     published,
+    variant_gap_table,
 )
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
@@ -46,8 +47,7 @@ class VariantFigure(NamedTuple):
 
 def of_truth(truth: str, *names: str, **by_name: str) -> dict[str, str]:
     """Return arms that learn one truth by their names in a figure; keywords give them another name."""
-    arms = {name: f"{name}, {truth}" for name in names}
-    return arms | {name: f"{arm}, {truth}" for name, arm in by_name.items()}
+    return {name: f"{arm}, {truth}" for name, arm in (dict(zip(names, names, strict=True)) | by_name).items()}
 
 
 def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
@@ -55,8 +55,8 @@ def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
     return gaps_by_number(
         evidence,
         {
-            "ALoRA": {rank: f"ALoRA, rank {rank}, {UNEVEN}" for rank in variants.BUDGETS},
-            "LoRA": {rank: f"LoRA, rank {rank}, {UNEVEN}" for rank in variants.BUDGETS},
+            "ALoRA": numbered(f"ALoRA, rank {{}}, {UNEVEN}", variants.BUDGETS),
+            "LoRA": numbered(f"LoRA, rank {{}}, {UNEVEN}", variants.BUDGETS),
         },
         "budget: ranks per module",
         "ALoRA and LoRA by budget",
@@ -75,6 +75,7 @@ def draw_alora_scores(evidence: StudyEvidence) -> Drawable | None:
     }
     names = {"ALoRA": "ALoRA", "ALoRA, sensitivity score": "sensitivity", "ALoRA, gates learnt (DNAS)": "learned gates"}
     numbers = printed("ALoRA", "Table 6", names)
+    # The table of scores does not repeat LoRA.
     numbers = pd.concat([numbers, printed("ALoRA", "Table 1", {"LoRA": "LoRA, no rounds"})])
     numbers = numbers[numbers["data"].isin(["BoolQ", "ReCoRD", "SQuAD"])]
     caption = "Modules need ranks of 0, 1, 3 and 4. ALoRA's scores help if it is above random scores."
@@ -87,18 +88,17 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
     truths = {"one update": ONE_UPDATE, "shared A": SHARED_A, "unrelated": truth_names.UNRELATED}
     names = {"full fine-tuning": FULL, "HydraLoRA": hydralora.EXPERTS, "LoRA": hydralora.EQUAL}
     tables = []
-    for place, truth in truths.items():
-        of_place = gap_table(evidence, {name: f"{arm}, {truth}" for name, arm in names.items()})
-        tables.append(of_place.assign(place=place))
+    for updates, truth in truths.items():
+        tables.append(variant_gap_table(evidence, of_truth(truth, **names)).assign(updates=updates))
     table = pd.concat(tables, ignore_index=True)
-    if table["place"].nunique() < len(truths):
+    if table["updates"].nunique() < len(truths):
         return None
-    means = table.groupby(["place", "name"], sort=False)["value"].mean().reset_index()
-    gap = means.pivot(index="place", columns="name", values="value").loc[list(truths)]
-    differences = ", ".join(f"{value:.1f}" for value in gap["full fine-tuning"] - gap["LoRA"])
+    means = table.groupby(["updates", "name"], sort=False)["value"].mean().reset_index()
+    gap = means.pivot(index="updates", columns="name", values="value").loc[list(truths)]
+    differences = ", ".join(map("{:.1f}".format, gap["full fine-tuning"] - gap["LoRA"]))
     return Chart(
         table,
-        [Line("place", "value", "name", data=means), Point("place", "value", "name")],
+        [Line("updates", "value", "name", data=means), Point("updates", "value", "name")],
         title="Gap by heterogeneity of four tasks",
         x=Axis(label="updates of the tasks", order=truths),
         y=Axis(label=CLOSED),
@@ -146,15 +146,14 @@ def draw_experts(evidence: StudyEvidence) -> Drawable | None:
 
 def draw_splits(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's table 1: one LoRA, and several with the same total rank."""
-    arms = {f"1 of rank {rank}": f"LoRA, rank {rank}, {SHARED_A}" for rank in (4, 8, 16)} | {
+    arms = numbered(f"LoRA, rank {{}}, {SHARED_A}", (4, 8, 16), "1 of rank {}") | {
         "2 of rank 8": f"HydraLoRA, 2 separate A's of rank 8, {SHARED_A}",
         "4 of rank 4": f"{hydralora.SEPARATE[4]}, {SHARED_A}",
         "8 of rank 2": f"HydraLoRA, 8 separate A's of rank 2, {SHARED_A}",
     }
     names = {"LoRA, rank 8": "1 of rank 4", "LoRA, rank 16": "1 of rank 8", "LoRA, rank 32": "1 of rank 16"}
-    names |= {
-        f"LoRA-Split, {number} of rank {32 // number}": f"{number} of rank {16 // number}" for number in (2, 4, 8)
-    }
+    for number in (2, 4, 8):
+        names[f"LoRA-Split, {number} of rank {32 // number}"] = f"{number} of rank {16 // number}"
     caption = (
         "Four tasks whose updates share A. The last four rows have a total rank of 16; several LoRAs have routers. "
         "Printed ranks are twice as large as the labels."
@@ -167,7 +166,7 @@ def draw_searches(evidence: StudyEvidence) -> Drawable | None:
     """Draw AutoLoRA's table 4, its ablations, with the mean rank that each search finds."""
     searches = dict(zip(("first order (η = 0)", "sigmoid", "no constraint"), variants.SEARCHES, strict=True))
     arms = {"AutoLoRA": f"{autolora.SEARCHED}, {UNEVEN}"} | of_truth(UNEVEN, **searches)
-    searched = list(arms.values())
+    searched = list(arms.values())  # the others do not search
     arms |= {
         "ranks from random logits": f"LoRA, ranks from random logits, {UNEVEN}",
         "LoRA of rank 2": f"{UNIFORM_STUDENT}, {UNEVEN}",
@@ -196,9 +195,10 @@ def draw_searches(evidence: StudyEvidence) -> Drawable | None:
 
 def draw_placements(evidence: StudyEvidence) -> Drawable | None:
     """Draw AdaLoRA's figure 1: one type of weight, or one block, with equal parameters."""
+    # Both panels begin with the same row, because their limits differ.
     reference = {"everywhere, rank 2": f"{UNIFORM_STUDENT}, {EVEN}"}
-    types = {f"W_{name}": f"LoRA, {name} only, {EVEN}" for name in variants.TYPES.values()}
-    blocks = {f"block {block}": f"LoRA, block {block} only, {EVEN}" for block in range(4)}
+    types = numbered(f"LoRA, {{}} only, {EVEN}", variants.TYPES.values(), "W_{}")
+    blocks = numbered(f"LoRA, block {{}} only, {EVEN}", range(4), "block {}")
     caption = (
         "LoRA with the same number of parameters in one type of weight (left), in one block (right), or everywhere; "
         "feed-forward types have 3% fewer. The teacher changes all modules at rank 2. The paper's figure has no "
@@ -255,7 +255,7 @@ def draw_blocks(evidence: StudyEvidence) -> Drawable | None:
     truth = truth_names.ALL_BLOCKS
     return gaps_by_number(
         evidence,
-        {"LISA": {number: f"LISA, {number} of 8 blocks, {truth}" for number in variants.BLOCKS}},
+        {"LISA": numbered(f"LISA, {{}} of 8 blocks, {truth}", variants.BLOCKS)},
         "blocks that train at a time (γ), of 8",
         "LISA by number of blocks",
         "All blocks change at rank 2. With γ = 0, only embedding, final norm and head train. The paper finds that γ = "
@@ -269,8 +269,10 @@ def draw_sizes(evidence: StudyEvidence) -> Drawable | None:
     """Draw FourierFT's figure 1: FourierFT and LoRA by parameters."""
     charts = []
     for truth, title in zip(fourierft.SUFFICIENT, ("its coefficients suffice", "rank 2 suffices"), strict=True):
-        sparse = {number: f"FourierFT, {number} coefficients from zero, {truth}" for number in variants.COEFFICIENTS}
-        factored = {n: f"LoRA, rank {rank}, attention, {truth}" for n, rank in variants.COEFFICIENTS.items() if rank}
+        sparse = numbered(f"FourierFT, {{}} coefficients from zero, {truth}", variants.COEFFICIENTS)
+        ranks = numbered(f"LoRA, rank {{}}, attention, {truth}", variants.COEFFICIENTS.values())
+        # No rank is as small as the fewest coefficients.
+        factored = dict([*zip(variants.COEFFICIENTS, ranks.values(), strict=True)][1:])
         chart = gaps_by_number(
             evidence,
             {"FourierFT": sparse, "LoRA": factored},
@@ -288,11 +290,10 @@ def draw_sizes(evidence: StudyEvidence) -> Drawable | None:
 def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
     """Draw NeFT's figure 3: more neurons, the next ones or those that rotate least."""
     truth = truth_names.FEW_NEURONS
-    series = {
-        name: {0: f"{variants.few_neurons()}, {truth}"}
-        | {n: f"{variants.few_neurons(n, is_reversed)}, {truth}" for n in variants.MORE_NEURONS}
-        for name, is_reversed in (("next", False), ("reversed", True))
-    }
+    series: dict[str, dict[float, str]] = {}
+    for name, arms in (("next", variants.NEXT), ("reversed", (variants.NEXT[0], *variants.REVERSED))):
+        labels = of_truth(truth, *arms).values()
+        series[name] = dict(zip((0, *variants.MORE_NEURONS), labels, strict=True))
     chart = gaps_by_number(
         evidence,
         series,
@@ -318,12 +319,12 @@ def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
     return set_side_by_side(replace(chart, caption=caption), panel)
 
 
-def printed_by_fraction(place: str, added: str) -> pd.DataFrame:
+def printed_by_fraction(source: str, added: str) -> pd.DataFrame:
     """Tabulate ``recipe, x, value, low, high`` of NeFT's printed numbers by fraction of further neurons, in percent.
 
     ``added`` is the pattern of the number in the name of a method, with one group.
     """
-    table = published("NeFT", place)
+    table = published("NeFT", source)
     is_reversed = table["method"].str.contains("highest|reversed")
     recipe = is_reversed.map({True: "reversed", False: "next"})
     x = table["method"].str.extract(added)[0].astype("float64")

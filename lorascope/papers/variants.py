@@ -409,7 +409,7 @@ NEXT = (few_neurons(), *map(few_neurons, MORE_NEURONS))
 FACTORED_NEURONS = ("LoRA, rank 1, feed-forward", "LoRA, rank 3, feed-forward")
 _EVALUATED = (*NEXT, *REVERSED, *FACTORED_NEURONS, f"{neft.FULL}, evaluated")
 KEPT_TABLES: dict[str, list[KeptTable]] = {
-    # The first arm is that of a claim, and the others change one part of it.
+    # A claim reads the first arm, and the others change one part of it.
     "penalties": _of_each(_PENALIZED, UNEVEN, keep_penalties),
     "validation": [
         *_of_each(_EVALUATED, truth_names.FEW_NEURONS, keep_validation),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
@@ -25,7 +26,7 @@ def common_seeds(evidence: StudyEvidence, arms: Iterable[str]) -> list[int]:
     return sorted(set.intersection(*(set(evidence.seeds(arm)) for arm in arms)))
 
 
-def gap_table(evidence: StudyEvidence, arms: Mapping[str, str]) -> pd.DataFrame:
+def variant_gap_table(evidence: StudyEvidence, arms: Mapping[str, str]) -> pd.DataFrame:
     """Tabulate ``name, seed, value``: the gap that arms close, in points, for the seeds that all of them have.
 
     Parameters
@@ -50,13 +51,13 @@ def gaps_by_variant(
     Parameters
     ----------
     evidence, arms
-        See ``gap_table``; the arms are rows from top to bottom.
+        See ``variant_gap_table``; the arms are rows from top to bottom.
     title, caption : str
         Text of the figure.
     x : str
         Label of the axis.
     """
-    table = gap_table(evidence, arms)
+    table = variant_gap_table(evidence, arms)
     if table.empty:
         return None
     means = table.groupby("name", sort=False)["value"].mean().reset_index()
@@ -101,18 +102,23 @@ def gaps_by_number(
         Whether x is logarithmic.
     """
     references = references or {}
-    places = {(name, number): arm for name, arms in series.items() for number, arm in arms.items()}
-    seeds = common_seeds(evidence, [*places.values(), *references.values()])
+    labels = [*references.values()]
+    for arms in series.values():
+        labels += arms.values()
+    seeds = common_seeds(evidence, labels)
     if not seeds:
         return None
     rows = []
-    for (name, number), arm in places.items():
-        rows += [(name, number, evidence.closed(arm, seed)) for seed in seeds]
+    for name, arms in series.items():
+        for number, arm in arms.items():
+            for seed in seeds:
+                rows.append((name, number, evidence.closed(arm, seed)))
     table = pd.DataFrame(rows, columns=["recipe", "number", "value"])
     marks: list[Mark] = []
     for name, arm in references.items():
-        mean = sum(evidence.closed(arm, seed) for seed in seeds) / len(seeds)
-        marks.append(Rule(y=mean, label=name))
+        # A line has no interval, because bars of several references would overlap.
+        closed = variant_gap_table(evidence, {name: arm})
+        marks.append(Rule(y=closed.loc[closed["seed"].isin(seeds), "value"].mean(), label=name))
     return curves(
         band(table, ["recipe", "number"]),
         "number",
@@ -124,25 +130,33 @@ def gaps_by_number(
     )
 
 
-def published(paper: str, place: str) -> pd.DataFrame:
-    """Read the numbers that a paper prints in a table or figure, from ``data/published/reported.csv``."""
-    table = pd.read_csv(PUBLISHED / "reported.csv")
-    return table[(table["paper"] == paper) & (table["table"] == place)]
+def numbered(template: str, numbers: Iterable[float], name: str = "") -> dict[Any, str]:
+    """Return the arms whose labels have a number by that number, or by a name that has it as well."""
+    arms: dict[Any, str] = {}
+    for number in numbers:
+        arms[name.format(number) if name else number] = template.format(number)
+    return arms
 
 
-def printed(paper: str, place: str, names: Mapping[str, str], size: str = "") -> pd.DataFrame:
+def published(paper: str, source: str) -> pd.DataFrame:
+    """Read the numbers that a paper prints in a table or figure, from ``data/published``."""
+    table = pd.concat([pd.read_csv(PUBLISHED / "reported.csv"), pd.read_csv(PUBLISHED / "neft_figures.csv")])
+    return table[(table["paper"] == paper) & (table["table"] == source)]
+
+
+def printed(paper: str, source: str, names: Mapping[str, str], size: str = "") -> pd.DataFrame:
     """Tabulate ``name, data, value`` of a paper's printed scores.
 
     Parameters
     ----------
-    paper, place : str
+    paper, source : str
         Paper, and its table or figure.
     names : mapping method -> name
         Rows to show, and their names in the figure.
     size : str
         Printed size of the rows to show; "" takes all.
     """
-    rows = published(paper, place)
+    rows = published(paper, source)
     rows = rows[rows["method"].isin(list(names))]
     if size:
         rows = rows[rows["parameters"] == size]

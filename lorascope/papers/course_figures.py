@@ -65,6 +65,7 @@ def loss_course(
         losses.groupby(["recipe", "step"], sort=False)["loss"].agg(value="mean", low="min", high="max").reset_index()
     )
     marks: list[Mark] = [Line("step", "value", "recipe")]
+    # A seed has no range.
     if not by_seed:
         marks.insert(0, Band("step", "low", "high", "recipe"))
     sentence = f"Lines: mean of {len(seeds)} seeds; bands: their range."

@@ -307,6 +307,7 @@ def draw_costs(evidence: StudyEvidence) -> Drawable | None:
         if set(table["name"]) != set(names):
             return None
         # The paper measures energy and hours on GPUs; on one thread both follow from the time.
+        # A mixture of tasks has the figure of HydraLoRA's paper, which is about speed.
         x, column = "CPU-seconds", table["seconds"]
         if truth == truth_names.SHARED_A:
             x, column = "tokens per second", _TOKENS / column

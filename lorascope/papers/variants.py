@@ -114,8 +114,10 @@ def _placements() -> list[Arm]:
 
     students: dict[str, Student | Method] = {}
     for role, name in TYPES.items():
+        # A feed-forward matrix has 1.5 times the parameters of an attention matrix per rank.
         rank = 17 if role in ATTENTION else 11
         students[f"LoRA, {name} only"] = LoRA(rank=rank, alpha=4.0 * rank, targets=(role,))
+    # One block of rank 8 has as many parameters as four of rank 2.
     for block in range(4):
         students[f"LoRA, block {block} only"] = Student(partial(_in_block, block))
     return planted_arms(students, [EVEN])
@@ -168,6 +170,7 @@ def _blocks() -> list[Arm]:
     for number in BLOCKS:
         if number != sampled.n_active:
             students[f"LISA, {number} of 8 blocks"] = replace(sampled, n_active=number)
+    # An interval of all steps has a single draw.
     for interval in INTERVALS:
         if interval != sampled.interval:
             students[f"{lisa.SAMPLED}, {interval} steps"] = replace(sampled, interval=interval)
@@ -190,6 +193,7 @@ def _neurons() -> list[Arm]:
     from lorascope import observe
     from lorascope.methods import Full, LoRA
 
+    # Utilization is compared at the end, and costs a forward pass over held-out rows.
     observers = (observe.utilization(every=STEPS),)
     students: dict[str, Student | Method] = {
         few_neurons(): Student(partial(_with_neurons, 0, False), observers),
@@ -250,6 +254,7 @@ def _on_text() -> list[Arm]:
     settings = {"steps": 300, "batch_size": 16, "eval_every": 0, "eval_size": 16, "test_size": 400, "observe": []}
     low = Arm(label=LOW, method=LoRA(rank=8, alpha=8.0, targets="all-linear"), settings=settings)
     high = replace(low, label=HIGH, method=LoRA(rank=64, alpha=64.0, targets="all-linear"))
+    # A recording costs two SVDs of every matrix, and moments change little after 100 steps.
     short: dict[str, Any] = {**settings, "steps": 100}
     moments = (observe.second_moments(every=100), observe.factorings(every=100))
     factored = Adapprox(dense=("embed", "pos_embed"), growth_scale=None)

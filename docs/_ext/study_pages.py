@@ -53,7 +53,7 @@ CHANGES = {
 _ORDER = ("as claimed", "not only there", "not even there", "gain", "gain below m", "no gain", "loss", "no cost",
           "cost below d", "cost", "open", NO_HEADROOM, NOT_LEARNED, NOT_RUN)  # fmt: skip
 _UNITS = {
-    "points of accuracy": " acc.", "points of the gap": " gap", "points of neurons": " neurons",
+    "points of accuracy": " acc.", "points of the gap": "", "points of neurons": " neurons",
     "points of factors": " factors", "percent of the loss": "%", "log10 of the ratio of norms": " log10",
 }  # fmt: skip
 _MACHINE = ["processor", "capability", "torch", "threads", "device"]

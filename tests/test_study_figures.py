@@ -16,6 +16,7 @@ from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.charts.marks import Line, Point, Text
 from lorascope.papers import registry
 from lorascope.papers.figures import forest as forest_plot
+from lorascope.papers.figures.first_edition import stored_figures
 from lorascope.papers.figures.forest import BOUND, EDITION_1, EDITION_2, POSITIVE, PRINTED, forest, forest_table
 from lorascope.papers.figures.neuron_hits import SCORES, neuron_hits
 from lorascope.papers.figures.neuron_sensitivity import CHANGED, NULL, sensitivity_table, stability_table
@@ -23,11 +24,12 @@ from lorascope.papers.figures.pair_gaps import CLOSED, LOSS, gap_table, pair_gap
 from lorascope.papers.figures.pair_losses import METHOD, loss_table, pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
 from lorascope.papers.figures.study_marks import FAVORABLE, OTHER, claim_arms
+from lorascope.papers.judging.data_folder import DATA, PAPERS
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence
 from lorascope.papers.judging.registered_study import PaperPlace
 from lorascope.papers.judging.study_results import RESULT_COLUMNS, compute
 from lorascope.papers.neft import AT_RANDOM, hit_rate
-from lorascope.papers.study_figures import draw_neurons
+from lorascope.papers.study_figures import ALL_METHODS, ALLOCATORS, ROWS, StudyData, draw_neurons
 
 # Of the forest plot, and two of other forms.
 IDS = [f"pair.{method.lower()}" for methods in forest_plot.ROWS for method in methods]
@@ -176,8 +178,8 @@ def test_pairs_have_a_dot_per_seed() -> None:
         expected = [evidence.closed(arm.arm, seed) for seed in of_arm["seed"]]
         np.testing.assert_array_equal(of_arm["value"], expected)
         assert set(of_arm["side"]) == {FAVORABLE if arm.truth == "uneven ranks" else OTHER}
-    figure = pair_gaps(REGISTERED, evidence, {id: "AdaLoRA"})
-    panel = next(chart for chart in figure.charts() if chart.title == "AdaLoRA")
+    figure = pair_gaps(REGISTERED, evidence)
+    panel = next(chart for chart in figure.charts() if chart.title == id)
     pd.testing.assert_frame_equal(panel.data[table.columns], table)
     assert not gray_words(panel)
     assert panel.x.label == CLOSED
@@ -329,3 +331,31 @@ def test_panels_with_columns_leave_places_empty() -> None:
     assert axes[2].get_position().width == pytest.approx(axes[0].get_position().width, rel=0.01)
     (dots,) = axes[0].collections
     assert dots.get_facecolor().tolist() == [[1.0, 1.0, 1.0, 1.0]]
+
+
+def test_rows_have_distinct_names_and_headings_of_pages() -> None:
+    names = [row.name for row in ROWS]
+    stored = stored_figures(DATA / "edition-1" / "figures")
+    assert len({*names, *stored}) == len(names) + len(stored)
+    headings = {row.heading for row in ROWS} | {figure.heading for figure in stored.values()}
+    assert headings <= {*PAPERS, ALL_METHODS, ALLOCATORS, "Importance scores"}
+
+
+def test_figures_are_drawn_once_they_have_runs() -> None:
+    def drawn(evidence: StudyEvidence, earlier: pd.DataFrame) -> set[str]:
+        results = compute(REGISTERED, COMPARISONS, EMPTY).results
+        data = StudyData(REGISTERED, evidence, results, earlier)
+        return {row.name for row in ROWS if row.draw(data) is not None}
+
+    assert drawn(EMPTY, NO_ESTIMATE) == set()
+    assert drawn(EMPTY, EARLIER) == {"forest"}
+    assert drawn(made_up_losses({"AdaLoRA, rank 4 to 2, uneven ranks": 3.0}), NO_ESTIMATE) == {"pairs", "losses"}
+    neurons = replace(EMPTY, tables={"neurons": neuron_table(seeds=2).assign(selected=False)})
+    assert drawn(neurons, NO_ESTIMATE) == {"neuron-scores"}
+    ranks = RANKS.replace({"arm": {"a": "AdaLoRA, rank 4 to 2, uneven ranks"}})
+    tables = {"ranks": ranks, "scores": ranks.assign(step=1, component=0, score=1.0)[[
+        "arm", "run", "module", "step", "component", "score"
+    ]]}  # fmt: skip
+    assert drawn(replace(EMPTY, tables=tables), NO_ESTIMATE) == {"allocations"}
+    other = {name: table.assign(arm="ALoRA, rank 1, uneven ranks") for name, table in tables.items()}
+    assert drawn(replace(EMPTY, tables=other), NO_ESTIMATE) == set()

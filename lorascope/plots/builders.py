@@ -6,7 +6,6 @@ Their tables come from ``analysis.seed_intervals.band``: ``value`` with ``low`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -142,35 +141,6 @@ def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], 
         Text("recipe", "above", "words"),
         title=title,
         caption=cohort.caption(*filter(None, sentences), interval=f"bars: {INTERVAL}"),
-    )
-
-
-def add_printed(chart: Chart, printed: pd.DataFrame, x: str, reference: str) -> Chart:
-    """Add numbers that a paper prints to a built chart, as separate points.
-
-    Parameters
-    ----------
-    chart : Chart
-        Chart with the column ``x`` along its axis.
-    printed : DataFrame
-        ``x``, ``value`` and ``source``, the entry of the legend.
-    x : str
-        Name of the column.
-    reference : str
-        Table or figure of the paper, for the caption.
-    """
-    data, marks = chart.data, list(chart.marks)
-    if not any(getattr(mark, "color", None) for mark in marks):
-        # The legend distinguishes bars and printed points; other marks, such as numbers above bars, have no entry.
-        data = data.assign(source="measured")
-        for number, mark in enumerate(marks):
-            if isinstance(mark, Bar):
-                marks[number] = replace(mark, color="source")
-    return replace(
-        chart,
-        data=data,
-        marks=[*marks, Point(x, "value", "source", data=printed[[x, "value", "source"]])],
-        caption=f"{chart.caption} Printed: {reference}; another model and task, so only the order is comparable.",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -41,25 +40,12 @@ def gap_table(claim: StudyClaim, evidence: StudyEvidence) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({"value": "float64"})
 
 
-def pair_gaps(
-    registration: StudyRegistration, evidence: StudyEvidence, titles: Mapping[str, str] | None = None
-) -> Panels:
-    """Draw the gap closed by every arm of all registered pairs, a dot per seed.
-
-    Parameters
-    ----------
-    registration : StudyRegistration
-        Its claims ``pair.NAME`` are the panels.
-    evidence : StudyEvidence
-        Judged runs.
-    titles : mapping id -> str, optional
-        Titles of panels instead of the ids.
-    """
+def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence) -> Panels:
+    """Draw the gap closed by every arm of all registered pairs, a dot per seed."""
     charts: list[Chart] = []
     for claim in registration.claims.values():
         if claim.id.startswith("pair."):
-            chart = _draw_pair(claim, gap_table(claim, evidence))
-            charts.append(replace(chart, title=(titles or {}).get(claim.id, claim.id)))
+            charts.append(replace(_draw_pair(claim, gap_table(claim, evidence)), title=claim.id))
     charts[0] = replace(charts[0], caption=_CAPTION)
     return arrange(charts)
 

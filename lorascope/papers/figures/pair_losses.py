@@ -51,8 +51,8 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
         # Without a label, the axes of panels have different limits.
         chart = Chart(table, marks, title=claim.id, x=Axis(label="step"), y=Axis(log=is_log))
         if table.empty:
-            word = write_word(0.0, 0.0)
-            chart = replace(chart, marks=[*marks, word], x=Axis(label="step", ticks={}), y=Axis(ticks={}))
+            empty = Axis(ticks={}, limits=(-1, 1))
+            chart = replace(chart, marks=[*marks, write_word(0.0, 0.0)], x=replace(empty, label="step"), y=empty)
         charts.append(replace(chart, colors=(METHOD, CONTROL, POSITIVE)))
     caption = (
         f"Training loss where the truth favors the method, mean of {WINDOW} steps; lines are means and bands ranges "

@@ -45,8 +45,17 @@ def word(kind, bound, low, high):
     return {(1, 0): "no cost", (0, 1): "cost", (1, 1): "cost below d"}.get((low > -bound, high < 0), "open")
 
 
+def pair_word(word, difference):
+    """Return the word of rule 7, from that of rule 5 and the difference of the effects at both truths by seed."""
+    if word in ("no gain", "loss", "cost"):
+        return "not even there"
+    if word not in ("gain", "no cost"):
+        return word
+    return "as claimed" if interval(difference)[1] > 0 else "not only there"
+
+
 def results(folder, registration):
-    """Return ``claim, n, effect, low, high, word`` of all claims that were run, with the words of rule 5."""
+    """Return ``claim, n, effect, low, high, word, pair`` of all claims that were run, without rules 8 and 9."""
     runs = pd.read_csv(
         folder / "runs.csv.gz",
         dtype={"phase": str, "task": str},
@@ -60,6 +69,7 @@ def results(folder, registration):
     effects = pd.read_csv(folder / "effects.csv").query("truth == 'for'")
     table = []
     for claim in tomllib.loads(registration.read_text("utf-8"))["claim"]:
+        pair = ""
         of_claim = effects[effects["claim"] == claim["id"]]
         seeds, rule = of_claim["seed"], claim["rule"]
         if of_claim.empty:
@@ -73,10 +83,13 @@ def results(folder, registration):
         elif claim["id"].startswith("pair.") and len(claim["for"]) == 2:
             method, control = (values[arm][seeds].to_numpy() for arm in claim["for"])
             estimate = interval(method - control)
+            other_method, other_control = (values[arm][seeds].to_numpy() for arm in claim["against"])
+            difference = (method - control) - (other_method - other_control)
+            pair = pair_word(word(rule["kind"], rule["bound"], *estimate[1:]), difference)
         else:
             estimate = interval(of_claim["effect"])
-        table.append((claim["id"], len(seeds), *estimate, word(rule["kind"], rule["bound"], *estimate[1:])))
-    return pd.DataFrame(table, columns=["claim", "n", "effect", "low", "high", "word"])
+        table.append((claim["id"], len(seeds), *estimate, word(rule["kind"], rule["bound"], *estimate[1:]), pair))
+    return pd.DataFrame(table, columns=["claim", "n", "effect", "low", "high", "word", "pair"])
 
 
 if __name__ == "__main__":

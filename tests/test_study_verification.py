@@ -314,5 +314,6 @@ def test_recomputed_results_are_those_kept(data: Path) -> None:
     kept = pd.read_csv(data / "evidence-2" / "results.csv")
     assert table["claim"].tolist() == ["pair.x", "text.x"]
     assert table["word"].tolist() == kept["word"].tolist()
+    assert table["pair"].tolist() == kept["pair"].fillna("").tolist() == ["as claimed", ""]
     columns = ["n", "effect", "low", "high"]
     np.testing.assert_allclose(table[columns], kept[columns], rtol=1e-9, atol=1e-9)

@@ -29,7 +29,7 @@ from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, Study
 from lorascope.papers.judging.registered_study import PaperPlace
 from lorascope.papers.judging.study_results import RESULT_COLUMNS, compute
 from lorascope.papers.neft import AT_RANDOM, hit_rate
-from lorascope.papers.study_figures import ALL_METHODS, ALLOCATORS, ROWS, StudyData, draw_neurons
+from lorascope.papers.study_figures import ALL_METHODS, ALLOCATORS, ROWS, StudyData, draw_neuron_scores
 
 # Of the forest plot, and two of other forms.
 IDS = [f"pair.{method.lower()}" for methods in forest_plot.ROWS for method in methods]
@@ -318,8 +318,8 @@ def test_stability_is_the_mean_rank_correlation_within_modules() -> None:
 
 def test_neurons_of_one_seed_have_no_stability_and_are_not_drawn() -> None:
     neurons = neuron_table(seeds=2).assign(selected=False)
-    assert draw_neurons(neurons[neurons["seed"] == 200]) is None
-    figure = draw_neurons(neurons)
+    assert draw_neuron_scores(neurons[neurons["seed"] == 200]) is None
+    figure = draw_neuron_scores(neurons)
     assert figure is not None
     assert len(figure.charts()) == 4
     figure.mpl()

@@ -95,7 +95,7 @@ def draw_allocations(ranks: pd.DataFrame, scores: pd.DataFrame) -> Drawable | No
     return planted_allocations(ranks, scores, arms, 2.0)
 
 
-def draw_neurons(neurons: pd.DataFrame) -> Drawable | None:
+def draw_neuron_scores(neurons: pd.DataFrame) -> Drawable | None:
     """Draw the sensitivity of neurons, and the stability and the hit rates of their scores, from two seeds on."""
     if neurons["seed"].nunique() < 2:
         return None
@@ -123,7 +123,7 @@ ROWS = [
     ),
     FigureRow(
         "neuron-scores", "NeFT", "Sensitivity of changed neurons by block, stability and hit rate of neurons' scores",
-        of_tables(draw_neurons, "neurons"),
+        of_tables(draw_neuron_scores, "neurons"),
     ),
     FigureRow(
         "allocations", ALLOCATORS, "Final ranks and scores of three allocators by planted rank",

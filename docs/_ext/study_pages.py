@@ -19,7 +19,7 @@ from lorascope.papers.judging.first_edition import format_estimate
 from lorascope.papers.judging.registered_study import StudyClaim
 from lorascope.papers.judging.study_statistics import GapClosed, LogLoss, are_learned, effect_interval
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED, NOT_RUN, has_headroom
-from lorascope.papers.study_figures import ROWS
+from lorascope.papers.study_figures import ROWS, VARIANTS
 
 _HYDRA = "HydraLoRA, 4 experts of rank 4"
 PARTS = {
@@ -105,7 +105,7 @@ class StudyPages:
         self.edition_1 = data / "edition-1"
         self.earlier = first_edition.text_estimates(self.edition_1)
         # The first one is at the top of a page.
-        figures = {row.name: row for row in ROWS} | stored_figures(self.edition_1 / "figures")
+        figures = {row.name: row for row in ROWS} | stored_figures(self.edition_1 / "figures") | VARIANTS
         self.figures = {name: figure for name, figure in figures.items() if (root / f"figures/{name}.png").exists()}
 
     def image(self, name: str, root: str) -> str:

@@ -349,7 +349,9 @@ def test_figures_are_drawn_once_they_have_runs() -> None:
 
     assert drawn(EMPTY, NO_ESTIMATE) == set()
     assert drawn(EMPTY, EARLIER) == {"forest"}
-    assert drawn(made_up_losses({"AdaLoRA, rank 4 to 2, uneven ranks": 3.0}), NO_ESTIMATE) == {"pairs", "losses"}
+    # The made-up claims are of one paper.
+    names = {"pairs", "losses", "pairs-adalora"}
+    assert drawn(made_up_losses({"AdaLoRA, rank 4 to 2, uneven ranks": 3.0}), NO_ESTIMATE) == names
     neurons = replace(EMPTY, tables={"neurons": neuron_table(seeds=2).assign(selected=False)})
     assert drawn(neurons, NO_ESTIMATE) == {"neuron-scores"}
     ranks = RANKS.replace({"arm": {"a": "AdaLoRA, rank 4 to 2, uneven ranks"}})

@@ -19,7 +19,7 @@ from lorascope.papers.judging.first_edition import format_estimate
 from lorascope.papers.judging.registered_study import StudyClaim
 from lorascope.papers.judging.study_statistics import GapClosed, LogLoss, are_learned, effect_interval
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED, NOT_RUN, has_headroom
-from lorascope.papers.study_figures import ROWS, VARIANTS
+from lorascope.papers.study_figures import ALL_METHODS, ALLOCATORS, ROWS, VARIANTS
 
 _HYDRA = "HydraLoRA, 4 experts of rank 4"
 PARTS = {
@@ -31,7 +31,7 @@ PARTS = {
 }
 """Methods and controls whose difference is shown without a claim, at each truth that both learn."""
 _ALLOCATORS = ("AdaLoRA", "AutoLoRA", "ALoRA")
-_OF_SEVERAL = {"Planted ranks": _ALLOCATORS, "Importance scores": _ALLOCATORS}
+_OF_SEVERAL = {ALLOCATORS: _ALLOCATORS, "Importance scores": _ALLOCATORS}
 """Headings of figures that compare several methods -> these methods."""
 MOTIVES = {"norms": "LISA's motive: norms by layer", "factors": "HydraLoRA's motive: A against B"}
 NO_FIGURES = "No other figure is drawn yet."
@@ -75,7 +75,7 @@ def study_blocks(root: Path) -> dict[str, str]:
         "headline": "\n\n".join([study.first_screen(""), study.headline("docs/papers/")]),
         "beliefs": study.headline("papers/"),
         "counts": study.counts(),
-        "pairs": study.image("pairs", "../"),
+        "study-figures": study.figure_blocks(ALL_METHODS, "study", "../")["study-figures"],
         "results": study.claims(study.registration.claims.values()),
         "changes": study.changes(),
         "state": study.state(),
@@ -105,7 +105,8 @@ class StudyPages:
         self.edition_1 = data / "edition-1"
         self.earlier = first_edition.text_estimates(self.edition_1)
         # The first one is at the top of a page.
-        figures = {row.name: row for row in ROWS} | stored_figures(self.edition_1 / "figures") | VARIANTS
+        figures: dict[str, Any] = {row.name: row for row in ROWS}
+        figures |= stored_figures(self.edition_1 / "figures") | VARIANTS
         self.figures = {name: figure for name, figure in figures.items() if (root / f"figures/{name}.png").exists()}
 
     def image(self, name: str, root: str) -> str:

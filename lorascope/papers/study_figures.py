@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from lorascope.papers.figures.pair_losses import pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
 from lorascope.papers.figures.study_images import StudyFigure
 from lorascope.papers.judging import beliefs, first_edition, kept_study, registered_study
+from lorascope.papers.judging.data_folder import PAPERS
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.words import NOT_RUN
@@ -74,14 +76,20 @@ def draw_forest(data: StudyData) -> Drawable | None:
     return forest(data.results, data.registration, data.earlier)
 
 
-def of_pairs(draw: Callable[[StudyRegistration, StudyEvidence], Drawable]) -> Callable[[StudyData], Drawable | None]:
-    """Return the function that draws all pairs, once one has runs."""
+def of_pairs(
+    draw: Callable[[StudyRegistration, StudyEvidence], Drawable], method: str = ""
+) -> Callable[[StudyData], Drawable | None]:
+    """Return the function that draws all pairs, or those of one paper, once one has runs."""
 
     def draw_pairs(data: StudyData) -> Drawable | None:
-        pairs = [claim for claim in data.registration.claims.values() if claim.id.startswith("pair.")]
-        if not any(data.evidence.seeds(arm) for claim in pairs for arm in claim.for_arms):
+        # The figure has a panel for each claim of the registration.
+        pairs = {}
+        for id, claim in data.registration.claims.items():
+            if id.startswith("pair.") and claim.paper.arxiv == PAPERS.get(method, claim.paper.arxiv):
+                pairs[id] = claim
+        if not any(data.evidence.seeds(arm) for claim in pairs.values() for arm in claim.for_arms):
             return None
-        return draw(data.registration, data.evidence)
+        return draw(replace(data.registration, claims=pairs), data.evidence)
 
     return draw_pairs
 
@@ -124,6 +132,14 @@ ROWS = [
     FigureRow(
         "neuron-scores", "NeFT", "Sensitivity of changed neurons by block, stability and hit rate of neurons' scores",
         of_tables(draw_neuron_scores, "neurons"),
+    ),
+    # After the motives, with which the pages of three papers begin.
+    *(
+        FigureRow(
+            f"pairs-{method.lower()}", method, f"Gap that every arm of {method}'s pairs closes, one dot per seed",
+            of_pairs(pair_gaps, method),
+        )
+        for method in PAPERS
     ),
     FigureRow(
         "allocations", ALLOCATORS, "Final ranks and scores of three allocators by planted rank",

@@ -278,7 +278,7 @@ def neuron_table(seeds: int, size: int = 40) -> pd.DataFrame:
     for seed in range(200, 200 + seeds):
         for block, name in enumerate(names):
             logs = stable if block == 0 else rng.normal(size=size)
-            changed = np.isin(np.arange(size), rng.choice(size, 4, replace=False))
+            changed = np.isin(np.arange(size), rng.choice(size, 16, replace=False))
             table = pd.DataFrame({"seed": seed, "module": name, "neuron": range(size), "changed": changed})
             tables.append(table.assign(sensitivity=10 ** (logs - block + 3 * changed)))
     neurons = pd.concat(tables, ignore_index=True)
@@ -292,7 +292,7 @@ def test_null_of_sensitivity_has_the_range_of_permuted_neurons() -> None:
     block = neurons["module"].str.contains("layers.1").astype(int)
     for number in (0, 1):
         of_block = [logs[(block == number) & (neurons["seed"] == seed)].to_numpy() for seed in (200, 201, 202)]
-        draws = [np.mean([rng.permutation(values)[:4].mean() for values in of_block]) for _ in range(4000)]
+        draws = [np.mean([rng.permutation(values)[:16].mean() for values in of_block]) for _ in range(4000)]
         low, high = np.quantile(draws, [0.025, 0.975])
         row = np.log10(table.loc[(NULL, number), ["low", "high"]].astype(float))
         np.testing.assert_allclose(row, [low, high], atol=0.06 * (high - low))

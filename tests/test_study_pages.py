@@ -132,7 +132,8 @@ def test_parts_without_a_claim_are_shown_with_their_interval(complete: Path) -> 
     ours = runs[runs["arm"] == method]
     theirs = ours.assign(arm=control, run="x" + ours["run"], gap=ours["gap"] + 0.05 * ours["base_gap"])
     study.evidence = StudyEvidence(pd.concat([runs, theirs], ignore_index=True))
-    _, table = study.parts("AdaLoRA")
+    claim = REGISTERED.claims["pair.adalora"]
+    _, table = study.parts("AdaLoRA", [claim])
     row = cells(table, "AdaLoRA, rank 4 to 2 minus AdaLoRA, rank 2 to 2")
     assert list(row.values())[1:] == ["uneven ranks", "+5.0 [5.0, 5.0]", "16"]
 

@@ -84,7 +84,7 @@ def study_blocks(root: Path) -> dict[str, str]:
         claims = [claim for claim in study.registration.claims.values() if claim.paper.arxiv == belief.arxiv]
         name = belief.paper.lower()
         blocks[f"{name}-belief"] = f"**We now believe:** {belief.sentence}"
-        blocks[f"{name}-claims"] = "\n\n".join([study.claims(claims), *study.parts(belief.paper)])
+        blocks[f"{name}-claims"] = "\n\n".join([study.claims(claims), *study.parts(belief.paper, claims)])
         blocks[f"{name}-learned"] = study.learned(claims)
         blocks[f"{name}-edition-1"] = study.first_edition(belief.arxiv)
         blocks |= study.figure_blocks(belief.paper, name, "../../")
@@ -173,25 +173,30 @@ class StudyPages:
              "excludes the printed gain", "word", "seeds"), rows,
         )  # fmt: skip
 
-    def parts(self, paper: str) -> Iterator[str]:
+    def parts(self, paper: str, claims: Sequence[StudyClaim]) -> Iterator[str]:
         """Yield the table of effects without a claim, once they have runs."""
         statistic, unit = (GapClosed, "") if paper != "Adapprox" else (LogLoss, "percent of the loss")
+        pairs = [claim for claim in claims if claim.against_arms]
+        labels = [label for claim in pairs for label in (claim.for_arms[0], claim.against_arms[0])]
         rows = []
         for method, control in PARTS.get(paper, []):
-            for label, arm in self.registration.arms.items():
-                truth = label.removeprefix(f"{method}, ")
-                seeds = self.evidence.seeds(label)
-                # As for a claim, no effect is computed before the last seed.
-                is_finished = 0 < arm.seeds == len(seeds)
-                if truth == label or not is_finished or seeds != self.evidence.seeds(f"{control}, {truth}"):
+            for truth in dict.fromkeys(label.rpartition(", ")[2] for label in labels):
+                arms = [f"{method}, {truth}", f"{control}, {truth}"]
+                if not all(map(self._is_finished, arms)):
                     continue
-                difference = statistic(label) - statistic(f"{control}, {truth}")
+                # Arms without a claim have fewer seeds.
+                seeds = sorted({*self.evidence.seeds(arms[0])}.intersection(self.evidence.seeds(arms[1])))
+                difference = statistic(arms[0]) - statistic(arms[1])
                 mean, low, high, n = effect_interval(difference(self.evidence, seeds))
                 interval = format_with_interval({"effect": mean, "low": low, "high": high}, unit)
                 rows.append((f"{method} minus {control}", truth, interval, n))
         if rows:
             yield "Parts of the method, without a claim:"
             yield format_table(("effect", "truth", "mean [95%]", "seeds"), rows)
+
+    def _is_finished(self, arm: str) -> bool:
+        """Return whether an arm has all its seeds: as for a claim, no effect is computed before the last one."""
+        return arm in self.registration.arms and len(self.evidence.seeds(arm)) == self.registration.arms[arm].seeds > 0
 
     def learned(self, claims: Sequence[StudyClaim]) -> str:
         """Return the tables of headroom, and of the points that the arms of the claims closed in every phase."""

@@ -14,7 +14,7 @@ from lorascope.analysis.rank_allocations import kendall_tau
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Heat, Line, Mark, Point, Text
-from lorascope.papers import adalora, adapprox, alora, autolora, hydralora, variants
+from lorascope.papers import adalora, adapprox, alora, autolora, hydralora, hydralora_factors, variants
 from lorascope.papers.course_figures import in_row
 from lorascope.papers.figures.variant_gaps import common_seeds, published
 from lorascope.papers.judging import truth_names
@@ -322,27 +322,55 @@ def draw_costs(evidence: StudyEvidence) -> Drawable | None:
 _TOKENS = 400 * 16 * 32  # of a run: steps, texts of a batch, tokens of a text
 
 
-def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
-    """Draw HydraLoRA's figure 10: a few A's and B's of LoRAs on several texts, each with its module."""
-    table = evidence.tables.get("nearest", pd.DataFrame())
-    if table.empty or "domains, shared start" not in set(table["set"]):
-        return None
-    rows = table[(table["set"] == "domains, shared start") & (table["view"] == "raw")]
+def raw_factors(evidence: StudyEvidence, name: str) -> pd.DataFrame:
+    """Return the t-SNE places of the factors of a set of LoRAs with the first seed, and ``label``: role and layer."""
+    table = evidence.tables.get("nearest", pd.DataFrame(columns=["set", "view", "seed", "module"]))
+    rows = table[(table["set"] == name) & (table["view"] == "raw")]
     rows = rows[rows["seed"] == rows["seed"].min()]
     parsed = _parsed(rows["module"])
-    rows = rows.assign(name=(parsed["role"] + parsed["layer"]).to_numpy())
+    return rows.assign(label=(parsed["role"] + parsed["layer"]).to_numpy())
+
+
+def factor_plane(rows: pd.DataFrame, title: str, caption: str, *marks: Mark) -> Chart:
+    """Draw factors by their t-SNE places, a color per text."""
+    # A plane has neither an origin nor a unit.
+    x, y = Axis(ticks={}), Axis(ticks={})
+    return Chart(rows, [Point("x", "y", "task"), *marks], title=title, x=x, y=y, caption=caption)
+
+
+def draw_thirds(evidence: StudyEvidence) -> Drawable | None:
+    """Draw HydraLoRA's figure 9: A's and B's of LoRAs on random thirds of a text, next to those on three texts."""
+    tables = {"domains": raw_factors(evidence, hydralora_factors.TEXT_SHARED),
+              "thirds": raw_factors(evidence, hydralora_factors.TEXT_THIRDS)}  # fmt: skip
+    if tables["domains"].empty or tables["thirds"].empty:
+        return None
+    caption = (
+        "A's and B's of all modules of LoRAs on three domains, and on three random thirds of all text, two orders of "
+        "the data each, with a shared initial A. The paper's A's coincide and its B's separate on thirds too, "
+        "so that B's need no different tasks to separate."
+    )
+    rows = []
+    for name, table in tables.items():
+        row = [factor_plane(cells, f"{factor}, {name}", caption) for factor, cells in table.groupby("factor")]
+        rows.append(tuple(row))
+    return Panels(tuple(rows))
+
+
+def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
+    """Draw HydraLoRA's figure 10: a few A's and B's of LoRAs on several texts, each with its module."""
+    rows = raw_factors(evidence, hydralora_factors.TEXT_SHARED)
+    if rows.empty:
+        return None
+    caption = (
+        "Four A's and four B's of LoRAs on three texts, two orders each, with a shared initial A, placed by t-SNE; "
+        "a dot per run, and the module's role and layer in the middle of its dots. The paper's A's of one module "
+        "coincide and its B's scatter; with separate initial A's, the A's scatter as well (see the figure of all)."
+    )
     charts = []
-    for factor, names in (("A", ["q0", "v1", "q3", "v5"]), ("B", ["v0", "q1", "v3", "q5"])):
-        cells = rows[(rows["factor"] == factor) & rows["name"].isin(names)]
-        centers = cells.groupby("name")[["x", "y"]].mean().reset_index()
-        labels: list[Mark] = [Text("x", "y", "name", data=centers)]
-        axes: dict[str, Any] = {"x": Axis(ticks={}), "y": Axis(ticks={})}
-        caption = (
-            "Four A's and four B's of LoRAs on three texts, two orders each, with a shared initial A, placed by t-SNE; "
-            "a dot per run, and the module's role and layer in the middle of its dots. The paper's A's of one module "
-            "coincide and its B's scatter; with separate initial A's, the A's scatter as well (see the figure of all)."
-        )
-        charts.append(Chart(cells, [Point("x", "y", "task"), *labels], title=factor, caption=caption, **axes))
+    for factor, labels in (("A", ["q0", "v1", "q3", "v5"]), ("B", ["v0", "q1", "v3", "q5"])):
+        cells = rows[(rows["factor"] == factor) & rows["label"].isin(labels)]
+        centers = cells.groupby("label")[["x", "y"]].mean().reset_index()
+        charts.append(factor_plane(cells, factor, caption, Text("x", "y", "label", data=centers)))
     return set_side_by_side(*charts)
 
 
@@ -361,6 +389,7 @@ STUDY_FIGURES = {
     ),
     "factor-course": VariantFigure("Adapprox", "Adapprox's ranks and errors over the steps; guidance", draw_factors),
     "costs": VariantFigure("ALoRA", "Cost of training with four allocations, and of HydraLoRA", draw_costs),
+    "thirds": VariantFigure("HydraLoRA", "A's and B's of LoRAs on random thirds of a text", draw_thirds),
     "sub-modules": VariantFigure("HydraLoRA", "A few A's and B's of LoRAs on three texts", draw_sub_modules),
     "frequency-bias": VariantFigure("FourierFT", "Probability of each entry by frequency bias", draw_frequency_bias),
 }

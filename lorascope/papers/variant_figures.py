@@ -200,15 +200,22 @@ def draw_placements(evidence: StudyEvidence) -> Drawable | None:
     types = numbered(f"LoRA, {{}} only, {EVEN}", variants.TYPES.values(), "W_{}")
     blocks = numbered(f"LoRA, block {{}} only, {EVEN}", range(4), "block {}")
     caption = (
-        "LoRA with the same number of parameters in one type of weight (left), in one block (right), or everywhere; "
-        "feed-forward types have 3% fewer. The teacher changes all modules at rank 2. The paper's figure has no "
+        "LoRA with as many parameters in one type of weight (left), in one block (center), or everywhere; "
+        "feed-forward types have 3% fewer. The teacher changes all modules at rank 2. AdaLoRA's figure 1 has no "
         "readable values; in it, feed-forward types and upper layers are best."
     )
-    left = gaps_by_variant(evidence, reference | types, "LoRA in one type of weight", caption)
-    right = gaps_by_variant(evidence, reference | blocks, "LoRA in one block", caption)
-    if left is None or right is None:
+    left = gaps_by_variant(evidence, reference | types, "In one type of weight", caption)
+    right = gaps_by_variant(evidence, reference | blocks, "In one block", caption)
+    names = {"all four, rank 2": "everywhere, rank 2"}
+    for name in "qkvo":
+        names[f"W_{name}, rank 8"] = f"W_{name}"
+    numbers = printed("LoRA", "Table 5", names)
+    # AdaLoRA's own figure has no readable values; LoRA's table compares the same types.
+    printed_types = beside_printed(left, numbers[numbers["data"] == "MNLI-m"], "LoRA, table 5, MNLI-m", "accuracy")
+    if right is None or printed_types is None:
         return None
-    return set_side_by_side(left, replace(right, caption=left.caption))
+    first, second = printed_types.charts()
+    return set_side_by_side(first, replace(right, caption=first.caption), replace(second, caption=first.caption))
 
 
 def draw_adalora_scores(evidence: StudyEvidence) -> Drawable | None:

@@ -22,7 +22,9 @@ from lorascope.papers import (
 from lorascope.papers.figures.variant_gaps import variant_gap_table
 from lorascope.papers.judging import truth_names as names
 from lorascope.papers.judging.kept_study import STUDY_COLUMNS, StudyEvidence
+from lorascope.papers.judging.registered_study import STUDY_FILE
 from lorascope.papers.setups import planted_teacher
+from lorascope.papers.study_figures import ROWS, VARIANTS
 from lorascope.schema import module_table
 
 FIGURES = variant_figures.STUDY_FIGURES | course_figures.STUDY_FIGURES | direction_figures.STUDY_FIGURES
@@ -318,3 +320,16 @@ def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
     cells = left.data.set_index(["recipe", "step"])["value"]
     assert cells["γ = 1", 5.0] == pytest.approx(first)
     assert set(right.data["recipe"]) == {"seed 200", "seed 201", "seed 202"}
+
+
+def test_listed_figures_of_papers_exist() -> None:
+    table = pd.read_csv(STUDY_FILE.with_name("paper-figures.csv"), keep_default_na=False)
+    assert not table.duplicated(["paper", "item"]).any()
+    assert set(table["state"]) == {"done", "claim", "missing"}
+    assert (table["state"] == "done").sum() >= 45
+    images = STUDY_FILE.parents[1] / "figures"
+    known = {row.name for row in ROWS} | VARIANTS.keys() | {file.stem for file in images.glob("*.png")}
+    for row in table.to_dict("records"):
+        assert bool(row["figures"]) == (row["state"] != "missing"), row["item"]
+        assert set(row["figures"].split()) <= known, row["item"]
+        assert row["note"] or row["state"] == "done", row["item"]

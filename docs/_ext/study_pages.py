@@ -79,6 +79,7 @@ def study_blocks(root: Path) -> dict[str, str]:
         "results": study.claims(study.registration.claims.values()),
         "changes": study.changes(),
         "state": study.state(),
+        "paper-figures": study.paper_figures(),
     }
     for belief in study.beliefs:
         claims = [claim for claim in study.registration.claims.values() if claim.paper.arxiv == belief.arxiv]
@@ -95,7 +96,8 @@ class StudyPages:
     """Tables of the second edition as Markdown, from a clone."""
 
     def __init__(self, root: Path) -> None:
-        data = root / "data"
+        self.data = data = root / "data"
+        self.images = root / "figures"
         folder = data / "evidence-2"
         self.registration = registered_study.read(data / "registered-2.toml")
         self.beliefs = beliefs.read_beliefs(folder)
@@ -107,7 +109,7 @@ class StudyPages:
         # The first one is at the top of a page.
         figures: dict[str, Any] = {row.name: row for row in ROWS}
         figures |= stored_figures(self.edition_1 / "figures") | VARIANTS
-        self.figures = {name: figure for name, figure in figures.items() if (root / f"figures/{name}.png").exists()}
+        self.figures = {name: figure for name, figure in figures.items() if self.is_drawn(name)}
 
     def image(self, name: str, root: str) -> str:
         """Return a figure for a page from which the clone is at ``root``; "" if it is not drawn."""
@@ -118,6 +120,27 @@ class StudyPages:
         headings = {heading, *(several for several, methods in _OF_SEVERAL.items() if heading in methods)}
         lines = [self.image(file, root) for file, figure in self.figures.items() if figure.heading in headings]
         return {f"{name}-figure": "\n".join(lines[:1]), f"{name}-figures": " ".join(lines[1:]) or NO_FIGURES}
+
+    def paper_figures(self) -> str:
+        """Return which figures and tables of the papers are drawn, with the reasons for the others."""
+        table = pd.read_csv(self.data / "paper-figures.csv", keep_default_na=False)
+        counts, rows = Counter(table["state"]), []
+        for paper, item, shows, figures, state, note in table.to_numpy():
+            links = [f"[{name}](../figures/{name}.png)" for name in figures.split() if self.is_drawn(name)]
+            if state == "done" and not links:
+                state = "runs open"
+            rows.append((paper, item, shows, state, ", ".join(links), note))
+        waiting = sum(row[3] == "runs open" for row in rows)
+        sentence = (
+            f"{len(rows)} items: {counts['done']} have a figure with the same quantity and axes, and {waiting} of these "
+            f"wait for runs; {counts['claim']} are judged as a claim on another ground; {counts['missing']} are missing."
+        )
+        header = ("paper", "item", "shows", "state", "figures", "departure or reason")
+        return f"{sentence}\n\n{format_table(header, rows)}"
+
+    def is_drawn(self, name: str) -> bool:
+        """Return whether the folder of figures has an image."""
+        return (self.images / f"{name}.png").exists()
 
     def first_screen(self, root: str) -> str:
         """Return the forest plot, or another figure until it is drawn, and below it the two motives."""

@@ -132,8 +132,8 @@ class StudyPages:
             rows.append((paper, item, shows, state, ", ".join(links), note))
         waiting = sum(row[3] == "runs open" for row in rows)
         sentence = (
-            f"{len(rows)} items: {counts['done']} have a figure with the same quantity and axes, and {waiting} of these "
-            f"wait for runs; {counts['claim']} are judged as a claim on another ground; {counts['missing']} are missing."
+            f"{len(rows)} items: {counts['done']} have a figure with the same quantity and axes, and {waiting} of them "
+            f"wait for runs; {counts['claim']} are claims on another ground; {counts['missing']} are missing."
         )
         header = ("paper", "item", "shows", "state", "figures", "departure or reason")
         return f"{sentence}\n\n{format_table(header, rows)}"

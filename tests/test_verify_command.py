@@ -8,11 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Point
 from lorascope.cli import verify
 from lorascope.cli.main import main
+from lorascope.papers.figures.study_images import StudyFigure
 from lorascope.papers.judging import first_edition
+from lorascope.papers.judging.data_folder import DATA
+from lorascope.papers.study_figures import read_figures
 
 
 @pytest.fixture
@@ -48,6 +54,33 @@ def test_damaged_runs_are_one_line_each(first: Path, capsys: pytest.CaptureFixtu
     changed, damaged = capsys.readouterr().err.splitlines()
     assert changed == "edition-1: runs.csv.gz: differs from MANIFEST"
     assert damaged.startswith("edition-1: cannot compute the verdicts: cannot read ")
+
+
+def test_images_of_other_data_are_lines_or_follow_from_a_cause(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chart = Chart(pd.DataFrame({"x": [1.0], "y": [2.0]}), [Point("x", "y")])
+    figures = {name: StudyFigure("LoRA", "A point", chart) for name in "ab"}
+    monkeypatch.setattr(verify, "clone_root", lambda data: tmp_path)
+    monkeypatch.setattr(verify, "read_figures", lambda data: figures)
+    assert main(["verify"]) == 1
+    lines = [line.partition(": ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["figures/a.png", "figures/b.png"]
+    earlier = (first / "earlier.csv").read_bytes()
+    (first / "earlier.csv").write_text("changed")
+    assert main(["verify"]) == 1
+    cause = "edition-1: earlier.csv: differs from MANIFEST"
+    assert capsys.readouterr().err.splitlines() == [cause, "2 images in what follows from these"]
+    (first / "earlier.csv").write_bytes(earlier)
+    assert main(["verify", "--write"]) == 0
+    assert main(["verify"]) == 0
+
+
+def test_figure_of_a_damaged_table_is_named(tmp_path: Path) -> None:
+    data = Path(shutil.copytree(DATA, tmp_path / "data"))
+    pd.DataFrame({"arm": ["a"], "seed": 200, "run": "r"}).to_parquet(data / "evidence-2" / "norms.parquet")
+    with pytest.raises(ValueError, match=r"figures/norms\.png: cannot be drawn: "):
+        read_figures(data)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from lorascope.cli.arguments import command
-from lorascope.files.printable import count_or_no, printable
+from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.papers.figures.study_images import draw_images, image_differences
 from lorascope.papers.first_edition import CARRIED
 from lorascope.papers.judging import first_edition, registered_study, study_verification
@@ -64,13 +64,17 @@ def main(*, write: bool = False, retrain: Annotated[int, arg(metavar="N")] = 0, 
 
 
 def _find_differences(root: Path | None, write: bool, retrain: int) -> Iterator[str]:
-    yield from first_edition.verify_first(first_edition.FOLDER, CARRIED)
-    yield from _verify_second(write, retrain)
+    causes = [*first_edition.verify_first(first_edition.FOLDER, CARRIED), *_verify_second(write, retrain)]
+    yield from causes
     if root:
         figures, images = read_figures(DATA), root / "figures"
         if write:
             draw_images(figures, images)
-        yield from image_differences(figures, images)
+        differences = list(image_differences(figures, images))
+        # Figures show the runs, so each would repeat a difference in them.
+        if causes and differences:
+            differences = [f"{count_phrase(len(differences), 'image')} in what follows from these"]
+        yield from differences
 
 
 def _verify_second(write: bool, retrain: int = 0) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.words import NOT_RUN
 from lorascope.papers.rank_tables import ALLOCATION
+from lorascope.papers.variant_figures import VariantFigure
 
 ALL_METHODS, ALLOCATORS = "Study", "Planted ranks"
 """Headings of figures that compare methods: all of them, and those that allocate ranks."""
@@ -156,13 +158,19 @@ def read_figures(data: Path) -> dict[str, StudyFigure]:
     registration, evidence = registered_study.read(data / "registered-2.toml"), kept_study.read(folder)
     earlier = first_edition.text_estimates(data / "edition-1")
     contents = StudyData(registration, evidence, beliefs.read_results(folder), earlier)
-    figures = {}
-    for row in ROWS:
-        if (chart := row.draw(contents)) is not None:
-            figures[row.name] = StudyFigure(row.heading, row.alt, chart)
-    figures |= stored_figures(data / "edition-1" / "figures")
-    # Last, because a page begins with its first figure.
+    rows = list(ROWS)
     for name, figure in VARIANTS.items():
-        if (chart := figure.draw(evidence)) is not None:
-            figures[name] = StudyFigure(figure.heading, figure.alt, chart)
-    return figures
+        rows.append(FigureRow(name, figure.heading, figure.alt, partial(_draw_variant, figure)))
+    figures = {}
+    for row in rows:
+        try:
+            chart = row.draw(contents)
+        except (LookupError, TypeError, ValueError) as error:  # any table may be damaged
+            raise ValueError(f"figures/{row.name}.png: cannot be drawn: {error!r}") from error
+        if chart is not None:
+            figures[row.name] = StudyFigure(row.heading, row.alt, chart)
+    return figures | stored_figures(data / "edition-1" / "figures")
+
+
+def _draw_variant(figure: VariantFigure, data: StudyData) -> Drawable | None:
+    return figure.draw(data.evidence)

@@ -119,7 +119,7 @@ def draw_hydralora_parts(evidence: StudyEvidence) -> Drawable | None:
     }
     names = {
         "HydraLoRA": "HydraLoRA",
-        "an A each (LoRA-Split)": "separate A's",
+        "separate A's (LoRA-Split)": "separate A's",
         "even gates": "uniform gates",
         "without mixture (LoRA, rank 8)": "LoRA",
     }

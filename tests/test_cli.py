@@ -22,7 +22,6 @@ from lorascope.cli.arguments import _flag_type, options_of
 from lorascope.cli.main import COMMANDS, main
 from lorascope.experiments import sweep
 from lorascope.methods import METHODS
-from lorascope.papers.training import reproduction
 from lorascope.plots import FIGURES
 from lorascope.runs.loading import load
 
@@ -195,16 +194,6 @@ def test_warnings_are_printed_in_one_line() -> None:
     code = "import warnings; from lorascope.cli.main import main; main(); warnings.warn('one\\ntwo')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "lorascope: warning: one two"
-
-
-def test_reproduce_with_failed_runs_prints_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: object) -> None:
-        raise sweep.RunsFailed("2 of 9 runs failed.\nLoRA, seed 0: FileNotFoundError")
-
-    monkeypatch.setattr(reproduction, "reproduce", fail)
-    assert complaint(capsys, "reproduce", "--json", code=1) == "2 of 9 runs failed. LoRA, seed 0: FileNotFoundError"
 
 
 def test_train_then_inspect_then_plot(

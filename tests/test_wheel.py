@@ -17,7 +17,8 @@ import pytest
 from test_inspect import llama, plant
 
 import lorascope
-from lorascope.papers.judging import kept_verdicts, registration
+from lorascope.papers.judging.data_folder import DATA
+from lorascope.papers.judging.study_summary import read_summary, summary_lines
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -128,13 +129,12 @@ def test_verify_and_reproduce_name_the_clone_that_they_need(site: Path, tmp_path
     assert "--evidence requires a clone of the repository" in done.stderr
 
 
-def test_installed_package_has_the_kept_verdicts(site: Path, tmp_path: Path) -> None:
+def test_installed_package_has_the_kept_results(site: Path, tmp_path: Path) -> None:
     code = (
-        "from lorascope.papers.judging import kept_verdicts, registration as r; "
-        "print(r.FILE); print(kept_verdicts.read().table.to_csv(index=False), end='')"
+        "from lorascope.papers.judging import data_folder, study_summary; print(data_folder.DATA); "
+        "print('\\n'.join(study_summary.summary_lines(study_summary.read_summary(data_folder.DATA))))"
     )
     done = call(site, tmp_path, ["-c", code], "train")
-    file, _, table = done.stdout.partition("\n")
-    assert Path(file) == site / "lorascope" / "data" / "registered.toml"
-    assert table == kept_verdicts.read().table.to_csv(index=False)
-    assert registration.FILE == ROOT / "data" / "registered.toml"
+    folder, _, lines = done.stdout.partition("\n")
+    assert Path(folder) == site / "lorascope" / "data"
+    assert lines.splitlines() == list(summary_lines(read_summary(DATA)))

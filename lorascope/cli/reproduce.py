@@ -1,10 +1,9 @@
-"""``lorascope reproduce``: kept verdicts and a new run per paper, one claim with any seed, or the evidence."""
+"""``lorascope reproduce``: kept results and small versions of the studies, one claim with any seed, or the evidence."""
 
 from __future__ import annotations
 
 import math
 import os
-import random
 import sys
 import webbrowser
 from importlib.util import find_spec
@@ -15,13 +14,13 @@ from typing import Annotated
 from tyro.conf import arg
 
 from lorascope import papers
-from lorascope.cli.arguments import command
+from lorascope.cli.arguments import command, reject
 from lorascope.files.printable import printable
-from lorascope.files.text_layout import format_frame
-from lorascope.papers.judging import kept_verdicts, registered_study, study_verification
+from lorascope.papers.judging import registered_study, study_verification
 from lorascope.papers.judging.data_folder import STUDY_RUNS, clone_root
 from lorascope.papers.judging.kept_study import INSTRUCTIONS
 from lorascope.papers.judging.registered_study import StudyRegistration
+from lorascope.papers.judging.study_summary import read_summary, summary_lines
 from lorascope.schema.suggestions import unknown_name
 
 
@@ -36,9 +35,10 @@ def main(
     minutes: Annotated[float, arg(metavar="N")] = math.inf,
     json: bool = False,
 ) -> int:
-    """Reproduce verdicts: show the kept ones, train each paper's method once with a new seed, and report both.
+    """Show what nine papers' claims come to, train small versions of the studies on this machine, and report both.
 
-    Finished runs in the folder are not trained again, and interrupted ones resume.
+    Trained are the motives of LISA and HydraLoRA with few steps, and one pair of planted teachers as registered, which
+    is compared with the kept runs. Finished runs in the folder are not trained again, and interrupted ones resume.
 
     Example: lorascope reproduce -o report
 
@@ -50,9 +50,9 @@ def main(
     claim
         Instead, train the arms of this claim with the given seed, and compare its effects with those of the kept seeds.
     seed
-        Seed of the runs; a new one if omitted.
+        Seed of the runs of --paper or --claim.
     out
-        Folder for the runs and report.html.
+        Folder for the runs and the report.
     evidence
         Instead, train the runs that data/registered-2.toml asks for and that this folder of evidence lacks, and add
         them. This needs a clone of the repository.
@@ -61,27 +61,26 @@ def main(
     json
         Print the result as JSON.
     """
-    if seed is not None and not 0 <= seed < 2**32:
-        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {seed}")
-    if evidence is not None and (paper, claim, seed) != (None, None, None):
-        raise ValueError("--evidence must be given without --paper, --claim and --seed: it trains the registered seeds")
-    if paper is not None and claim is not None:
-        raise ValueError("--paper and --claim cannot be combined: a small version has all claims of the paper")
-    if paper is not None and paper.lower() not in papers.NAMES:
-        raise ValueError(f"unknown paper {printable(paper)!r}; expected one of {', '.join(papers.NAMES)}")
-    if evidence is not None and clone_root() is None:
-        raise ValueError("--evidence requires a clone of the repository, whose commit and figures it records")
-    if not minutes >= 0:
-        raise ValueError(f"--minutes must be >= 0, got {minutes:g}")
-    if evidence is None and minutes != math.inf:
-        raise ValueError("--minutes requires --evidence")
-    if claim is not None and seed is None:
-        raise ValueError(f"--claim requires --seed: lorascope reproduce --claim {printable(claim)} --seed 31")
+    modes = (paper, claim, evidence)
+    reject(
+        {
+            f"--seed must be from 0 to {2**32 - 1}, got {seed}": seed is not None and not 0 <= seed < 2**32,
+            "--paper, --claim and --evidence cannot be combined": sum(mode is not None for mode in modes) > 1,
+            "--seed requires --paper or --claim": seed is not None and paper is None and claim is None,
+            f"--claim requires --seed: lorascope reproduce --claim {claim} --seed 31": claim is not None
+            and seed is None,
+            f"unknown paper {paper!r}; expected one of {', '.join(papers.NAMES)}": paper is not None
+            and paper.lower() not in papers.NAMES,
+            "--evidence requires a clone of the repository, whose commit it records": evidence is not None
+            and clone_root() is None,
+            f"--minutes must be >= 0, got {minutes:g}": not minutes >= 0,
+            "--minutes requires --evidence": evidence is None and minutes != math.inf,
+        }
+    )
     if find_spec("torch") is None:
-        raise ModuleNotFoundError(name="torch")  # now, since the verdicts are printed before torch is imported
-    if (evidence, paper, claim) != (None, None, None):
-        # Before torch is imported, so that machines with other instructions compute the same numbers.
-        os.environ |= INSTRUCTIONS
+        raise ModuleNotFoundError(name="torch")  # now, since results are printed before torch is imported
+    # Before torch is imported, so that machines with other instructions compute the same numbers.
+    os.environ |= INSTRUCTIONS
     if evidence is not None:
         return _train_study(Path(evidence), Path(out), minutes)
     if paper is not None:
@@ -91,27 +90,22 @@ def main(
         if claim not in study.claims:
             raise ValueError(unknown_name("claim", claim, study.claims))
         return _train_study_claim(claim, seed, Path(out), study, json)
-    return _train_methods(random.randrange(1000, 2**31) if seed is None else seed, Path(out), json)
+    return _reproduce(Path(out), json)
 
 
-def _train_methods(seed: int, out: Path, json: bool) -> int:
+def _reproduce(out: Path, json: bool) -> int:
+    """Print the kept results, train the small versions and print what they gave."""
+    data = registered_study.STUDY_FILE.parent
+    summary = read_summary(data)
     if not json:
-        verdicts = kept_verdicts.read()
-        if len(verdicts.table):
-            print(format_frame(verdicts.table[["claim", "n", "effect", "outcome", "control"]]))
-        print("\n".join([*verdicts.notes, "", f"One run of every method with seed {seed}:"]), flush=True)
-    from lorascope.experiments.sweep import RunsFailed  # imported here, so that the verdicts do not wait for torch
-    from lorascope.papers.training.reproduction import reproduce
+        print("\n".join(summary_lines(summary)), flush=True)
+    from lorascope.papers.training.reproduction import reproduce  # imported here, so that results do not wait for torch
 
-    try:
-        reproduction = reproduce(out, seed)
-    except RunsFailed as error:
-        print(f"lorascope: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    reproduction = reproduce(out, summary, data)
     if json:
         print(dumps(reproduction.to_dict()))
         return 0
-    print(format_frame(reproduction.runs.assign(accuracy=reproduction.runs["accuracy"].map("{:.3f}".format))))
+    print("\n".join(map(str, reproduction.retrained)))
     _open(reproduction.path)
     print(printable(reproduction.path))
     return 0

@@ -21,11 +21,14 @@ class ReportFigure:
         How to read the chart. Default none.
     misleads : str
         Caveat: a confounder and its remedy. Default none.
+    title : str
+        Heading, instead of the chart's title. Default none.
     """
 
     chart: Drawable
     reads: str = ""
     misleads: str = ""
+    title: str = ""
 
 
 def draw(figure: str, *runs: Any, **options: Any) -> ReportFigure:

@@ -18,7 +18,7 @@ therefore fail in the paper's setting as well.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -36,7 +36,6 @@ from lorascope.papers.rank_tables import (
     ORACLE,
     RANKS,
     UNIFORM_STUDENT,
-    allocation_figures,
     allocation_tables,
     keep_ranks,
     of_roles,
@@ -168,7 +167,6 @@ PROBE = Probe(
     question="Do feed-forward modules and upper layers get more rank for every seed, and does accuracy improve?",
     arms=arms,
     keep={(RANKS, label): keep_ranks for label in (ADAPTED, DOMAINS)},
-    figures=partial(allocation_figures, label=ADAPTED),
 )
 
 PLACEMENT = Probe(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,11 +26,9 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import optimizer_moments
-from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Constant, LogLikelihood, OfRun
 from lorascope.papers.judging.study_statistics import LogLoss, pair
-from lorascope.papers.lora import FULL
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.probe import Arm, ComputedArm, Probe, Scored, encoder_settings
 from lorascope.runs.run import Run
@@ -150,12 +147,6 @@ def keep_tails(run: Run) -> pd.DataFrame:
     return (pd.DataFrame(at_rank) ** 2).reset_index().astype({"module": "str"})
 
 
-def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the figures of the Adapprox paper: second moments of Adam, and the ranks and errors of their factors."""
-    adam, ours = {FULL: runs[FULL]}, {OURS: runs[OURS]}
-    return [draw("second_moments", adam), draw("factor_rank", ours), draw("factor_error", ours)]
-
-
 _NAMES = (OURS, ADAMW, ADAFACTOR, CAME)
 
 PROBE = Probe(
@@ -165,13 +156,6 @@ PROBE = Probe(
     question="Are Adam's second moments of low rank, and is a rank above one worth its cost?",
     arms=arms,
     keep={(TAILS, ADAMW): keep_tails},
-    figures=figures,
-    notes=(
-        "Under Adapprox the embeddings and the head, which has two rows, keep a dense second moment; all other "
-        "matrices are factored.",
-        "Any matrix of positive entries has one large singular value. The random baseline therefore has the same row "
-        "and column sums.",
-    ),
 )
 
 PAPER = PaperStudy(

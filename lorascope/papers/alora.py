@@ -31,7 +31,6 @@ from lorascope.papers.rank_tables import (
     ORACLE,
     RANKS,
     UNIFORM_STUDENT,
-    allocation_figures,
     allocation_tables,
     keep_ranks,
     of_roles,
@@ -128,8 +127,6 @@ PROBE = Probe(
     question="Does rank move to queries and keys more than with random scores, and does it improve accuracy?",
     arms=arms,
     keep={(RANKS, ADAPTED): keep_ranks, (REPLAYS, ADAPTED): keep_replays},
-    figures=partial(allocation_figures, label=ADAPTED),
-    notes=("This run has fewer rounds than the registered arm, because scoring costs more than training.",),
 )
 
 PAPER = PaperStudy(

@@ -17,14 +17,12 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.judging.statistics import Accuracy, OfRun, Simulated, average
 from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.paper_study import PaperStudy
@@ -39,7 +37,6 @@ from lorascope.papers.rank_tables import (
     keep_ranks,
     rank_agreement,
 )
-from lorascope.runs.run import Run
 from lorascope.schema import module_table
 
 ADAPTED, DOMAINS = "AutoLoRA", "AutoLoRA, search only, domains"
@@ -102,12 +99,6 @@ CLAIMS = {
 }
 
 
-def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the figures of the AutoLoRA paper: the allocation, and the search."""
-    label, run = ADAPTED, runs[ADAPTED]  # its parent is the search
-    return [draw("rank_allocation", {label: run}), draw("importance", {label: run.parents[0]}, quantity="alpha")]
-
-
 PROBE = Probe(
     name="autolora",
     title="AutoLoRA: learned ranks compared with noise",
@@ -115,11 +106,6 @@ PROBE = Probe(
     question="Do ranks differ between layers more than random ones do, and between tasks more than between seeds?",
     arms=arms,
     keep={(RANKS, label): keep_ranks for label in (ADAPTED, DOMAINS)},
-    figures=figures,
-    notes=(
-        "AutoLoRA has no rank budget: its total rank is a result. Even random logits keep about half of the initial "
-        "rank if they are small, and less if they are large.",
-    ),
 )
 
 PAPER = PaperStudy(

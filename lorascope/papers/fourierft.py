@@ -17,13 +17,12 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.statistics import Accuracy, MeanOverRows, Reads, Statistic
@@ -31,7 +30,6 @@ from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
 from lorascope.papers.probe import Arm, Probe, encoder_settings, factor_settings
-from lorascope.runs.run import Run
 from lorascope.schema.module_roles import ATTENTION
 
 DEFAULT, FEW, MANY = "FourierFT, 1536 coefficients", "FourierFT, 48 coefficients", "FourierFT, 6144 coefficients"
@@ -139,19 +137,12 @@ CLAIMS = {
 }
 
 
-def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the figures of the FourierFT paper: the spectrum of the update, and one update."""
-    run = {DEFAULT: runs[DEFAULT]}
-    return [draw("fourier_spectrum", run), draw("update_image", run, added=True)]
-
-
 PROBE = Probe(
     name="fourierft",
     title="FourierFT: a few coefficients compared with low rank",
     source="Gao et al., FourierFT, arXiv 2405.03003",
     question="Is FourierFT as accurate as LoRA, do more coefficients help, and does the Fourier basis matter?",
     arms=arms,
-    figures=figures,
 )
 
 PAPER = PaperStudy(

@@ -16,15 +16,13 @@ Departs:
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.papers.hydralora_factors import PLANTED_SETS, SETS
+from lorascope.papers.hydralora_factors import MOTIVE
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, MeanOverRows, OfRun
 from lorascope.papers.judging.study_statistics import GapClosed, average, pair
@@ -174,12 +172,6 @@ def keep_gate_information(run: Run) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[["module", "when", "information", "chance"]]
 
 
-def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the figures of the HydraLoRA paper: the gate weights by domain, and their course."""
-    run = {ROUTED: runs[ROUTED]}
-    return [draw(figure, run) for figure in ("gates", "gate_course")]
-
-
 PROBE = Probe(
     name="hydralora",
     title="HydraLoRA: several experts with a shared A",
@@ -187,15 +179,12 @@ PROBE = Probe(
     question="Is routing task-specific, and does HydraLoRA outperform LoRA?",
     arms=arms,
     keep={(INFORMATION, ROUTED): keep_gate_information},
-    figures=figures,
-    notes=("This run is on sentiment, whose groups are domains. The kept seeds are on a mixture of four tasks.",),
 )
 
 PAPER = PaperStudy(
     name="HydraLoRA",
     authors="Tian et al.",
     question="Are A's shared between tasks because of training, and does HydraLoRA beat LoRA where they are?",
-    motive=tuple(label for name in PLANTED_SETS for label in SETS[name]),
-    changes={"steps": 300},
+    motive=MOTIVE,
 )
 run = PAPER.run

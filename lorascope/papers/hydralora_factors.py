@@ -85,7 +85,13 @@ SETS: dict[str, dict[str, str]] = {
     UNRELATED_SHARED: _planted_set(UNRELATED, SHARED),
 }
 """Sets of runs of one seed whose factors are compared: label of each run -> its task, domain or third."""
-PLANTED_SETS = (SHARED_A_SEPARATE, SHARED_A_SHARED, UNRELATED_SEPARATE, UNRELATED_SHARED)
+MOTIVE: dict[str, dict[str, int]] = {}
+"""Labels of the small version's arms -> settings that it changes."""
+for _name in SETS:
+    # Two thirds of the texts have at most 28 tokens.
+    _changes = {"steps": 60, "test_size": 200, "max_length": 28} if _name in (TEXT, TEXT_SHARED) else {"steps": 300}
+    if _name != TEXT_THIRDS:
+        MOTIVE |= dict.fromkeys(SETS[_name], _changes)
 
 
 def study_arms() -> list[Arm]:

@@ -16,7 +16,6 @@ Departs:
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ import numpy as np
 import pandas as pd
 
 from lorascope.files.predictions import quantize_margins
-from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, OfRun
 from lorascope.papers.judging.study_statistics import Comparison, pair
@@ -235,25 +233,17 @@ def keep_amplification(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["module", "update", "random"])
 
 
-def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the figures of the LoRA paper: the norms of the updates of full fine-tuning and LoRA."""
-    compared = {label: runs[label] for label in (FULL, LOW)}
-    return [draw(figure, compared) for figure in ("update_norm", "update_norm_heat", "norm_over_steps")]
-
-
 PROBE = Probe(
     name="lora",
     title="LoRA: low-rank compared with full-rank updates",
     source="Hu et al., LoRA, arXiv 2106.09685",
     question="Is LoRA of rank 8 as accurate as full fine-tuning, and does a larger rank learn the same subspace?",
-    order=0,  # first, because other probes compare their methods with its arms
     arms=arms,
     keep={
         (DIRECTIONS, LOW): keep_directions,
         (DIRECTIONS, HIGH): keep_directions,
         (AMPLIFICATION, LOW): keep_amplification,
     },
-    figures=figures,
 )
 
 PAPER = PaperStudy(

@@ -16,7 +16,7 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import norms, selected_neurons
-from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, Reads, Statistic, average
@@ -225,12 +224,6 @@ def keep_utilization(run: Run) -> pd.DataFrame:
     return rows[["role"]].assign(rank=rank.astype("uint16"))
 
 
-def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the figures of the NeFT paper: the chosen neurons, their rotation, and the shifts of utilization."""
-    run = {CHANGED: runs[CHANGED]}
-    return [draw(figure, run) for figure in ("neurons", "neuron_cosine", "rank_shift")]
-
-
 PROBE = Probe(
     name="neft",
     title="NeFT: choice of the trained neurons",
@@ -239,8 +232,6 @@ PROBE = Probe(
     arms=arms,
     keep={(SELECTED, label): keep_selected for label in (CHANGED, MOVIES, TWEETS)}
     | {(UTILIZATION, label): keep_utilization for label in (CHANGED, FEW, REVERSED)},
-    figures=figures,
-    notes=("NeFT's full fine-tuning before the choice counts in its time, but not in its steps.",),
 )
 
 PAPER = PaperStudy(

@@ -23,17 +23,15 @@ class PaperStudy:
         First author.
     question : str
         Question that the study asks.
-    motive : sequence of str
-        Labels of arms that show why the method was proposed. The small version trains them with ``changes``.
-    changes : mapping
-        Settings of ``train`` of these arms in the small version, such as fewer steps.
+    motive : mapping label -> settings
+        Arms that show why the method was proposed, and the settings of ``train`` that the small version changes, such
+        as fewer steps. Default none.
     """
 
     name: str
     authors: str
     question: str
-    motive: Sequence[str] = ()
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    motive: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def arxiv(self) -> str:

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lorascope.pages.report_figure import ReportFigure
-from lorascope.runs.run import Run
-
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from torch import nn
 
@@ -141,7 +138,7 @@ def factor_settings(steps: int = 300) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Probe, the study of one paper: the runs that its registered claims need, and the paper's figures of a single run.
+    """Probe, the study of one paper: and the runs that its registered claims need.
 
     A module of ``papers`` defines one or several.
 
@@ -154,12 +151,6 @@ class Probe:
     keep : mapping
         Name of a kept table and label of a registered arm, which may be one of another probe -> function of the
         finished run, and of the other runs that the table is computed from. Default none.
-    figures : callable
-        ``figures(runs)`` returns the paper's figures of one run per method, by label of the arm. Default none.
-    notes : sequence of str
-        What to know about these figures. Default none.
-    order : int
-        Place in the report; probes with the same number are in the order of their files. Default 1.
     """
 
     name: str
@@ -168,6 +159,3 @@ class Probe:
     question: str
     arms: Callable[[], Sequence[Arm | OwnArm]] = lambda: ()
     keep: Mapping[tuple[str, str], Callable[..., pd.DataFrame]] = field(default_factory=dict)
-    figures: Callable[[Mapping[str, Run]], Sequence[ReportFigure]] = lambda runs: ()
-    notes: Sequence[str] = ()
-    order: int = 1

@@ -1,8 +1,8 @@
-"""Kept table ``ranks`` of methods that allocate ranks: its statistics, and figures of one run."""
+"""Kept table ``ranks`` of methods that allocate ranks: its statistics, and the allocators' pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis.rank_allocations import depth_thirds, kendall_tau
-from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import OfPairs, OfRun
 from lorascope.papers.probe import KeptTable
@@ -69,12 +68,6 @@ def keep_ranks(run: Run) -> pd.DataFrame:
     ranks = run.ranks()
     modules = run.modules.loc[run.modules["module"].isin(ranks), ["module", "stack", "layer", "role"]]
     return modules.assign(value=modules["module"].map(ranks).astype("int16"))
-
-
-def allocation_figures(runs: Mapping[str, Run], label: str) -> list[ReportFigure]:
-    """Draw, from the ranks in the tables of the run ``label``, its allocation, history and scores."""
-    run = {label: runs[label]}
-    return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]
 
 
 def allocation_tables(arm: str) -> dict[str, list[KeptTable]]:

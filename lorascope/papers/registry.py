@@ -22,7 +22,7 @@ __all__ = ["COMPARISONS", "KEPT_TABLES", "PAIRS", "PAPERS", "PROBES", "module_of
 PAPERS: dict[str, PaperStudy] = {}
 """Papers by the names of their modules."""
 PROBES: dict[str, Probe] = {}
-"""Probes by name, in the order of the report."""
+"""Probes by name."""
 PAIRS: dict[str, Pair] = {}
 """Statistic and control of every claim, by id."""
 COMPARISONS: dict[str, StudyComparison] = {}
@@ -51,8 +51,6 @@ for _file in sorted(Path(__file__).parent.glob("*.py")):
         KEPT_TABLES.setdefault(_name, []).extend(_kept_tables)
     if hasattr(_module, "study_arms"):
         _with_arms.append(_module)
-# Sorting is stable: probes with the same number stay in the order of their files.
-PROBES = dict(sorted(PROBES.items(), key=lambda item: item[1].order))
 
 
 def module_of(claim: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from lorascope.papers.figures.pair_losses import pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
 from lorascope.papers.figures.study_images import StudyFigure
 from lorascope.papers.judging import beliefs, first_edition, kept_study, registered_study
-from lorascope.papers.judging.data_folder import PAPERS
+from lorascope.papers.judging.data_folder import PAPERS, STUDY_RUNS
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.words import NOT_RUN
@@ -152,15 +152,21 @@ VARIANTS = variant_figures.STUDY_FIGURES | course_figures.STUDY_FIGURES | direct
 """Further figures of the papers, whose arms no claim reads."""
 
 
-def read_figures(data: Path) -> dict[str, StudyFigure]:
-    """Return the figures of both editions whose runs are kept by name, from a folder ``data``."""
-    folder = data / "evidence-2"
+def read_data(data: Path) -> StudyData:
+    """Read the data of the figures of the second edition from a folder ``data``."""
+    folder, earlier = data / STUDY_RUNS, first_edition.text_estimates(data / "edition-1")
     registration, evidence = registered_study.read(data / "registered-2.toml"), kept_study.read(folder)
-    earlier = first_edition.text_estimates(data / "edition-1")
-    contents = StudyData(registration, evidence, beliefs.read_results(folder), earlier)
-    rows = list(ROWS)
-    for name, figure in VARIANTS.items():
-        rows.append(FigureRow(name, figure.heading, figure.alt, partial(_draw_variant, figure)))
+    return StudyData(registration, evidence, beliefs.read_results(folder), earlier)
+
+
+def draw_rows(contents: StudyData, rows: Iterable[FigureRow] = ROWS) -> dict[str, StudyFigure]:
+    """Draw the figures that there are runs for, by name.
+
+    Raises
+    ------
+    ValueError
+        A figure cannot be drawn, because a table is damaged.
+    """
     figures = {}
     for row in rows:
         try:
@@ -169,6 +175,20 @@ def read_figures(data: Path) -> dict[str, StudyFigure]:
             raise ValueError(f"figures/{row.name}.png: cannot be drawn: {error!r}") from error
         if chart is not None:
             figures[row.name] = StudyFigure(row.heading, row.alt, chart)
+    return figures
+
+
+def variant_rows() -> list[FigureRow]:
+    """Return the rows of the further figures of the papers."""
+    rows = []
+    for name, figure in VARIANTS.items():
+        rows.append(FigureRow(name, figure.heading, figure.alt, partial(_draw_variant, figure)))
+    return rows
+
+
+def read_figures(data: Path) -> dict[str, StudyFigure]:
+    """Return the figures of both editions whose runs are kept by name, from a folder ``data``."""
+    figures = draw_rows(read_data(data), [*ROWS, *variant_rows()])
     return figures | stored_figures(data / "edition-1" / "figures")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Chart, Drawable, wrap
+from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Text
 from lorascope.plots.run_groups import INTERVAL, Cohort
 from lorascope.schema.module_roles import ROLES
@@ -142,39 +142,6 @@ def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], 
         title=title,
         caption=cohort.caption(*filter(None, sentences), interval=f"bars: {INTERVAL}"),
     )
-
-
-def over_kept(
-    values: pd.DataFrame, kept_tables: Sequence[pd.DataFrame], axes: tuple[str, str], title: str, caption: str
-) -> Drawable:
-    """Build charts of the values of one run over the range of those of kept seeds, one panel per ``panel``.
-
-    All tables have the columns ``panel``, ``x`` and ``value``; ``axes`` are the labels of x and of the values. The
-    caption is completed by the number of seeds.
-    """
-    seed_values = pd.concat(kept_tables).groupby(["panel", "x"], sort=False)["value"]
-    ranges = seed_values.agg(value="mean", low="min", high="max").reset_index()
-    tables = [ranges.assign(who=f"{len(kept_tables)} kept seeds"), values.assign(who="this run")]
-    cells = pd.concat(tables, ignore_index=True)
-    charts = []
-    for panel, rows in cells.groupby("panel", sort=False):
-        seeds, run = rows[rows["who"] != "this run"], rows[rows["who"] == "this run"]
-        charts.append(
-            Chart(
-                rows,
-                [
-                    Band("x", "low", "high", "who", data=seeds),
-                    Line("x", "value", "who", data=seeds),
-                    Point("x", "value", "who", data=run),
-                ],
-                title=": ".join(filter(None, (title, str(panel)))),  # one of them may be empty
-                x=Axis(label=axes[0], order=list(dict.fromkeys(rows["x"]))),
-                y=Axis(label=axes[1]),
-                caption=f"{caption} Dots: this run; line and band: mean and range of {len(kept_tables)} kept seeds.",
-                colors=list(dict.fromkeys(cells["who"])),
-            )
-        )
-    return wrap(charts, 3)
 
 
 def stacked_bars(

@@ -18,15 +18,14 @@ from lorascope.files.typed_json import to_json_rows
 from lorascope.pages import page
 from lorascope.pages.page import Section
 from lorascope.pages.report_figure import ReportFigure
-from lorascope.papers import hydralora_factors, lisa, neft
-from lorascope.papers.figures.neuron_hits import neuron_hits
-from lorascope.papers.figures.pair_gaps import pair_gaps
+from lorascope.papers.figures.study_images import StudyFigure
 from lorascope.papers.judging import kept_study, registered_study
 from lorascope.papers.judging.data_folder import STUDY_RUNS
 from lorascope.papers.judging.kept_study import FIRST_SEED, StudyEvidence
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.paper_study import PaperStudy
-from lorascope.papers.registry import COMPARISONS
+from lorascope.papers.registry import COMPARISONS, PAPERS
+from lorascope.papers.study_figures import StudyData, draw_rows
 from lorascope.papers.training import study_training
 from lorascope.papers.training.study_seeds import (
     compare_effects,
@@ -98,15 +97,14 @@ def run(paper: PaperStudy, seeds: int | Sequence[int], out: str | Path, progress
     jobs = small_jobs(paper, ids, numbers, registration, rates)
     trained = train_jobs(jobs, Path(out) / "runs", rates, progress)
     effects = compare_effects(trained, ids, registration, evidence)
-    runs = run_table(trained)[["arm", "seed", "steps", "learned"]]
-    runs["learned"] = runs["learned"].map({True: "yes", False: "no"})
-    study = SmallStudy(paper, path, effects, runs, draw(trained, ids, registration, small_note(paper, numbers)))
+    figures = {name: figure.chart for name, figure in draw(trained, ids, registration, numbers).items()}
+    study = SmallStudy(paper, path, effects, show_learned(run_table(trained)), figures)
     section = Section(
         "small",
         paper.question,
         source=paper.source,
-        tables={"Effects (method minus control) of your seeds and of the kept ones": effects, "Runs": runs},
-        figures=[ReportFigure(figure) for figure in study.figures.values()],
+        tables={"Effects (method minus control) of your seeds and of the kept ones": effects, "Runs": study.runs},
+        figures=[ReportFigure(figure) for figure in figures.values()],
     )
     lead = f"Arms of the claims on planted teachers as registered; {count_phrase(len(numbers), 'seed')}."
     page.write(path, f"{paper.name}, small version", lead, [section])
@@ -136,44 +134,47 @@ def small_jobs(
     ValueError
         An arm differs from the registered one.
     """
-    short = dict.fromkeys(paper.motive, paper.changes)
     labels = dict.fromkeys(label for id in ids for label in sorted(COMPARISONS[id].arms()))
     # All of them, before any is trained.
-    for label in (*short, *labels):
+    for label in (*paper.motive, *labels):
         require_registered_arm(label, registration)
     jobs = []
     for seed in seeds:
-        jobs += [StudyJob(label, seed, "judged", rates[label], changes) for label, changes in short.items()]
+        jobs += [StudyJob(label, seed, "judged", rates[label], changes) for label, changes in paper.motive.items()]
         jobs += [StudyJob(label, seed, "judged", rates[label]) for label in labels]
     return jobs
 
 
-def small_note(paper: PaperStudy, seeds: Sequence[int]) -> str:
+def small_note(seeds: Sequence[int], motive: Mapping[str, Mapping[str, Any]]) -> str:
     """Return what the caption of a figure of a small version begins with."""
-    note = f"Small version, {count_phrase(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
-    if paper.motive:
-        arm: Any = study_training.arms_by_label()[paper.motive[0]]
-        note += f", {paper.changes['steps']} of {arm.settings['steps']} steps"
+    note = f"Small version: {count_phrase(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
+    steps = []
+    for label, changes in motive.items():
+        arm: Any = study_training.arms_by_label()[label]
+        steps.append(f"{changes['steps']} of {arm.settings['steps']}")
+    if steps:
+        note += f", {' and '.join(dict.fromkeys(steps))} steps"
     return f"{note}. "
 
 
-def draw(trained: StudyEvidence, ids: Sequence[str], registration: StudyRegistration, note: str) -> dict[str, Drawable]:
-    """Draw the figures of a paper that its runs have the tables for."""
-    # The motive first, as on the page of the paper.
-    figures: dict[str, Drawable] = {}
-    tables = trained.tables
-    if "norms" in tables:
-        figures["norms"] = add_note(lisa.norms_figure(tables["norms"]), note)
-    if "nearest" in tables:
-        figures["factors"] = add_note(hydralora_factors.factors_figure(tables["nearest"]), note)
-    if "neurons" in tables:
-        figures["neurons"] = neuron_hits(tables["neurons"], neft.hit_rate, neft.AT_RANDOM.value)
+def draw(
+    trained: StudyEvidence, ids: Sequence[str], registration: StudyRegistration, seeds: Sequence[int]
+) -> dict[str, StudyFigure]:
+    """Draw the figures of the study that trained runs have the tables for, with the pairs among some claims."""
     pairs = {id: registration.claims[id] for id in ids if id.startswith("pair.")}
-    figures["pairs"] = pair_gaps(replace(registration, claims=pairs), trained)
+    nothing = pd.DataFrame(columns=["word"])
+    contents = StudyData(replace(registration, claims=pairs), trained, nothing, nothing)
+    figures = {}
+    for name, figure in draw_rows(contents).items():
+        paper = PAPERS.get(figure.heading.lower())
+        note = small_note(seeds, paper.motive if paper else {})
+        (first, *others), *rows = figure.chart.rows()
+        chart = Panels(((replace(first, caption=note + first.caption), *others), *rows))
+        figures[name] = figure._replace(alt=f"{figure.alt} (small version)", chart=chart)
     return figures
 
 
-def add_note(drawable: Drawable, note: str) -> Drawable:
-    """Put a note before the caption of a figure."""
-    (first, *others), *rows = drawable.rows()
-    return Panels(((replace(first, caption=note + first.caption), *others), *rows))
+def show_learned(table: pd.DataFrame) -> pd.DataFrame:
+    """Return ``arm, seed, steps, learned`` of trained runs, without scores: one seed of a short run decides nothing."""
+    learned = table["learned"].map({True: "yes", False: "no"})
+    return table[["arm", "seed", "steps"]].assign(learned=learned).sort_values(["arm", "seed"], ignore_index=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -528,6 +529,69 @@ def test_random_scores_resume_bit_for_bit(bert, task, tmp_path):
 
     train("whole")
     with interruption_after(5):  # after the first two of the three rounds
+        train("resumed")
+    train("resumed")
+    same(tmp_path / "whole", tmp_path / "resumed")
+
+
+# -- sensitivity ------------------------------------------------------------------------------------------------------
+
+
+def test_sensitivity_scores_follow_adalora_by_component():
+    """Scores match equations 9 to 13 of AdaLoRA element by element, also after components were deleted and added."""
+    method = ALoRA(init_rank=2, prune=3, warm_steps=3, round_steps=2, rounds=3, scores="sensitivity")
+    model = started(method)
+    optimizer = method.optimizer(model, 0.02, 0.02, 0.0)
+    step = Step(-1, 10, model, optimizer, {}, pd.DataFrame(), None, None, lambda *_: None)
+    averages: dict = {}
+    rounds = 0
+    for index in range(9):
+        step.index = index
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(model.train(), inputs(model, seed=index)).backward()
+        expected = {}
+        for name, delta in attached_deltas(model).items():
+            for position, rank_id in enumerate(method.rank_ids_[name]):
+                a, da = delta.A[position].tolist(), delta.A.grad[position].tolist()
+                b, db = delta.B[:, position].tolist(), delta.B.grad[:, position].tolist()
+                gate = sum(x * y for x, y in zip(a, da, strict=True))
+                score = 0.0
+                for part, products in (
+                    ("A", zip(a, da, strict=True)),
+                    ("B", zip(b, db, strict=True)),
+                    ("gate", [(1, gate)]),
+                ):
+                    values = []
+                    for at, (x, y) in enumerate(products):
+                        key = (name, rank_id, part, at)
+                        mean, spread = averages.get(key, (0.0, 0.0))
+                        mean = 0.85 * mean + 0.15 * abs(x * y)
+                        averages[key] = mean, 0.85 * spread + 0.15 * abs(abs(x * y) - mean)
+                        values.append(math.prod(averages[key]))
+                    score += sum(values) / len(values)
+                expected[name, rank_id] = score
+        method.after_backward(step)
+        optimizer.step()
+        method.after_step(step)
+        recorded = {}
+        for record in method.records(step):
+            if record.quantity == "importance":
+                recorded |= {(record.module, i): x for i, x in zip(record.index, record.value, strict=True)}
+        if step.finished in (3, 5, 7):
+            assert recorded == pytest.approx(expected, rel=1e-4)
+            rounds += 1
+    assert rounds == 3
+    assert max(max(ids) for ids in method.rank_ids_.values() if ids) > 1  # components were added
+
+
+def test_sensitivity_scores_resume_bit_for_bit(bert, task, tmp_path):
+    def train(folder):
+        method = ALoRA(**RANDOM | {"scores": "sensitivity"})
+        return ls.train(models.load(bert, task=task), task, method, out=tmp_path / folder,
+                        **SHORT | {"steps": 8, "checkpoint_every": 3})  # fmt: skip
+
+    train("whole")
+    with interruption_after(5):
         train("resumed")
     train("resumed")
     same(tmp_path / "whole", tmp_path / "resumed")

@@ -37,6 +37,8 @@ Departs:
   both.
 - Components are scored on rows of the train split that are not trained on; the paper uses the development set.
 - ``scores="random"`` is an additional control: the same rounds, but components have uniform random scores.
+- ``scores="sensitivity"``, a variant of table 6, is AdaLoRA's score of gate, row of A and column of B, from gradients
+  before clipping. The averages of new components start at zero.
 - New components inherit Adam's step count, so their bias correction is nearly 1 and their first step can be 3.2 lr;
   ``fresh_moments`` counts the steps of each component instead.
 
@@ -63,8 +65,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorascope.adapters.ablation import ablation_scores
-from lorascope.adapters.delta import resize
+from lorascope.adapters.delta import resize, to_array
 from lorascope.array_types import Float, Int
+from lorascope.methods.adalora import smooth
 from lorascope.methods.field_checks import (
     default_if_none,
     is_integer,
@@ -93,6 +96,9 @@ register(
 )
 
 
+BETAS = (0.85, 0.85)  # of the moving averages of AdaLoRA's score
+
+
 @dataclass(kw_only=True)
 class ALoRA(AdapterMethod, name="alora"):
     """Low-rank adaptation that moves components between modules by ablation scores.
@@ -119,8 +125,8 @@ class ALoRA(AdapterMethod, name="alora"):
         Number of rows of the search split on which components are scored.
     fresh_moments : bool
         Whether Adam's bias correction counts the steps of each component; False counts the steps of the run.
-    scores : {"ablation", "random"}
-        Scores of the components: IS, or random numbers from the run's seed, a control that needs no forward passes.
+    scores : {"ablation", "random", "sensitivity"}
+        Scores of the components: IS, or without forward passes random numbers from the run's seed, or AdaLoRA's score.
     """
 
     init_rank: int = 8
@@ -134,7 +140,7 @@ class ALoRA(AdapterMethod, name="alora"):
     score_rows: int = 32
     search_share: float = 0.1
     fresh_moments: bool = field(default=False, metadata=added_later())
-    scores: Literal["ablation", "random"] = field(default="ablation", metadata=added_later())
+    scores: Literal["ablation", "random", "sensitivity"] = field(default="ablation", metadata=added_later())
     lr: float = 1e-4
     head_lr: float = 1e-4
 
@@ -162,6 +168,12 @@ class ALoRA(AdapterMethod, name="alora"):
         if self.scores == "random":
             # Spawn a generator: the data order uses the same seed.
             self.generator_ = np.random.default_rng(np.random.SeedSequence(torch.initial_seed()).spawn(1)[0])
+        if self.scores == "sensitivity":
+            # Moving averages of sensitivity and uncertainty, one row per component.
+            self.averages_ = {}
+            for name, delta in self._deltas.items():
+                weights, _ = gated_rows(delta)
+                self.averages_[name] = [[torch.zeros_like(rows) for rows in weights] for _ in range(2)]
 
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the modules to adapt, and compute n_A, the number of components deleted per round."""
@@ -201,6 +213,14 @@ class ALoRA(AdapterMethod, name="alora"):
         return range(warm, last + 1, every)
 
     @torch.no_grad()
+    def after_backward(self, step: Step) -> None:
+        """Update the moving averages if they score the components."""
+        if self.scores == "sensitivity":
+            for name, delta in self._deltas.items():
+                sensitivity, uncertainty = self.averages_[name]
+                smooth(sensitivity, uncertainty, *gated_rows(delta), BETAS)
+
+    @torch.no_grad()
     def after_step(self, step: Step) -> None:
         """Score, delete and add components if a round is due."""
         self._round = []
@@ -222,6 +242,12 @@ class ALoRA(AdapterMethod, name="alora"):
         """Return the scores of all components by module, by the quantity that records them."""
         if self.scores == "random":
             return {"importance": {name: self.generator_.random(len(ids)) for name, ids in self.rank_ids_.items()}}
+        if self.scores == "sensitivity":
+            sums = {}
+            for name, averages in self.averages_.items():
+                products = torch._foreach_mul(*averages)
+                sums[name] = to_array(torch.stack([rows.mean(1, dtype=torch.float64) for rows in products]).sum(0))
+            return {"importance": sums}
         # The same rows in all rounds: algorithm 1 has one B_val.
         S = ablation_scores(step.model, step.loss, step.validation(self.score_rows, fixed=True))
         self._round = [Record("score_full", S.full), Record("score_none", S.none)]
@@ -236,6 +262,9 @@ class ALoRA(AdapterMethod, name="alora"):
         fresh = ALoRADelta(step.model.get_submodule(name), new).factors() if new else {}
         resize(delta.A, step.optimizer, retained, fresh.get("A"), 0)
         resize(delta.B, step.optimizer, retained, fresh.get("B"), 1)
+        if self.scores == "sensitivity":
+            for tensors in self.averages_[name]:
+                tensors[:] = [torch.cat([rows[retained], rows.new_zeros(new, rows.shape[1])]) for rows in tensors]
         born = self.born_[name]
         self.rank_ids_[name] = [*(ids[position] for position in retained), *range(born, born + new)]
         self.born_[name] = born + new
@@ -274,6 +303,16 @@ class ALoRADelta(LoRADelta):
     def is_idle(self, index: int) -> bool:
         """Return whether the component adds zero for any input."""
         return not (self.A[index].any() and self.B[:, index].any())
+
+
+def gated_rows(delta: ALoRADelta) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights of ALoRA's components and their gradients: rows of A, columns of B, gates of 1."""
+    A, B = delta.A.detach(), delta.B.detach().T
+    # A module that the batch did not use has no gradient, which counts as zero.
+    dA = torch.zeros_like(delta.A) if delta.A.grad is None else delta.A.grad
+    dB = torch.zeros_like(delta.B) if delta.B.grad is None else delta.B.grad
+    # A gate multiplies its row of A, so its derivative is the product of the row and its gradient.
+    return [A, B, torch.ones_like(A[:, :1])], [dA, dB.T, (A * dA).sum(1, keepdim=True)]
 
 
 class CountingAdamW(torch.optim.AdamW):

@@ -69,6 +69,7 @@ def draw_alora_scores(evidence: StudyEvidence) -> Drawable | None:
     """Draw ALoRA's table 6: its scores and others."""
     arms = {
         "ALoRA": f"{alora.MOVED}, {UNEVEN}",
+        "sensitivity": f"{alora.MOVED}, sensitivity, {UNEVEN}",
         "random scores": f"{alora.MOVED}, random scores, {UNEVEN}",
         "LoRA, no rounds": f"{UNIFORM_STUDENT}, {UNEVEN}",
         "planted ranks": f"{ORACLE}, {UNEVEN}",

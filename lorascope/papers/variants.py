@@ -69,6 +69,7 @@ def _allocators() -> list[Arm]:
             students[f"LoRA, rank {rank}"] = LoRA(rank=rank, alpha=4.0 * rank, **everywhere)
     students |= {
         f"{alora.MOVED}, random scores": replace(moved, scores="random"),
+        f"{alora.MOVED}, sensitivity": replace(moved, scores="sensitivity"),
         f"{adalora.ALLOCATED}, sensitivity": replace(allocated, importance="sensitivity"),
         f"{adalora.ALLOCATED}, size of lambda": replace(allocated, importance="magnitude"),
         f"{adalora.ALLOCATED}, no penalty": replace(allocated, gamma=0.0),

@@ -308,9 +308,10 @@ class ALoRADelta(LoRADelta):
 def gated_rows(delta: ALoRADelta) -> tuple[list[Tensor], list[Tensor]]:
     """Return the weights of ALoRA's components and their gradients: rows of A, columns of B, gates of 1."""
     A, B = delta.A.detach(), delta.B.detach().T
+    dA, dB = torch.zeros_like(A), torch.zeros_like(delta.B)
     # A module that the batch did not use has no gradient, which counts as zero.
-    dA = torch.zeros_like(delta.A) if delta.A.grad is None else delta.A.grad
-    dB = torch.zeros_like(delta.B) if delta.B.grad is None else delta.B.grad
+    if delta.A.grad is not None and delta.B.grad is not None:
+        dA, dB = delta.A.grad, delta.B.grad
     # A gate multiplies its row of A, so its derivative is the product of the row and its gradient.
     return [A, B, torch.ones_like(A[:, :1])], [dA, dB.T, (A * dA).sum(1, keepdim=True)]
 

@@ -68,14 +68,14 @@ def loss_course(
     # A seed has no range.
     if not by_seed:
         marks.insert(0, Band("step", "low", "high", "recipe"))
-    sentence = f"Lines: mean of {len(seeds)} seeds; bands: their range."
+        caption = f"Lines: mean of {len(seeds)} seeds; bands: their range. {caption}"
     return Chart(
         cells,
         marks,
         title=title,
         x=Axis(label="step"),
         y=Axis(label=y),
-        caption=f"{'' if by_seed else sentence + ' '}{caption}",
+        caption=caption,
         colors=dict.fromkeys(cells["recipe"]),
     )
 
@@ -86,9 +86,9 @@ def in_row(*charts: Chart | None) -> Drawable | None:
     for chart in charts:
         if chart is None:
             return None
-        # Panels of one figure have one caption.
-        panels.append(replace(chart, caption=panels[0].caption if panels else chart.caption))
-    return set_side_by_side(*panels)
+        panels.append(chart)
+    # Panels of one figure have one caption.
+    return set_side_by_side(*(replace(panel, caption=panels[0].caption) for panel in panels))
 
 
 def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:

@@ -322,8 +322,9 @@ def keep_planted_ranks(run: Run, teacher: int | None = None) -> pd.DataFrame:
     """Return the kept table ``module, planted, rank`` of an allocator on uneven ranks, of its seed or of a teacher."""
     from lorascope.papers.setups import planted_truths
 
-    seed = int(run.meta.seed or 0) if teacher is None else teacher
-    planted = planted_truths.uneven_ranks(planted_truths.student(), seed)
+    if teacher is None:
+        teacher = int(run.meta.seed or 0)
+    planted = planted_truths.uneven_ranks(planted_truths.student(), teacher)
     table = pd.DataFrame({"module": list(planted), "planted": list(planted.values())})
     # A module that the search removed is not adapted.
     ranks = table["module"].map(run.ranks()).fillna(0)

@@ -169,6 +169,23 @@ for = ["AdaLoRA, uneven", "LoRA, uneven"]
 """
 
 
+def test_arms_of_figures_are_read_with_the_registration(tmp_path: Path) -> None:
+    file, figures = tmp_path / "registered-2.toml", tmp_path / registered_study.FIGURE_ARMS
+    file.write_text(REGISTRATION)
+    text = 'edition = 2\n[[arm]]\nlabel = "LoRA, rank 1"\nrate_of = "LoRA, uneven"\nseeds = 3\n'
+    figures.write_text(text)
+    arms = registered_study.read(file).arms
+    assert (arms["LoRA, rank 1"].seeds, arms["LoRA, rank 1"].rate_of) == (3, "LoRA, uneven")
+    for before, after, message in (
+        ("LoRA, uneven", "LoRA, unevn", "unevn"),
+        ("LoRA, rank 1", "LoRA, uneven", "twice"),
+        ("= 3", "= ", registered_study.FIGURE_ARMS),
+    ):
+        figures.write_text(text.replace(before, after, 1))
+        with pytest.raises(ValueError, match=message):
+            registered_study.read(file)
+
+
 def test_registration_is_read(tmp_path: Path) -> None:
     file = tmp_path / "registered-2.toml"
     file.write_text(REGISTRATION)

@@ -75,8 +75,10 @@ def test_wheel_has_package_types_templates_and_evidence_but_no_tests(wheel: Path
         "formats/transformers_names.json",
         "pages/parts.html",
     }
-    files = [path for folder in ("evidence", "published") for path in (ROOT / "data" / folder).rglob("*")]
-    data = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()} | {"data/registered.toml"}
+    files = [*(ROOT / "data").glob("*.toml")]
+    for folder in ("edition-1", "evidence", "evidence-2", "published"):
+        files += (ROOT / "data" / folder).rglob("*")
+    data = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     expected = package | {f"lorascope/{name}" for name in own | data}
     info = f"lorascope-{lorascope.__version__}.dist-info"
     assert {name for name in names if not name.startswith(info)} == expected

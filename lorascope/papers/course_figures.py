@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
@@ -263,7 +264,7 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
     )
     # The seeds have the same buckets, and the paper has one value each.
     by_bucket = pd.concat([moved, paper]).groupby(["source", "x"], sort=False)["y"].mean().reset_index()
-    axes = {"x": Axis(label="percentile of utilization"), "y": Axis(label="mean shift (% of ranks)")}
+    axes: dict[str, Any] = {"x": Axis(label="percentile of utilization"), "y": Axis(label="mean shift (% of ranks)")}
     left = Chart(
         by_bucket, [Line("x", "y", "source"), Point("x", "y", "source")], title="Shift by use", caption=caption, **axes
     )

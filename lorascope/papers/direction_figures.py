@@ -193,8 +193,8 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
     means = table.groupby(["quantity", "layer", "index"], dropna=False)["value"].mean().reset_index()
     caption = (
         "Second moments of AdamW after 100 steps on text, mean over matrices and seeds. Shuffled: other entries with "
-        "the same row and column sums. Any matrix of positive entries has one large singular value. Times are from the "
-        "machine that trained the runs."
+        "the same row and column sums. S-RSI covers the line of the best rank k. Any matrix of positive entries has "
+        "one large singular value. Times are from the machine that trained the runs."
     )
     sigma = means[means["quantity"].isin(["moment_sigma", "moment_sigma_dealt"])].dropna(subset="layer")
     layer = "layer " + sigma["layer"].astype(int).astype(str)
@@ -249,7 +249,7 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     table = rows_of(evidence, "moments", variants.FACTORED)
     guided: dict[str, str] = {}
     for truth in adapprox.MOMENTS:
-        name = truth.removeprefix("second moments ")
+        name = truth.removeprefix("second moments ").removeprefix("of ")
         guided |= {name: f"{adapprox.OURS}, {truth}", f"{name}, guided": variants.guided(truth)}
     seeds = common_seeds(evidence, guided.values())
     if table.empty or not seeds:

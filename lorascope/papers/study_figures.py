@@ -105,10 +105,8 @@ def draw_allocations(ranks: pd.DataFrame, scores: pd.DataFrame) -> Drawable | No
     return planted_allocations(ranks, scores, arms, 2.0)
 
 
-def draw_neuron_scores(neurons: pd.DataFrame) -> Drawable | None:
-    """Draw the sensitivity of neurons, and the stability and the hit rates of their scores, from two seeds on."""
-    if neurons["seed"].nunique() < 2:
-        return None
+def draw_neuron_scores(neurons: pd.DataFrame) -> Drawable:
+    """Draw the sensitivity of neurons, and the stability and the hit rates of their scores."""
     return neuron_sensitivity(neurons, neuron_hits(neurons, neft.hit_rate, neft.AT_RANDOM.value))
 
 

@@ -10,8 +10,9 @@ import pandas as pd
 
 from lorascope.analysis.score_agreement import spearman
 from lorascope.charts.chart import Chart, Panels
-from lorascope.charts.marks import Axis, Band, Line, Point, Rule
+from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.papers.figures.neuron_hits import SCORES
+from lorascope.papers.figures.study_marks import write_word
 from lorascope.schema.module_table import parse
 
 CHANGED, OTHER, NULL = "changed neurons", "other neurons", "random neurons, 95%"
@@ -51,9 +52,11 @@ def sensitivity_table(neurons: pd.DataFrame, score: str) -> pd.DataFrame:
 def stability_table(neurons: pd.DataFrame) -> pd.DataFrame:
     """Tabulate ``score, value, low, high``: rank correlation of each score between pairs of seeds, and its range.
 
-    Neurons are correlated within their module, then averaged over modules.
+    Neurons are correlated within their module, then averaged over modules. One seed has no row.
     """
     rows = []
+    if neurons["seed"].nunique() < 2:
+        return pd.DataFrame(columns=["score", "value", "low", "high"], dtype="float64")
     for score in _STABLE:
         values = neurons.pivot(index=["module", "neuron"], columns="seed", values=score)
         correlations = [spearman(of_module.to_numpy(np.float64)) for _, of_module in values.groupby("module")]
@@ -69,7 +72,7 @@ def neuron_sensitivity(neurons: pd.DataFrame, hits: Chart) -> Panels:
     Parameters
     ----------
     neurons : DataFrame
-        Kept table ``neurons`` of at least two seeds.
+        Kept table ``neurons``.
     hits : Chart
         Chart of ``neuron_hits``.
     """
@@ -83,7 +86,7 @@ def neuron_sensitivity(neurons: pd.DataFrame, hits: Chart) -> Panels:
     charts = []
     for score, title in _PANELS.items():
         table = sensitivity_table(neurons, score)
-        marks = [
+        marks: list[Mark] = [
             Band("block", "low", "high", "neurons", data=table[table["neurons"] == NULL]),
             Line("block", "value", "neurons"),
             Point("block", "value", "neurons", low="low", high="high"),
@@ -99,12 +102,13 @@ def neuron_sensitivity(neurons: pd.DataFrame, hits: Chart) -> Panels:
                 caption=caption,
             )
         )
+    table = stability_table(neurons)
+    marks = [Rule(x=0), Point("value", "score", low="low", high="high")]
+    if table.empty:
+        marks.append(write_word(0.45, SCORES["sensitivity"], "one seed"))
     stability = Chart(
-        stability_table(neurons),
-        [
-            Rule(x=0),
-            Point("value", "score", low="low", high="high"),
-        ],
+        table,
+        marks,
         title="Stability of a score over seeds",
         x=Axis(label=f"rank correlation; permuted: 0 ± {_null_width(neurons):.2f}", limits=(-0.1, 1)),
         y=Axis(order=list(SCORES.values())),

@@ -11,6 +11,7 @@ import pandas as pd
 from lorascope.analysis.score_agreement import spearman
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
+from lorascope.files.printable import count_phrase
 from lorascope.papers.figures.neuron_hits import SCORES
 from lorascope.papers.figures.study_marks import write_word
 from lorascope.schema.module_table import parse
@@ -81,7 +82,7 @@ def neuron_sensitivity(neurons: pd.DataFrame, hits: Chart) -> Panels:
         "geometric mean over neurons and seeds, bars: range over seeds, band: as many neurons at random. Below: rank "
         "correlation of a score between two seeds within a module, mean over modules and pairs, bars: range over "
         "pairs; and percentage of the neurons with the highest scores that the teacher changed, one dot per seed. "
-        f"{neurons['seed'].nunique()} seeds, {neurons['module'].nunique()} modules."
+        f"{count_phrase(neurons['seed'].nunique(), 'seed')}, {count_phrase(neurons['module'].nunique(), 'module')}."
     )
     charts = []
     for score, title in _PANELS.items():

@@ -118,6 +118,16 @@ def test_an_untouched_folder_agrees(data: Path) -> None:
     assert results.loc["gain", "pair"] == "as claimed"
 
 
+@pytest.mark.parametrize(("missing", "expected"), [([214, 215], []), ([207], [207])])
+def test_last_seeds_are_open_until_a_claim_is_judged(data: Path, missing: list[int], expected: list[int]) -> None:
+    edit_runs(lambda runs: runs[(runs["arm"] != "LoRA, even") | ~runs["seed"].isin(missing)])(data / "evidence-2")
+    write_study(data / "evidence-2", data / "registered-2.toml", COMPARISONS)
+    lines = [line for line in verify(data) if line.startswith("runs.csv.gz")]
+    assert lines == [
+        f"runs.csv.gz: arm 'LoRA, even': 15 of 16 judged seeds, seed {seed} is missing" for seed in expected
+    ]
+
+
 def edit_runs(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], None]:
     def tamper(folder: Path) -> None:
         file = folder / "runs.csv.gz"

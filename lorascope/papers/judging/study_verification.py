@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_rates import chosen_rates, rate_table
 from lorascope.papers.judging.study_results import compute
 from lorascope.papers.judging.study_statistics import StudyComparison
+from lorascope.papers.judging.words import NOT_RUN
 
 DERIVED = ("tuning.csv", "effects.csv", "results.csv")
 """Tables that follow from the runs, in the order in which they follow from each other."""
@@ -97,7 +98,7 @@ def verify_study(
         return [f"{registration_file.name}: an arm that a claim reads is not registered: {printable(error)}"]
     causes = [
         *_check_registration(registration_file.name, registration, comparisons, module_of),
-        *_check_arms(registration, evidence),
+        *_check_arms(registration, evidence, _judged_arms(folder, registration)),
         *_check_scores(evidence),
         *_check_machines(registration, comparisons, evidence),
     ]
@@ -159,8 +160,26 @@ def _check_registration(
             yield Difference(CODE, line)
 
 
-def _check_arms(registration: StudyRegistration, evidence: StudyEvidence) -> Iterator[Difference]:
-    """Compare the arms of the runs, their rates and the seeds of judged ones with the registration."""
+def _judged_arms(folder: Path, registration: StudyRegistration) -> set[str]:
+    """Return the arms of the claims that the kept results judge, whose runs must all be kept."""
+    labels: set[str] = set()
+    try:
+        results = beliefs.read_results(folder)
+    except (ValueError, FileNotFoundError):  # its own comparison names it
+        return labels
+    for id in results.loc[results["word"] != NOT_RUN, "claim"]:
+        if id in registration.claims:
+            labels.update(*registration.claims[id].labels().values())
+    return labels
+
+
+def _check_arms(
+    registration: StudyRegistration, evidence: StudyEvidence, judged: Collection[str]
+) -> Iterator[Difference]:
+    """Compare the arms of the runs, their rates and the seeds of judged ones with the registration.
+
+    While an arm is trained, its last seeds are open.
+    """
     choices = chosen_rates(registration, evidence.runs)
     for (name, role), rows in evidence.runs.groupby(["arm", "role"]):
         label = str(name)
@@ -181,6 +200,8 @@ def _check_arms(registration: StudyRegistration, evidence: StudyEvidence) -> Ite
             row = different.iloc[0]
             yield Difference(RUNS, f"{prefix}: seed {row['seed']}: rate {row['rate']:g}, chosen {rate:g}")
         seeds, expected = set(rows["seed"]), set(range(FIRST_SEED, FIRST_SEED + arm.seeds))
+        if label not in judged:
+            expected &= set(range(max(seeds) + 1))
         if different_seeds := sorted(seeds ^ expected):
             state = "missing" if different_seeds[0] in expected else "not registered"
             line = f"{prefix}: {len(seeds)} of {arm.seeds} judged seeds, seed {different_seeds[0]} is {state}"

@@ -13,7 +13,7 @@ from planted import low_rank, plant, profile
 
 from lorascope import plots
 from lorascope.charts import plotly_backend
-from lorascope.charts.chart import Chart, Drawable, set_side_by_side
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Point, Rule, Text
 from lorascope.charts.stored_chart import pack, unpack
 
@@ -63,10 +63,15 @@ def frames() -> Chart:
     )
 
 
-@pytest.mark.parametrize("make", [lines, heat, frames, lambda: set_side_by_side(lines(), heat())])
+PANELS = [lambda: set_side_by_side(lines(), heat()), lambda: Panels(((lines(), heat()), (heat(),)), columns=2)]
+
+
+@pytest.mark.parametrize("make", [lines, heat, frames, *PANELS])
 def test_chart_from_files_draws_the_same_figure(make):
     before, after = make(), through_files(make())
     assert type(after) is type(before)
+    if isinstance(before, Panels):
+        assert after.columns == max(before.columns, 1)
     assert plotly_backend.to_plotly(after).to_json() == plotly_backend.to_plotly(before).to_json()
     for one, other in zip(before.charts(), after.charts(), strict=True):
         assert one.caption == other.caption

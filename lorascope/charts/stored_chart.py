@@ -39,7 +39,9 @@ def pack(drawable: Drawable) -> tuple[dict[str, Any], list[pd.DataFrame]]:
         return _values(chart, data=number(chart.data), marks=list(map(pack_mark, chart.marks)), x=x, y=y)
 
     rows = [list(map(pack_chart, row)) for row in drawable.rows()]
-    return {"panels": isinstance(drawable, Panels), "rows": rows}, tables
+    # Number of columns of panels, 1 if the rows determine it; 0 for a chart.
+    columns = max(drawable.columns, 1) if isinstance(drawable, Panels) else 0
+    return {"panels": columns, "rows": rows}, tables
 
 
 def unpack(packed: Mapping[str, Any], tables: Sequence[pd.DataFrame]) -> Drawable:
@@ -65,7 +67,7 @@ def unpack(packed: Mapping[str, Any], tables: Sequence[pd.DataFrame]) -> Drawabl
 
     grid = tuple(tuple(map(unpack_chart, row)) for row in packed["rows"])
     if packed["panels"]:
-        return Panels(grid)
+        return Panels(grid, packed["panels"])
     return grid[0][0]
 
 

@@ -49,19 +49,19 @@ class Doubled(PeftFormat, frozen=True):
         return LowRank(arrays["doubled_u"], arrays["doubled_u"].T)
 ''',
 }
-CLAIM = '\nCLAIMS["lora.yours"] = (Accuracy("LoRA 8"), Accuracy("full"))\n'
+CLAIM = '\nJUDGED["lora.yours"] = Comparison(Accuracy("LoRA 8") - Accuracy("full"))\n'
 SCRIPT = """
 import lorascope as ls
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.formats import find_reader
 from lorascope.observe import OBSERVERS
-from lorascope.papers.registry import PAIRS, module_of
+from lorascope.papers.registry import COMPARISONS, module_of
 
 assert "module_counts" in ls.plots.FIGURES and ls.plots.module_counts is ls.plots.FIGURES["module_counts"].draw
 assert "step_count" in OBSERVERS
 assert KINDS["LS099"].name == "even-norms"
 assert find_reader({"peft_type": "DOUBLED"}, ()).format == "DOUBLED (PEFT)"
-assert PAIRS["lora.yours"][0].arms() == {"LoRA 8"} and module_of("lora.yours") == "lorascope.papers.lora"
+assert COMPARISONS["lora.yours"].arms() == {"LoRA 8", "full"} and module_of("lora.yours") == "lorascope.papers.lora"
 print(ls.__file__)
 """
 

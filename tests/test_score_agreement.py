@@ -23,7 +23,6 @@ from lorascope.analysis.score_agreement import collect_neuron_scores, correlate,
 from lorascope.experiments import component_removal
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, Full, LoRA, NeFT
-from lorascope.papers import score_agreement
 from lorascope.runs.loading import load
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Record
@@ -147,75 +146,6 @@ def test_ablation_loss_increases_are_corrected_by_first_order_terms(state):
         assert part[name] == pytest.approx(first[name] + each[0][name] - mean, abs=1e-8)
     one, all_ = (np.concatenate(list(rises.values())) for rises in (first, whole))
     assert np.abs(np.concatenate(list(part.values())) - all_).mean() < 0.5 * np.abs(one - all_).mean()
-
-
-def test_adalora_scores_at_fixed_weights_match_the_definition(state):
-    """The definition uses loops: I = |w g|, moving averages with 0.85, and their product."""
-    model, found, batches = state
-    rows = score_agreement.adalora_scores(model, lambda batch: model(**batch).loss, found, batches)
-    name = list(found)[3]
-    P, sigma, Q = (torch.from_numpy(np.ascontiguousarray(part)).float().requires_grad_() for part in found[name])
-    others = {other: matrix for other, matrix in matrices(found).items() if other != name}
-    host = model.get_submodule(name)
-    averages = [(torch.zeros_like(w), torch.zeros_like(w)) for w in (P, sigma, Q)]
-    mean = [torch.zeros_like(w) for w in (P, sigma, Q)]
-    for batch in batches:
-        for other, matrix in others.items():
-            model.get_submodule(other).weight.data += torch.from_numpy(matrix).float()
-        weight = host.weight.detach() + (P * sigma) @ Q
-        loss = torch.func.functional_call(model, {f"{name}.weight": weight}, (), batch).loss
-        gradients = torch.autograd.grad(loss, (P, sigma, Q))
-        for other, matrix in others.items():
-            model.get_submodule(other).weight.data -= torch.from_numpy(matrix).float()
-        for place, (w, g) in enumerate(zip((P, sigma, Q), gradients, strict=True)):
-            now = (w * g).abs().detach()
-            own, spread = averages[place]
-            own = 0.85 * own + 0.15 * now
-            averages[place] = own, 0.85 * spread + 0.15 * (now - own).abs()
-            mean[place] += g / len(batches)
-    s = [own * spread for own, spread in averages]
-    expected = s[0].mean(0) + s[1] + s[2].mean(1)
-    bound = rounding(terms=TINY, growth=40 * TEXT)  # the gradients largely cancel
-    assert rows["AdaLoRA importance"][name] == pytest.approx(expected.numpy(), rel=2 * bound)
-    assert rows["AdaLoRA sensitivity"][name] == pytest.approx(averages[1][0].numpy(), rel=bound)
-    norm = (mean[0].square().sum(0) + mean[1].square() + mean[2].square().sum(1)).sqrt()
-    assert rows["gradient norm"][name] == pytest.approx(norm.numpy(), rel=bound)
-
-
-def test_alora_scores_match_ablations_of_the_components(state):
-    model, found, batches = state
-    rows = score_agreement.alora_scores(model, lambda batch: model(**batch).loss, found, batches[0])
-    rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches[:1])
-    name = list(found)[4]
-    alone = {name: found[name][0][:, :1] * found[name][1][0] @ found[name][2][:1]}
-    assert rows["ALoRA, without"][name] == near(rises[name][:-1], UNDECIDED, terms=TINY, depth=2)
-    assert rows["ALoRA, alone"][name][0] == near(-loss_with(model, alone, batches[0]), terms=TINY)
-    both = rows["ALoRA, without"][name] + rows["ALoRA, alone"][name]
-    assert rows["ALoRA importance"][name] == near(both, UNDECIDED, terms=TINY, depth=2)
-
-
-def test_autolora_scores_sum_to_one_and_favor_helpful_components(state):
-    model, found, batches = state
-    rows = score_agreement.autolora_scores(model, lambda batch: model(**batch).loss, found, batches[:1] * 8)
-    (alphas,) = rows.values()
-    assert all(alpha.sum() == near(1, terms=3, depth=2) for alpha in alphas.values())
-    rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches[:1])
-    # To first order, alpha grows if a larger component lowers the loss, which is when its removal raises the loss.
-    signs = [np.sign(alpha - 1 / 3) @ (rises[name][:-1] - rises[name][:-1].mean()) for name, alpha in alphas.items()]
-    assert np.mean(np.array(signs) > 0) > 0.7
-
-
-def test_kept_scores_have_every_score_of_every_component_and_module(trained, monkeypatch):
-    for name, size in {"EXAMPLES": 8, "SCORED": 2, "JUDGED": 2, "REMOVED": 1}.items():
-        monkeypatch.setattr(score_agreement, name, size)
-    table = score_agreement.keep_scores(trained)
-    whole = table["component"] == -1
-    per_score = table[~whole].groupby("score").size()
-    assert set(per_score) == {sum(trained.ranks().values())}
-    assert {*score_agreement.HALVES, score_agreement.SIZE, "ALoRA, alone"} <= set(per_score.index)
-    assert set(table[whole].groupby("score").size()) == {len(trained.ranks())}
-    kept = table[table["score"] == score_agreement.RETAINED]["value"]
-    assert kept.between(1, 3).all()
 
 
 def test_spearman_is_pearson_of_ranks_and_nan_for_a_constant():

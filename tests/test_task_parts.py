@@ -31,43 +31,6 @@ def texts(task: tasks.Task, split: str = "train") -> list[str]:
     return task.split(split)["text"].to_list()
 
 
-def test_group_keeps_all_labels_and_its_own_rows(whole):
-    part = task_parts.restrict(whole, "group 1")
-    assert (part.labels, part.groups, part.name) == (whole.labels, ("group 1",), "numbers, only group 1")
-    for name, rows in whole.splits.items():
-        assert texts(part, name) == rows.loc[rows["group"] == "group 1", "text"].to_list()
-
-
-def test_subsample_is_drawn_from_train_by_the_seed(whole):
-    part, again, other = (task_parts.subsample(whole, 20, seed) for seed in (3, 3, 4))
-    assert len(texts(part)) == 20
-    assert set(texts(part)) < set(texts(whole))
-    assert texts(part) == texts(again) != texts(other)
-    for name in ("validation", "test"):
-        pd.testing.assert_frame_equal(part.split(name), whole.split(name))
-    # A larger draw of the same seed contains the smaller one; all rows are the whole train split.
-    assert set(texts(part)) < set(texts(task_parts.subsample(whole, 50, 3)))
-    assert texts(task_parts.subsample(whole, len(texts(whole)), 3)) == texts(whole)
-
-
-def test_rows_are_drawn_evenly(whole):
-    drawn = [text for seed in range(300) for text in texts(task_parts.subsample(whole, 28, seed))]
-    counts = pd.Series(drawn).value_counts().reindex(texts(whole), fill_value=0)
-    chance = 28 / len(counts)
-    expected, spread = 300 * chance, (300 * chance * (1 - chance)) ** 0.5
-    assert (abs(counts - expected) < 5 * spread).all()
-
-
-def test_quarters_of_a_seed_are_a_partition_of_train(whole):
-    parts = [task_parts.quarter(whole, number, 7) for number in (1, 2, 3, 4)]
-    assert sorted(text for part in parts for text in texts(part)) == sorted(texts(whole))
-    sizes = [len(texts(part)) for part in parts]
-    assert max(sizes) - min(sizes) <= 1
-    assert parts[1].name == "numbers, random quarter 2, draw 7"
-    for part in parts:
-        pd.testing.assert_frame_equal(part.split("test"), whole.split("test"))
-
-
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_random_parts_of_a_seed_are_a_partition_of_train(whole, count):
     parts = [task_parts.random_part(whole, number, count, 7) for number in range(1, count + 1)]
@@ -77,19 +40,11 @@ def test_random_parts_of_a_seed_are_a_partition_of_train(whole, count):
     pd.testing.assert_frame_equal(parts[-1].split("test"), whole.split("test"))
 
 
-def test_first_test_rows_are_the_first_of_the_split(whole):
-    part = task_parts.first_test_rows(whole, 10)
-    assert texts(part, "test") == texts(whole, "test")[:10]
-    assert texts(part) == texts(whole)
-
-
 def test_every_part_has_another_hash(whole):
     parts = [
-        whole, task_parts.restrict(whole, "group 0"), task_parts.restrict(whole, "group 1"),
-        task_parts.subsample(whole, 20, 0), task_parts.subsample(whole, 20, 1), task_parts.subsample(whole, 21, 0),
-        task_parts.quarter(whole, 1, 0), task_parts.quarter(whole, 2, 0), task_parts.quarter(whole, 1, 1),
-        task_parts.random_part(whole, 1, 3, 0), task_parts.random_part(whole, 1, 4, 0),
-        task_parts.first_test_rows(whole, 10), task_parts.subsample(task_parts.restrict(whole, "group 0"), 20, 0),
+        whole, task_parts.random_part(whole, 1, 3, 0), task_parts.random_part(whole, 2, 3, 0),
+        task_parts.random_part(whole, 1, 3, 1), task_parts.random_part(whole, 1, 4, 0),
+        task_parts.enlarge_test(whole, 10), task_parts.enlarge_test(whole, 11),
     ]  # fmt: skip
     assert len({part.hash for part in parts}) == len({part.name for part in parts}) == len(parts)
     assert all(re.fullmatch("[0-9a-f]{64}", part.hash) for part in parts)
@@ -98,12 +53,8 @@ def test_every_part_has_another_hash(whole):
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        (lambda task: task_parts.restrict(task, "poems"), "group 0, group 1, group 2 of numbers, got 'poems'"),
-        (lambda task: task_parts.subsample(task, 0, 0), r"from 1 to \d+, the training rows of numbers, got 0"),
-        (lambda task: task_parts.subsample(task, 401, 0), "got 401"),
-        (lambda task: task_parts.quarter(task, 0, 0), "one of 1, 2, 3, 4, got 0"),
         (lambda task: task_parts.random_part(task, 4, 3, 0), "from 1 to 3, got 4"),
-        (lambda task: task_parts.first_test_rows(task, 401), r"from 1 to \d+, the test rows of numbers, got 401"),
+        (lambda task: task_parts.enlarge_test(task, 0), r"from 1 to \d+, got 0: numbers"),
     ],
 )
 def test_part_that_does_not_exist_raises_one_line(whole, call, expected):

@@ -76,7 +76,7 @@ def test_wheel_has_package_types_templates_and_evidence_but_no_tests(wheel: Path
         "pages/parts.html",
     }
     files = [*(ROOT / "data").glob("*.toml")]
-    for folder in ("edition-1", "evidence", "evidence-2", "published"):
+    for folder in ("edition-1", "evidence-2", "published"):
         files += (ROOT / "data" / folder).rglob("*")
     data = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     expected = package | {f"lorascope/{name}" for name in own | data}

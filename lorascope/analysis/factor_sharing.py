@@ -123,13 +123,6 @@ def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> 
     return float(np.mean(means))
 
 
-def neighbour_fraction(sets: Sequence[FactorSet]) -> float:
-    """Compute the fraction of factors that are not shared: their nearest neighbor in the module has their domain."""
-    labels = np.array(sets[0].domains)
-    nearest = _nearest_fractions(_without_self(_slot_cosines(sets)))
-    return float((nearest * (labels[:, None] == labels[None, :])).sum(axis=-1).mean())
-
-
 def _without_self(cosine: Float[np.ndarray, "slot run run"]) -> Float[np.ndarray, "slot run run"]:
     """Return the cosines within every slot so that no factor is its own neighbor."""
     return np.where(np.eye(cosine.shape[1], dtype=bool), -np.inf, cosine)

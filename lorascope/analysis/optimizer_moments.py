@@ -82,13 +82,6 @@ def average_by_layer(table: pd.DataFrame, quantity: str, role: str | None = None
     return rows.groupby(keys, observed=True)["value"].mean().reset_index()
 
 
-def final_values(table: pd.DataFrame, quantity: str) -> pd.Series:
-    """Return the last value of a quantity of optimizer moments by module, and by index if it has one."""
-    rows = last_recorded(table[table["quantity"] == quantity])
-    keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
-    return rows.set_index(keys)["value"]
-
-
 def factor_ranks(table: pd.DataFrame) -> pd.DataFrame:
     """Return the factor ranks of Adapprox's second moments in the blocks, with the largest rank allowed.
 

@@ -13,51 +13,6 @@ import pandas as pd
 from lorascope.array_types import Bool, Int
 from lorascope.inputs.tasks import Task
 
-QUARTERS = (1, 2, 3, 4)
-
-
-def restrict(task: Task, group: str) -> Task:
-    """Return the part of a task with the rows of one group, and all labels of the task.
-
-    Raises
-    ------
-    ValueError
-        The task has no such group.
-    """
-    if group not in task.groups:
-        raise ValueError(f"group must be one of {', '.join(task.groups) or 'none'} of {task.name}, got {group!r}")
-    return _select(task, (task.table["group"] == group).to_numpy(), f"only {group}", ["group", group])
-
-
-def subsample(task: Task, number: int, seed: int) -> Task:
-    """Return a part of a task: ``number`` random rows of its train split, and all of validation and test.
-
-    Raises
-    ------
-    ValueError
-        The train split has fewer rows, or ``number`` is below 1.
-    """
-    positions = _shuffled_positions(task, seed)
-    if not 1 <= number <= len(positions):
-        raise ValueError(f"number must be from 1 to {len(positions)}, the training rows of {task.name}, got {number}")
-    return _select_train(task, positions < number, f"{number} training rows, draw {seed}", ["subsample", number, seed])
-
-
-def quarter(task: Task, number: int, seed: int) -> Task:
-    """Return a part of a task: one of four random quarters of its train split, and all of validation and test.
-
-    The four quarters of a seed have no row in common and together are the train split.
-
-    Raises
-    ------
-    ValueError
-        The number of the quarter is not 1, 2, 3 or 4.
-    """
-    if number not in QUARTERS:
-        raise ValueError(f"number must be one of {', '.join(map(str, QUARTERS))}, got {number}")
-    is_in_quarter = _shuffled_positions(task, seed) % len(QUARTERS) == number - 1
-    return _select_train(task, is_in_quarter, f"random quarter {number}, draw {seed}", ["quarter", number, seed])
-
 
 def random_part(task: Task, number: int, count: int, seed: int) -> Task:
     """Return a part of a task: one of ``count`` random parts of its train split, and all of validation and test.
@@ -74,20 +29,6 @@ def random_part(task: Task, number: int, count: int, seed: int) -> Task:
     is_in_part = _shuffled_positions(task, seed) % count == number - 1
     name = f"random part {number} of {count}, draw {seed}"
     return _select_train(task, is_in_part, name, ["part", number, count, seed])
-
-
-def first_test_rows(task: Task, number: int) -> Task:
-    """Return a part of a task whose test split has only its first ``number`` rows, a random sample.
-
-    Raises
-    ------
-    ValueError
-        The test split has fewer rows, or ``number`` is below 1.
-    """
-    test = (task.table["split"] == "test").to_numpy()
-    if not 1 <= number <= test.sum():
-        raise ValueError(f"number must be from 1 to {test.sum()}, the test rows of {task.name}, got {number}")
-    return _select(task, ~test | (test.cumsum() <= number), f"{number} test rows", ["first test rows", number])
 
 
 def enlarge_test(task: Task, number: int) -> Task:

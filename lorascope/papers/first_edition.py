@@ -1,6 +1,6 @@
 """First edition: the statistics of the 21 claims that it decided, on a small encoder and small decoders.
 
-Its verdicts are those of its registration. All other claims of it were withdrawn, retired, or replaced by the second
+Its verdicts follow from its registration. All other claims of it were withdrawn, retired, or replaced by the second
 edition; see ``docs/edition-1.md``. An effect is the statistic of the claim minus its control,
 one value per seed, per seed and test row, or per pair of seeds. Accuracies are fractions, and losses are in nats.
 """
@@ -20,7 +20,8 @@ from lorascope.analysis.rank_allocations import depth_thirds, kendall_tau
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.statistics import Accuracy, Combined, Constant, OfRun, Reads, Statistic
 
-# LoRA
+# Accuracies are on the sentiment of English sentences. Word counts are a baseline without a neural network, the same
+# for every seed. The two runs of a pair never share a seed: a smaller random A equals the first rows of a larger one.
 FULL, LORA, WORDS = "full fine-tuning", "LoRA, rank 8", "TF-IDF, logistic regression"
 
 
@@ -45,7 +46,7 @@ def _log_amplification(table: pd.DataFrame) -> float:
     return float((np.log10(table["update"]) - np.log10(table["random"])).mean())
 
 
-# AdaLoRA
+# AdaLoRA starts with rank 12 in each of 36 modules, and ends with 8 on average.
 ADALORA = "AdaLoRA, from rank 12 to 8"
 
 
@@ -77,7 +78,8 @@ class OfRunPairs(Statistic):
         return values
 
 
-# FourierFT
+# 1536 coefficients have as many parameters as LoRA of rank 2 in the query and value weights, which are 384 x 384. The
+# other bases are scaled to the expected norm of a Fourier update. In the toy task, all adapters have 128 parameters.
 FOURIER, FEW = "FourierFT, 1536 coefficients", "FourierFT, 48 coefficients"
 RANDOM, ORTHOGONAL = f"{FOURIER}, random basis", f"{FOURIER}, orthogonal basis"
 BANDS = tuple(f"{FOURIER}, band around {center}" for center in (0, 100, 240))
@@ -114,7 +116,8 @@ def _log_epochs(table: pd.DataFrame) -> float:
 
 _best, _logged = partial(OfRun, _best_accuracy, "course"), partial(OfRun, _log_epochs, "course")
 
-# NeFT
+# Neurons are chosen after a third of the steps, by their cosine distance from the base. NeFT of 3% and 6% reversed also
+# trains those that rotate least.
 NEFT, REVERSED = "NeFT, 9%", "NeFT, 3% and 6% reversed"
 
 
@@ -141,7 +144,8 @@ def _mean_shift(table: pd.DataFrame) -> float:
     return float(table["value"].item())
 
 
-# Adapprox, and planted ranks
+# Optimizers pre-train a small GPT-2 on the sentences, each at the best of three learning rates. Allocators learn from
+# teachers whose update has a known rank in every module.
 ADAPPROX, CAME = "Adapprox, pre-training", "CAME, pre-training"
 PLANTED_ADALORA, PLANTED_AUTOLORA, PLANTED_ALORA = (f"{name}, planted" for name in ("AdaLoRA", "AutoLoRA", "ALoRA"))
 UNIFORM = "LoRA, uniform ranks"

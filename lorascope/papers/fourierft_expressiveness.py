@@ -21,15 +21,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING, NamedTuple
 
 from lorascope.array_types import Float, Int
-from lorascope.papers.judging.statistics import COURSE, Combined, OfRun
-from lorascope.papers.probe import OwnArm, Probe, Scored
 from lorascope.updates import fourier
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -146,55 +140,3 @@ def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits, y).backward()
         optimizer.step()
-
-
-def course_table(label: str, seed: int) -> tuple[pd.DataFrame, float, float]:
-    """Train one adapter to test its expressiveness; return the kept table ``course``, final accuracy and loss.
-
-    Its columns are in ``COURSE``.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    course, (x, y) = learn(label, seed), points(seed)
-    with torch.no_grad():
-        loss = F.cross_entropy(course.network(x), y)
-    table = pd.DataFrame({"best_accuracy": [max(course.accuracy)], "epochs": [course.epochs]})
-    return table, course.accuracy[-1], float(loss)
-
-
-def _score(label: str, seed: int) -> Scored:
-    table, accuracy, loss = course_table(label, seed)
-    row: dict[str, Any] = dict.fromkeys(("validation_loss", "test_loss"), loss)
-    row |= dict.fromkeys(("validation_metric", "test_metric"), accuracy) | {"validation_chance": 1 / CLASSES}
-    # LoRA of rank 1 has 64 + 64 parameters, as many as there are coefficients.
-    row |= {"steps": int(table["epochs"].item()), "trained_parameters": COEFFICIENTS}
-    return Scored(row, tables={COURSE: table})
-
-
-def best_accuracy(table: pd.DataFrame) -> float:
-    """Return the best training accuracy of a course, for a claim on expressiveness."""
-    return float(table["best_accuracy"].item())
-
-
-def log_epochs(table: pd.DataFrame) -> float:
-    """Return, for a claim on expressiveness, log10 of the epochs until all points were right, or of all epochs."""
-    return float(np.log10(table["epochs"].item()))
-
-
-CLAIMS = {
-    "expressiveness.more": (
-        OfRun(best_accuracy, COURSE, FOURIER),
-        Combined(np.maximum, (OfRun(best_accuracy, COURSE, SLOW), OfRun(best_accuracy, COURSE, FAST))),
-    ),
-    "expressiveness.frequencies": (-OfRun(log_epochs, COURSE, FOURIER), -OfRun(log_epochs, COURSE, RANDOM)),
-}
-
-
-PROBE = Probe(
-    name="expressiveness",
-    title="FourierFT: expressiveness with 128 parameters",
-    source="Gao et al., FourierFT, arXiv 2405.03003, appendix C.2",
-    question="Is a sparse spectrum more expressive than a rank-1 product with the same number of parameters?",
-    arms=lambda: [OwnArm(label=label, method={"name": label}, compute=partial(_score, label)) for label in ADAPTERS],
-)

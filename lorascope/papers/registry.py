@@ -1,9 +1,8 @@
-"""Registry of the papers: probes and claims that the modules of ``papers`` define.
+"""Registry of the papers: the claims, arms and kept tables that the modules of ``papers`` define.
 
-A module may define instances of ``Probe`` and ``CLAIMS`` (id -> statistic and control).
-For the second edition it defines ``JUDGED`` (id -> comparison), and ``study_arms``, which returns the arms.
-None of them imports torch at its top, so that verdicts are computed without it. A study reads in one order: question,
-arms, statistics and claims, kept tables, figures, probe.
+A module may define ``JUDGED`` (id -> comparison), ``study_arms``, which returns the arms, ``KEPT_TABLES``, and
+``PAPER``, its small version. None of them imports torch at its top, so that verdicts are computed without it. A study
+reads in one order: question, arms, statistics and claims, kept tables, figures.
 """
 
 from __future__ import annotations
@@ -13,22 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.papers.judging.study_statistics import StudyComparison
-from lorascope.papers.judging.verdicts import Pair
 from lorascope.papers.paper_study import PaperStudy
-from lorascope.papers.probe import Arm, ComputedArm, KeptTable, Probe
+from lorascope.papers.probe import Arm, ComputedArm, KeptTable
 
-__all__ = ["COMPARISONS", "KEPT_TABLES", "PAIRS", "PAPERS", "PROBES", "module_of", "study_arms"]
+__all__ = ["COMPARISONS", "KEPT_TABLES", "PAPERS", "module_of", "study_arms"]
 
 PAPERS: dict[str, PaperStudy] = {}
 """Papers by the names of their modules."""
-PROBES: dict[str, Probe] = {}
-"""Probes by name."""
-PAIRS: dict[str, Pair] = {}
-"""Statistic and control of every claim, by id."""
 COMPARISONS: dict[str, StudyComparison] = {}
-"""Comparison of every claim of the second edition, by id."""
+"""Comparison of every claim, by id."""
 KEPT_TABLES: dict[str, list[KeptTable]] = {}
-"""Kept tables of the second edition by name: the arms of each, and what computes it from one run of each."""
+"""Kept tables by name: the arms of each, and what computes it from one run of each."""
 _module_of: dict[str, str] = {}
 _with_arms: list[Any] = []
 
@@ -38,11 +32,6 @@ for _file in sorted(Path(__file__).parent.glob("*.py")):
     _module = import_module(f"lorascope.papers.{_file.stem}")
     if hasattr(_module, "PAPER"):
         PAPERS[_file.stem] = _module.PAPER
-    # A module may have several probes, such as LISA's motivation and its training.
-    PROBES |= {value.name: value for value in vars(_module).values() if isinstance(value, Probe)}
-    if hasattr(_module, "CLAIMS"):
-        PAIRS |= _module.CLAIMS
-        _module_of |= dict.fromkeys(_module.CLAIMS, _module.__name__)
     if isinstance(getattr(_module, "JUDGED", None), dict):
         COMPARISONS |= _module.JUDGED
         _module_of |= dict.fromkeys(_module.JUDGED, _module.__name__)
@@ -59,5 +48,5 @@ def module_of(claim: str) -> str:
 
 
 def study_arms() -> list[Arm | ComputedArm]:
-    """Return the arms of the second edition, in the order of their papers."""
+    """Return the arms, in the order of their papers."""
     return [arm for module in _with_arms for arm in module.study_arms()]

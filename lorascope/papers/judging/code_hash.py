@@ -49,7 +49,9 @@ def _module(name: str) -> _Module | None:
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).parent.joinpath(*names)
-    file = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
+    file = path.with_name(f"{path.name}.py")
+    if path.is_dir():
+        file = path / "__init__.py"
     if not file.exists():
         return None
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -112,8 +114,11 @@ def judging_hash() -> str:
 
 def _row(module: str, claim: str) -> ast.AST:
     """Return the row of a claim in its module."""
-    source, rows = _module(module), []
-    for node in ast.walk(source.tree) if source else ():
+    rows = []
+    source = _module(module)
+    if source is None:
+        raise KeyError(f"unknown module {module!r}")
+    for node in ast.walk(source.tree):
         if isinstance(node, ast.Dict):
             items = zip(node.keys, node.values, strict=True)
             rows += [value for key, value in items if isinstance(key, ast.Constant) and key.value == claim]

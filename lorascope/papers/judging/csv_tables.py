@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from lorascope.files.printable import count_phrase, printable
 from lorascope.files.typed_json import MAX_BYTES, require_small, unreadable
 
 CLOSE = 1e-9  # relative rounding of another machine or another version of NumPy
-SCHEMA = 1  # of ``runs.csv`` and ``rows.parquet``, named in errors
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,6 @@ class ColumnKind:
     convert: Callable[[str], Any]
 
 
-def _at_least_zero(value: float) -> float:
-    if not 0 <= value < math.inf:
-        raise ValueError("must be >= 0")
-    return value
-
-
 def _to_count(text: str) -> int:
     if not 0 <= int(text) < 2**32:
         raise ValueError("must be from 0 to 4294967295")
@@ -45,20 +37,15 @@ def _to_count(text: str) -> int:
 
 
 TEXT = ColumnKind("text", "str", str)
-# bool("False") is True, so the texts are looked up.
-FLAG = ColumnKind("True or False", "bool", {"True": True, "False": False}.__getitem__)
 COUNT = ColumnKind("an integer from 0 to 4294967295", "int64", _to_count)
-SECONDS = ColumnKind("a number >= 0", "float64", lambda text: _at_least_zero(float(text)))
 # pandas writes NaN as an empty field.
 NUMBER = ColumnKind("a number or empty", "float64", lambda text: float(text or "nan"))
-_ROLES = {"tuning": "tuning", "judged": "judged", "baseline": "baseline"}
-ROLE = ColumnKind("tuning, judged or baseline", "str", _ROLES.__getitem__)
+_ROLES = {"tuning": "tuning", "judged": "judged"}
+ROLE = ColumnKind("tuning or judged", "str", _ROLES.__getitem__)
 
 
-def read_csv(file: Path, columns: Mapping[str, ColumnKind], later: Sequence[str] = ()) -> pd.DataFrame:
+def read_csv(file: Path, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
     """Read a CSV file of the evidence with exactly these columns.
-
-    Columns of text in ``later`` are empty if an older file lacks them.
 
     Raises
     ------
@@ -69,20 +56,19 @@ def read_csv(file: Path, columns: Mapping[str, ColumnKind], later: Sequence[str]
     """
     require_small(file, MAX_BYTES)
     try:
-        return parse_csv(file.read_bytes(), columns, later)
+        return parse_csv(file.read_bytes(), columns)
     except ValueError as error:
         raise unreadable(file, printable(error)) from error
 
 
-def parse_csv(content: bytes, columns: Mapping[str, ColumnKind], later: Sequence[str] = ()) -> pd.DataFrame:
+def parse_csv(content: bytes, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
     """Parse the content of a CSV file with exactly these columns; see ``read_csv``."""
     if not content.endswith(b"\n"):  # a file that was cut off ends within a row
         raise ValueError("its last row is incomplete")
     table = text_table(content)
-    table = table.assign(**{name: "" for name in later if name not in table.columns})
     if list(table.columns) != list(columns):
         different = sorted(set(table.columns) ^ set(columns)) or ["another order"]
-        raise ValueError(f"its columns differ from schema {SCHEMA}: {', '.join(different)}")
+        raise ValueError(f"its columns differ: {', '.join(different)}")
     return pd.DataFrame({name: _convert(table[name], kind) for name, kind in columns.items()})
 
 
@@ -105,14 +91,6 @@ def text_table(content: bytes) -> pd.DataFrame:
         if len(row) != len(header):
             raise ValueError(f"row {number} must have {count_phrase(len(header), 'field')}, got {len(row)}")
     return pd.DataFrame(rows, columns=header, dtype="object")
-
-
-def read_texts(file: Path) -> list[dict[Any, str]]:
-    """Return the rows of a CSV file as texts by column; raise a one-line ValueError if it is damaged."""
-    try:
-        return text_table(file.read_bytes()).to_dict("records")
-    except ValueError as error:
-        raise unreadable(file, printable(error)) from error
 
 
 def _convert(column: pd.Series, kind: ColumnKind) -> pd.Series:

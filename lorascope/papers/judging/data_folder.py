@@ -6,9 +6,9 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[2]
 # A wheel contains the folder data, and a clone has it next to the package.
-_CLONE = _PACKAGE.parent
-_IN_CLONE = (_CLONE / "data").exists() and not (_PACKAGE / "data").exists()
-DATA = (_CLONE if _IN_CLONE else _PACKAGE) / "data"
+DATA = _PACKAGE / "data"
+if not DATA.exists():
+    DATA = _PACKAGE.parent / "data"
 STUDY_RUNS = "evidence-2"
 """Name of the folder of kept runs of the second edition."""
 PAPERS = {
@@ -29,4 +29,6 @@ def clone_root(data: Path = DATA) -> Path | None:
     """Return the root of the clone that has this folder ``data``; None for that of a wheel."""
     root = data.parent
     # The package in a wheel has neither of them next to its folder data.
-    return root if (root / "README.md").exists() or (root / "docs").exists() else None
+    if (root / "README.md").exists() or (root / "docs").exists():
+        return root
+    return None

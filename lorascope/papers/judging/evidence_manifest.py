@@ -37,12 +37,3 @@ def kept_digests(folder: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     return parse_digests(read_text(file))
-
-
-def full_manifest(folder: Path, registered: Path) -> str:
-    """Return the manifest of the evidence: its files, the registration and the tables of published numbers."""
-    data = registered.parent
-    files = [registered, *sorted(data.glob("published/*.csv"))]
-    # Verdicts depend on these files as well, which are not in the folder of evidence.
-    outside = (f"{digest(file)}  ../{file.relative_to(data).as_posix()}\n" for file in files)
-    return manifest(folder) + "".join(outside)

@@ -105,7 +105,10 @@ class FirstClaim:
             supported, rejected = low > -bound and high < bound, low > bound or high < -bound
         if supported:
             return "supported"
-        return "not supported" if rejected else "inconclusive"
+        # An interval that contains the bound decides nothing.
+        if rejected:
+            return "not supported"
+        return "inconclusive"
 
 
 def read_claims(file: Path = FOLDER / "registered.toml") -> dict[str, FirstClaim]:
@@ -120,6 +123,7 @@ def read_claims(file: Path = FOLDER / "registered.toml") -> dict[str, FirstClaim
 def _claim(table: Mapping[str, Any]) -> FirstClaim:
     paper, bound, design = table["paper"], table["bound"], table["design"]
     # All verdicts were decided at the first of the registered numbers of seeds; published numbers have none.
+    # A longer design gave the first of them a smaller error, so that a later look could follow.
     seeds, level = [*design["looks"], 0][0], [*design["levels"], _SIDE][0]
     return FirstClaim(
         id=table["id"],
@@ -128,7 +132,7 @@ def _claim(table: Mapping[str, Any]) -> FirstClaim:
         place=paper["place"],
         published=paper["tier"] == "published",
         kind=bound["kind"],
-        bound=bound["margin"] if bound["kind"] == "superiority" else bound["tolerance"],
+        bound=bound.get("margin") or bound["tolerance"],
         unit=bound["unit"],
         interval=design["interval"],
         seeds=seeds,
@@ -153,7 +157,10 @@ def estimate(claim: FirstClaim, statistic: Statistic, evidence: StudyEvidence) -
     if claim.interval == "two-way":
         # All arms have the same test rows.
         return two_way_estimate(values, evidence.clusters(min(statistic.arms()), FIRST_SEED))
-    return jackknife_estimate(pseudo_values(values)) if claim.interval == "jackknife" else t_estimate(values)
+    if claim.interval == "jackknife":
+        # Two pairs with a run in common are not independent, but the pseudo-values of seeds are.
+        return jackknife_estimate(pseudo_values(values))
+    return t_estimate(values)
 
 
 def judge(
@@ -176,14 +183,6 @@ def judge(
         rows.append((id, n, mean, claim.level, low, high, low_95, high_95, claim.decide(low, high)))
     columns = ["claim", "seeds", "effect", "level", "low", "high", "low_95", "high_95", "outcome"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def write_first(folder: Path, statistics: Mapping[str, Statistic]) -> None:
-    """Write the verdicts and the manifest of a folder."""
-    claims = read_claims(folder / "registered.toml")
-    (folder / VERDICTS).write_bytes(to_csv(judge(claims, statistics, kept_study.read(folder))))
-    lines = "".join(f"{hash}  {path}\n" for path, hash in _digests(folder).items())
-    (folder / "MANIFEST").write_text(lines, encoding="utf-8")
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -273,4 +272,6 @@ def _format_digits(value: float, digits: int) -> str:
     """Format a number with these significant digits, including zeros at the end, and with all before the point."""
     text = f"{value:#.{digits}g}"
     # A large number would be printed with an exponent, and an integer with a point at its end.
-    return f"{value:.0f}" if "e+" in text else text.removesuffix(".")
+    if "e+" in text:
+        return f"{value:.0f}"
+    return text.removesuffix(".")

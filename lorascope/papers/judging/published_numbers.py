@@ -133,10 +133,13 @@ def judge_published(claims: Mapping[str, FirstClaim], folder: Path) -> pd.DataFr
             claim, (effect, low, high, n) = claims[id], EFFECTS[id](folder)
         except Exception as error:  # a damaged table raises KeyError, TypeError, ValueError and others
             raise ValueError(f"{printable(folder)}: cannot compute {id}: {printable(error)}") from error
-        decided = not np.isnan(low) and (n >= MINIMUM_SEEDS or id in _WITHOUT_SEEDS)
+        outcome = "inconclusive"
+        # A single printed number, or one of two runs, is no interval.
+        if not np.isnan(low) and (n >= MINIMUM_SEEDS or id in _WITHOUT_SEEDS):
+            outcome = claim.decide(low, high)
         rows.append({
             "claim": id, "effect": effect, "low": low, "high": high, "n": n,
-            "outcome": claim.decide(low, high) if decided else "inconclusive",
+            "outcome": outcome,
             "shown": format_estimate(claim, effect, low, high),
         })  # fmt: skip
     return pd.DataFrame(rows)

@@ -11,10 +11,10 @@ import msgspec
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
-from lorascope.papers.judging.registration import FILE
+from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.judging.words import RuleKind
 
-STUDY_FILE = FILE.with_name("registered-2.toml")
+STUDY_FILE = DATA / "registered-2.toml"
 FIGURE_ARMS = "figure-arms.toml"
 """File next to the registration with arms that no claim names, which may be added at any time."""
 

@@ -151,10 +151,6 @@ def claim_of(kind: str, bound: float) -> FirstClaim:
         ("non-inferiority", -0.09, 0.2, "supported"),
         ("non-inferiority", -0.2, -0.11, "not supported"),
         ("non-inferiority", -0.11, 0.2, "inconclusive"),
-        ("equivalence", -0.09, 0.09, "supported"),
-        ("equivalence", 0.11, 0.2, "not supported"),
-        ("equivalence", -0.2, -0.11, "not supported"),
-        ("equivalence", -0.09, 0.11, "inconclusive"),
     ],
 )
 def test_outcome_follows_from_the_interval_and_the_bound(kind: str, low: float, high: float, outcome: str) -> None:

@@ -11,12 +11,12 @@ import pytest
 
 from lorascope import __version__
 from lorascope.methods import ALoRA, AutoLoRA, Full, LoRA
+from lorascope.papers.arms import ComputedArm, Scored
 from lorascope.papers.judging import kept_study
 from lorascope.papers.judging import truth_names as names
 from lorascope.papers.judging.registered_study import StudyArm, StudyRegistration
 from lorascope.papers.judging.study_rates import TUNING_SEEDS
 from lorascope.papers.planted_pairs import Student, planted_arms
-from lorascope.papers.probe import ComputedArm, Scored
 from lorascope.papers.setups import planted_truths, quadratic
 from lorascope.papers.training import study_training
 from lorascope.papers.training.study_training import StudyJob

@@ -18,9 +18,9 @@ from lorascope.adapters.host_weights import host_weight
 from lorascope.analysis import neurons
 from lorascope.inputs import models
 from lorascope.papers import registry, variants
+from lorascope.papers.arms import Arm
 from lorascope.papers.judging import registered_study
 from lorascope.papers.judging import truth_names as names
-from lorascope.papers.probe import Arm
 from lorascope.papers.setups import planted_teacher, planted_truths
 from lorascope.schema import module_table
 from lorascope.schema.module_roles import FFN

@@ -15,10 +15,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lorascope.papers.arms import Arm
 from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
-from lorascope.papers.probe import Arm
 from lorascope.papers.rank_tables import (
     ALLOCATION,
     ORACLE,

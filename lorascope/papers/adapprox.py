@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from lorascope.papers.arms import ComputedArm, Scored
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import LogLoss, pair
 from lorascope.papers.paper_study import PaperStudy
-from lorascope.papers.probe import ComputedArm, Scored
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from lorascope.methods.method import Method

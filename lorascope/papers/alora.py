@@ -12,10 +12,10 @@ Departs:
 
 from __future__ import annotations
 
+from lorascope.papers.arms import Arm
 from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import STEPS, Student, planted_arms
-from lorascope.papers.probe import Arm
 from lorascope.papers.rank_tables import (
     ALLOCATION,
     ORACLE,

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lorascope.papers.arms import Arm
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
-from lorascope.papers.probe import Arm
 from lorascope.schema.module_roles import ATTENTION
 
 SUFFICIENT = (truth_names.OWN_ENTRIES, truth_names.ATTENTION_RANK_2)

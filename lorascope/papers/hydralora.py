@@ -17,12 +17,12 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lorascope.papers.arms import Arm
 from lorascope.papers.hydralora_factors import MOTIVE
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import GapClosed, average, pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import Student, planted_arms
-from lorascope.papers.probe import Arm
 from lorascope.schema.module_roles import FFN
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:

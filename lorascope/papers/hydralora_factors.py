@@ -38,11 +38,11 @@ from lorascope.analysis.factor_embeddings import FactorSet, Updates, build_facto
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point
+from lorascope.papers.arms import Arm, KeptTable
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, Constant, OfTable
 from lorascope.papers.judging.truth_names import task_name
 from lorascope.papers.planted_pairs import Student, planted_arms
-from lorascope.papers.probe import Arm, KeptTable
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import FFN
 

@@ -33,12 +33,12 @@ import pandas as pd
 from lorascope.analysis import norms
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point
+from lorascope.papers.arms import Arm, KeptTable
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, OfTable, pair
 from lorascope.papers.lora import FULL
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import planted_arms
-from lorascope.papers.probe import Arm, KeptTable
 from lorascope.plots.builders import curves
 from lorascope.runs.run import Run
 

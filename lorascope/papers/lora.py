@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lorascope.papers.arms import Arm
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy
 from lorascope.papers.judging.study_statistics import Comparison, pair
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import planted_arms
-from lorascope.papers.probe import Arm
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from lorascope.inputs.tasks import Task

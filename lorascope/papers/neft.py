@@ -19,12 +19,12 @@ from functools import partial
 import pandas as pd
 
 from lorascope.analysis import selected_neurons
+from lorascope.papers.arms import Arm
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, Constant, OfTable, pair
 from lorascope.papers.lora import FULL
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import STEPS, Student, planted_arms
-from lorascope.papers.probe import Arm
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import FFN
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lorascope.papers.probe import Arm
+from lorascope.papers.arms import Arm
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from lorascope.methods.method import Method

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope.papers.arms import KeptTable
 from lorascope.papers.judging import truth_names
-from lorascope.papers.probe import KeptTable
 from lorascope.runs.run import Run
 
 ALLOCATION = (truth_names.UNEVEN, truth_names.RANK_2)

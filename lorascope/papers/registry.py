@@ -11,9 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lorascope.papers.arms import Arm, ComputedArm, KeptTable
 from lorascope.papers.judging.study_statistics import StudyComparison
 from lorascope.papers.paper_study import PaperStudy
-from lorascope.papers.probe import Arm, ComputedArm, KeptTable
 
 __all__ = ["COMPARISONS", "KEPT_TABLES", "PAPERS", "module_of", "study_arms"]
 

@@ -17,9 +17,9 @@ import pandas as pd
 
 from lorascope.analysis import norms, selected_neurons, subspace_similarity
 from lorascope.papers import adalora, adapprox, alora, autolora, fourierft, hydralora, lisa, neft
+from lorascope.papers.arms import Arm, ComputedArm, KeptTable
 from lorascope.papers.judging import truth_names
 from lorascope.papers.planted_pairs import STEPS, Student, planted_arms
-from lorascope.papers.probe import Arm, ComputedArm, KeptTable
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 from lorascope.schema.module_roles import ATTENTION, FFN

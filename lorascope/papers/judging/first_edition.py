@@ -65,7 +65,7 @@ class FirstClaim:
     published : bool
         Whether it is about numbers that the papers or their authors published, without runs.
     kind : {"superiority", "non-inferiority", "equivalence"}
-        Rule that judges it; see ``decide``.
+        Rule that judges it; see ``decide``. No claim of equivalence has a verdict.
     bound : float
         Margin of superiority, or tolerance, > 0, in the unit.
     unit : str
@@ -93,20 +93,14 @@ class FirstClaim:
     def decide(self, low: float, high: float) -> str:
         """Judge the claim by the interval of its effect: "supported", "not supported" or "inconclusive".
 
-        The interval must be above the margin m of superiority, above -d for non-inferiority within a tolerance d, and
-        within -d and d for equivalence. A claim is not supported if the whole interval is beyond the bound.
+        It is supported if the whole interval is above the margin of superiority, or above minus the tolerance of
+        non-inferiority, and not supported if it is below.
         """
-        bound = self.bound
-        if self.kind == "superiority":
-            supported, rejected = low > bound, high < bound
-        elif self.kind == "non-inferiority":
-            supported, rejected = low > -bound, high < -bound
-        else:
-            supported, rejected = low > -bound and high < bound, low > bound or high < -bound
-        if supported:
+        limit = {"superiority": self.bound, "non-inferiority": -self.bound}[self.kind]
+        if low > limit:
             return "supported"
-        # An interval that contains the bound decides nothing.
-        if rejected:
+        # An interval that contains the limit decides nothing.
+        if high < limit:
             return "not supported"
         return "inconclusive"
 

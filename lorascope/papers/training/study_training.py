@@ -28,13 +28,13 @@ from lorascope.inputs.classifier_head import fit_head, weights_hash
 from lorascope.inputs.task_parts import identify_test_rows
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, config
+from lorascope.papers.arms import Arm, ComputedArm
 from lorascope.papers.judging import kept_study
 from lorascope.papers.judging.code_hash import module_hash
 from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence, StudyRun
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_rates import TUNING_SEEDS, chosen_rates
-from lorascope.papers.probe import Arm, ComputedArm
 from lorascope.papers.registry import COMPARISONS, KEPT_TABLES, study_arms
 from lorascope.papers.setups.planted_truths import base_gaps, gap, task_name
 from lorascope.runs.folders import RunLocked, lock_run

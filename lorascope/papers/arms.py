@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -62,7 +61,6 @@ class Scored:
     """Result of a ``ComputedArm`` with one seed: values of its row in the evidence, and kept tables."""
 
     row: Mapping[str, Any]
-    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
 

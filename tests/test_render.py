@@ -320,6 +320,15 @@ def test_logarithmic_axis_below_a_decade_has_plain_numbers() -> None:
     assert {"20", "50"} <= set(shown.names("y").values())
 
 
+def test_logarithmic_axis_between_2_and_5_has_integers() -> None:
+    panel = Chart(table("x y", (0, 2.4), (1, 4.3)), [Line("x", "y")], y=Axis(log=True))
+    figure = set_side_by_side(*[panel] * 4).mpl()
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_ylim()
+    labels = [label for label in figure.axes[0].get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert [label.get_text() for label in labels] == ["3", "4"]
+
+
 def test_labels_of_a_short_logarithmic_axis_do_not_overlap() -> None:
     data = table("x y", (3e-6, 1.0), (3e-4, 2.0))
     panel = Chart(data, [Line("x", "y")], x=Axis(label="learning rate", log=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -29,6 +29,7 @@ from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from lorascope.array_types import Float
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
@@ -44,7 +45,8 @@ MARKERS |= {"circle-open": "o", "line-ns-open": "|"}
 DOT = 4.0  # diameter of a dot in points
 LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a column
 FEW = 200  # a logarithmic axis whose ends have a smaller ratio needs ticks between powers of ten
-BETWEEN = ((1, 2, 5), (1, 3), (1,))  # multiples of powers of ten for these ticks, from most to fewest
+# Multiples of powers of ten for these ticks, from most to fewest; all are for axes with fewer than two of the first.
+BETWEEN, ALL = ((1, 2, 5), (1, 3), (1,)), tuple(range(1, 10))
 SMALLEST_TEXT = 4.0  # points; numbers that only fit at a smaller size are omitted
 SMALLEST_WORDS = 5.0  # points; words that only fit at a smaller size are replaced by the numbers
 FRAMES = 8  # maximum number of small multiples
@@ -396,10 +398,11 @@ def _is_short(scale: Scale) -> bool:
 def _thin_ticks(axis: Any, room: float, size: float) -> None:
     """Set the ticks of a short logarithmic axis, as many as have room for their labels."""
     low, high = np.log(axis.get_view_interval())
-    for subs in BETWEEN:
-        locator = LogLocator(subs=subs)
-        ticks = np.asarray(locator.tick_values(np.exp(low), np.exp(high)))
-        ticks = ticks[(low <= np.log(ticks)) & (np.log(ticks) <= high)]
+    choices: Sequence[Sequence[int]] = BETWEEN
+    if len(_log_ticks(low, high, BETWEEN[0])) < 2:
+        choices = [ALL]
+    for subs in choices:
+        locator, ticks = LogLocator(subs=subs), _log_ticks(low, high, subs)
         # Fewer ticks would be no scale: the previous, denser ones stay.
         if len(ticks) < 2:
             return
@@ -410,6 +413,13 @@ def _thin_ticks(axis: Any, room: float, size: float) -> None:
         required_gaps = size * (across[1:] + across[:-1]) / 2
         if (np.diff(np.log(ticks)) / (high - low) * room >= required_gaps).all():
             return
+
+
+def _log_ticks(low: float, high: float, subs: Sequence[int]) -> Float[np.ndarray, "ticks"]:
+    """Return multiples of powers of ten between two ends, which are natural logarithms."""
+    decades = 10.0 ** np.arange(math.floor(low / math.log(10)), math.ceil(high / math.log(10)))
+    ticks = np.outer(decades, subs).ravel()
+    return ticks[(low <= np.log(ticks)) & (np.log(ticks) <= high)]
 
 
 def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:

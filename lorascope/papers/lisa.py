@@ -33,6 +33,7 @@ import pandas as pd
 from lorascope.analysis import norms
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point
+from lorascope.files.printable import count_phrase
 from lorascope.papers.arms import Arm, KeptTable
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, OfTable, pair
@@ -147,6 +148,9 @@ KEPT_TABLES: dict[str, list[KeptTable]] = {
 }
 
 
+_MOST_TICKS = 10  # blocks that all have a tick
+
+
 def norms_figure(table: pd.DataFrame) -> Panels:
     """Draw the norms by layer from the kept table ``norms``, the decoder above the encoder, one panel per reading."""
     rows = []
@@ -159,6 +163,8 @@ def norms_figure(table: pd.DataFrame) -> Panels:
         cells = by_cell["value"].agg(value="mean", low="min", high="max").reset_index()
         blocks = sorted(set(layers.loc[layers["block"], "place"]), key=int)
         x = Axis(label=f"layer of {model}", order=["embed", *blocks, "head"])
+        if len(blocks) > _MOST_TICKS:
+            x = replace(x, ticks={layer: layer for layer in ("embed", *blocks[10::10], "head")})
         charts: list[Chart] = []
         for reading in READINGS:
             of_reading = cells[cells["reading"] == reading]
@@ -175,7 +181,8 @@ def norms_figure(table: pd.DataFrame) -> Panels:
     caption = (
         "Norm of every layer, mean over the recorded steps after step 0. Lines are means and bands ranges over seeds. "
         "Weights hardly change, so their lines coincide. Blocks that LISA never drew have no update. The head of "
-        "SmolLM2 is tied to its embedding: only LoRA has a second norm there."
+        "SmolLM2 is tied to its embedding: only LoRA has a second norm there. "
+        f"At most {count_phrase(table['seed'].nunique(), 'seed')} per arm."
     )
     rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
     return Panels(tuple(rows))

@@ -38,9 +38,9 @@ def hash_in(image: Path) -> str:
 def image_differences(figures: Mapping[str, StudyFigure], folder: Path) -> Iterator[str]:
     """Return one line for each figure whose image is missing or shows other data."""
     for name, figure in figures.items():
-        kept, recomputed = hash_in(folder / f"{name}.png"), data_hash(figure.chart)
-        if kept != recomputed:
-            yield f"figures/{name}.png: data_sha256: kept {kept[:12] or 'none'}, recomputed {recomputed[:12]}"
+        image_hash, chart_hash = hash_in(folder / f"{name}.png"), data_hash(figure.chart)
+        if image_hash != chart_hash:
+            yield f"figures/{name}.png: data_sha256: kept {image_hash[:12] or 'none'}, recomputed {chart_hash[:12]}"
 
 
 def draw_images(figures: Mapping[str, StudyFigure], folder: Path) -> None:

@@ -32,7 +32,7 @@ words = {{ "{CLAIM}" = "gain" }}
 
 @pytest.fixture
 def tiny(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
-    """Return a folder of data whose pair is that of the tests; motives are in the tests of small studies."""
+    """Return a folder of data with the pair of the tests; motives are in the tests of small studies."""
     monkeypatch.setattr(reproduction, "PAIR", CLAIM)
     monkeypatch.setattr(reproduction, "MOTIVES", ())
     monkeypatch.setattr(small_studies, "COMPARISONS", study_seeds.COMPARISONS)

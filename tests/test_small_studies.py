@@ -43,7 +43,7 @@ def test_small_version_has_the_effects_and_figures_of_its_seeds(tmp_path: Path) 
     assert effect["yours"] == pytest.approx(sum(by_arm[METHOD] - by_arm[CONTROL] for by_arm in points) / 2)
     assert sorted(study.runs["seed"]) == [200, 200, 201, 201]
     assert set(study.runs["learned"]) == {"no"}  # after 4 steps
-    assert "pairs" in study.figures
+    assert list(study.figures) == ["losses", "pairs-adalora"]
     page = study.path.read_text(encoding="utf-8")
     assert study.path == tmp_path / "report" / "adalora.html"
     assert "AdaLoRA, small version" in page
@@ -123,7 +123,7 @@ def test_output_is_neither_a_file_nor_in_the_evidence(tmp_path: Path, capsys: py
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
-def test_unknown_paper_is_no_attribute() -> None:
+def test_unknown_paper_raises() -> None:
     with pytest.raises(AttributeError, match="no attribute 'dora'"):
         ls.papers.dora  # noqa: B018
     assert "hydralora" in dir(ls.papers)

@@ -109,7 +109,9 @@ def reference_pages() -> dict[str, str]:
         module = importlib.import_module(path)
         members = public_members(module)
         parts.append(f"ls.{name}\n{'-' * (len(name) + 3)}\n\n{first_sentence(module)}.\n")
-        if members:
+        if name == "papers":  # its modules are studies, each of which has the same function
+            parts.append(autosummary("lorascope.papers.paper_study", ["PaperStudy"]))
+        elif members:
             parts.append(autosummary(path, members))
         elif hasattr(module, "__path__"):
             parts += package_reference(path, module)
@@ -122,7 +124,7 @@ def package_reference(path: str, package: ModuleType) -> Iterable[str]:
         if file.stem.startswith("_"):
             continue
         module = importlib.import_module(f"{path}.{file.stem}")
-        heading = f"analysis.{file.stem}"
+        heading = f"{path.rpartition('.')[2]}.{file.stem}"
         yield f"{heading}\n{'~' * len(heading)}\n\n{first_sentence(module)}.\n"
         yield autosummary(module.__name__, public_members(module))
 

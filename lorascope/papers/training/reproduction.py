@@ -25,7 +25,7 @@ from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_summary import COLUMNS, LINE, SENTENCE, Summary, format_words
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.registry import PAPERS
-from lorascope.papers.study_figures import ALLOCATORS, ROWS, draw_rows, read_data, variant_rows
+from lorascope.papers.study_figures import ROWS, draw_rows, read_data, variant_rows
 from lorascope.papers.training.small_studies import draw, show_learned, small_jobs
 from lorascope.papers.training.study_retraining import retrain_run
 from lorascope.papers.training.study_seeds import require_usable, run_table, train_jobs, usable_rates
@@ -33,8 +33,8 @@ from lorascope.papers.training.study_training import machine
 
 REPORT = "report.html"
 MOTIVES = (PAPERS["lisa"], PAPERS["hydralora"])
-_SCORES = ("NeFT", ALLOCATORS)
-"""Headings of figures of neurons' scores and of allocated ranks."""
+_SCORES = ("neuron-scores", "allocations")
+"""Names of the figures of neurons' scores and of allocated ranks."""
 _MOTIVES = (
     "LISA: norms by layer of full fine-tuning, LoRA and LISA. HydraLoRA: A's and B's of LoRAs on several tasks, with "
     "separate and with shared initial A's. The small versions are of this machine, with one seed and fewer steps."
@@ -163,20 +163,23 @@ def _sections(
         tables["Nine papers"] = result.summary.table.rename(columns={**COLUMNS, "belief": SENTENCE})
         notes = [format_words(result.summary)]
     small = draw(trained, [PAIR], registration, [FIRST_SEED])
-    yield Section("results", "Results", figures=_take(figures, "forest"))
+    if forest := _take(figures, "forest"):
+        yield Section("results", "Results", figures=forest)
     yield Section("papers", "What we now believe", tables=tables, notes=notes)
     motives = []
     for name in ("norms", "factors"):
         motives += [*_take(figures, name), *_take(small, name)]
     yield Section("motives", "Two motives", _MOTIVES, tables={"Runs of this machine": result.runs}, figures=motives)
-    names = [name for name, figure in figures.items() if figure.heading in _SCORES]
-    if names:
-        yield Section("scores", "Neurons and ranks", figures=[*_take(figures, *names)])
-    retrained = pd.DataFrame(result.retrained)
+    if scores := _take(figures, *_SCORES):
+        yield Section("scores", "Neurons and ranks", figures=scores)
+    pairs = [name for name in small if name.startswith("pairs-")]
     yield Section(
-        "again", "One pair, trained again", registration.claims[PAIR].sentence,
-        tables={"Points of the gap closed": retrained}, figures=_take(small, "pairs"),
-    )  # fmt: skip
+        "again",
+        "One pair, trained again",
+        registration.claims[PAIR].sentence,
+        tables={"Points of the gap closed": pd.DataFrame(result.retrained)},
+        figures=_take(small, *pairs, "losses"),
+    )
     if not result.summary.note:
         yield from _paper_sections(figures, registration, contents.results)
 

@@ -25,7 +25,7 @@ from lorascope.papers.judging.kept_study import FIRST_SEED, StudyEvidence
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.registry import COMPARISONS, PAPERS
-from lorascope.papers.study_figures import StudyData, draw_rows
+from lorascope.papers.study_figures import ROWS, StudyData, draw_rows
 from lorascope.papers.training import study_training
 from lorascope.papers.training.study_seeds import (
     compare_effects,
@@ -164,12 +164,14 @@ def draw(
     pairs = {id: registration.claims[id] for id in ids if id.startswith("pair.")}
     nothing = pd.DataFrame(columns=["word"])
     contents = StudyData(replace(registration, claims=pairs), trained, nothing, nothing)
+    # These show all methods; the pairs of a paper have a separate figure.
+    rows = [row for row in ROWS if row.name not in ("forest", "pairs")]
     figures = {}
-    for name, figure in draw_rows(contents).items():
+    for name, figure in draw_rows(contents, rows).items():
         paper = PAPERS.get(figure.heading.lower())
         note = small_note(seeds, paper.motive if paper else {})
-        (first, *others), *rows = figure.chart.rows()
-        chart = Panels(((replace(first, caption=note + first.caption), *others), *rows))
+        (first, *others), *below = figure.chart.rows()
+        chart = Panels(((replace(first, caption=note + first.caption), *others), *below))
         figures[name] = figure._replace(alt=f"{figure.alt} (small version)", chart=chart)
     return figures
 

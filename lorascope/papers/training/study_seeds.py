@@ -29,6 +29,7 @@ from lorascope.papers.training.study_training import (
     to_sweep_job,
 )
 from lorascope.runs.run import Run
+from lorascope.runs.writer import remove_states
 from lorascope.training.progress import ProgressBar
 
 
@@ -86,11 +87,14 @@ def train_jobs(jobs: Sequence[StudyJob], out: Path, rates: Mapping[str, float], 
     sweep_jobs = [sweep_job for job in jobs if (sweep_job := to_sweep_job(job, out)) is not None]
     with ProgressBar(total=len(sweep_jobs), desc="training", unit="run", disable=not progress) as bar:
 
-        def count(run: Run) -> None:
+        def finish(run: Run) -> None:
             bar.update()
+            # Without adapters, the saved parameters are a copy of the model, which no kept table reads.
+            if not run.ranks():
+                remove_states(run)
 
         # A failed run fails again below, where its error is raised.
-        run_jobs(sweep_jobs, progress=False, ended=count)
+        run_jobs(sweep_jobs, progress=False, ended=finish)
     # The statistics read kept runs, and only the user decides what to keep.
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs:

@@ -47,7 +47,8 @@ class VariantFigure(NamedTuple):
 
 def of_truth(truth: str, *names: str, **by_name: str) -> dict[str, str]:
     """Return arms that learn one truth by their names in a figure; keywords give them another name."""
-    return {name: f"{arm}, {truth}" for name, arm in (dict(zip(names, names, strict=True)) | by_name).items()}
+    arms = dict(zip(names, names, strict=True)) | by_name
+    return {name: f"{arm}, {truth}" for name, arm in arms.items()}
 
 
 def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
@@ -112,7 +113,7 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
 
 def draw_hydralora_parts(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's figure 6: the method without each of its parts."""
-    arms = of_truth(SHARED_A) | {
+    arms = {
         "HydraLoRA": f"{hydralora.EXPERTS}, {SHARED_A}",
         "separate A's": f"{hydralora.SEPARATE[3]}, {SHARED_A}",
         "uniform gates": f"{hydralora.EXPERTS}, uniform gates, {SHARED_A}",

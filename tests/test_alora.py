@@ -542,7 +542,8 @@ def test_sensitivity_scores_follow_adalora_by_component():
     method = ALoRA(init_rank=2, prune=3, warm_steps=3, round_steps=2, rounds=3, scores="sensitivity")
     model = started(method)
     optimizer = method.optimizer(model, 0.02, 0.02, 0.0)
-    step = Step(-1, 10, model, optimizer, {}, pd.DataFrame(), None, None, lambda *_: None)
+    loss = lambda m, batch, params: loss_of(m, batch)  # noqa: E731
+    step = Step(-1, 10, model, optimizer, {}, pd.DataFrame(), loss, lambda size, fixed: {}, lambda *_: None)
     averages: dict = {}
     rounds = 0
     for index in range(9):

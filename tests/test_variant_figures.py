@@ -262,6 +262,17 @@ def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
         assert printed["next", number] == pytest.approx(100 * value / 352_256)
 
 
+def test_captions_say_whether_the_order_is_the_printed_one(evidence: StudyEvidence) -> None:
+    caption = drawn("parts-adalora", evidence).charts()[0].caption
+    arms = {"AdaLoRA": "AdaLoRA, rank 4 to 2", "no penalty": "AdaLoRA, rank 4 to 2, no penalty",
+            "no allocation": "AdaLoRA, rank 2 to 2", "LoRA": "LoRA, rank 2"}  # fmt: skip
+    best = max(arms, key=lambda name: closed(f"{arms[name]}, {UNEVEN}", 201))
+    assert f"Best of the rows in both panels: {best}; printed: AdaLoRA." in caption
+    gaps = [closed(f"ALoRA, rank {n}, {UNEVEN}", 201) > closed(f"LoRA, rank {n}, {UNEVEN}", 201) for n in (1, 2, 4, 8)]
+    (budgets,) = drawn("budgets-alora", evidence).charts()
+    assert f"here it is at {sum(gaps)} of 4." in budgets.caption
+
+
 def test_searches_show_the_mean_rank_they_find(evidence: StudyEvidence) -> None:
     panel = drawn("searches", evidence).charts()[1].data
     arm = f"AutoLoRA, from rank 4, sigmoid, {UNEVEN}"
@@ -277,7 +288,7 @@ def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvid
                   ("NeFT, 36 neurons and 72 reversed", "NeFT, 36 neurons")]  # fmt: skip
         ranks = [table.groupby("role")["value"].rank(ascending=False).to_numpy() for table in tables]
         moved.append(np.abs(ranks[0] - ranks[1]).mean() / 384)
-    value = chart.data.set_index(["recipe", "x"])["value"]["reversed", 72]
+    value = chart.data.set_index(["recipe", "number"])["value"]["reversed", 72]
     assert value == pytest.approx(100 * np.mean(moved))
     bars = drawn("affected-neurons", evidence).charts()[1]
     assert isinstance(bars.marks[0], Bar)

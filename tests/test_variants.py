@@ -22,6 +22,7 @@ from lorascope.papers.arms import Arm
 from lorascope.papers.judging import registered_study
 from lorascope.papers.judging import truth_names as names
 from lorascope.papers.setups import planted_teacher, planted_truths
+from lorascope.runs.run import Run
 from lorascope.schema import module_table
 from lorascope.schema.module_roles import FFN
 from lorascope.updates.low_rank import LowRank
@@ -121,12 +122,25 @@ def test_runs_with_other_starts_never_share_a_seed() -> None:
     assert len(set(seeds)) == 9
 
 
+class MadeUpRun(Run):
+    """Run with given attributes."""
+
+    table: Any = None
+    meta: Any = None
+    modules: Any = None
+    updates: Any = None
+    ranks: Any = None
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
 def records(**columns: Any) -> Any:
     table = pd.DataFrame(columns).assign(run="r")
     for name in ("quantity", "role", "module"):
         if name in table:
             table[name] = table[name].astype("category")
-    return SimpleNamespace(table=table, meta=SimpleNamespace(seed=SEED))
+    return MadeUpRun(table=table, meta=SimpleNamespace(seed=SEED))
 
 
 def test_penalties_of_two_matrices_of_the_first_block_are_kept() -> None:
@@ -162,7 +176,7 @@ def test_validation_and_utilization_are_read_from_the_records() -> None:
 def test_ranks_of_removed_modules_are_zero() -> None:
     planted = planted_truths.uneven_ranks(planted_teacher.student(), SEED)
     first, second, *_ = planted
-    run: Any = SimpleNamespace(meta=SimpleNamespace(seed=SEED), ranks=lambda: {first: 3})
+    run: Any = MadeUpRun(meta=SimpleNamespace(seed=SEED), ranks=lambda: {first: 3})
     table = variants.keep_planted_ranks(run).set_index("module")
     assert table["planted"].to_dict() == planted
     assert (table.loc[first, "rank"], table.loc[second, "rank"]) == (3, 0)
@@ -179,7 +193,7 @@ def lora_run(model: nn.Module, rank: int, draw: int) -> Any:
         name: LowRank(rng.normal(size=(32, rank)), rng.normal(size=(rank, 32))) for name in modules["module"]
     }
     meta = SimpleNamespace(model="tiny", seed=SEED)
-    return SimpleNamespace(modules=modules.assign(layer=modules["layer"] * 2), updates=lambda: updates, meta=meta)
+    return MadeUpRun(modules=modules.assign(layer=modules["layer"] * 2), updates=lambda: updates, meta=meta)
 
 
 def test_overlaps_are_squared_cosines_of_subspaces() -> None:

@@ -13,7 +13,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Band, Bar, Line, Mark, Point
 from lorascope.papers import adalora, fourierft, lisa, neft, variants
-from lorascope.papers.figures.variant_gaps import PUBLISHED, common_seeds, numbered, published
+from lorascope.papers.figures.variant_gaps import PUBLISHED, common_seeds, number_above, numbered, published
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.variant_figures import VariantFigure, of_truth, printed_by_fraction
@@ -168,9 +168,11 @@ def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
         return None
     keys = ["role", "factor", "recipe", "step"]
     cells = pd.concat(tables).groupby(keys)["value"].agg(value="mean", low="min", high="max").reset_index()
+    ends = cells[(cells["recipe"] == "AdaLoRA") & (cells["step"] == cells["step"].max())]["value"]
     caption = (
         "First block of planted students, mean and range over seeds, from before the first step on. The paper's "
-        "distance falls to about 1e-3 during the warm-up, with γ = 0.1 as here. The control has γ = 0."
+        "distance falls to about 1e-3 during the warm-up and stays there, with γ = 0.1 as here; here it ends between "
+        f"{ends.min():.2g} and {ends.max():.2g}. The control has γ = 0."
     )
     charts = []
     for role, module in (("o", "W_o"), ("ffn_out", "W_f2")):
@@ -209,19 +211,22 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
                 for panel, reference in (("a", variants.NEXT[0]), ("b", arms[-1])):
                     moved = shift_table(evidence, arm, reference, seed)["d_rank"].abs().mean()
                     rows.append((panel, recipe, number, 100 * moved / _ROLE_RANKS))
-    table = pd.DataFrame(rows, columns=["panel", "recipe", "x", "value"])
-    cells = band(table[(table["panel"] == "a") | (table["x"] < variants.MORE_NEURONS[-1])], ["panel", "recipe", "x"])
+    table = pd.DataFrame(rows, columns=["panel", "recipe", "number", "value"])
+    cells = band(
+        table[(table["panel"] == "a") | (table["number"] < variants.MORE_NEURONS[-1])], ["panel", "recipe", "number"]
+    )
     caption = (
         f"Mean shift of a neuron's utilization rank in its role, in percent of the ranks; bars: {INTERVAL}. (a) from "
         "NeFT with 3% of the neurons, (b) from the largest number of the same kind. Right: printed numbers, divided by "
-        f"{_MODEL_RANKS:,} ranks."
+        f"{_MODEL_RANKS:,} ranks. There, reversed neurons shift the ranks more in (a), here at "
+        f"{number_above(cells[cells['panel'] == 'a'], 'reversed', 'next')}."
     )
     shift = Axis(label="mean shift (% of ranks)", limits=(0, None))
     charts = []
     for panel in "ab":
         measured = cells[cells["panel"] == panel]
-        x = Axis(label="further neurons", ticks=ticks_at(measured["x"]))
-        charts.append(curves(measured, "x", (x, shift), title=f"({panel})", caption=caption, colors=kinds))
+        x = Axis(label="further neurons", ticks=ticks_at(measured["number"]))
+        charts.append(curves(measured, "number", (x, shift), title=f"({panel})", caption=caption, colors=kinds))
         numbers = printed_by_fraction(f"Figure 4 ({panel})", r"and (\d+)")
         # The name of a printed arm has the further neurons, or all of them.
         total = published("NeFT", f"Figure 4 ({panel})")["method"].str.extract(r"NeFT, (\d+)")[0].astype("float64") - 3

@@ -22,6 +22,7 @@ from lorascope.papers.figures.variant_gaps import (
     common_seeds,
     gaps_by_number,
     gaps_by_variant,
+    number_above,
     numbered,
     printed,
     published,
@@ -53,7 +54,7 @@ def of_truth(truth: str, *names: str, **by_name: str) -> dict[str, str]:
 
 def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
     """Draw ALoRA's figure 2: ALoRA and LoRA by budget."""
-    return gaps_by_number(
+    chart = gaps_by_number(
         evidence,
         {
             "ALoRA": numbered(f"ALoRA, rank {{}}, {UNEVEN}", variants.BUDGETS),
@@ -61,9 +62,12 @@ def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
         },
         "budget: ranks per module",
         "ALoRA and LoRA by budget",
-        "Modules need ranks of 0, 1, 3 and 4. The paper finds ALoRA above LoRA at every budget.",
+        "Modules need ranks of 0, 1, 3 and 4. The paper finds ALoRA above LoRA at every budget",
         {"planted ranks (2 per module)": f"{ORACLE}, {UNEVEN}"},
     )
+    if chart is None:
+        return None
+    return replace(chart, caption=f"{chart.caption}; here it is at {number_above(chart.data, 'ALoRA', 'LoRA')}.")
 
 
 def draw_alora_scores(evidence: StudyEvidence) -> Drawable | None:
@@ -316,7 +320,10 @@ def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
     if chart is None:
         return None
     numbers = printed_by_fraction("Figure 3", r"x = (\d+)")
-    caption = f"{chart.caption} Right: printed, another model and task, so only the order is comparable."
+    caption = (
+        f"{chart.caption} Right: printed, another model and task; there the next neurons are better at all fractions, "
+        f"here at {number_above(chart.data, 'next', 'reversed')}."
+    )
     panel = curves(
         numbers,
         "x",

@@ -77,7 +77,7 @@ def gaps_by_variant(
 
 def gaps_by_number(
     evidence: StudyEvidence,
-    series: Mapping[str, Mapping[float, str]],
+    series: Mapping[str, Mapping[Any, str]],
     x: str,
     title: str,
     caption: str,
@@ -130,7 +130,7 @@ def gaps_by_number(
     )
 
 
-def numbered(template: str, numbers: Iterable[float], name: str = "") -> dict[Any, str]:
+def numbered(template: str, numbers: Iterable[Any], name: str = "") -> dict[Any, str]:
     """Return the arms whose labels have a number by that number, or by a name that has it as well."""
     arms: dict[Any, str] = {}
     for number in numbers:
@@ -163,11 +163,22 @@ def printed(paper: str, source: str, names: Mapping[str, str], size: str = "") -
     return rows.assign(name=rows["method"].map(names))[["name", "data", "value"]]
 
 
+def number_above(cells: pd.DataFrame, first: str, second: str) -> str:
+    """Return at how many numbers, of all that both have, the line of a recipe is above that of another one."""
+    means = cells.pivot(index="number", columns="recipe", values="value")[[first, second]].dropna()
+    return f"{(means[first] > means[second]).sum()} of {len(means)}"
+
+
 def beside_printed(chart: Chart | None, numbers: pd.DataFrame, title: str, x: str) -> Drawable | None:
     """Set a chart of variants next to a panel of the paper's numbers for the same rows; None without a chart."""
     if chart is None:
         return None
-    caption = f"{chart.caption} Right: printed, another model and task, so only the order is comparable."
+    measured = chart.data[chart.data["name"].isin(numbers["name"])].groupby("name")["value"].mean()
+    best, of_paper = measured.idxmax(), numbers.groupby("name")["value"].mean()[measured.index].idxmax()
+    caption = (
+        f"{chart.caption} Right: printed, another model and task, so only the order is comparable. Best of the rows in "
+        f"both panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")
+    )
     # A row that only one panel has stays empty in the other one.
     y = replace(chart.y, order=dict.fromkeys([*(chart.y.order or ()), *numbers["name"]]))
     dots = [Point("value", "name", "data", symbol="diamond")]

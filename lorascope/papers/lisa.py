@@ -33,7 +33,6 @@ import pandas as pd
 from lorascope.analysis import norms
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point
-from lorascope.files.printable import count_phrase
 from lorascope.papers.arms import Arm, KeptTable
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, OfTable, pair
@@ -182,7 +181,7 @@ def norms_figure(table: pd.DataFrame) -> Panels:
         "Norm of every layer, mean over the recorded steps after step 0. Lines are means and bands ranges over seeds. "
         "Weights hardly change, so their lines coincide. Blocks that LISA never drew have no update. The head of "
         "SmolLM2 is tied to its embedding: only LoRA has a second norm there. "
-        f"At most {count_phrase(table['seed'].nunique(), 'seed')} per arm."
+        f"Number of seeds per arm: at most {table['seed'].nunique()}."
     )
     rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
     return Panels(tuple(rows))

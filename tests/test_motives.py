@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 from lorascope import observe
 from lorascope.inputs import tasks
 from lorascope.methods import LoRA
+from lorascope.methods.lora import LoRADelta
 from lorascope.papers import hydralora_factors as hydra
 from lorascope.papers import lisa
 from lorascope.papers.judging.kept_study import StudyEvidence
@@ -316,3 +319,17 @@ def test_the_figure_of_norms_has_means_and_ranges_over_seeds() -> None:
             assert update.loc[(method, "embed"), ["value", "low", "high"]].tolist() == [6, 2, 12]
             assert update.loc[(method, "1"), ["value", "low", "high"]].tolist() == [2, 2, 2]
         assert [*row[1].x.order] == ["embed", "0", "1", "2", "head"]
+
+
+def test_embedding_adapter_has_a_larger_gain_than_a_linear_adapter() -> None:
+    """At minilm's width the gains are sqrt(384) and 1 / sqrt(3); full fine-tuning has no such factor of 34."""
+    torch.manual_seed(0)
+    gains = []
+    for host, trained in ((nn.Embedding(3000, 384), "A"), (nn.Linear(384, 384), "B")):
+        delta = LoRADelta(host, 16)
+        factor = getattr(delta, trained)
+        assert not factor.any()
+        nn.init.normal_(factor)
+        gains.append((delta.weight().norm() / factor.norm()).item())
+    assert gains == pytest.approx([384**0.5, 3**-0.5], rel=0.03)
+    assert np.log10(gains[0] / gains[1]) == pytest.approx(1.53, abs=0.02)

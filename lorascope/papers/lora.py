@@ -17,8 +17,6 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from lorascope.papers.arms import Arm
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.statistics import Accuracy
@@ -73,23 +71,6 @@ JUDGED = {
     "pair.lora": pair("LoRA, rank 4", FULL, "LoRA, rank 1", truths=PLANTED, positive_truth=truth_names.RANK_24),
     "text.lora": Comparison(Accuracy(TEXT_LORA) - Accuracy(TEXT_FULL), positive=Accuracy(SHORT) - Accuracy(TEXT_FULL)),
 }
-
-
-def fit(task: Task) -> Any:
-    """Fit the LoRA paper's TF-IDF baseline, a logistic regression on the train split, and return the pipeline."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    train = task.split("train")
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
-    return model.fit(train["text"], train["label"])
-
-
-def tfidf_correct(task: Task) -> pd.Series:
-    """Return whether the LoRA paper's TF-IDF baseline classifies each test example correctly, in the split's order."""
-    test = task.split("test")
-    return pd.Series(fit(task).predict(test["text"]) == test["label"])
 
 
 PAPER = PaperStudy(

@@ -223,6 +223,15 @@ def test_dots_are_the_gaps_of_the_seeds_that_all_arms_have(evidence: StudyEviden
     )
 
 
+def test_runs_without_a_kept_table_are_left_out(evidence: StudyEvidence) -> None:
+    table = evidence.tables["penalties"]
+    arm = f"AdaLoRA, rank 4 to 2, {UNEVEN}"
+    for seeds, is_drawn in (((200,), True), (SEEDS, False)):
+        lacking = table[~((table["arm"] == arm) & table["seed"].isin(seeds))]
+        partial = StudyEvidence(evidence.runs, {**evidence.tables, "penalties": lacking})
+        assert (FIGURES["penalties"].draw(partial) is not None) == is_drawn
+
+
 def drawn(name: str, evidence: StudyEvidence) -> Drawable:
     figure = FIGURES[name].draw(evidence)
     assert figure is not None

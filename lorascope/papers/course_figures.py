@@ -50,7 +50,7 @@ def loss_course(
     """
     tables = []
     # Arms of claims have more seeds, which would make their lines smoother.
-    seeds = common_seeds(evidence, arms.values())
+    seeds = common_seeds(evidence, arms.values(), table)
     for seed in seeds:
         for name, arm in arms.items():
             rows = evidence.table(table, arm, seed).astype({"loss": "float64"})
@@ -161,7 +161,7 @@ def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
     names = {"AdaLoRA": adalora.ALLOCATED, "no penalty": f"{adalora.ALLOCATED}, no penalty"}
     arms = of_truth(variants.UNEVEN, **names)
     tables = []
-    for seed in common_seeds(evidence, arms.values()):
+    for seed in common_seeds(evidence, arms.values(), "penalties"):
         for name, arm in arms.items():
             tables.append(evidence.table("penalties", arm, seed).assign(recipe=name))
     if not tables:
@@ -199,7 +199,7 @@ _ROLE_RANKS = 384  # of the decoder
 
 def draw_use(evidence: StudyEvidence) -> Drawable | None:
     """Draw NeFT's figure 4: mean shift of utilization ranks, from the smallest and the largest number of neurons."""
-    seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values())
+    seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values(), "utilization")
     if not seeds:
         return None
     rows = []
@@ -242,7 +242,7 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
     for kind, of_kind in (("next", variants.NEXT[1:]), ("reversed", variants.REVERSED)):
         for number, arm in zip(variants.MORE_NEURONS, of_kind, strict=True):
             arms[f"{number}, {kind}"] = arm
-    seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values())
+    seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values(), "utilization")
     if not seeds:
         return None
     shifts, counts = [], []

@@ -187,7 +187,7 @@ def draw_searches(evidence: StudyEvidence) -> Drawable | None:
         return None
     rows = []
     for name, arm in zip(arms, searched, strict=False):
-        for seed in common_seeds(evidence, arms.values()):
+        for seed in common_seeds(evidence, searched, "ranks"):
             rows.append((name, evidence.table("ranks", arm, seed)["rank"].mean()))
     panel = replace(
         chart,

@@ -21,9 +21,19 @@ CLOSED = "gap closed (points)"
 _GROUND = "Students of planted teachers"
 
 
-def common_seeds(evidence: StudyEvidence, arms: Iterable[str]) -> list[int]:
-    """Return the seeds that all arms have: arms of claims have more than those that only figures show."""
-    return sorted(set.intersection(*(set(evidence.seeds(arm)) for arm in arms)))
+def common_seeds(evidence: StudyEvidence, arms: Iterable[str], table: str = "") -> list[int]:
+    """Return the seeds with which all arms have runs, or rows of a kept table.
+
+    Arms of claims have more seeds than those that only figures show.
+    """
+    rows = evidence.runs
+    if table:
+        rows = evidence.tables.get(table, pd.DataFrame(columns=["arm", "seed"]))
+    seeds = set(evidence.runs["seed"])
+    for arm in arms:
+        # An earlier run may lack a table that was added later.
+        seeds &= set(rows.loc[rows["arm"] == arm, "seed"]) & set(evidence.seeds(arm))
+    return sorted(seeds)
 
 
 def variant_gap_table(evidence: StudyEvidence, arms: Mapping[str, str]) -> pd.DataFrame:

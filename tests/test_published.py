@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_chance_of_the_overlap_is_hypergeometric() -> None:
     assert row["chance"] == pytest.approx(law.mean() / row["neurons"])
     assert row["chance_sd"] == pytest.approx(law.std() / row["neurons"], rel=0.01)
     assert (table["overlap"] > 2 * table["chance"]).all()
+
+
+def test_changed_published_number_is_named_by_its_result(tmp_path: Path) -> None:
+    for folder in ("published", "edition-1"):
+        shutil.copytree(FOLDER.parent / folder, tmp_path / folder, ignore=shutil.ignore_patterns("figures"))
+    folder, file = tmp_path / "edition-1", tmp_path / "published" / "neft_dev_loss.csv"
+    assert list(published_numbers.verify_published(folder)) == []
+    table = pd.read_csv(file)
+    table.assign(best_loss=table["best_loss"].where(table["method"] != "NeFT", 0.5)).to_csv(file, index=False)
+    lines = list(published_numbers.verify_published(folder))
+    assert lines[0].startswith("edition-1: published.csv: row 7 (published.neft_loss 0.220")
+    file.unlink()
+    (line,) = published_numbers.verify_published(folder)
+    assert "cannot compute published.neft_loss" in line
 
 
 def test_verdicts_on_published_figures() -> None:

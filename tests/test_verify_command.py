@@ -24,6 +24,7 @@ from lorascope.papers.study_figures import read_figures
 @pytest.fixture
 def first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copy of the first edition's data, which the command verifies alone."""
+    shutil.copytree(first_edition.FOLDER.parent / "published", tmp_path / "published")
     folder = Path(shutil.copytree(first_edition.FOLDER, tmp_path / "edition-1"))
     monkeypatch.setattr(first_edition, "FOLDER", folder)
     monkeypatch.setattr(verify, "_verify_second", lambda write, retrain: [])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from page_blocks import format_table
 
-from lorascope.papers.judging import first_edition, published_numbers
+from lorascope.papers.judging import first_edition
 from lorascope.papers.judging.data_folder import PAPERS
 from lorascope.papers.judging.first_edition import FirstClaim, format_estimate
 
@@ -18,7 +18,7 @@ def blocks(data: Path) -> dict[str, str]:
     folder = data / "edition-1"
     claims = first_edition.read_claims(folder / "registered.toml")
     verdicts = pd.read_csv(folder / first_edition.VERDICTS)
-    published = published_numbers.judge_published(claims, data / "published")
+    published = pd.read_csv(folder / first_edition.PUBLISHED)
     return {
         "edition-1-verdicts": _verdicts(claims, verdicts),
         "edition-1-retired": _retired(claims, first_edition.read_estimates(folder)),

@@ -20,6 +20,7 @@ from lorascope.papers.first_edition import CARRIED
 from lorascope.papers.judging import first_edition, registered_study, study_verification
 from lorascope.papers.judging.data_folder import DATA, clone_root
 from lorascope.papers.judging.kept_study import INSTRUCTIONS
+from lorascope.papers.judging.published_numbers import verify_published
 from lorascope.papers.registry import COMPARISONS, module_of
 from lorascope.papers.study_figures import read_figures
 
@@ -64,7 +65,8 @@ def main(*, write: bool = False, retrain: Annotated[int, arg(metavar="N")] = 0, 
 
 
 def _find_differences(root: Path | None, write: bool, retrain: int) -> Iterator[str]:
-    causes = [*first_edition.verify_first(first_edition.FOLDER, CARRIED), *_verify_second(write, retrain)]
+    first = first_edition.FOLDER
+    causes = [*first_edition.verify_first(first, CARRIED), *verify_published(first), *_verify_second(write, retrain)]
     yield from causes
     if root:
         figures, images = read_figures(DATA), root / "figures"

@@ -5,6 +5,7 @@ The folder ``data/edition-1`` has
 - ``registered.toml``: all claims with their bounds, as they were fixed before the runs, and the arms;
 - ``runs.csv.gz``, ``right.npz``, ``rows.parquet`` and tables, as in ``kept_study``: what the verdicts follow from;
 - ``verdicts.csv``: the 21 verdicts, which ``verify_first`` computes again;
+- ``published.csv``: results on published numbers, see ``published_numbers``;
 - ``estimates.csv``: estimates of the claims that were withdrawn or retired, with the reason;
 - ``earlier.csv``: verdicts before the registration.
 """
@@ -39,7 +40,7 @@ from lorascope.papers.judging.statistics import Statistic
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED
 
 FOLDER = DATA / "edition-1"
-VERDICTS = "verdicts.csv"
+VERDICTS, PUBLISHED = "verdicts.csv", "published.csv"
 FIRST_SEED = 100
 _SIDE = (1 - CONFIDENCE) / 2
 _HEADLINES = {
@@ -181,8 +182,11 @@ def judge(
 
 def _digests(folder: Path) -> dict[str, str]:
     digests = parse_digests(manifest(folder))
-    # Verdicts are computed again, and images contain the digest of their figure.
-    return {path: hash for path, hash in digests.items() if path != VERDICTS and not path.startswith("figures/")}
+    for path in list(digests):
+        # Results are computed again, and images contain the digest of their figure.
+        if path in (VERDICTS, PUBLISHED) or path.startswith("figures/"):
+            del digests[path]
+    return digests
 
 
 def verify_first(folder: Path, statistics: Mapping[str, Statistic]) -> Iterator[str]:

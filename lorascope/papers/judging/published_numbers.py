@@ -5,7 +5,7 @@ The tables are in ``data/published``; its README says where each number comes fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import pandas as pd
 
 from lorascope.analysis.seed_intervals import Estimate, Interval, t_interval
 from lorascope.files.printable import printable
-from lorascope.papers.judging.first_edition import FirstClaim, format_estimate
+from lorascope.papers.judging.csv_tables import compare_with_file, to_csv
+from lorascope.papers.judging.first_edition import PUBLISHED, FirstClaim, format_estimate, read_claims
 
 LEVEL = 0.025
 MINIMUM_SEEDS = 3  # a t-interval of two seeds reaches 12.7 standard errors to each side
@@ -143,6 +144,16 @@ def judge_published(claims: Mapping[str, FirstClaim], folder: Path) -> pd.DataFr
             "shown": format_estimate(claim, effect, low, high),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def verify_published(folder: Path) -> Iterator[str]:
+    """Compute the results of a folder of the first edition again, and return one line for each difference."""
+    try:
+        content = to_csv(judge_published(read_claims(folder / "registered.toml"), folder.parent / "published"))
+    except ValueError as error:
+        yield f"{folder.name}: {printable(error)}"
+        return
+    yield from (f"{folder.name}: {line}" for line in compare_with_file(folder / PUBLISHED, content))
 
 
 def _show_overlap(folder: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def compare_tables(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[
         return
     for number, column in zip(*np.nonzero((old != new).to_numpy()), strict=True):
         cells = str(old.iat[number, column]), str(new.iat[number, column])
-        if not are_equal(*cells):
+        if not _are_equal(*cells):
             # Row 1 is the header. The first two columns say what the row is about.
             row = f"row {number + 2} ({' '.join(map(str, old.iloc[number, :2]))})"
             yield f"{name}: {row}: {old.columns[column]}: kept {cells[0]!r}, recomputed {cells[1]!r}"
@@ -140,7 +140,7 @@ def _shape(table: pd.DataFrame) -> str:
     return f"{count_phrase(rows, 'row')} and {count_phrase(columns, 'column')}"
 
 
-def are_equal(old: str, new: str) -> bool:
+def _are_equal(old: str, new: str) -> bool:
     """Compare two cells; numbers may differ by the rounding of another machine."""
     try:
         return bool(np.isclose(float(old), float(new), rtol=CLOSE, atol=1e-12))  # the second one is for zeros

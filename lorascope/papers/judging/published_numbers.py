@@ -135,7 +135,7 @@ def judge_published(claims: Mapping[str, FirstClaim], folder: Path) -> pd.DataFr
         except Exception as error:  # a damaged table raises KeyError, TypeError, ValueError and others
             raise ValueError(f"{printable(folder)}: cannot compute {id}: {printable(error)}") from error
         outcome = "inconclusive"
-        # A single printed number, or one of two runs, is no interval.
+        # A single printed number has no interval, and two runs have one that is too wide to decide.
         if not np.isnan(low) and (n >= MINIMUM_SEEDS or id in _WITHOUT_SEEDS):
             outcome = claim.decide(low, high)
         rows.append({

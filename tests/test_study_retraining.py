@@ -224,7 +224,8 @@ def test_own_seed_is_compared_with_the_kept_ones(
     kept = pd.read_csv(folder / "results.csv").iloc[0]
     assert effect["yours"] == pytest.approx(closed[METHOD] - closed[CONTROL])
     assert [effect[name] for name in ("kept", "low", "high")] == pytest.approx(kept[["effect", "low", "high"]].tolist())
-    assert result["summary"].startswith("Effects are in points of the gap. Kept: 3 seeds; ")
+    assert effect["unit"] == "points of the gap"
+    assert result["summary"].startswith("Kept: 3 seeds; ")
 
 
 def test_own_seed_without_kept_runs_has_no_interval(

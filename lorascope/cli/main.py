@@ -24,7 +24,7 @@ from lorascope.schema.suggestions import unknown_name
 
 # One line of help for each module of this package that defines a command as ``main(argv)``.
 COMMANDS = {
-    "reproduce": "show the kept verdicts, train the method of each paper once, and report both",
+    "reproduce": "show what nine papers' claims come to, train small versions of the studies, and report both",
     "train": "train a model with one method, and record its internals",
     "sweep": "train all runs of a TOML file in parallel, and compare their recipes",
     "inspect": "show norms, ranks and findings of an adapter or run, or compare several",

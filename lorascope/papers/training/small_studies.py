@@ -51,8 +51,8 @@ class SmallStudy:
     path : Path
         The page.
     table : DataFrame
-        Effects of the paper's claims on planted teachers: ``claim, effect, yours, kept, low, high``, with the mean over
-        your seeds, and the mean and 95% interval of the kept ones.
+        Effects of the paper's claims on planted teachers: ``claim, effect, unit, yours, kept, low, high``, with the
+        mean over your seeds, and the mean and 95% interval of the kept ones.
     runs : DataFrame
         ``arm, seed, steps, learned``: one row per run.
     figures : mapping name -> chart
@@ -71,7 +71,7 @@ class SmallStudy:
         return {"paper": self.paper.name, "report": str(self.path), **tables}
 
     def __repr__(self) -> str:
-        effects = self.table.round(2).dropna(axis=1, how="all")
+        effects = self._shown_effects()
         unlearned = int((self.runs["learned"] == "no").sum())
         runs = f"{count_phrase(len(self.runs), 'run')}, {unlearned} did not learn."
         return "\n".join([self.paper.source, format_frame(effects), runs])
@@ -79,7 +79,11 @@ class SmallStudy:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        display(self.table.round(2), *self.figures.values())
+        display(self._shown_effects(), *self.figures.values())
+
+    def _shown_effects(self) -> pd.DataFrame:
+        # Without kept seeds, there are no means and intervals to show.
+        return self.table.round(2).dropna(axis=1, how="all")
 
 
 def run(paper: PaperStudy, seeds: int | Sequence[int], out: str | Path, progress: bool = True) -> SmallStudy:
@@ -166,6 +170,7 @@ def draw(
     contents = StudyData(replace(registration, claims=pairs), trained, nothing, nothing)
     # These show all methods; the pairs of a paper have a separate figure.
     rows = [row for row in ROWS if row.name not in ("forest", "pairs")]
+    rows.sort(key=lambda row: row.name == "losses")
     figures = {}
     for name, figure in draw_rows(contents, rows).items():
         paper = PAPERS.get(figure.heading.lower())

@@ -41,8 +41,8 @@ class SeedResult(NamedTuple):
     arms : DataFrame
         ``arm, rate, steps, score, unit, learned``: one row per arm.
     effects : DataFrame
-        ``claim, effect, yours, kept, low, high``: one row per effect, "for", "against" and "positive" (the positive
-        control), with the mean and 95% interval of the kept seeds, which are NaN before all are trained.
+        ``claim, effect, unit, yours, kept, low, high``: one row per effect, "for", "against" and "positive" (the
+        positive control), with the mean and 95% interval of the kept seeds, which are NaN before all are trained.
     summary : str
         Number of kept seeds and the words of the claim.
     """
@@ -145,8 +145,7 @@ def train_seed(
     trained = train_jobs([StudyJob(label, seed, "judged", rates[label]) for label in labels], out, rates, progress)
     result = kept_result(id, registration, evidence)
     words = ", ".join(filter(None, [result["word"], result["pair"], result["note"]]))
-    unit = registration.claims[id].rule.unit
-    summary = f"Effects are in {unit}. Kept: {result['n']} seeds; {words}."
+    summary = f"Kept: {result['n']} seeds; {words}."
     arms = run_table(trained).drop(columns="seed")
     return SeedResult(arms, compare_effects(trained, [id], registration, evidence), summary)
 
@@ -179,5 +178,6 @@ def compare_effects(
             mean, low, high = (result[f"{prefix}{column}"] for column in ("effect", "low", "high"))
             seeds = trained.seeds(min(statistic.arms()))
             effect = seed_effects(statistic(trained, seeds)).mean()
-            rows.append({"claim": id, "effect": name, "yours": effect, "kept": mean, "low": low, "high": high})
+            row = {"claim": id, "effect": name, "unit": registration.claims[id].rule.unit, "yours": effect}
+            rows.append(row | {"kept": mean, "low": low, "high": high})
     return pd.DataFrame(rows).astype(dict.fromkeys(["yours", "kept", "low", "high"], "float64"))

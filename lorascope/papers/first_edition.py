@@ -1,8 +1,8 @@
 """First edition: the statistics of the 21 claims that it decided, on a small encoder and small decoders.
 
 Its verdicts follow from its registration. All other claims of it were withdrawn, retired, or replaced by the second
-edition; see ``docs/edition-1.md``. An effect is the statistic of the claim minus its control,
-one value per seed, per seed and test row, or per pair of seeds. Accuracies are fractions, and losses are in nats.
+edition; see ``docs/edition-1.md``. An effect is the statistic of the claim minus its control, one value per seed, per
+seed and test row, or per pair of seeds. Accuracies are fractions, and losses are in nats.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ def test_placements_have_the_parameters_of_rank_2_everywhere() -> None:
     assert [sizes[role] for role in ("ffn_in", "ffn_gate", "ffn_out")] == pytest.approx(
         [0.97 * everywhere] * 3, rel=1e-3
     )
+    several = [size(f"LoRA, {name} only") / everywhere for name in variants.SEVERAL]
+    assert several == pytest.approx([16 / 17] * 3)
     assert [size(f"LoRA, block {block} only") for block in range(4)] == [everywhere] * 4
 
 

@@ -67,13 +67,13 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
     means = table.astype({"phi": "float64"}).groupby(keys)["phi"].mean().reset_index()
     of_pair = dict(iter(means.groupby("pair")))
     ranks, starts = map(of_pair.__getitem__, variants.PAIRS)
-    first = ranks.query("layer == 2 and i == 1 and j == 1").set_index("role")["phi"]
+    first = ranks.query("i == 1 and j == 1")["phi"]
     seeds = len(evidence.seeds(variants.OTHER_HIGH))
     caption = (
         "φ(i, j): overlap of the first i directions of one A with the first j of another one, mean of "
         f"{seeds} pairs of runs that share neither seed nor initial A; text. Colors end at the largest value of a row. "
-        f"φ(1, 1) in layer 2 is {first['q']:.2f} for q and {first['v']:.2f} for v; at random {1 / WIDTH:.3f}. The "
-        "paper has φ(1, 1) > 0.5."
+        f"φ(1, 1) of both ranks is {first.min():.2f} to {first.max():.2f} in layers 0, 2 and 5; at random "
+        f"{1 / WIDTH:.3f}. The paper has φ(1, 1) > 0.5."
     )
     rows = []
     for cells, label in ((ranks[ranks["layer"] == 2], "r = 8, i"), (starts, "r = 64, i")):

@@ -206,22 +206,37 @@ def draw_placements(evidence: StudyEvidence) -> Drawable | None:
     types = numbered(f"LoRA, {{}} only, {EVEN}", variants.TYPES.values(), "W_{}")
     blocks = numbered(f"LoRA, block {{}} only, {EVEN}", range(4), "block {}")
     caption = (
-        "LoRA with as many parameters in one type of weight (left), in one block (center), or everywhere; "
+        "LoRA with as many parameters in one type of weight (left), in one block (right), or everywhere; "
         "feed-forward types have 3% fewer. The teacher changes all modules at rank 2. AdaLoRA's figure 1 has no "
         "readable values; in it, feed-forward types and upper layers are best."
     )
     left = gaps_by_variant(evidence, reference | types, "In one type of weight", caption)
     right = gaps_by_variant(evidence, reference | blocks, "In one block", caption)
-    names = {"all four, rank 2": "everywhere, rank 2"}
-    for name in "qkvo":
-        names[f"W_{name}, rank 8"] = f"W_{name}"
-    numbers = printed("LoRA", "Table 5", names)
-    # AdaLoRA's own figure has no readable values; LoRA's table compares the same types.
-    printed_types = beside_printed(left, numbers[numbers["data"] == "MNLI-m"], "LoRA, table 5, MNLI-m", "accuracy")
-    if right is None or printed_types is None:
+    if left is None or right is None:
         return None
-    first, second = printed_types.charts()
-    return set_side_by_side(first, replace(right, caption=first.caption), replace(second, caption=first.caption))
+    return set_side_by_side(left, replace(right, caption=left.caption))
+
+
+def draw_matrices(evidence: StudyEvidence) -> Drawable | None:
+    """Draw LoRA's table 5 and AdaLoRA's table 14: some of the attention matrices, all of them, or all matrices."""
+    arms = numbered(f"LoRA, {{}} only, {EVEN}", [*"qkvo", *variants.SEVERAL]) | {
+        "everywhere": f"{UNIFORM_STUDENT}, {EVEN}"
+    }
+    names = {"W_q and W_k, rank 4": "q and k", "W_q and W_v, rank 4": "q and v", "all four, rank 2": "attention"}
+    for name in "qkvo":
+        names[f"W_{name}, rank 8"] = name
+    types = printed("LoRA", "Table 5", names)
+    sizes = {"LoRA on two attention matrices": "q and v", "LoRA on all six matrices": "everywhere"}
+    # Eight tasks would cover each other.
+    by_size = printed("AdaLoRA", "Table 14", sizes).groupby("name")["value"].mean().reset_index()
+    numbers = pd.concat([types[types["data"] == "MNLI-m"], by_size.assign(data="AdaLoRA, table 14, mean of GLUE")])
+    numbers = numbers.assign(data=numbers["data"].replace("MNLI-m", "LoRA, table 5, MNLI-m"))
+    caption = (
+        "LoRA with as many parameters in some types of weight as in all of rank 2; several types have 6% fewer. "
+        "The teacher changes all modules at rank 2."
+    )
+    chart = gaps_by_variant(evidence, arms, "LoRA in some matrices", caption)
+    return beside_printed(chart, numbers, "Printed", "score")
 
 
 def draw_adalora_scores(evidence: StudyEvidence) -> Drawable | None:
@@ -356,6 +371,7 @@ STUDY_FIGURES = {
     "splits": VariantFigure("HydraLoRA", "One LoRA and several with the same total rank", draw_splits),
     "searches": VariantFigure("AutoLoRA", "AutoLoRA and its ablations, with the ranks found", draw_searches),
     "placements": VariantFigure("AdaLoRA", "LoRA in one type of weight and in one block", draw_placements),
+    "matrices": VariantFigure("LoRA", "LoRA in one type of weight, in several, and in all", draw_matrices),
     "scores-adalora": VariantFigure("AdaLoRA", "AdaLoRA by importance of its components", draw_adalora_scores),
     "parts-adalora": VariantFigure("AdaLoRA", "AdaLoRA without its penalty and allocation", draw_adalora_parts),
     "blocks": VariantFigure("LISA", "LISA by number of blocks that train at a time", draw_blocks),

@@ -34,6 +34,8 @@ BUDGETS = (1, 2, 4, 8)
 """Ranks per module at which ALoRA is compared with LoRA."""
 TYPES = {"q": "q", "k": "k", "v": "v", "o": "o", "ffn_in": "up", "ffn_gate": "gate", "ffn_out": "down"}
 """Roles of AdaLoRA's figure 1 -> their names in labels."""
+SEVERAL = {"q and k": ("q", "k"), "q and v": ("q", "v"), "attention": ATTENTION}
+"""Types of weight that LoRA's table 5 adapts together, by their names in labels."""
 TEACHERS = (300, 301)
 """Seeds of the teachers that several runs learn."""
 EXPERTS, SPLITS = (1, 2, 4, 8), {1: 16, 2: 8, 4: 4, 8: 2}
@@ -109,7 +111,8 @@ def _of_teacher(planted: Arm, teacher: int, arm: Arm, seed: int) -> Arm:
 def _placements() -> list[Arm]:
     """Return LoRA on one type of weight, or in one block, with the parameters of rank 2 in all modules.
 
-    Feed-forward matrices have a rank of 11, and 3% fewer parameters than attention matrices with 17.
+    Feed-forward matrices have a rank of 11, and 3% fewer parameters than attention matrices with 17. Several types of
+    attention matrices have 6% fewer.
     """
     from lorascope.methods import LoRA
 
@@ -118,6 +121,9 @@ def _placements() -> list[Arm]:
         # A feed-forward matrix has 1.5 times the parameters of an attention matrix per rank.
         rank = 17 if role in ATTENTION else 11
         students[f"LoRA, {name} only"] = LoRA(rank=rank, alpha=4.0 * rank, targets=(role,))
+    for name, roles in SEVERAL.items():
+        rank = 16 // len(roles)
+        students[f"LoRA, {name} only"] = LoRA(rank=rank, alpha=4.0 * rank, targets=roles)
     # One block of rank 8 has as many parameters as four of rank 2.
     for block in range(4):
         students[f"LoRA, block {block} only"] = Student(partial(_in_block, block))

@@ -184,7 +184,11 @@ def beside_printed(chart: Chart | None, numbers: pd.DataFrame, title: str, x: st
     if chart is None:
         return None
     measured = chart.data[chart.data["name"].isin(numbers["name"])].groupby("name")["value"].mean()
-    best, of_paper = measured.idxmax(), numbers.groupby("name")["value"].mean()[measured.index].idxmax()
+    # Levels of different tasks are not comparable, so a task with fewer rows does not count.
+    rows = numbers[numbers["name"].isin(measured.index)]
+    counts = rows.groupby("data")["name"].transform("size")
+    of_paper = rows[counts == counts.max()].groupby("name")["value"].mean().idxmax()
+    best = measured.idxmax()
     caption = (
         f"{chart.caption} Right: printed, another model and task, so only the order is comparable. Best of the rows in "
         f"both panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")

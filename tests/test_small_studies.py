@@ -78,7 +78,8 @@ def test_motive_is_trained_with_fewer_steps_and_labeled(tmp_path: Path) -> None:
     jobs = small_studies.small_jobs(paper, [], [200], registration, RATES)
     table = study_seeds.run_table(study_seeds.train_jobs(jobs, tmp_path, RATES, progress=False))
     assert table[["arm", "steps"]].to_numpy().tolist() == [[CONTROL, 2]]
-    assert small_studies.small_note([200], paper.motive) == "Small version: 1 seed (200), 2 of 4 steps. "
+    note = small_studies.small_note(table, paper.motive)
+    assert note == "Small version: 1 seed (200), 2 of 4 steps; 0 of 1 run learned. "
 
 
 def test_command_prints_effects_and_the_path_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def _wrap(left: str, sentence: str, max_lines: int | None = None) -> list[str]:
         sentence,
         LINE,
         initial_indent=left,
-        subsequent_indent="    ",
+        subsequent_indent="  ",
         break_on_hyphens=False,
         max_lines=max_lines,
         placeholder=_CUT,

@@ -26,7 +26,7 @@ from lorascope.papers.judging.study_summary import COLUMNS, LINE, SENTENCE, Summ
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.registry import PAPERS
 from lorascope.papers.study_figures import ROWS, draw_rows, read_data, variant_rows
-from lorascope.papers.training.small_studies import draw, show_learned, small_jobs
+from lorascope.papers.training.small_studies import MOTIVE_FIGURES, draw, show_learned, small_jobs
 from lorascope.papers.training.study_retraining import retrain_run
 from lorascope.papers.training.study_seeds import require_usable, run_table, train_jobs, usable_rates
 from lorascope.papers.training.study_training import machine
@@ -162,14 +162,14 @@ def _sections(
         figures = draw_rows(contents, [*ROWS, *variant_rows()])
         tables["Nine papers"] = result.summary.table.rename(columns={**COLUMNS, "belief": SENTENCE})
         notes = [format_words(result.summary)]
-    small = draw(trained, [PAIR], registration, [FIRST_SEED])
+    small = draw(trained, [PAIR], registration)
     if forest := _take(figures, "forest"):
         yield Section("results", "Results", figures=forest)
     yield Section("papers", "What we now believe", tables=tables, notes=notes)
     motives = []
-    for name in ("norms", "factors"):
+    for name in MOTIVE_FIGURES:
         motives += [*_take(figures, name), *_take(small, name)]
-    yield Section("motives", "Two motives", _MOTIVES, tables={"Runs of this machine": result.runs}, figures=motives)
+    yield Section("motives", "Two motives", _MOTIVES, figures=motives)
     if scores := _take(figures, *_SCORES):
         yield Section("scores", "Neurons and ranks", figures=scores)
     pairs = [name for name in small if name.startswith("pairs-")]
@@ -182,6 +182,7 @@ def _sections(
     )
     if not result.summary.note:
         yield from _paper_sections(figures, registration, contents.results)
+    yield Section("runs", "Runs of this machine", tables={"Runs": result.runs}, folded=True)
 
 
 def _take(figures: dict[str, StudyFigure], *names: str) -> list[ReportFigure]:

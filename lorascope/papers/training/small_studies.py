@@ -38,6 +38,8 @@ from lorascope.papers.training.study_training import StudyJob, require_registere
 
 PLANTED = ("pair", "neurons")
 """First part of the ids of claims whose arms are cheap enough for a small version."""
+MOTIVE_FIGURES = ("norms", "factors")
+"""Figures of the papers' motives, in the order of the report."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,7 @@ def run(paper: PaperStudy, seeds: int | Sequence[int], out: str | Path, progress
     jobs = small_jobs(paper, ids, numbers, registration, rates)
     trained = train_jobs(jobs, Path(out) / "runs", rates, progress)
     effects = compare_effects(trained, ids, registration, evidence)
-    figures = {name: figure.chart for name, figure in draw(trained, ids, registration, numbers).items()}
+    figures = {name: figure.chart for name, figure in draw(trained, ids, registration).items()}
     study = SmallStudy(paper, path, effects, show_learned(run_table(trained)), figures)
     section = Section(
         "small",
@@ -149,8 +151,19 @@ def small_jobs(
     return jobs
 
 
-def small_note(seeds: Sequence[int], motive: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what the caption of a figure of a small version begins with."""
+def small_note(runs: pd.DataFrame, motive: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what the caption of a figure of a small version begins with: seeds, steps, and how many runs learned.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        See ``run_table``.
+    motive : mapping label -> settings
+        Arms of the figure with the settings that differ from the registered ones; if empty, all other arms.
+    """
+    short = {label for paper in PAPERS.values() for label in paper.motive}
+    of_figure = runs[runs["arm"].isin(motive or set(runs["arm"]) - short)]
+    seeds = sorted(set(of_figure["seed"]))
     note = f"Small version: {count_phrase(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
     steps = []
     for label, changes in motive.items():
@@ -158,12 +171,10 @@ def small_note(seeds: Sequence[int], motive: Mapping[str, Mapping[str, Any]]) ->
         steps.append(f"{changes['steps']} of {arm.settings['steps']}")
     if steps:
         note += f", {' and '.join(dict.fromkeys(steps))} steps"
-    return f"{note}. "
+    return f"{note}; {of_figure['learned'].sum()} of {count_phrase(len(of_figure), 'run')} learned. "
 
 
-def draw(
-    trained: StudyEvidence, ids: Sequence[str], registration: StudyRegistration, seeds: Sequence[int]
-) -> dict[str, StudyFigure]:
+def draw(trained: StudyEvidence, ids: Sequence[str], registration: StudyRegistration) -> dict[str, StudyFigure]:
     """Draw the figures of the study that trained runs have the tables for, with the pairs among some claims."""
     pairs = {id: registration.claims[id] for id in ids if id.startswith("pair.")}
     nothing = pd.DataFrame(columns=["word"])
@@ -171,13 +182,14 @@ def draw(
     # These show all methods; the pairs of a paper have a separate figure.
     rows = [row for row in ROWS if row.name not in ("forest", "pairs")]
     rows.sort(key=lambda row: row.name == "losses")
-    figures = {}
+    runs, figures = run_table(trained), {}
     for name, figure in draw_rows(contents, rows).items():
-        paper = PAPERS.get(figure.heading.lower())
-        note = small_note(seeds, paper.motive if paper else {})
+        motive: Mapping[str, Mapping[str, Any]] = {}
+        if name in MOTIVE_FIGURES:
+            motive = PAPERS[figure.heading.lower()].motive
         (first, *others), *below = figure.chart.rows()
-        chart = Panels(((replace(first, caption=note + first.caption), *others), *below))
-        figures[name] = figure._replace(alt=f"{figure.alt} (small version)", chart=chart)
+        first = replace(first, caption=small_note(runs, motive) + first.caption)
+        figures[name] = StudyFigure(figure.heading, f"{figure.alt} (small version)", Panels(((first, *others), *below)))
     return figures
 
 

@@ -6,7 +6,7 @@ _IMPORTED = {
     "train": "torch transformers tokenizers platformdirs",
     "runs": "pyarrow scipy sklearn plotly jinja2 markupsafe",
     "trainer": "accelerate",
-    "notebook": "anywidget traitlets",
+    "notebook": "anywidget traitlets IPython",
     "cluster": "dask distributed dask_jobqueue ray",
     "hub": "datasets",
     "peft": "peft",

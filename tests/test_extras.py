@@ -84,10 +84,11 @@ def test_command_without_its_extra_prints_one_line(words: list[str], package: st
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_public_name_without_its_extra_raises_an_import_error() -> None:
-    code = f"{installation.hide(['torch'])}\nimport lorascope as ls\nls.train"
+@pytest.mark.parametrize(("name", "call"), [("train", ""), ("papers.lora.run", "()")])
+def test_public_name_without_its_extra_raises_an_import_error(name: str, call: str) -> None:
+    code = f"{installation.hide(['torch'])}\nimport lorascope as ls\nls.{name}{call}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    last = "ImportError: lorascope.train requires torch: pip install 'lorascope[train]'"
+    last = f"ImportError: lorascope.{name} requires torch: pip install 'lorascope[train]'"
     assert done.stderr.splitlines()[-1] == last
 
 

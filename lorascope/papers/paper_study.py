@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lorascope.extras import requirement
 from lorascope.papers.judging.data_folder import PAPERS
 
 
@@ -66,10 +67,18 @@ class PaperStudy:
 
         Raises
         ------
+        ImportError
+            torch is not installed.
         FileExistsError
             ``out`` has a page of this name that lorascope did not write, or it has changed since.
         ValueError
             ``seeds`` is invalid, or an arm differs from the registered one.
         """
-        # By name, because the training of the study reads all papers.
-        return import_module("lorascope.papers.training.small_studies").run(self, seeds, out, progress)
+        try:
+            # By name, because the training of the study reads all papers.
+            small_studies = import_module("lorascope.papers.training.small_studies")
+        except ModuleNotFoundError as error:
+            if (required := requirement(error)) is None:
+                raise
+            raise ImportError(f"lorascope.papers.{self.name.lower()}.run {required}") from error
+        return small_studies.run(self, seeds, out, progress)

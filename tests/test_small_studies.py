@@ -12,8 +12,9 @@ from test_study_retraining import CONTROL, LABELS, METHOD, data, run_command  # 
 from test_study_training import arms, few_texts  # noqa: F401
 
 import lorascope as ls
-from lorascope.papers import adalora
+from lorascope.papers import adalora, registry
 from lorascope.papers.judging import registered_study
+from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.training import small_studies, study_seeds
 from lorascope.papers.training.study_training import StudyJob, finish_job
 
@@ -82,6 +83,17 @@ def test_motive_is_trained_with_fewer_steps_and_labeled(tmp_path: Path) -> None:
     assert note == "Small version: 1 seed (200), 2 of 4 steps; 0 of 1 run learned. "
 
 
+def test_motives_are_whole_sets_of_registered_arms() -> None:
+    """A kept table of a set needs all its runs, so a small version trains all of them or none."""
+    assert set(registry.PAPERS) == set(ls.papers.NAMES)
+    registration = registered_study.read(DATA / "registered-2.toml")
+    for paper in registry.PAPERS.values():
+        assert paper.motive.keys() <= registration.arms.keys()
+        for tables in registry.KEPT_TABLES.values():
+            for labels, _ in tables:
+                assert labels[-1] not in paper.motive or set(labels) <= paper.motive.keys()
+
+
 def test_command_prints_effects_and_the_path_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("--paper", "AdaLoRA", "--seed", 31, "-o", tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -130,7 +142,7 @@ def test_unknown_paper_raises() -> None:
     assert "hydralora" in dir(ls.papers)
 
 
-@pytest.mark.parametrize("seeds", [0, -1, [], [3, 3], 1.5])
+@pytest.mark.parametrize("seeds", [0, -1, [], [3, 3], [2**32]])
 def test_invalid_seeds(seeds: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seed"):
         ls.papers.adalora.run(seeds=seeds, out=tmp_path)

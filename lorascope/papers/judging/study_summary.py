@@ -85,7 +85,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
 
 
 def _rows(table: pd.DataFrame) -> list[str]:
-    """Return the lines of the table of nine rows: a sentence begins next to the cells, and goes on below them."""
+    """Return the lines of the table of nine rows: a sentence begins next to the cells and continues below them."""
     # The number that a word replaces is in the report.
     text = table["text"].where(~table["text"].str.contains(NO_HEADROOM), f"{NO_HEADROOM} (1)")
     cells = table.assign(text=text)[list(COLUMNS)].rename(columns=COLUMNS)

@@ -73,7 +73,7 @@ class SmallStudy:
         return {"paper": self.paper.name, "report": str(self.path), **tables}
 
     def __repr__(self) -> str:
-        effects = self._shown_effects()
+        effects = self.shown_effects()
         unlearned = int((self.runs["learned"] == "no").sum())
         runs = f"{count_phrase(len(self.runs), 'run')}, {unlearned} did not learn."
         return "\n".join([self.paper.source, format_frame(effects), runs])
@@ -81,9 +81,10 @@ class SmallStudy:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        display(self._shown_effects(), *self.figures.values())
+        display(self.shown_effects(), *self.figures.values())
 
-    def _shown_effects(self) -> pd.DataFrame:
+    def shown_effects(self) -> pd.DataFrame:
+        """Return the effects as they are printed."""
         # Without kept seeds, there are no means and intervals to show.
         return self.table.round(2).dropna(axis=1, how="all")
 
@@ -103,17 +104,21 @@ def run(paper: PaperStudy, seeds: int | Sequence[int], out: str | Path, progress
     jobs = small_jobs(paper, ids, numbers, registration, rates)
     trained = train_jobs(jobs, Path(out) / "runs", rates, progress)
     effects = compare_effects(trained, ids, registration, evidence)
-    figures = {name: figure.chart for name, figure in draw(trained, ids, registration).items()}
-    study = SmallStudy(paper, path, effects, show_learned(run_table(trained)), figures)
-    section = Section(
-        "small",
-        paper.question,
-        source=paper.source,
-        tables={"Effects (method minus control) of your seeds and of the kept ones": effects, "Runs": study.runs},
-        figures=[ReportFigure(figure) for figure in figures.values()],
-    )
-    lead = f"Arms of the claims on planted teachers as registered; {count_phrase(len(numbers), 'seed')}."
-    page.write(path, f"{paper.name}, small version", lead, [section])
+    figures = draw(trained, ids, registration)
+    charts = {name: figure.chart for name, figure in figures.items()}
+    study = SmallStudy(paper, path, effects, show_learned(run_table(trained)), charts)
+    sections = [
+        Section(
+            "effects",
+            "Effects and figures",
+            f"Method minus control on planted teachers, as registered; mean of {count_phrase(len(numbers), 'seed')}.",
+            paper.source,
+            tables={"Effects": study.shown_effects()},
+            figures=[ReportFigure(figure.chart, title=figure.alt) for figure in figures.values()],
+        ),
+        Section("runs", "Runs", tables={"Runs": study.runs}, folded=True),
+    ]
+    page.write(path, f"{paper.name}, small version", paper.question, sections)
     return study
 
 

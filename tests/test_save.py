@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,8 @@ import lorascope
 from lorascope.charts.chart import Chart, set_side_by_side
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Point, Rule
 from lorascope.charts.scales import Scale
+from lorascope.charts.theme import WIDTHS
+from lorascope.files.seals import require_own
 
 META = {"runs": ["0123456789ab", "ba9876543210"], "claim": 'norms grow <fast> & "far"'}
 
@@ -112,7 +115,8 @@ def test_saved_figure_contains_its_provenance(chart, tmp_path, kind) -> None:
     assert path.stat().st_size > 0
     digest = hashlib.sha256(chart.data.to_csv(index=False, float_format="%.9g").encode()).hexdigest()
     assert origin(path) == {**META, "lorascope": lorascope.__version__, "data_sha256": digest}
-    assert {entry.name for entry in path.parent.iterdir()} <= {path.name, f"{path.name}-metadata.json"}
+    extra = {f"{path.name}-metadata.json", f"{path.name}-caption.txt"}
+    assert {entry.name for entry in path.parent.iterdir()} <= {path.name} | extra
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,6 +150,82 @@ def test_pdf_has_the_requested_width_and_embedded_truetype(chart, heat, tmp_path
     assert float(panels.mediabox.width) == pytest.approx(72 * 6.9, abs=0.5)
 
 
+@pytest.mark.parametrize("width", [3.25, "3.25", 3.03, "neurips", "icml", "acl", "acl-page", "nature", "nature-page"])
+@pytest.mark.parametrize("dpi", [100, 300])
+def test_png_has_the_requested_size_to_a_pixel(chart, tmp_path, width, dpi) -> None:
+    inches = WIDTHS[width] if width in WIDTHS else float(width)
+    with Image.open(chart.save(tmp_path / "norms.png", width=width, height=3.0, dpi=dpi)) as image:
+        assert image.size == (pytest.approx(inches * dpi, abs=1), 3 * dpi)
+        assert image.info["dpi"] == pytest.approx((dpi, dpi), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["pdf", "svg"])
+def test_vector_file_has_the_requested_size(chart, heat, tmp_path, kind) -> None:
+    for number, one in enumerate((chart, heat, set_side_by_side(chart, heat))):
+        path = one.save(tmp_path / f"{number}.{kind}", width=5.5, height=2.5)
+        if kind == "pdf":
+            size = list(map(float, pypdf.PdfReader(path).pages[0].mediabox[2:]))
+        else:
+            root = ElementTree.parse(path).getroot()
+            size = [float(root.get(side).removesuffix("pt")) for side in ("width", "height")]
+        assert size == pytest.approx([72 * 5.5, 72 * 2.5], abs=0.01)
+
+
+def test_fixed_height_is_tidy_or_rejected(chart, heat) -> None:
+    for one in (chart, heat, set_side_by_side(chart, heat)):
+        assert_tidy(one.mpl(theme="paper", width="neurips", height=2.2, caption=False))
+    with pytest.raises(ValueError, match=r"height must be >= \d\.\d inches for this figure, got 0.4"):
+        chart.mpl(height=0.4)
+
+
+@pytest.mark.parametrize(("kind", "default"), [("pdf", False), ("svg", False), ("png", True), ("html", True)])
+def test_caption_is_drawn_as_requested_and_else_next_to_a_figure_for_print(chart, tmp_path, kind, default) -> None:
+    beside = tmp_path / f"norms.{kind}-caption.txt"
+    plain = chart.save(tmp_path / f"norms.{kind}").read_bytes()
+    assert beside.exists() == (not default)
+    if not default:
+        assert beside.read_text() == f"{chart.caption}\n"
+    assert chart.save(tmp_path / f"with.{kind}", caption=True).read_bytes() == plain or not default
+    assert (chart.save(tmp_path / f"without.{kind}", caption=False).read_bytes() == plain) == (not default)
+    if kind == "pdf":
+        reader = pypdf.PdfReader(tmp_path / "norms.pdf")
+        assert reader.metadata["/Subject"] == chart.caption
+        assert "t-interval" not in reader.pages[0].extract_text()
+        assert "t-interval" in pypdf.PdfReader(tmp_path / "with.pdf").pages[0].extract_text()
+
+
+def test_title_is_replaced_or_omitted(chart, tmp_path) -> None:
+    assert chart.mpl(title="Mine").get_suptitle() == chart.mpl(Figure().subplots(), title="Mine").get_title() == "Mine"
+    assert chart.mpl(title="").get_suptitle() == ""
+    assert chart.mpl(title="").get_figheight() < chart.mpl().get_figheight()
+    assert set_side_by_side(chart, chart).mpl(title="Mine").get_suptitle() == "Mine"
+    assert pypdf.PdfReader(chart.save(tmp_path / "a.pdf", title="Mine")).metadata["/Title"] == "Mine"
+    assert Page(chart.save(tmp_path / "a.html", title="Mine").read_text(encoding="utf-8")).title == "Mine"
+
+
+@pytest.mark.skipif(shutil.which("xelatex") is not None, reason="LaTeX is installed")
+def test_pgf_without_latex_names_the_program(chart, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="cannot save as pgf: xelatex is not installed"):
+        chart.save(tmp_path / "norms.pgf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pgf_has_text_provenance_and_a_seal(chart, tmp_path, monkeypatch) -> None:
+    class Latex:
+        def get_width_height_descent(self, text, font):
+            return 0.5 * len(text) * font.get_size(), font.get_size(), 0.0
+
+    monkeypatch.setattr("matplotlib.backends.backend_pgf.LatexManager._get_cached_or_new", Latex)
+    monkeypatch.setattr(shutil, "which", lambda program: program)
+    path = chart.save(tmp_path / "norms.pgf", width="icml", height=2.0)
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text.splitlines()[0].removeprefix("% lorascope: "))["runs"] == META["runs"]
+    assert "3.250000in}{2.000000in}" in text
+    assert "final phase" in text
+    assert "t-interval" not in text
+    require_own(path)
+
+
 def test_html_page_is_self_contained(chart, tmp_path) -> None:
     text = chart.save(tmp_path / "norms.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -162,7 +242,7 @@ def test_csv_contains_only_the_data(chart, tmp_path) -> None:
 
 def test_unknown_extension_raises_before_writing(chart, tmp_path) -> None:
     with pytest.raises(
-        ValueError, match=r"cannot save 'norms.jpeg': the extension must be one of pdf, svg, png, html, csv"
+        ValueError, match=r"cannot save 'norms.jpeg': the extension must be one of pdf, svg, pgf, png, html, csv"
     ):
         chart.save(tmp_path / "deep" / "norms.jpeg")
     assert list(tmp_path.iterdir()) == []
@@ -415,7 +495,7 @@ def test_saving_to_a_symbolic_link_writes_the_file_it_points_to(chart: Chart, tm
     chart.save(link)
     assert link.is_symlink()
     assert target.read_bytes().startswith(b"<?xml")
-    assert {file.name for file in tmp_path.iterdir()} == {"figure.svg", "link.svg"}
+    assert {file.name for file in tmp_path.iterdir()} == {"figure.svg", "link.svg", "link.svg-caption.txt"}
 
 
 @pytest.mark.parametrize(

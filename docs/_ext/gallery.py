@@ -86,6 +86,6 @@ def run_example(code: str, runs: dict[str, Any]) -> Drawable:
 def save_images(chart: Drawable, name: str, images: Path) -> Iterator[str]:
     """Save a chart for both color schemes, and yield the Markdown that shows each in its own."""
     for theme in ("light", "dark"):
-        file = chart.save(images / f"{name}-{theme}.svg", theme=theme)
+        file = chart.save(images / f"{name}-{theme}.svg", theme=theme, caption=True)
         alt = chart.title if hasattr(chart, "title") else name
         yield f"```{{image}} images/{file.name}\n:alt: {alt}\n:class: only-{theme}\n```\n"

@@ -49,7 +49,16 @@ class Drawable:
         counts = joined[["panel", "mark"]].nunique()
         return joined.drop(columns=counts.index[counts < 2])
 
-    def mpl(self, ax: Any = None, theme: str | None = None, width: str | None = None) -> Any:
+    def mpl(
+        self,
+        ax: Any = None,
+        theme: str | None = None,
+        width: str | float | None = None,
+        *,
+        height: float | None = None,
+        title: str | None = None,
+        caption: bool = True,
+    ) -> Any:
         """Draw with matplotlib.
 
         Parameters
@@ -58,8 +67,16 @@ class Drawable:
             Axes to draw on, in your own style. Requires a single chart without frames; the caption is not drawn.
         theme : {"light", "dark", "paper"}, optional
             Default "light".
-        width : {"column", "page"}, optional
-            3.3 or 6.9 inches. Default: column for a single chart, page for panels and frames.
+        width : float or str, optional
+            Inches, "column" (3.3), "page" (6.9), or a venue: "neurips", "iclr", "jmlr" and "tmlr", and with two columns
+            "icml", "acl", "aaai", "ieee" and "nature", whose full width is "icml-page" and so on. Default: column for
+            a single chart, page for panels and frames.
+        height : float, optional
+            Inches, with title, legend and caption. Default: as high as necessary.
+        title : str, optional
+            Replaces the title; "" omits it. Panels keep theirs.
+        caption : bool
+            Whether the caption is below the figure, default True.
 
         Returns
         -------
@@ -67,25 +84,40 @@ class Drawable:
         """
         mpl = _import_backend("matplotlib_backend")
         if ax is not None:
-            return mpl.draw_onto(ax, self, theme)
-        return mpl.to_matplotlib(self, theme, width)
+            return mpl.draw_onto(ax, self, theme, title)
+        return mpl.to_matplotlib(self, theme, width, height=height, title=title, caption=caption)
 
     def plotly(self, theme: str | None = None) -> Any:
         """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""
         return _import_backend("plotly_backend").to_plotly(self, theme)
 
-    def save(self, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        width: str | float | None = None,
+        theme: str | None = None,
+        *,
+        height: float | None = None,
+        title: str | None = None,
+        caption: bool | None = None,
+        dpi: float = 300,
+    ) -> Path:
         """Write the figure and its provenance to a file, completely or not at all; equal charts give equal bytes.
 
         Parameters
         ----------
         path : str or Path
-            The extension selects the format: pdf, svg, png (matplotlib), html (plotly, self-contained) or csv (data).
-            Missing folders are created.
-        width : {"column", "page"}, optional
-            3.3 or 6.9 inches. Default: column for a single chart, page for panels and frames.
+            The extension selects the format: pdf, svg, pgf, png (matplotlib), html (plotly, self-contained) or csv
+            (data). Missing folders are created. pgf requires LaTeX.
+        width, height, title
+            See :meth:`mpl`; html and csv have no size.
         theme : {"light", "dark", "paper"}, optional
-            Default: paper for pdf and svg, else light.
+            Default: paper for pdf, svg and pgf, else light.
+        caption : bool, optional
+            Whether the caption is below the figure. Default: not for pdf, svg and pgf, whose text belongs into the
+            paper; it is in the metadata, and in the file ``x.pdf-caption.txt`` next to ``x.pdf``.
+        dpi : float
+            Pixels per inch of a png, default 300.
 
         Returns
         -------
@@ -94,9 +126,10 @@ class Drawable:
         Raises
         ------
         ValueError
-            The extension is not one of these.
+            The extension is not one of these, or the figure does not fit the size.
         """
-        return _import_backend("save").save(self, path, width, theme)
+        size: dict[str, Any] = {"width": width, "height": height, "dpi": dpi}
+        return _import_backend("save").save(self, path, theme=theme, title=title, caption=caption, **size)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         shown = _import_backend("plotly_backend").bundle(self)

@@ -66,8 +66,8 @@ class FigurePlan:
     theme: Theme
 
 
-def plan_figure(drawable: Drawable, theme: Theme) -> FigurePlan:
-    """Plan a figure: compute everything that does not depend on the renderer."""
+def plan_figure(drawable: Drawable, theme: Theme, title: str | None = None, caption: bool = True) -> FigurePlan:
+    """Plan a figure: compute everything that does not depend on the renderer; see :meth:`Drawable.mpl`."""
     charts = drawable.charts()
     framed = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
     labels = list(dict.fromkeys(str(column.name) for column in framed))
@@ -88,6 +88,8 @@ def plan_figure(drawable: Drawable, theme: Theme) -> FigurePlan:
             ramps.append(Ramp(len(ramps), scale_colors.label, theme.ramp, scale_colors.limits, views))
     numbers = iter(range(len(charts)))
     legend_titles = set(map(attrgetter("color_label"), charts))
+    if title is None:
+        title = charts[0].title if len(charts) == 1 else ""  # panels have their own titles
     return FigurePlan(
         panels=_set_limits(panels, frames),
         rows=[list(islice(numbers, len(row))) for row in drawable.rows()],
@@ -97,13 +99,13 @@ def plan_figure(drawable: Drawable, theme: Theme) -> FigurePlan:
         entries=_merge_entries(chain.from_iterable(map(_entries, panels))),
         legend_title=legend_titles.pop() if len(legend_titles) == 1 else "",
         ramps=ramps,
-        title=charts[0].title if len(charts) == 1 else "",  # panels have their own titles
-        caption=_join_captions(charts),
+        title=title,
+        caption=join_captions(charts) if caption else "",
         theme=theme,
     )
 
 
-def _join_captions(charts: Sequence[Chart]) -> str:
+def join_captions(charts: Sequence[Chart]) -> str:
     """Join the captions of a figure; if they differ, the titles of the panels precede them."""
     captions, titled_captions = [], []
     for chart in charts:

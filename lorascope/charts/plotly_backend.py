@@ -19,9 +19,9 @@ LARGEST = 18.0  # diameter in pixels of the largest dot, if the area shows a col
 CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}  # no button sends data anywhere
 
 
-def to_plotly(drawable: Drawable, name: str | None = None) -> go.Figure:
-    """Draw an interactive plotly figure in a theme, "light" by default."""
-    return draw(plan_figure(drawable, theme(name or "light")))
+def to_plotly(drawable: Drawable, name: str | None = None, title: str | None = None, caption: bool = True) -> go.Figure:
+    """Draw an interactive plotly figure in a theme, "light" by default; see :meth:`Drawable.mpl`."""
+    return draw(plan_figure(drawable, theme(name or "light"), title, caption))
 
 
 def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
@@ -59,9 +59,9 @@ def ground(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
     return go.Figure(layout=layout(settled, width))
 
 
-def fragment(drawable: Drawable, div_id: str, name: str | None = None) -> str:
+def fragment(drawable: Drawable, div_id: str, name: str | None = None, **texts: Any) -> str:
     """Draw as an HTML fragment that contains plotly.js (4.6 MiB); ``div_id`` must be unique on the page."""
-    drawn_figure = to_plotly(drawable, name)
+    drawn_figure = to_plotly(drawable, name, **texts)
     options = {
         "full_html": False,
         "auto_play": False,

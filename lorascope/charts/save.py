@@ -6,6 +6,7 @@ of lorascope and the SHA-256 of the drawn data. It is stored in
 - ``Keywords`` of a PDF,
 - ``Description`` of an SVG,
 - the text chunk ``lorascope`` of a PNG,
+- the first line of a PGF,
 - ``<meta name="lorascope">`` of an HTML page,
 - ``x.csv-metadata.json`` next to ``x.csv``, the file name that "CSV on the Web" defines for metadata; a comment in the
   table itself would break every reader.
@@ -25,47 +26,71 @@ from typing import Any
 from lorascope import __version__
 from lorascope.charts import theme as themes
 from lorascope.charts.chart import Drawable
-from lorascope.files.printable import printable
+from lorascope.charts.figure_plan import join_captions
+from lorascope.files.printable import printable, printable_lines
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.seals import seal, write_table
 from lorascope.files.whole_files import write_bytes
 
-_KINDS = ("pdf", "svg", "png", "html", "csv")
-# Files for print and for the screen.
+_KINDS = ("pdf", "svg", "pgf", "png", "html", "csv")
 # A page of notebooks shows one pixel per pixel: 495 for a single chart, 1035 for panels.
 _PREVIEW_DPI = 150
-_THEMES = {"pdf": "paper", "svg": "paper", "png": "light", "html": "light"}
+# Files for print and for the screen.
+_THEMES = {"pdf": "paper", "svg": "paper", "pgf": "paper", "png": "light", "html": "light"}
 
 
-def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
+def save(
+    drawable: Drawable,
+    path: str | Path,
+    *,
+    theme: str | None = None,
+    title: str | None = None,
+    caption: bool | None = None,
+    dpi: float = 300,
+    **size: Any,
+) -> Path:
     """Save a chart or panels as a file; see :meth:`Drawable.save`."""
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _KINDS:
         raise ValueError(f"cannot save {path.name!r}: the extension must be one of {', '.join(_KINDS)}")
-    title = " | ".join(dict.fromkeys(printable(chart.title) for chart in drawable.charts() if chart.title))
+    titles = [title] if title else [chart.title for chart in drawable.charts() if chart.title]
+    name = " | ".join(dict.fromkeys(map(printable, titles)))
     source, program = provenance(drawable), f"lorascope {__version__}"
     if kind == "csv":
-        about = {"@context": "http://www.w3.org/ns/csvw", "dc:title": title, "lorascope": json.loads(source)}
+        about = {"@context": "http://www.w3.org/ns/csvw", "dc:title": name, "lorascope": json.loads(source)}
         write_table(path, csv_text(drawable.flat()).encode(), about)
     elif kind == "html":
         from lorascope.charts import plotly_backend
 
-        plot = plotly_backend.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
+        div_id, texts = (
+            hashlib.sha256(source.encode()).hexdigest()[:12],
+            {"title": title, "caption": caption is not False},
+        )
+        plot = plotly_backend.fragment(drawable, div_id, theme, **texts)
         ground = themes.theme(theme or _THEMES[kind]).background
-        page = _PAGE.format(title=escape(title), source=escape(source), plot=plot, ground=ground)
+        page = _PAGE.format(title=escape(name), source=escape(source), plot=plot, ground=ground)
         write_bytes(path, seal(page.encode(), kind))
     else:
         from lorascope.charts import matplotlib_backend
 
         # No dates, so that equal figures give equal bytes.
+        text = printable_lines(join_captions(drawable.charts()))
         metadata: dict[str, dict[str, Any]] = {
-            "pdf": {"Title": title, "Creator": program, "Keywords": source, "CreationDate": None},
-            "svg": {"Title": title, "Creator": program, "Description": source, "Date": None},
-            "png": {"Title": title, "Software": program, "lorascope": source},
+            "pdf": {"Title": name, "Creator": program, "Keywords": source, "Subject": text, "CreationDate": None},
+            "svg": {"Title": name, "Creator": program, "Description": source, "Keywords": text, "Date": None},
+            "pgf": {},
+            "png": {"Title": name, "Software": program, "lorascope": source, "Description": text},
         }
-        content = matplotlib_backend.write(drawable, kind, theme or _THEMES[kind], width, metadata[kind])
+        look = theme or _THEMES[kind]
+        has_caption = caption if caption is not None else _THEMES[kind] != "paper"
+        layout: dict[str, Any] = {**size, "title": title, "caption": has_caption}
+        content = matplotlib_backend.write(drawable, kind, look, metadata[kind], dpi, **layout)
+        if kind == "pgf":
+            content = f"% lorascope: {source}\n".encode() + content
         write_bytes(path, seal(content, kind))
+        if text and not has_caption:
+            write_bytes(path.with_name(f"{path.name}-caption.txt"), f"{text}\n".encode())
     return path
 
 
@@ -94,7 +119,7 @@ def png_preview(drawable: Drawable) -> bytes:
 
     from lorascope.charts import matplotlib_backend
 
-    content = matplotlib_backend.write(drawable, "png", _THEMES["png"], None, {}, _PREVIEW_DPI)
+    content = matplotlib_backend.write(drawable, "png", _THEMES["png"], {}, _PREVIEW_DPI)
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(content)) as image:
         _reduce_colors(image).save(buffer, "PNG", optimize=True)

@@ -7,6 +7,7 @@ centered at zero.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"]
@@ -17,7 +18,26 @@ ON_DARK = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#f
 
 FAINT = 0.18  # opacity of bands
 MUTED = 0.55  # opacity of gray text
-WIDTHS = {"column": 3.3, "page": 6.9}  # inches: one column and the full width of a two-column page
+# Inches: one column and, with "-page", the full width of a page with two columns, as in the template of each venue.
+WIDTHS = {
+    "column": 3.3,
+    "page": 6.9,
+    "neurips": 5.5,
+    "iclr": 5.5,
+    "icml": 3.25,
+    "icml-page": 6.75,
+    "acl": 7.7 / 2.54,
+    "acl-page": 16 / 2.54,
+    "aaai": 3.3125,
+    "aaai-page": 7.0,
+    "ieee": 252 / 72.27,  # points of TeX
+    "ieee-page": 516 / 72.27,
+    "jmlr": 6.0,
+    "tmlr": 6.5,
+    "nature": 8.9 / 2.54,
+    "nature-page": 18.3 / 2.54,
+}
+MIN_WIDTH, MAX_WIDTH = 1.0, 40.0  # inches
 # Dash patterns and shapes of dots, by plotly's names.
 STYLES = {
     "dash": ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"],
@@ -71,6 +91,18 @@ def theme(name: str) -> Theme:
     if name not in THEMES:
         raise ValueError(f"theme must be one of {', '.join(map(repr, THEMES))}, got {name!r}")
     return THEMES[name]
+
+
+def width_in_inches(width: str | float) -> float:
+    """Return the width of a figure in inches from a number of inches or a name of `WIDTHS`."""
+    try:
+        inches = float(WIDTHS.get(str(width), width))
+    except ValueError:
+        inches = math.nan
+    if not MIN_WIDTH <= inches <= MAX_WIDTH:
+        allowed = f"inches from {MIN_WIDTH:g} to {MAX_WIDTH:g} or one of {', '.join(map(repr, WIDTHS))}"
+        raise ValueError(f"width must be {allowed}, got {width!r}")
+    return inches
 
 
 def channels(color: str) -> tuple[int, int, int]:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         runs
             Folders of runs or adapters; label=folder sets the label of a curve, and runs with one label are its seeds.
         out
-            pdf, png, svg, html or csv; figures/NAME.pdf if omitted.
+            pdf, png, svg, pgf, html or csv; figures/NAME.pdf if omitted.
         control
             Runs to plot as the control.
         base
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         series
             Plot the checkpoints in each folder instead of its final adapter.
         width
-            Figure width: column or page.
+            Figure width in inches, column, page, or a venue such as icml or icml-page.
         theme
             Color theme: light, dark or paper.
         json

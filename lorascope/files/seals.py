@@ -1,7 +1,7 @@
 """Seals: marks by which lorascope recognizes a file that it wrote and that has not changed since.
 
-A seal is the SHA-256 of the rest of the file, near its end: a comment in HTML, Markdown, SVG and PDF, a text chunk in
-PNG, the last property in JSON. The seal of a CSV file is in the JSON file that describes it.
+A seal is the SHA-256 of the rest of the file, near its end: a comment in HTML, Markdown, SVG, PDF and PGF, a text chunk
+in PNG, the last property in JSON. The seal of a CSV file is in the JSON file that describes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MARKS = {
     "html": _COMMENT,
     "md": _COMMENT,
     "svg": _COMMENT,
-    "pdf": (b"% lorascope sha256 ", b"\n"),
+    **dict.fromkeys(("pdf", "pgf"), (b"% lorascope sha256 ", b"\n")),
     # SARIF allows further properties only there.
     "json": (b',\n "properties": {\n  "lorascope_sha256": "', b'"\n }'),
 }

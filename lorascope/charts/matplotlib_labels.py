@@ -1,0 +1,93 @@
+"""Names of categories and labels of logarithmic axes in matplotlib, as many as have room."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
+
+from lorascope.array_types import Float
+from lorascope.charts.geometry import Panel
+from lorascope.charts.matplotlib_style import escape_dollar
+from lorascope.charts.scales import Scale
+from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
+
+FEW = 200  # a logarithmic axis whose ends have a smaller ratio needs ticks between powers of ten
+# Multiples of powers of ten for these ticks, from most to fewest; all are for axes with fewer than two of the first.
+BETWEEN, ALL = ((1, 2, 5), (1, 3), (1,)), tuple(range(1, 10))
+_NAMES_SHARE = 0.4  # of the width of a figure: room for the names on a vertical axis
+_LINE = 1.2  # height of a line of text, in font sizes
+
+
+def label_categories(ax: Axes, panel: Panel) -> float:
+    """Label the categories, as many as fit now; return the points below the axes that vertical names need."""
+    depth = 0.0
+    axes: tuple[Any, Any] = (ax.xaxis, ax.yaxis)
+    for axis, scale, room in zip(axes, (panel.x, panel.y), size_in_points(ax), strict=True):
+        size = float(axis.get_major_ticks(1)[0].label1.get_fontsize())
+        ticks = scale.ticks(room, size, across=axis.axis_name == "y")
+        if ticks is not None:
+            axis.set_minor_locator(NullLocator())
+            labels = ticks.names
+            if axis.axis_name == "y":
+                width = 72 * ax.figure.bbox.width / ax.figure.dpi
+                labels = [_fit_beside(name, _NAMES_SHARE * width, room / len(labels), size) for name in labels]
+            rotation = 0
+            if ticks.turned:
+                rotation, depth = 90, max(map(len, ticks.names)) * GLYPH * size
+            axis.set_ticks(ticks.positions, map(escape_dollar, labels), rotation=rotation)
+        elif is_short(scale):
+            _thin_ticks(axis, room, size)
+    return depth
+
+
+def size_in_points(ax: Axes) -> tuple[float, float]:
+    """Return the width and height of axes in points."""
+    box, points = ax.get_window_extent(), 72.0 / ax.figure.dpi
+    return box.width * points, box.height * points
+
+
+def is_short(scale: Scale) -> bool:
+    return scale.log and bool(scale.limits[1] < FEW * scale.limits[0])
+
+
+def _fit_beside(name: str, width: float, height: float, size: float) -> str:
+    """Fold a name to a width, or cut it in its middle if its lines are higher than its place; all in points."""
+    folded = wrap_text(name, width, size)
+    if count_lines(folded) * _LINE * size <= max(height, _LINE * size):
+        return folded
+    length = max(8, int(width / (GLYPH * size))) - 1
+    if len(name) <= length:
+        return name
+    return f"{name[: length - length // 2]}…{name[-(length // 2) :]}"
+
+
+def _thin_ticks(axis: Any, room: float, size: float) -> None:
+    """Set the ticks of a short logarithmic axis, as many as have room for their labels."""
+    low, high = np.log(axis.get_view_interval())
+    choices: Sequence[Sequence[int]] = BETWEEN
+    if len(_log_ticks(low, high, BETWEEN[0])) < 2:
+        choices = [ALL]
+    for subs in choices:
+        locator, ticks = LogLocator(subs=subs), _log_ticks(low, high, subs)
+        # Fewer ticks would be no scale: the previous, denser ones stay.
+        if len(ticks) < 2:
+            return
+        axis.set_major_locator(locator)
+        across = np.full(len(ticks), _LINE)
+        if axis.axis_name == "x":
+            across = np.array([GLYPH * len(f"{tick:g} ") for tick in ticks])
+        required_gaps = size * (across[1:] + across[:-1]) / 2
+        if (np.diff(np.log(ticks)) / (high - low) * room >= required_gaps).all():
+            return
+
+
+def _log_ticks(low: float, high: float, subs: Sequence[int]) -> Float[np.ndarray, "ticks"]:
+    """Return multiples of powers of ten between two ends, which are natural logarithms."""
+    decades = 10.0 ** np.arange(math.floor(low / math.log(10)), math.ceil(high / math.log(10)))
+    ticks = np.outer(decades, subs).ravel()
+    return ticks[(low <= np.log(ticks)) & (np.log(ticks) <= high)]

@@ -44,7 +44,7 @@ _NO_SETTINGS = {"model", "data", "method", "seed", "out", "root", "overwrite", "
 class Job:
     """One combination of a grid, a call of ``train`` in a separate process; ``settings`` are its keyword arguments.
 
-    ``name`` replaces the name that a sweep composes, and ``cost`` is the expected duration relative to other jobs.
+    ``name`` replaces the name that a sweep composes.
     """
 
     model: Model
@@ -52,7 +52,6 @@ class Job:
     method: Method
     settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
-    cost: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -180,8 +180,7 @@ def run_jobs(
     # Progress files are next to the runs, in a folder that all machines of a cluster have.
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=root, ignore_cleanup_errors=True) as notes:
         files = [Path(notes).resolve() / f"{number}.json" for number in range(len(jobs))]
-        costs = [job.cost for job in jobs]
-        table = SweepTable(swept.names, files.__getitem__, sys.stderr if progress else None, costs)
+        table = SweepTable(swept.names, files.__getitem__, sys.stderr if progress else None)
         with table as board, ignore_replaced_workers():
 
             def fail(number: int, reason: str) -> None:

@@ -38,15 +38,11 @@ class Row(NamedTuple):
 class SweepTable:
     """Table of a sweep on a terminal, redrawn every second; elsewhere one line whenever a run starts or ends.
 
-    ``note`` returns the progress file of the run with a number; the stream None shows no table. ``costs`` are the
-    expected durations of the runs relative to each other, by default equal.
+    ``note`` returns the progress file of the run with a number; the stream None shows no table.
     """
 
-    def __init__(
-        self, names: Sequence[str], note: Callable[[int], Path], stream: Any, costs: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, names: Sequence[str], note: Callable[[int], Path], stream: Any) -> None:
         self.names, self.note, self.stream = list(map(printable, names)), note, stream
-        self.costs = costs or [1.0] * len(names)
         self._begun = time.monotonic()
         self._ended: dict[int, Row] = {}
         self._told = ["waiting"] * len(names)
@@ -87,7 +83,7 @@ class SweepTable:
     def time_left(self, rows: Sequence[Row]) -> str:
         """Format the estimated time until all runs have ended; "" without an estimate."""
         elapsed = time.monotonic() - self._begun
-        finished = sum(cost * _finished_part(row) for cost, row in zip(self.costs, rows, strict=True)) / sum(self.costs)
+        finished = sum(map(_finished_part, rows)) / len(rows)
         if elapsed < _FIRST_ESTIMATE or not 0 < finished < 1:
             return ""
         return f"about {math.ceil(elapsed * (1 / finished - 1) / 60)} min left"

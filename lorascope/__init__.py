@@ -21,6 +21,8 @@ _PUBLIC = {
     "train": "lorascope.training.loop:train",
     "load": "lorascope.runs.loading:load",
     "load_series": "lorascope.runs.loading:load_series",
+    "example": "lorascope.runs.examples:example",
+    "examples": "lorascope.runs.examples:examples",
     "restore": "lorascope.training.state:restore",
     "sweep": "lorascope.experiments.sweep:sweep",
     "explore": "lorascope.plots.explore:explore",

@@ -76,13 +76,18 @@ def test_wheel_has_package_types_templates_and_evidence_but_no_tests(wheel: Path
         "pages/parts.html",
     }
     files = [*(ROOT / "data").glob("*.toml")]
-    for folder in ("edition-1", "evidence-2", "published"):
+    for folder in ("edition-1", "evidence-2", "examples", "published"):
         files += (ROOT / "data" / folder).rglob("*")
     data = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     expected = package | {f"lorascope/{name}" for name in own | data}
     info = f"lorascope-{lorascope.__version__}.dist-info"
     assert {name for name in names if not name.startswith(info)} == expected
     assert {f"{info}/METADATA", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= names
+
+
+def test_examples_take_less_than_3_mb_of_the_wheel(wheel: Path) -> None:
+    files = [file for file in zipfile.ZipFile(wheel).infolist() if "/data/examples/" in file.filename]
+    assert 0 < sum(file.compress_size for file in files) < 3e6
 
 
 def test_metadata_states_version_license_python_and_extras(site: Path) -> None:
@@ -105,6 +110,13 @@ def test_metadata_states_version_license_python_and_extras(site: Path) -> None:
 def test_commands_on_an_adapter_need_only_the_base(site: Path, adapter: Path, tmp_path: Path, words: list[str]) -> None:
     done = call(site, tmp_path, ["-m", "lorascope.cli", *words, str(adapter)])
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_example_adapters_need_only_the_base(site: Path, tmp_path: Path) -> None:
+    code = "import lorascope as ls; ls.plots.spectrum(ls.example('adapter')).save('spectrum.pdf'); print(ls.examples())"
+    done = call(site, tmp_path, ["-c", code])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "spectrum.pdf").exists()
 
 
 def test_inspect_prints_the_same_with_the_base_as_with_everything(site: Path, adapter: Path, tmp_path: Path) -> None:

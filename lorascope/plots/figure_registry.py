@@ -136,6 +136,6 @@ def available(run: Result) -> pd.DataFrame:
         reasons = [missing_reason(run, need, entry.history) for need in entry.needs]
         missing = "; ".join(filter(None, reasons))
         rows.append({"figure": name, "runs": entry.runs, "drawable": not missing, "missing": missing})
-    from lorascope.plots.uncut_table import UncutTable  # imports pandas, which no other command needs at once
+    from lorascope.schema.uncut_table import UncutTable  # imports pandas, which no other command needs at once
 
     return UncutTable(rows)

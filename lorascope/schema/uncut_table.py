@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pandas as pd
 
 
@@ -9,9 +11,13 @@ class UncutTable(pd.DataFrame):
     """DataFrame whose cells are displayed in full."""
 
     def __repr__(self) -> str:
-        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
+        with _display_all():
             return super().__repr__()
 
     def _repr_html_(self) -> str:
-        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
+        with _display_all():
             return super()._repr_html_()  # type: ignore[misc]  # the stubs lack it
+
+
+def _display_all() -> AbstractContextManager[None]:
+    return pd.option_context("display.max_colwidth", None, "display.max_rows", None, "display.max_columns", None)

@@ -34,7 +34,7 @@ STUDENTS = {
 def few_texts(monkeypatch):
     for counts in ("SINGLE", "MIXED", "ISOLATED"):
         monkeypatch.setattr(planted_truths, counts, planted_truths.Rows(64, 8, 8))
-    caches = (planted_truths.examples, planted_truths.base_gaps, study_training._hash_once)
+    caches = (planted_truths.sample_examples, planted_truths.base_gaps, study_training._hash_once)
     for function in caches:
         function.cache_clear()
     yield

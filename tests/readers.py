@@ -31,6 +31,14 @@ class Mpl:
     def styles(self, panel: int = 0) -> list[Any]:
         return [line._unscaled_dash_pattern for line in self.axes[panel].lines]
 
+    def symbols(self, panel: int = 0) -> list[str]:
+        """Return the outlines of the dots of each group."""
+        drawn = [item for item in self.axes[panel].collections if isinstance(item, PathCollection)]
+        return [str(item.get_paths()[0].vertices.round(3).tolist()) for item in drawn]
+
+    def legend_styles(self) -> list[Any]:
+        return [line._unscaled_dash_pattern for line in self.figure.legends[0].get_lines()]
+
     def bands(self, panel: int = 0) -> list[tuple[set, str]]:
         drawn = [item for item in self.axes[panel].collections if isinstance(item, FillBetweenPolyCollection)]
         return [
@@ -138,6 +146,12 @@ class Plotly:
 
     def styles(self, panel: int = 0) -> list[Any]:
         return [t.line.dash for t in self._scatters("lines", panel)]
+
+    def symbols(self, panel: int = 0) -> list[str]:
+        return [t.marker.symbol for t in self._scatters("markers", panel)]
+
+    def legend_styles(self) -> list[Any]:
+        return [t.line.dash for t in self.figure.data if t.showlegend]
 
     def bands(self, panel: int = 0) -> list[tuple[set, str]]:
         found = []

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from readers import Mpl, Plotly
 
 from lorascope.charts import matplotlib_backend
 from lorascope.charts.chart import Chart, set_side_by_side, stack_vertically
 from lorascope.charts.geometry import Curve, build
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Rule, Text
-from lorascope.charts.theme import OKABE_ITO
+from lorascope.charts.theme import OKABE_ITO, contrast
 
 both = pytest.mark.parametrize("reader", [Mpl, Plotly])
 BLUE, VERMILLION, GREEN = OKABE_ITO[:3]
@@ -74,6 +77,34 @@ def test_colors_sets_the_order_of_palette_and_legend(reader, runs) -> None:
 def test_line_with_missing_values_has_gaps(reader) -> None:
     data = pd.DataFrame({"x": [0, 1, 2, 3], "y": pd.array([1.0, None, np.inf, 2.0], dtype="Float64")})
     assert reader(Chart(data, [Line("x", "y")])).lines() == [([0, 1, 2, 3], [1, None, None, 2], BLUE)]
+
+
+@both
+def test_categories_differ_in_dash_and_marker_as_in_the_legend(reader) -> None:
+    data = pd.DataFrame([(x, x * k, f"recipe {k}") for k in range(1, 7) for x in range(3)], columns=["x", "y", "who"])
+    lines, dots = reader(Chart(data, [Line("x", "y", "who")])), reader(Chart(data, [Point("x", "y", "who")]))
+    assert len(set(map(str, lines.styles()))) == 6
+    assert len(set(dots.symbols())) == 6
+    assert list(map(str, lines.legend_styles())) == list(map(str, lines.styles()))
+    # Categories that an axis shows need no other shape.
+    assert len(set(reader(Chart(data, [Point("y", "who", "who")])).symbols())) == 1
+
+
+def test_artists_have_the_labels_of_the_legend(runs) -> None:
+    marks = [Band("step", "low", "high", "method"), Line("step", "value", "method"), Point("step", "value", "method")]
+    ax = Chart(runs, marks).mpl().axes[0]
+    handles, labels = ax.get_legend_handles_labels()
+    assert labels == ["LoRA", "Full"]
+    assert [handle.get_color() for handle in handles] == [BLUE, VERMILLION]
+    bars = Chart(runs, [Bar("step", "value", "method")]).mpl().axes[0]
+    assert bars.get_legend_handles_labels()[1] == labels
+    runs["seed"] = [0, 0, 0, 1, 1]
+    dashed = Chart(runs, [Line("step", "value", "method", "seed")]).mpl().axes[0]
+    assert dashed.get_legend_handles_labels()[1] == [*labels, "0", "1"]
+    without = Chart(runs, marks).mpl(legend=False)
+    assert without.legends == []
+    assert without.axes[0].get_legend_handles_labels()[1] == labels
+    assert Chart(runs, marks).mpl(Figure().subplots(), legend=False).get_legend() is None
 
 
 @both
@@ -252,13 +283,29 @@ def test_heat_with_text_writes_numbers_in_cells(cells) -> None:
     assert {(x, y): text for x, y, text in Mpl(chart).words()} == {
         (0, 0): "1.0", (1, 0): "2.0", (0, 1): "-4.0", (2, 1): "3.0"
     }  # fmt: skip
-    assert list(map(list, chart.plotly().data[0].text)) == [["1.0", "2.0", ""], ["-4.0", "", "3.0"]]
+    (shown, *_) = chart.plotly().data
+    texts = [[re.sub("<[^>]*>", "", text) for text in row] for row in shown.text]
+    assert texts == [["1.0", "2.0", ""], ["-4.0", "", "3.0"]]
+    assert "%{z:.1f}" in shown.hovertemplate
     assert chart.plotly().data[0].texttemplate == "%{text}"
 
 
 def test_numbers_too_wide_for_cells_are_omitted() -> None:
     data = pd.DataFrame({"x": range(60), "y": 0, "v": 1.0})
     assert Mpl(Chart(data, [Heat("x", "y", "v", text=".3f")])).words() == []
+
+
+@pytest.mark.parametrize("scale", ["sequence", "diverging"])
+def test_numbers_in_cells_have_a_contrast_of_4_5(scale) -> None:
+    data = pd.DataFrame({"x": range(64), "y": 0, "value": np.linspace(-1, 1, 64)})
+    chart = Chart(data, [Heat("x", "y", "value", text=".0f", scale=scale, limits=(-1, 1))])
+    figure = chart.mpl(width="page")
+    image, texts = figure.axes[0].images[0], figure.axes[0].texts
+    assert len(texts) == 64
+    cells = [to_hex(image.cmap(image.norm(value))) for value in data["value"]]
+    assert min(map(contrast, cells, (text.get_color() for text in texts))) >= 4.5
+    inks = [re.search("#[0-9a-f]{6}", text)[0] for text in chart.plotly().data[0].text[0]]
+    assert min(map(contrast, cells, inks)) >= 4.5
 
 
 def test_numbers_in_cells_are_white_on_dark_and_black_on_light() -> None:

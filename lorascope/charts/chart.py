@@ -58,6 +58,7 @@ class Drawable:
         height: float | None = None,
         title: str | None = None,
         caption: bool = True,
+        legend: bool = True,
     ) -> Any:
         """Draw with matplotlib.
 
@@ -75,8 +76,9 @@ class Drawable:
             Inches, with title, legend and caption. Default: as high as necessary.
         title : str, optional
             Replaces the title; "" omits it. Panels keep theirs.
-        caption : bool
-            Whether the caption is below the figure, default True.
+        caption, legend : bool
+            Whether the figure has them, default True. The artists have the labels of the legend, so that
+            ``ax.legend()`` draws it elsewhere.
 
         Returns
         -------
@@ -84,8 +86,9 @@ class Drawable:
         """
         mpl = _import_backend("matplotlib_backend")
         if ax is not None:
-            return mpl.draw_onto(ax, self, theme, title)
-        return mpl.to_matplotlib(self, theme, width, height=height, title=title, caption=caption)
+            return mpl.draw_onto(ax, self, theme, title, legend)
+        texts: dict[str, Any] = {"title": title, "caption": caption, "legend": legend}
+        return mpl.to_matplotlib(self, theme, width, height=height, **texts)
 
     def plotly(self, theme: str | None = None) -> Any:
         """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""
@@ -100,6 +103,7 @@ class Drawable:
         height: float | None = None,
         title: str | None = None,
         caption: bool | None = None,
+        legend: bool = True,
         dpi: float = 300,
     ) -> Path:
         """Write the figure and its provenance to a file, completely or not at all; equal charts give equal bytes.
@@ -109,7 +113,7 @@ class Drawable:
         path : str or Path
             The extension selects the format: pdf, svg, pgf, png (matplotlib), html (plotly, self-contained) or csv
             (data). Missing folders are created. pgf requires LaTeX.
-        width, height, title
+        width, height, title, legend
             See :meth:`mpl`; html and csv have no size.
         theme : {"light", "dark", "paper"}, optional
             Default: paper for pdf, svg and pgf, else light.
@@ -129,7 +133,8 @@ class Drawable:
             The extension is not one of these, or the figure does not fit the size.
         """
         size: dict[str, Any] = {"width": width, "height": height, "dpi": dpi}
-        return _import_backend("save").save(self, path, theme=theme, title=title, caption=caption, **size)
+        texts: dict[str, Any] = {"title": title, "caption": caption, "legend": legend}
+        return _import_backend("save").save(self, path, theme=theme, **texts, **size)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         shown = _import_backend("plotly_backend").bundle(self)

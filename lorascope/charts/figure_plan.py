@@ -26,7 +26,7 @@ from lorascope.charts.scales import (
     style_columns,
     to_floats,
 )
-from lorascope.charts.theme import RED_BLUE, STYLES, VIRIDIS, Theme
+from lorascope.charts.theme import RED_BLUE, VIRIDIS, Theme
 from lorascope.files.printable import short_name
 
 PAD = 0.04  # fraction of the range left free at each end of a numeric axis
@@ -66,7 +66,9 @@ class FigurePlan:
     theme: Theme
 
 
-def plan_figure(drawable: Drawable, theme: Theme, title: str | None = None, caption: bool = True) -> FigurePlan:
+def plan_figure(
+    drawable: Drawable, theme: Theme, title: str | None = None, caption: bool = True, legend: bool = True
+) -> FigurePlan:
     """Plan a figure: compute everything that does not depend on the renderer; see :meth:`Drawable.mpl`."""
     charts = drawable.charts()
     framed = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
@@ -88,6 +90,7 @@ def plan_figure(drawable: Drawable, theme: Theme, title: str | None = None, capt
             ramps.append(Ramp(len(ramps), scale_colors.label, theme.ramp, scale_colors.limits, views))
     numbers = iter(range(len(charts)))
     legend_titles = set(map(attrgetter("color_label"), charts))
+    entries = _merge_entries(chain.from_iterable(map(panel_entries, panels)))
     if title is None:
         title = charts[0].title if len(charts) == 1 else ""  # panels have their own titles
     return FigurePlan(
@@ -96,7 +99,7 @@ def plan_figure(drawable: Drawable, theme: Theme, title: str | None = None, capt
         columns=drawable.columns if isinstance(drawable, Panels) else 1,
         frames=frames,
         frame_label="".join(labels),
-        entries=_merge_entries(chain.from_iterable(map(_entries, panels))),
+        entries=entries if legend and len(entries) > 1 else [],  # a single entry needs no legend
         legend_title=legend_titles.pop() if len(legend_titles) == 1 else "",
         ramps=ramps,
         title=title,
@@ -188,6 +191,11 @@ def _pad_ends(numbers: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Lim
     return low - pad, high + pad
 
 
+def panel_entries(panel: Panel) -> list[Entry]:
+    """Return the entries of a panel's legend."""
+    return _merge_entries(_entries(panel))
+
+
 def _entries(panel: Panel) -> Iterator[Entry]:
     """Yield the legend entries of a panel: labels, colors that no axis or color bar shows, then styles."""
     labeled_columns = set()
@@ -210,9 +218,7 @@ def _entries(panel: Panel) -> Iterator[Entry]:
             for _, mark in uses:
                 if (panel.chart.table(mark)[column] == value).any():
                     kind, encoding = LOOKS.get(mark.kind, ("patch", ""))
-                    style = STYLES.get(encoding, [""])[0]
-                    if mark.columns().get(encoding) == column:
-                        style = panel.style(mark, encoding, key)
+                    style = getattr(mark, "symbol", "") or panel.style(mark, encoding, key)
                     yield Entry(short_name(value), colors.of(value, panel.theme), kind, style, group(key))
     for kind, encoding in LOOKS.values():
         for column, ((_, mark), *_) in encoded([panel.chart], encoding).items():
@@ -223,14 +229,12 @@ def _entries(panel: Panel) -> Iterator[Entry]:
 
 
 def _merge_entries(entries: Iterable[Entry]) -> list[Entry]:
-    """Merge entries with equal name, color and group; a single entry needs no legend."""
+    """Merge entries with equal name, color and group."""
     best: dict[tuple[str, str, str], Entry] = {}
     for entry in entries:
         old = best.setdefault((entry.label, entry.color, entry.group), entry)
         if SYMBOLS.index(entry.kind) < SYMBOLS.index(old.kind):
             best[entry.label, entry.color, entry.group] = entry
-    if len(best) == 1:
-        return []
     return list(best.values())
 
 

@@ -205,10 +205,18 @@ class Panel:
         return self.colors[column].of(key[column], self.theme)
 
     def style(self, mark: Mark, encoding: str, key: Mapping[str, Any]) -> str:
-        """Return the name of its "dash" pattern or "shape"."""
-        column, index = mark.columns().get(encoding), 0
-        if column is not None:
+        """Return the name of its "dash" pattern or "shape", "" for other encodings.
+
+        Without a column of their own, they differ by color, so that a gray print is readable.
+        """
+        if encoding not in STYLES:
+            return ""
+        columns, index = mark.columns(), 0
+        column, color = columns.get(encoding, ""), columns.get("color", "")
+        if column in key:
             index = self.styles[column].index(key[column])
+        elif not column and color in key and color not in mark.distinct_columns("x", "y"):
+            index = self.colors[color].categories.index(key[color])
         return STYLES[encoding][index % len(STYLES[encoding])]
 
     def positions(self, mark: Any, rows: pd.DataFrame) -> tuple[Numbers, Numbers]:

@@ -31,19 +31,20 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lorascope.charts.chart import Drawable
-from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
+from lorascope.charts.figure_plan import Entry, FigurePlan, panel_entries, plan_figure
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
 from lorascope.charts.matplotlib_labels import BETWEEN, is_short, label_categories, size_in_points
 from lorascope.charts.matplotlib_style import escape_dollar, style
 from lorascope.charts.scales import Ramp
 from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
-from lorascope.charts.theme import FAINT, MUTED, STYLES, is_dark, theme, width_in_inches
+from lorascope.charts.theme import FAINT, MUTED, STYLES, readable_ink, theme, width_in_inches
 from lorascope.files.printable import printable_lines
 
 _PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
 DASHES: dict[str, Any] = dict(zip(STYLES["dash"], _PATTERNS, strict=True))
 MARKERS = dict(zip(STYLES["shape"], "os^DvPX", strict=True))
 MARKERS |= {"circle-open": "o", "line-ns-open": "|"}
+_SYMBOL_SHAPES = {"line": Curve, "dot": Dots, "patch": Bars | Area}
 DOT = 4.0  # diameter of a dot in points
 LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a column
 SMALLEST_TEXT = 4.0  # points; numbers that only fit at a smaller size are omitted
@@ -75,9 +76,10 @@ def to_matplotlib(
     height: float | None = None,
     title: str | None = None,
     caption: bool = True,
+    legend: bool = True,
 ) -> Figure:
     """Draw on a new matplotlib figure; see :meth:`Drawable.mpl`."""
-    settled = plan_figure(drawable, theme(name or "light"), title, caption)
+    settled = plan_figure(drawable, theme(name or "light"), title, caption, legend)
     if width is None:
         width = "column" if len(settled.panels) == 1 and not settled.frames else "page"
     inches = width_in_inches(width)
@@ -112,9 +114,11 @@ def _require_latex() -> None:
         raise FileNotFoundError(f"cannot save as pgf: {program} is not installed")
 
 
-def draw_onto(ax: Axes, drawable: Drawable, name: str | None = None, title: str | None = None) -> Axes:
+def draw_onto(
+    ax: Axes, drawable: Drawable, name: str | None = None, title: str | None = None, legend: bool = True
+) -> Axes:
     """Draw on the caller's matplotlib axes, in the caller's style."""
-    settled = plan_figure(drawable, theme(name or "light"), title)
+    settled = plan_figure(drawable, theme(name or "light"), title, legend=legend)
     if len(settled.panels) > 1 or settled.frames:
         raise ValueError("cannot draw panels or frames on ax: pass a single chart, such as chart.at(frame)")
     (panel,) = settled.panels
@@ -240,12 +244,12 @@ def _draw_legend(drawn_figure: Figure, settled: FigurePlan, width: float) -> Leg
     """Draw the legend with as many entries per row as fit, at least one."""
     size = settled.theme.size
     entries = [replace(entry, label=wrap_text(entry.label, 72 * width - 4 * size, size)) for entry in settled.entries]
-    widths = [(max(map(len, entry.label.split("\n"))) * GLYPH + 4.0) * size for entry in entries]
+    widths = [(max(map(len, entry.label.split("\n"))) * GLYPH + 4.6) * size for entry in entries]
     for depth in range(1, len(entries) + 1):
         columns = [widths[start : start + depth] for start in range(0, len(widths), depth)]
         if sum(map(max, columns)) <= 72 * width:
             break
-    gaps: dict[str, Any] = {"borderpad": 0.2, "columnspacing": 1.2, "handlelength": 1.8}
+    gaps: dict[str, Any] = {"borderpad": 0.2, "columnspacing": 1.2, "handlelength": 2.4}
     title = escape_dollar(settled.legend_title) or None
     handles = list(map(_handle, entries))
     legend = drawn_figure.legend(handles=handles, title=title, loc="lower center", ncols=len(columns), **gaps)
@@ -284,9 +288,18 @@ def _handle(entry: Entry) -> Line2D | Patch:
 
 def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
     """Draw one frame of a panel with matplotlib; names and cell texts are written once the size is known."""
+    artists = []
     for layer, shape in enumerate(panel.shapes(frame)):
         # Above the grid, and in the order of the marks.
-        _draw_shape(ax, shape, panel, 2 + layer / 1000)
+        artists.append((shape, _draw_shape(ax, shape, panel, 2 + layer / 1000)))
+    for entry in panel_entries(panel):
+        matching = [(shape, artist) for shape, artist in artists if getattr(shape, "group", None) == entry.group]
+        if matching:
+            # The artist that looks like the symbol of the legend, if several show the category.
+            _, artist = max(matching, key=lambda pair: isinstance(pair[0], _SYMBOL_SHAPES[entry.kind]))
+            artist.set_label(escape_dollar(entry.label))
+        elif entry.kind != "patch":
+            ax.add_artist(_handle(entry))  # a style that several categories share has no artist of its own
     for axis, scale in ((ax.xaxis, panel.x), (ax.yaxis, panel.y)):
         axis.set_label_text(escape_dollar(scale.axis.label))
         if scale.log:
@@ -318,8 +331,7 @@ def _write_cell_texts(ax: Axes, panel: Panel, frame: Any = None) -> None:
             if size >= smallest:
                 for (row, column), text in texts.items():
                     color: Any = colors.cmap(colors.norm(cells.values[row, column]))
-                    ink = "#ffffff" if is_dark(to_hex(color)) else "#000000"
-                    _write(ax, column, row, text, size=size, color=ink, zorder=3)
+                    _write(ax, column, row, text, size=size, color=readable_ink(to_hex(color)), zorder=3)
                 break
 
 
@@ -355,12 +367,15 @@ def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
     ax.text(x, y, escape_dollar(text), ha="center", va="center", **style)
 
 
-def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
+def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> Any:
+    """Draw a shape and return its artist, if it can have an entry in a legend."""
+    look: dict[str, Any]
     match shape:
         case Curve():
-            ax.plot(shape.x, shape.y, color=shape.color, linestyle=DASHES[shape.dash], zorder=zorder)
+            return ax.plot(shape.x, shape.y, color=shape.color, linestyle=DASHES[shape.dash], zorder=zorder)[0]
         case Area():
-            ax.fill_between(shape.x, shape.low, shape.high, color=shape.color, alpha=FAINT, linewidth=0, zorder=zorder)
+            look = {"color": shape.color, "alpha": FAINT, "linewidth": 0, "zorder": zorder}
+            return ax.fill_between(shape.x, shape.low, shape.high, **look)
         case Errors():
             # From low to high, which need not contain the value.
             lines = ax.hlines if shape.lying else ax.vlines
@@ -371,18 +386,18 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
             areas: Any = DOT**2
             if shape.share is not None:
                 areas = LARGEST**2 * shape.share
-            look: dict[str, Any] = {"c": shape.colors, "edgecolors": panel.theme.background, "linewidths": 0.3}
+            look = {"c": shape.colors, "edgecolors": panel.theme.background, "linewidths": 0.3}
             if shape.symbol == "circle-open":  # it covers its error bar
                 look |= {"c": panel.theme.background, "edgecolors": shape.colors, "linewidths": 0.9}
             elif shape.symbol == "line-ns-open":  # it is as high as two dots, and has no edge
                 look, areas = {"c": shape.colors, "linewidths": 1.2}, 4 * areas
-            ax.scatter(shape.x, shape.y, areas, marker=MARKERS[shape.symbol], zorder=zorder, **look)
+            return ax.scatter(shape.x, shape.y, areas, marker=MARKERS[shape.symbol], zorder=zorder, **look)
         case Bars():
             bars, start = (ax.barh, "left") if shape.lying else (ax.bar, "bottom")
             look = {start: shape.base, "color": shape.color}
-            bars(shape.position, shape.top - shape.base, shape.width, zorder=zorder, **look)
             if shape.errors:
                 _draw_shape(ax, shape.errors, panel, zorder)
+            return bars(shape.position, shape.top - shape.base, shape.width, zorder=zorder, **look)
         case Cells() if shape.values.size:
             if np.isnan(shape.values).any():
                 rows, columns = shape.values.shape
@@ -410,3 +425,4 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
             for x, y, text in zip(shape.x, shape.y, shape.text, strict=True):
                 if np.isfinite(x) and np.isfinite(y):
                     _write(ax, x, y, text, size=_text_size(ax), zorder=zorder, alpha=MUTED if shape.muted else 1.0)
+    return None

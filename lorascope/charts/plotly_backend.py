@@ -12,16 +12,18 @@ from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Shape, Words
 from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout
-from lorascope.charts.theme import FAINT, MUTED, theme
+from lorascope.charts.theme import FAINT, MUTED, readable_ink, theme
 
 DOT = 7.0  # diameter of a dot in pixels
 LARGEST = 18.0  # diameter in pixels of the largest dot, if the area shows a column
 CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}  # no button sends data anywhere
 
 
-def to_plotly(drawable: Drawable, name: str | None = None, title: str | None = None, caption: bool = True) -> go.Figure:
+def to_plotly(
+    drawable: Drawable, name: str | None = None, title: str | None = None, caption: bool = True, legend: bool = True
+) -> go.Figure:
     """Draw an interactive plotly figure in a theme, "light" by default; see :meth:`Drawable.mpl`."""
-    return draw(plan_figure(drawable, theme(name or "light"), title, caption))
+    return draw(plan_figure(drawable, theme(name or "light"), title, caption, legend))
 
 
 def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
@@ -198,8 +200,10 @@ def _heat_traces(shape: Cells, panel: Panel) -> Iterator[Any]:
     if mark.text is not None:
         texts = [[""] * columns for _ in range(rows)]
         for (row, column), text in shape.texts.items():
-            texts[row][column] = text
-        value, written = ": %{text}", {"text": texts, "texttemplate": "%{text}"}
+            # Plotly's own choice between white and gray has a contrast of 2.5 on some colors.
+            ink = readable_ink(shape.ramp.color_of(shape.values[row, column]))
+            texts[row][column] = f'<span style="color:{ink}">{text}</span>'
+        value, written = f": %{{z:{mark.text}}}", {"text": texts, "texttemplate": "%{text}"}
     if shape.words:  # the labels end in them
         value = ""
     yield go.Heatmap(

@@ -46,6 +46,7 @@ def save(
     theme: str | None = None,
     title: str | None = None,
     caption: bool | None = None,
+    legend: bool = True,
     dpi: float = 300,
     **size: Any,
 ) -> Path:
@@ -65,7 +66,7 @@ def save(
 
         div_id, texts = (
             hashlib.sha256(source.encode()).hexdigest()[:12],
-            {"title": title, "caption": caption is not False},
+            {"title": title, "caption": caption is not False, "legend": legend},
         )
         plot = plotly_backend.fragment(drawable, div_id, theme, **texts)
         ground = themes.theme(theme or _THEMES[kind]).background
@@ -84,7 +85,7 @@ def save(
         }
         look = theme or _THEMES[kind]
         has_caption = caption if caption is not None else _THEMES[kind] != "paper"
-        layout: dict[str, Any] = {**size, "title": title, "caption": has_caption}
+        layout: dict[str, Any] = {**size, "title": title, "caption": has_caption, "legend": legend}
         content = matplotlib_backend.write(drawable, kind, look, metadata[kind], dpi, **layout)
         if kind == "pgf":
             content = f"% lorascope: {source}\n".encode() + content

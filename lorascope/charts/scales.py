@@ -17,7 +17,7 @@ from lorascope.array_types import Float
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Mark, is_numeric
 from lorascope.charts.text_wrapping import GLYPH
-from lorascope.charts.theme import PALETTE_SIZE, Theme
+from lorascope.charts.theme import PALETTE_SIZE, Theme, mix_colors
 from lorascope.files.printable import short_name
 
 _LARGEST = 1e200
@@ -176,6 +176,11 @@ class Ramp:
     colors: list[str]
     limits: Limits
     views: list[int]
+
+    def color_of(self, value: float) -> str:
+        """Return the color of a value, at the nearest end if it is outside the limits."""
+        low, high = self.limits
+        return mix_colors(self.colors, (value - low) / (high - low))
 
 
 def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:

@@ -67,10 +67,7 @@ class Theme:
     def color_at(self, share: float) -> str:
         """Return the color of a line or dot at fraction ``share`` (0 to 1) of a scale, by linear interpolation."""
         start, stop = self.reach
-        position = min(max(start + share * (stop - start), 0.0), 1.0) * (len(VIRIDIS) - 1)
-        low = min(int(position), len(VIRIDIS) - 2)
-        mixed = zip(channels(VIRIDIS[low]), channels(VIRIDIS[low + 1]), strict=True)
-        return "#" + "".join(f"{round(a + (position - low) * (b - a)):02x}" for a, b in mixed)
+        return mix_colors(VIRIDIS, start + share * (stop - start))
 
     @property
     def ramp(self) -> list[str]:
@@ -105,12 +102,39 @@ def width_in_inches(width: str | float) -> float:
     return inches
 
 
+def mix_colors(colors: list[str], share: float) -> str:
+    """Return the color at fraction ``share`` (0 to 1) of a scale of evenly spaced theme colors."""
+    position = min(max(share, 0.0), 1.0) * (len(colors) - 1)
+    low = min(int(position), len(colors) - 2)
+    mixed = zip(channels(colors[low]), channels(colors[low + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (position - low) * (b - a)):02x}" for a, b in mixed)
+
+
 def channels(color: str) -> tuple[int, int, int]:
     """Return red, green and blue of a theme's color ``#rrggbb``, 0 to 255."""
     return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
 
 
-def is_dark(color: str) -> bool:
-    """Return whether white text is more readable on a theme's color than black text."""
-    red, green, blue = channels(color)
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 140
+def readable_ink(color: str) -> str:
+    """Return white or black, the one with more contrast to a theme's color: at least 4.58 : 1 on any color."""
+    if contrast("#ffffff", color) > contrast("#000000", color):
+        return "#ffffff"
+    return "#000000"
+
+
+def contrast(color: str, other: str) -> float:
+    """Return the contrast of two colors of a theme, 1 to 21.
+
+    Source: Web Content Accessibility Guidelines 2.2, "contrast ratio" and "relative luminance".
+    """
+    dark, light = sorted(map(_luminance, (color, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(color: str) -> float:
+    linear = []
+    for channel in channels(color):
+        share = channel / 255
+        linear.append(share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4)
+    red, green, blue = linear
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -55,6 +55,7 @@ def train_gallery_runs(
         train(ls.Full(**DENSE), WITH_CURVES, seed=1),
     ]
     lora = ls.LoRA(rank=8, targets=LINEAR, **ADAPTER)
+    sensitivity = SHORT | {"observe": [ls.observe.neurons(every=10)]}
     runs: dict[str, Any] = {
         "full": full,
         "lora": seeds(lora, WITH_CURVES | {"observe": [EVERY_10, ls.observe.memory()]}),
@@ -68,6 +69,8 @@ def train_gallery_runs(
         "lisa": train(ls.LISA(interval=5, **DENSE), LONG),
         "neft": train(ls.NeFT(reference=full[0], **DENSE), LONG | {"observe": utilization}),
         "random_neurons": train(ls.NeFT(select_by="random", **DENSE), LONG | {"observe": utilization}),
+        "sensitive": seeds(lora, sensitivity),
+        "sensitive_news": train(lora, sensitivity, task="sentiment/news"),
         "adapprox": train(ls.Adapprox(dense="embed", **DENSE), LONG),
         "guided": train(ls.Adapprox(dense="embed", cosine=True, **DENSE), LONG),
         "domains": {

@@ -47,8 +47,11 @@ class neurons(Observer):
     W = W_0 + dW is the effective weight, and G = dL/dW its gradient, averaged over batches of the validation split.
     ``sensitivity_out`` of row i is ``sum_j |W_ij G_ij|``, and ``sensitivity_in`` of column j is ``sum_i |W_ij G_ij|``.
     G is computed from inputs and output gradients of the module, so it is the same for frozen, trained and adapted
-    weights. Dropout is off. W includes input-dependent updates (HydraLoRA) at mean gates. Feed-forward neurons (rows of
-    inputs and gates, columns of outputs) also have ``neuron_cosine`` and ``neuron_update``, under the same indices.
+    weights. Dropout is off. W includes input-dependent updates (HydraLoRA) at mean gates.
+
+    ``shuffled_sensitivity_out`` and ``shuffled_sensitivity_in`` are their null: the expected values if the entries of G
+    are shuffled within the module, ``mean |G| sum_j |W_ij|`` for row i. Feed-forward neurons (rows of inputs and gates,
+    columns of outputs) also have ``neuron_cosine`` and ``neuron_update``, under the same indices.
 
     Parameters
     ----------
@@ -80,8 +83,11 @@ class neurons(Observer):
         pieces = _held_out_batches(step, self.batches, self.rows)
         sums: dict[tuple[str, str], Tensor] = {}
         for name, gradient in _weight_gradients(step.model, modules, pieces, step.loss).items():
-            sensitivity = (effective_weight(step.model, name).float() * gradient).abs()
-            sums["sensitivity_out", name], sums["sensitivity_in", name] = sensitivity.sum(1), sensitivity.sum(0)
+            sizes, slopes = effective_weight(step.model, name).float().abs(), gradient.abs()
+            sensitivity, mean_slope = sizes * slopes, slopes.mean()
+            for side, axis in (("out", 1), ("in", 0)):
+                sums[f"sensitivity_{side}", name] = sensitivity.sum(axis)
+                sums[f"shuffled_sensitivity_{side}", name] = sizes.sum(axis) * mean_slope
         for (quantity, name), values in zip(sums, to_host(list(sums.values())), strict=True):
             yield Record(quantity, values, name)
         yield from _changes(step)

@@ -25,7 +25,7 @@ from lorascope.papers import (
 from lorascope.papers.figures.first_edition import stored_figures
 from lorascope.papers.figures.forest import forest
 from lorascope.papers.figures.neuron_hits import neuron_hits
-from lorascope.papers.figures.neuron_sensitivity import neuron_sensitivity
+from lorascope.papers.figures.neuron_sensitivity import sensitivity_of_changed_neurons
 from lorascope.papers.figures.pair_gaps import pair_gaps
 from lorascope.papers.figures.pair_losses import pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
@@ -107,7 +107,7 @@ def draw_allocations(ranks: pd.DataFrame, scores: pd.DataFrame) -> Drawable | No
 
 def draw_neuron_scores(neurons: pd.DataFrame) -> Drawable:
     """Draw the sensitivity of neurons, and the stability and the hit rates of their scores."""
-    return neuron_sensitivity(neurons, neuron_hits(neurons, neft.hit_rate, neft.AT_RANDOM.value))
+    return sensitivity_of_changed_neurons(neurons, neuron_hits(neurons, neft.hit_rate, neft.AT_RANDOM.value))
 
 
 ROWS = [

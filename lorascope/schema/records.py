@@ -235,6 +235,18 @@ register(
     sensitivity_in=Quantity(
         "sensitivity of inputs", index="neuron", pool="sum", definition="sum over i of |W_ij dL/dW_ij| for column j"
     ),
+    shuffled_sensitivity_out=Quantity(
+        "sensitivity of outputs, gradients shuffled",
+        index="neuron",
+        pool="sum",
+        definition="expected sensitivity_out if the gradients of a module are shuffled, mean |dL/dW| sum_j |W_ij|",
+    ),
+    shuffled_sensitivity_in=Quantity(
+        "sensitivity of inputs, gradients shuffled",
+        index="neuron",
+        pool="sum",
+        definition="expected sensitivity_in if the gradients of a module are shuffled, mean |dL/dW| sum_i |W_ij|",
+    ),
 )
 register(
     "train with a method that allocates ranks, such as AdaLoRA",

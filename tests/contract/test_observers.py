@@ -55,7 +55,15 @@ ROWS = {
     "factors": row("lora", saves_factors=True),
     "gradients": row("lora", "gradient_norm"),
     "memory": row("lora", "gradient_bytes", "optimizer_bytes", "parameter_bytes"),
-    "neurons": row("lora", "neuron_cosine", "neuron_update", "sensitivity_in", "sensitivity_out"),
+    "neurons": row(
+        "lora",
+        "neuron_cosine",
+        "neuron_update",
+        "sensitivity_in",
+        "sensitivity_out",
+        "shuffled_sensitivity_in",
+        "shuffled_sensitivity_out",
+    ),
     "norms": row(
         "lora",
         "adapter_norm",

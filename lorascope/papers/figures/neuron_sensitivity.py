@@ -67,7 +67,7 @@ def stability_table(neurons: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["score", "value", "low", "high"])
 
 
-def neuron_sensitivity(neurons: pd.DataFrame, hits: Chart) -> Panels:
+def sensitivity_of_changed_neurons(neurons: pd.DataFrame, hits: Chart) -> Panels:
     """Draw the sensitivity of changed neurons by block with its null, the stability of each score, and its hit rate.
 
     Parameters

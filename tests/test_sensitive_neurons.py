@@ -1,0 +1,166 @@
+"""Figure of the sensitivity of neurons, on a model whose sensitive neurons are known, and its null by shuffling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from planted import blocks, plant
+from readers import Mpl, Plotly
+from test_sensitivity import FAST, Copying, gradients, measured
+from tolerance import TEXT, TINY, near
+
+import lorascope as ls
+from lorascope import observe, plots
+from lorascope.adapters import delta
+from lorascope.analysis import sensitive_neurons as analysis
+from lorascope.charts.chart import Chart, Drawable
+from lorascope.inputs import models
+from lorascope.methods import Full
+from lorascope.runs.run import Run
+
+PLANTED = {0: [3, 11, 20, 33, 47], 1: [0, 8, 21, 30, 40]}  # a tenth of the 48 neurons of each layer
+
+
+@pytest.fixture(scope="module")
+def trained(task: Any, bert: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any]:
+    """Train a model where only the planted neurons of each layer reach its output; return its last copy as well."""
+    model = models.load(bert, task=task)
+    with torch.no_grad():
+        for layer, numbers in PLANTED.items():
+            others = np.setdiff1d(np.arange(48), numbers)
+            model.get_submodule(f"bert.encoder.layer.{layer}.output.dense").weight[:, others] *= 1e-4
+    seen = [observe.neurons(every=2, batches=2, rows=6), Copying()]
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run = ls.train(model, task, Full(lr=1e-5), observe=seen, out=folder, **FAST)
+    return run, Copying.kept
+
+
+@pytest.fixture(scope="module")
+def run(trained: tuple[Run, Any]) -> Run:
+    return trained[0]
+
+
+def panel(figure: Drawable, title: str) -> Chart:
+    """Return the panel of a title."""
+    (chart,) = [chart for chart in figure.charts() if chart.title == title]
+    return chart
+
+
+def test_planted_neurons_are_the_most_sensitive_tenth(run: Run) -> None:
+    sensitive = analysis.most_sensitive(analysis.list_sensitivities(run))
+    for role in ("ffn_in", "ffn_out"):
+        for layer, numbers in PLANTED.items():
+            found = sensitive[(sensitive["role"] == role) & (sensitive["layer"] == layer)]
+            assert sorted(found["neuron"]) == numbers
+    shares = panel(plots.neuron_sensitivity(run), "Share of the top 10%").data.set_index(["place", "role"])
+    for layer in "01":
+        for role in ("ffn_in", "ffn_out"):
+            assert shares.loc[(layer, role), "value"] > 95
+        assert shares.loc[(layer, "q"), "value"] < 50
+
+
+def test_planted_neurons_are_above_the_null_of_shuffled_gradients(run: Run) -> None:
+    profile = panel(plots.neuron_sensitivity(run), "Sorted neurons").data
+    cells = profile[profile["role"] == "ffn_in"].set_index(["gradients", "percent"])["value"]
+    assert cells["recorded"].iloc[0] > 3
+    assert cells["recorded"].iloc[-1] < 1e-2
+    # Rows of equal size are equally sensitive if their gradients are shuffled.
+    assert cells["gradients shuffled"].max() < 1.5
+    assert cells["gradients shuffled"].min() > 0.5
+
+
+def test_null_is_the_mean_over_shuffled_gradients(trained: tuple[Run, Any]) -> None:
+    run, (model, batches, _) = trained
+    name = "bert.encoder.layer.1.intermediate.dense"
+    gradient = gradients(model, [name], batches)[name]
+    sizes = delta.host_weight(model.get_submodule(name)).detach().abs().double().numpy()
+    rng, slopes = np.random.default_rng(0), gradient.abs().double().flatten().numpy()
+    for side, axis in (("out", 1), ("in", 0)):
+        sums = [(sizes * rng.permutation(slopes).reshape(sizes.shape)).sum(axis) for _ in range(2000)]
+        error = np.std(sums, axis=0) / np.sqrt(len(sums))
+        null = measured(run, f"shuffled_sensitivity_{side}", name)
+        assert (np.abs(null - np.mean(sums, axis=0)) < 5 * error).all()
+        assert null == near(sizes.sum(axis) * slopes.mean(), terms=TINY, growth=TEXT)
+
+
+def test_names_of_the_most_sensitive_neurons_over_steps(run: Run) -> None:
+    course = panel(plots.neuron_sensitivity(run, k=3), "Top neurons").data
+    assert list(dict.fromkeys(course["step"])) == [0, 2, 4]
+    last = analysis.list_sensitivities(run)
+    last["value"] /= last.groupby("module")["value"].transform("mean")
+    top = last.nlargest(3, "value")
+    names = [f"{row.layer} {row.role} {row.neuron}" for row in top.itertuples()]
+    assert list(dict.fromkeys(course["name"])) == names
+    assert {(row.role, row.neuron in PLANTED[row.layer]) for row in top.itertuples()} <= {("ffn_in", 1), ("ffn_out", 1)}
+    ends = course[course["step"] == 4].set_index("name")["value"]
+    assert list(ends[names]) == pytest.approx(list(top["value"]))
+
+
+def test_both_renderers_show_the_numbers_of_the_tables(run: Run) -> None:
+    figure = plots.neuron_sensitivity(run)
+    shares, profile, course = (chart.data for chart in figure.charts())
+    mpl, plotly = Mpl(figure), Plotly(figure)
+    for number, table in ((0, shares), (2, course)):
+        assert mpl.heat(number) == plotly.heat(number)
+        assert set(mpl.heat(number)[0]) - {None} == {round(value, 9) for value in table["value"]}
+    drawn = mpl.lines(1)
+    assert [line[:2] for line in drawn] == [line[:2] for line in plotly.lines(1)]
+    lines = profile.groupby(["role", "gradients"], sort=False)["value"]
+    assert sorted(ys for _, ys, _ in drawn) == sorted([round(value, 9) for value in ys] for _, ys in lines)
+
+
+MODULES = blocks(2, ("ffn_in", "ffn_out"), hidden=5)
+UP = "encoder.layer.0.ffn_in"
+
+
+def planted(folder: Path, id: str, first: int, **more: Any) -> Run:
+    """Write a run whose most sensitive neurons of every module are ``first`` and the next one, without a null."""
+    sizes = np.roll([9.0, 8.0, *np.linspace(1, 2, 18)], first)
+    values = {}
+    for row in MODULES:
+        for side in ("in", "out"):
+            values[f"sensitivity_{side}", row["module"]] = {9: sizes}
+    return plant(folder, id, values, modules=MODULES, **more)
+
+
+def test_overlap_between_seeds_and_tasks_with_its_random_baseline(tmp_path: Path) -> None:
+    tweets = [planted(tmp_path, "a", 0, seed=0), planted(tmp_path, "b", 1, seed=1)]
+    figure = plots.neuron_sensitivity({"tweets": tweets, "news": planted(tmp_path, "c", 10)})
+    cells = panel(figure, "Overlap of the top 10%").data.groupby("pair")["overlap"].agg(list)
+    assert cells.to_dict() == {"tweets, seeds": [0.5], "tweets, news": [0, 0]}
+    assert "mean 0.10 (line), 95th percentile 0.27" in figure.charts()[0].caption
+    assert "Null" not in figure.charts()[0].caption
+    profile = panel(figure, "tweets: sorted neurons").data
+    assert set(profile["gradients"]) == {"recorded"}
+    heights = np.quantile(np.array([9.0, 8.0, *np.linspace(1, 2, 18)]) / 44 * 20, 1 - profile["percent"].unique() / 100)
+    assert list(profile.loc[profile["role"] == "ffn_out", "value"]) == pytest.approx(list(heights))
+
+
+def test_random_overlap_is_that_of_random_choices_within_modules() -> None:
+    sizes = {"up": 40, "down": 25}
+    neurons = pd.concat([pd.DataFrame({"module": name, "role": "q", "neuron": range(n)}) for name, n in sizes.items()])
+    rng = np.random.default_rng(0)
+    overlaps = []
+    for _ in range(20000):
+        shared = sum(len({*rng.choice(n, k, False)} & {*rng.choice(n, k, False)}) for n, k in ((40, 4), (25, 3)))
+        overlaps.append(shared / 7)
+    found = analysis.random_overlap(neurons)
+    assert found.chance == pytest.approx(np.mean(overlaps), abs=0.003)
+    assert found.percentile_95 == pytest.approx(found.chance + 1.645 * np.std(overlaps), abs=0.01)
+
+
+def test_runs_of_different_models_raise(tmp_path: Path) -> None:
+    runs = {"a": planted(tmp_path, "a", 0), "b": planted(tmp_path, "b", 0, model="other")}
+    with pytest.raises(ValueError, match="neuron_sensitivity needs runs with the same model"):
+        plots.neuron_sensitivity(runs)
+
+
+def test_run_without_a_sensitive_module_in_a_block_raises(tmp_path: Path) -> None:
+    values = {(f"sensitivity_{side}", "score"): {9: [1.0, 2.0]} for side in ("in", "out")}
+    with pytest.raises(ValueError, match="cannot list neurons of run a: no module in a block"):
+        plots.neuron_sensitivity(plant(tmp_path, "a", values))

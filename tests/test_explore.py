@@ -26,7 +26,7 @@ from test_cli import modules_after
 from traitlets import TraitError
 
 import lorascope as ls
-from lorascope.plots.explore import ALL, MOST_DRAWN, WHOLE_RUN, Explorer
+from lorascope.plots.explore import ALL, MOST_DRAWN, MOST_NAMED, WHOLE_RUN, Explorer
 from lorascope.runs.run import Run
 
 VALUES = profile(words=3.0, q=1.0, up=2.0) | {
@@ -139,6 +139,30 @@ def test_explorer_draws_components_of_one_module_by_index(run: Run) -> None:
     assert explorer.chart.x.label == "rank id"
 
 
+def test_explorer_draws_the_largest_neurons_of_several_modules_by_name(tmp_path: Path) -> None:
+    sizes = np.linspace(1, 2, 40)
+    values = {
+        ("sensitivity_out", "h.0.q"): {0: sizes, 9: sizes},
+        ("sensitivity_out", "h.1.up"): {0: sizes, 9: 3 * sizes},
+    }
+    explorer = ls.explore(plant(tmp_path, "tiny", values))
+    assert explorer.quantity == "sensitivity_out"
+    names = [f"1 ffn_in {number}" for number in range(39, 39 - MOST_NAMED, -1)]
+    assert explorer.chart.y.order == tuple(names)
+    data = explorer.chart.data.set_index("neuron")["value"]
+    assert list(data[names]) == pytest.approx(list(3 * sizes[::-1][:MOST_NAMED]))
+    assert len(explorer.rows) == 80
+    assert explorer.listing["cells"][0][-3:] == ["39", "6", "h.1.up"]
+    explorer.step = 0  # both modules are equal, and the axis stays
+    assert set(explorer.chart.data["role"]) == {"q", "ffn_in"}
+    assert explorer.chart.x.limits[1] > 6
+    label = int(explorer.chart.data["value"].idxmax())
+    explorer.selection = [row for row, cell in explorer._cells.items() if cell == label]
+    assert explorer.selected["value"].tolist() == [2.0]
+    explorer.layers = ["1"]
+    assert explorer.chart.x.label == "neuron"
+
+
 def test_explorer_offers_only_options_with_rows(run: Run) -> None:
     explorer = ls.explore(run)
     assert explorer.options["quantity"] == ["loss", "update_norm", "step_norm", "importance"]  # no weight_norm
@@ -210,7 +234,7 @@ def test_explorer_of_an_adapter_without_history_has_one_step(tmp_path: Path) -> 
 
 def test_explorer_with_too_many_values_lists_some_and_draws_none(tmp_path: Path) -> None:
     number = MOST_DRAWN // 2 + 1
-    values = {("sensitivity_out", module): {9: np.arange(number)} for module in ("h.0.q", "h.1.q")}
+    values = {("importance", module): {9: np.arange(number)} for module in ("h.0.q", "h.1.q")}
     explorer = ls.explore(plant(tmp_path, "wide", values))
     assert "4,002 values" in explorer.listing["note"]
     assert explorer.figure == ""

@@ -141,7 +141,7 @@ def test_overlap_between_seeds_and_tasks_with_its_random_baseline(tmp_path: Path
     assert list(profile.loc[profile["role"] == "ffn_out", "value"]) == pytest.approx(list(heights))
 
 
-def test_random_overlap_is_that_of_random_choices_within_modules() -> None:
+def test_random_overlap_matches_random_choices_within_modules() -> None:
     sizes = {"up": 40, "down": 25}
     neurons = pd.concat([pd.DataFrame({"module": name, "role": "q", "neuron": range(n)}) for name, n in sizes.items()])
     rng = np.random.default_rng(0)

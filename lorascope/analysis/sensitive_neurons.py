@@ -49,7 +49,7 @@ def list_sensitivities(run: Result) -> pd.DataFrame:
     for side in ("out", "in"):
         scores = last_scores(run, f"sensitivity_{side}")
         null = last_scores(run, f"shuffled_sensitivity_{side}").rename(columns={"value": "shuffled"})
-        # Runs of other programs may have sensitivities without their null.
+        # Without a recorded null, only the profiles are drawn.
         scores = scores.merge(null[["module", "neuron", "shuffled"]], on=["module", "neuron"], how="left")
         tables.append(scores[scores["layer"].notna() & ((scores["role"] == "ffn_out") == (side == "in"))])
     neurons = pd.concat(tables, ignore_index=True)
@@ -142,7 +142,7 @@ def follow_top(runs: Sequence[Result], k: int) -> pd.DataFrame:
             courses = rows.loc[rows["quantity"] == f"sensitivity_{side}", ["module", "neuron", "step", "value"]]
             tables.append(courses.merge(neurons[["run", "module", "role", "neuron", "name"]], on=["module", "neuron"]))
     courses = pd.concat(tables, ignore_index=True)
-    # The loss falls, and with it all sensitivities, so that only multiples show which neurons stay ahead.
+    # All sensitivities change with the size of the gradient, so only multiples show which neurons stand out.
     values = courses.groupby(["run", *_GROUP, "step"], observed=True)["value"]
     courses["value"] /= values.transform("mean")
     means = courses.groupby(["name", "step"])["value"].mean().reset_index()

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from lorascope.analysis.norms import layer_places
 from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.sensitive_neurons import name_neurons
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart
 from lorascope.charts.figure_plan import plan_figure
@@ -34,6 +35,7 @@ END = 2**62  # initial step: the nearest recorded step is the last one
 UNSTEPPED = -1  # step of values stored without one, as in an adapter folder
 _VALUE = ["recipe", "kind", "step", "module", "place", "role", "index"]
 _MOST_DOTTED = 60  # largest number of values over the steps at which each has its own dot
+MOST_NAMED = 30  # number of neurons that the chart has room for by name
 MOST_DRAWN, MOST_LISTED = 4000, 500  # numbers of values that a browser draws and lists without a noticeable delay
 
 
@@ -179,8 +181,14 @@ class Explorer(AnyWidget):
             "step": step,
             "selection": [label for label in selection if label in self._cells],
             "figure": self._draw(),
-            "listing": _list(self.rows, self._run_names) | {"title": self.chart.title, "note": self._note()},
+            "listing": _list(self._listed_rows(), self._run_names) | {"title": self.chart.title, "note": self._note()},
         }
+
+    def _listed_rows(self) -> pd.DataFrame:
+        """Return the rows in the order of the table: those of named neurons by value, all others as recorded."""
+        if "neuron" not in self.chart.data:
+            return self.rows
+        return self.rows.sort_values("value", ascending=False, kind="stable")
 
     def _note(self) -> str:
         """Return the reason why there is no chart, "" if there is one."""
@@ -286,6 +294,9 @@ def _chart(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
         along, x, y, rows = "step", Axis(label="step"), replace(y, limits=None), table
         if step != UNSTEPPED:
             rules.append(Rule(x=step))
+    elif entry.index == "neuron" and rows["value"].nunique() > 1:
+        rows, names = _largest_neurons(rows)
+        along, x, y = "value", y, Axis(label=f"{len(names)} largest", order=names)
     else:
         along, x = "place", Axis(label="layer", order=used_places(table))
     if along != "step":
@@ -295,6 +306,13 @@ def _chart(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
     return Chart(rows, marks, title=title, x=x, y=y, caption=" ".join(caption), meta=cohort.meta)
 
 
+def _largest_neurons(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return the rows of the neurons with the largest values, with the column ``neuron``, and their names in order."""
+    neurons = rows.assign(neuron=name_neurons(rows.rename(columns={"index": "neuron"})))
+    names = list(neurons.groupby("neuron")["value"].max().nlargest(MOST_NAMED).index)
+    return neurons[neurons["neuron"].isin(names)], names
+
+
 def _marks(rows: pd.DataFrame, x: str) -> list[Mark]:
     """Return dots colored by role (by recipe if there is one role), joined by lines where every place has one dot."""
     color, other = "recipe", None
@@ -302,6 +320,8 @@ def _marks(rows: pd.DataFrame, x: str) -> list[Mark]:
         color = "role"
         if rows["recipe"].nunique() > 1:
             other = "recipe"
+    if x == "value":
+        return [Point("value", "neuron", color, other, **ends(rows))]
     dots = Point(x, "value", color, other, **ends(rows))
     # A line through several modules of one layer would only go up and down.
     doubled = rows.loc[rows.duplicated([x, "role", "recipe"]), "role"]

@@ -53,6 +53,7 @@ _PUBLIC = {
     "Snapshot": "lorascope.schema.records:Snapshot",
     "QUANTITIES": "lorascope.schema.records:QUANTITIES",
     "Chart": "lorascope.charts.chart:Chart",
+    "set_style": "lorascope.charts.figure_style:set_style",
 }
 _MODULES = {
     "analysis": "lorascope.analysis",

@@ -33,6 +33,7 @@ from test_explore import BROWSER
 import lorascope
 from lorascope.charts.chart import Chart, set_side_by_side
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Point, Rule
+from lorascope.charts.save import save_small
 from lorascope.charts.scales import Scale
 from lorascope.charts.theme import WIDTHS
 from lorascope.files.seals import require_own
@@ -291,10 +292,48 @@ def test_drawing_leaves_the_caller_settings_unchanged(chart, tmp_path) -> None:
     mpl.rcdefaults()
 
 
-def test_caller_settings_do_not_change_the_file(chart, tmp_path) -> None:
-    plain = chart.save(tmp_path / "plain.png").read_bytes()
-    with mpl.rc_context({"lines.linewidth": 9.0, "font.size": 20.0, "axes.grid": True, "savefig.bbox": "tight"}):
-        assert chart.save(tmp_path / "set.png").read_bytes() == plain
+def test_caller_settings_are_found_in_the_artists_and_files(chart, tmp_path) -> None:
+    plain = chart.save(tmp_path / "plain.png", height=3).read_bytes()
+    settings = {"lines.linewidth": 3.5, "font.family": "serif", "font.size": 11.0, "savefig.bbox": "tight"}
+    settings |= {"axes.prop_cycle": mpl.cycler(color=["#111111", "#999999"]), "xtick.labelsize": 6.0}
+    with mpl.rc_context(settings):
+        figure = chart.mpl()
+        path = chart.save(tmp_path / "set.png", height=3)
+    ax = figure.axes[0]
+    assert [(line.get_linewidth(), line.get_color()) for line in ax.lines[:2]] == [(3.5, "#111111"), (3.5, "#999999")]
+    assert (ax.xaxis.label.get_fontsize(), ax.xaxis.label.get_family()) == (11.0, ["serif"])
+    assert ax.get_xticklabels()[0].get_fontsize() == 6.0
+    assert path.read_bytes() != plain
+    with Image.open(path) as image:
+        assert image.size == (990, 900)
+    with mpl.style.context("dark_background"):
+        dark = chart.mpl()
+    assert mpl.colors.to_hex(dark.axes[0].get_facecolor()) == "#000000"
+    assert dark.axes[0].xaxis.label.get_color() == "white"
+
+
+def test_images_of_the_study_do_not_depend_on_settings(chart, tmp_path) -> None:
+    plain = save_small(chart, tmp_path / "plain.png").read_bytes()
+    with mpl.rc_context({"lines.linewidth": 9.0}), lorascope.set_style("dark", ["#111111"]):
+        assert save_small(chart, tmp_path / "set.png").read_bytes() == plain
+
+
+def test_set_style_applies_in_its_block_to_both_renderers(chart, tmp_path) -> None:
+    with lorascope.set_style("dark", {"v": "#123456"}):
+        assert [line.get_color() for line in chart.mpl().axes[0].lines[:2]] == ["#56b4e9", "#123456"]
+        assert "#123456" in chart.plotly().to_json()
+        assert chart.plotly().layout.paper_bgcolor == "#16181d"
+        assert b"#123456" in chart.save(tmp_path / "a.svg").read_bytes()
+        with lorascope.set_style(palette=["#aaaaaa", "#bbbbbb"]):
+            assert [line.get_color() for line in chart.mpl().axes[0].lines[:2]] == ["#aaaaaa", "#bbbbbb"]
+            assert chart.mpl(palette={"q": "#cccccc"}).axes[0].lines[0].get_color() == "#cccccc"
+    assert chart.plotly().layout.paper_bgcolor == "#ffffff"
+    assert b"#654321" in chart.save(tmp_path / "b.svg", palette={"q": "#654321"}).read_bytes()
+    for palette, value in ((["red"], "'red'"), ({"q": "#12345g"}, "'#12345g'"), ([], "none")):
+        with pytest.raises(ValueError, match=rf"palette must .* got {value}"), lorascope.set_style(palette=palette):
+            pass
+    with pytest.raises(ValueError, match=r"theme must be one of .* got 'neon'"), lorascope.set_style("neon"):
+        pass
 
 
 def test_pyplot_is_never_imported(tmp_path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
+from lorascope.charts.figure_style import Palette
 from lorascope.charts.marks import Axis, Bar, Heat, Mark, is_numeric, missing_column
 
 M = TypeVar("M", bound=Mark)
@@ -59,6 +60,7 @@ class Drawable:
         title: str | None = None,
         caption: bool = True,
         legend: bool = True,
+        palette: Palette | None = None,
     ) -> Any:
         """Draw with matplotlib.
 
@@ -67,7 +69,7 @@ class Drawable:
         ax : matplotlib Axes, optional
             Axes to draw on, in your own style. Requires a single chart without frames; the caption is not drawn.
         theme : {"light", "dark", "paper"}, optional
-            Default "light".
+            Default "light", or that of :func:`lorascope.set_style`.
         width : float or str, optional
             Inches, "column" (3.3), "page" (6.9), or a venue: "neurips", "iclr", "jmlr" and "tmlr", and with two columns
             "icml", "acl", "aaai", "ieee" and "nature", whose full width is "icml-page" and so on. Default: column for
@@ -79,6 +81,9 @@ class Drawable:
         caption, legend : bool
             Whether the figure has them, default True. The artists have the labels of the legend, so that
             ``ax.legend()`` draws it elsewhere.
+        palette : sequence or mapping, optional
+            Colors of categories, in order or by label; see :func:`lorascope.set_style`. Settings that the caller has
+            changed in ``matplotlib.rcParams``, also by ``plt.style``, are kept.
 
         Returns
         -------
@@ -86,13 +91,13 @@ class Drawable:
         """
         mpl = _import_backend("matplotlib_backend")
         if ax is not None:
-            return mpl.draw_onto(ax, self, theme, title, legend)
+            return mpl.draw_onto(ax, self, theme, title, legend, palette)
         texts: dict[str, Any] = {"title": title, "caption": caption, "legend": legend}
-        return mpl.to_matplotlib(self, theme, width, height=height, **texts)
+        return mpl.to_matplotlib(self, theme, width, height=height, palette=palette, **texts)
 
-    def plotly(self, theme: str | None = None) -> Any:
+    def plotly(self, theme: str | None = None, *, palette: Palette | None = None) -> Any:
         """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""
-        return _import_backend("plotly_backend").to_plotly(self, theme)
+        return _import_backend("plotly_backend").to_plotly(self, theme, palette=palette)
 
     def save(
         self,
@@ -105,6 +110,7 @@ class Drawable:
         caption: bool | None = None,
         legend: bool = True,
         dpi: float = 300,
+        palette: Palette | None = None,
     ) -> Path:
         """Write the figure and its provenance to a file, completely or not at all; equal charts give equal bytes.
 
@@ -113,7 +119,7 @@ class Drawable:
         path : str or Path
             The extension selects the format: pdf, svg, pgf, png (matplotlib), html (plotly, self-contained) or csv
             (data). Missing folders are created. pgf requires LaTeX.
-        width, height, title, legend
+        width, height, title, legend, palette
             See :meth:`mpl`; html and csv have no size.
         theme : {"light", "dark", "paper"}, optional
             Default: paper for pdf, svg and pgf, else light.
@@ -134,7 +140,7 @@ class Drawable:
         """
         size: dict[str, Any] = {"width": width, "height": height, "dpi": dpi}
         texts: dict[str, Any] = {"title": title, "caption": caption, "legend": legend}
-        return _import_backend("save").save(self, path, theme=theme, **texts, **size)
+        return _import_backend("save").save(self, path, theme=theme, palette=palette, **texts, **size)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         shown = _import_backend("plotly_backend").bundle(self)

@@ -1,7 +1,7 @@
 """Charts as matplotlib figures: small multiples for frames, one legend, and the caption below.
 
 Figures are created without pyplot and in a temporary style: the settings and the current figure of the caller do not
-change.
+change. What the caller has changed in ``matplotlib.rcParams`` replaces the settings of the style.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, panel_entries, plan_figure
+from lorascope.charts.figure_style import Palette, figure_theme
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
 from lorascope.charts.matplotlib_labels import BETWEEN, is_short, label_categories, size_in_points
-from lorascope.charts.matplotlib_style import escape_dollar, style
+from lorascope.charts.matplotlib_style import caller_theme, escape_dollar, style
 from lorascope.charts.scales import Ramp
 from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
-from lorascope.charts.theme import FAINT, MUTED, STYLES, readable_ink, theme, width_in_inches
+from lorascope.charts.theme import FAINT, MUTED, STYLES, Theme, readable_ink, width_in_inches
 from lorascope.files.printable import printable_lines
 
 _PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
@@ -77,9 +78,17 @@ def to_matplotlib(
     title: str | None = None,
     caption: bool = True,
     legend: bool = True,
+    palette: Palette | None = None,
 ) -> Figure:
     """Draw on a new matplotlib figure; see :meth:`Drawable.mpl`."""
-    settled = plan_figure(drawable, theme(name or "light"), title, caption, legend)
+    look = figure_theme(name, "light", palette)
+    return _draw_figure(drawable, look, width, height=height, title=title, caption=caption, legend=legend)
+
+
+def _draw_figure(
+    drawable: Drawable, look: Theme, width: str | float | None = None, *, height: float | None = None, **texts: Any
+) -> Figure:
+    settled = plan_figure(drawable, caller_theme(look), **texts)
     if width is None:
         width = "column" if len(settled.panels) == 1 and not settled.frames else "page"
     inches = width_in_inches(width)
@@ -88,14 +97,14 @@ def to_matplotlib(
 
 
 def write(
-    drawable: Drawable, kind: str, name: str, metadata: dict[str, Any], dpi: float | None = None, **layout: Any
+    drawable: Drawable, kind: str, look: Theme, metadata: dict[str, Any], dpi: float | None = None, **layout: Any
 ) -> bytes:
     """Return the content of a file ("pdf", "svg", "pgf" or "png") of matplotlib, with metadata of that format.
 
-    ``layout`` has the arguments of :func:`to_matplotlib`.
+    ``layout`` has further arguments of :func:`to_matplotlib`.
     """
-    drawn_figure, file = to_matplotlib(drawable, name, **layout), io.BytesIO()
-    with style(theme(name)):
+    drawn_figure, file = _draw_figure(drawable, look, **layout), io.BytesIO()
+    with style(caller_theme(look)):
         # Pixels are counted by rounding down, and a product such as 3.03 * 300 is slightly too small.
         width, height = drawn_figure.get_size_inches()
         drawn_figure.set_size_inches(width + 1e-9, height + 1e-9)
@@ -115,10 +124,15 @@ def _require_latex() -> None:
 
 
 def draw_onto(
-    ax: Axes, drawable: Drawable, name: str | None = None, title: str | None = None, legend: bool = True
+    ax: Axes,
+    drawable: Drawable,
+    name: str | None = None,
+    title: str | None = None,
+    legend: bool = True,
+    palette: Palette | None = None,
 ) -> Axes:
     """Draw on the caller's matplotlib axes, in the caller's style."""
-    settled = plan_figure(drawable, theme(name or "light"), title, legend=legend)
+    settled = plan_figure(drawable, caller_theme(figure_theme(name, "light", palette)), title, legend=legend)
     if len(settled.panels) > 1 or settled.frames:
         raise ValueError("cannot draw panels or frames on ax: pass a single chart, such as chart.at(frame)")
     (panel,) = settled.panels
@@ -299,7 +313,7 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
             _, artist = max(matching, key=lambda pair: isinstance(pair[0], _SYMBOL_SHAPES[entry.kind]))
             artist.set_label(escape_dollar(entry.label))
         elif entry.kind != "patch":
-            ax.add_artist(_handle(entry))  # a style that several categories share has no artist of its own
+            ax.add_artist(_handle(entry))  # a style that several categories share has no separate artist
     for axis, scale in ((ax.xaxis, panel.x), (ax.yaxis, panel.y)):
         axis.set_label_text(escape_dollar(scale.axis.label))
         if scale.log:
@@ -368,7 +382,7 @@ def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
 
 
 def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> Any:
-    """Draw a shape and return its artist, if it can have an entry in a legend."""
+    """Draw one shape; return its artist if a legend can list it."""
     look: dict[str, Any]
     match shape:
         case Curve():

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import matplotlib.style
+import matplotlib
+from matplotlib.colors import to_hex
 
-from lorascope.charts.theme import Theme
+from lorascope.charts.theme import THEMES, Theme, readable_ink
 from lorascope.files.printable import printable_lines
+
+# A figure has the size that save() is called with, and its own layout.
+_FIXED: dict[Any, Any] = {"savefig.bbox": None, "figure.autolayout": False, "figure.constrained_layout.use": False}
+_OF_THE_PROGRAM = ("backend", "backend_fallback", "interactive", "toolbar")
+
+
+def _caller_settings() -> dict[Any, Any]:
+    """Return the settings of matplotlib that the caller has changed."""
+    changed: dict[Any, Any] = {}
+    for name, default in matplotlib.rcParamsDefault.items():
+        if name not in _OF_THE_PROGRAM and matplotlib.rcParams[name] != default:
+            changed[name] = matplotlib.rcParams[name]
+    return changed
+
+
+def caller_theme(look: Theme) -> Theme:
+    """Return a theme with the colors and the font size that the caller has set in matplotlib."""
+    changed = _caller_settings()
+    fields: dict[str, Any] = {}
+    for field, setting in (("background", "axes.facecolor"), ("ink", "text.color"), ("grid", "grid.color")):
+        if setting in changed:
+            fields[field] = to_hex(changed[setting])
+    if "font.size" in changed:
+        fields["size"] = changed["font.size"]
+    if "axes.prop_cycle" in changed and look.palette in (THEMES["light"].palette, THEMES["dark"].palette):
+        colors = changed["axes.prop_cycle"].by_key().get("color", look.palette)
+        fields["palette"] = list(map(to_hex, colors))
+    if "background" in fields and readable_ink(fields["background"]) != readable_ink(look.background):
+        opposite = THEMES["dark" if readable_ink(look.background) == "#000000" else "light"]
+        fields = {"missing": opposite.missing, "hatch": opposite.hatch, "reach": opposite.reach, **fields}
+    return replace(look, **fields)
 
 
 def style(look: Theme) -> Any:
-    """Return a context with matplotlib's own defaults and the sizes and colors of a theme."""
+    """Return a context with the sizes and colors of a theme; settings of the caller replace them."""
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
     ground = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
     texts = ("font.size", "axes.labelsize", "axes.titlesize", "figure.titlesize")
-    settings: dict[str, Any] = {
+    settings: dict[Any, Any] = {
         **dict.fromkeys(ink, look.ink),
         **dict.fromkeys(ground, look.background),
         **dict.fromkeys((*texts, "legend.fontsize", "legend.title_fontsize"), look.size),
@@ -30,8 +63,7 @@ def style(look: Theme) -> Any:
         # With fixed ids, equal figures give equal bytes.
         "svg.hashsalt": "lorascope",
     }
-    # Reset first, so that the caller's settings have no effect.
-    return matplotlib.style.context(settings, after_reset=True)
+    return matplotlib.rc_context({**settings, **_caller_settings(), **_FIXED})
 
 
 def escape_dollar(text: str) -> str:

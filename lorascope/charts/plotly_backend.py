@@ -10,9 +10,10 @@ import plotly.graph_objects as go
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
+from lorascope.charts.figure_style import Palette, figure_theme
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Shape, Words
 from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout
-from lorascope.charts.theme import FAINT, MUTED, readable_ink, theme
+from lorascope.charts.theme import FAINT, MUTED, readable_ink
 
 DOT = 7.0  # diameter of a dot in pixels
 LARGEST = 18.0  # diameter in pixels of the largest dot, if the area shows a column
@@ -20,10 +21,15 @@ CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}  #
 
 
 def to_plotly(
-    drawable: Drawable, name: str | None = None, title: str | None = None, caption: bool = True, legend: bool = True
+    drawable: Drawable,
+    name: str | None = None,
+    title: str | None = None,
+    caption: bool = True,
+    legend: bool = True,
+    palette: Palette | None = None,
 ) -> go.Figure:
     """Draw an interactive plotly figure in a theme, "light" by default; see :meth:`Drawable.mpl`."""
-    return draw(plan_figure(drawable, theme(name or "light"), title, caption, legend))
+    return draw(plan_figure(drawable, figure_theme(name, "light", palette), title, caption, legend))
 
 
 def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:

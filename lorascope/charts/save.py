@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from lorascope import __version__
-from lorascope.charts import theme as themes
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import join_captions
+from lorascope.charts.figure_style import Palette, figure_theme
+from lorascope.charts.theme import OKABE_ITO
 from lorascope.files.printable import printable, printable_lines
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.seals import seal, write_table
@@ -48,6 +49,7 @@ def save(
     caption: bool | None = None,
     legend: bool = True,
     dpi: float = 300,
+    palette: Palette | None = None,
     **size: Any,
 ) -> Path:
     """Save a chart or panels as a file; see :meth:`Drawable.save`."""
@@ -68,8 +70,8 @@ def save(
             hashlib.sha256(source.encode()).hexdigest()[:12],
             {"title": title, "caption": caption is not False, "legend": legend},
         )
-        plot = plotly_backend.fragment(drawable, div_id, theme, **texts)
-        ground = themes.theme(theme or _THEMES[kind]).background
+        plot = plotly_backend.fragment(drawable, div_id, theme, palette=palette, **texts)
+        ground = figure_theme(theme, _THEMES[kind]).background
         page = _PAGE.format(title=escape(name), source=escape(source), plot=plot, ground=ground)
         write_bytes(path, seal(page.encode(), kind))
     else:
@@ -83,7 +85,7 @@ def save(
             "pgf": {},
             "png": {"Title": name, "Software": program, "lorascope": source, "Description": text},
         }
-        look = theme or _THEMES[kind]
+        look = figure_theme(theme, _THEMES[kind], palette)
         has_caption = caption if caption is not None else _THEMES[kind] != "paper"
         layout: dict[str, Any] = {**size, "title": title, "caption": has_caption, "legend": legend}
         content = matplotlib_backend.write(drawable, kind, look, metadata[kind], dpi, **layout)
@@ -100,10 +102,13 @@ def save_small(drawable: Drawable, path: Path) -> Path:
 
     Of its provenance, it has the hash of the data only, so that the figure changes only with what it shows.
     """
+    import matplotlib
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    save(drawable, path, width="page")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        save(drawable, path, width="page", theme="light", palette=OKABE_ITO)
     with Image.open(path) as image:
         title, small = image.info["Title"], _reduce_colors(image)
     text_chunks, buffer = PngInfo(), io.BytesIO()
@@ -120,7 +125,7 @@ def png_preview(drawable: Drawable) -> bytes:
 
     from lorascope.charts import matplotlib_backend
 
-    content = matplotlib_backend.write(drawable, "png", _THEMES["png"], {}, _PREVIEW_DPI)
+    content = matplotlib_backend.write(drawable, "png", figure_theme(None, "light"), {}, _PREVIEW_DPI)
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(content)) as image:
         _reduce_colors(image).save(buffer, "PNG", optimize=True)

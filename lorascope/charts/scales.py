@@ -162,7 +162,8 @@ class Colors:
     def of(self, value: Any, theme: Theme) -> str:
         """Return the color of a value."""
         if self.limits is None:
-            return theme.category(self.categories.index(value), len(self.categories))
+            color = theme.category(self.categories.index(value), len(self.categories))
+            return theme.by_label.get(str(value), color)
         low, high = self.limits
         return theme.color_at((float(value) - low) / (high - low))
 

@@ -8,6 +8,7 @@ centered at zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"]
@@ -47,7 +48,10 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Theme:
-    """Theme: colors as ``#rrggbb``, ``size`` of text in points, and ``reach``, the part of viridis that is visible."""
+    """Theme: colors as ``#rrggbb``, ``size`` of text in points, and ``reach``, the part of viridis that is visible.
+
+    Categories in ``by_label`` have their own colors instead of those of the palette.
+    """
 
     background: str
     ink: str
@@ -57,6 +61,7 @@ class Theme:
     size: float
     palette: list[str] = field(default_factory=lambda: OKABE_ITO)
     reach: tuple[float, float] = (0.0, 0.92)
+    by_label: Mapping[str, str] = field(default_factory=dict)
 
     def category(self, index: int, count: int) -> str:
         """Return the color of one of ``count`` categories, from the palette or, if that is too short, viridis."""

@@ -207,7 +207,7 @@ class Panel:
     def style(self, mark: Mark, encoding: str, key: Mapping[str, Any]) -> str:
         """Return the name of its "dash" pattern or "shape", "" for other encodings.
 
-        Without a column of their own, they differ by color, so that a gray print is readable.
+        Without a separate column, they differ by color, so that a gray print is readable.
         """
         if encoding not in STYLES:
             return ""

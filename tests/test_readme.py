@@ -110,7 +110,7 @@ def test_blocks_of_the_readme_print_what_is_shown(tmp_path, monkeypatch, capsys)
     names: dict = {}
     exec(code, names)
     assert fits(capsys.readouterr().out, table)
-    assert Path("heat.pdf").exists()
+    assert Path("ranks.pdf").exists()
     assert main(["export", str(names["run"].path), "--peft", "my-adapter"]) == 0
     capsys.readouterr()
     command, _, shown = console.partition("\n")

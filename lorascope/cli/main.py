@@ -24,6 +24,7 @@ from lorascope.schema.suggestions import unknown_name
 
 # One line of help for each module of this package that defines a command as ``main(argv)``.
 COMMANDS = {
+    "demo": "write a page of figures of the examples of the package, without training",
     "reproduce": "show what nine papers' claims come to, train small versions of the studies, and report both",
     "train": "train a model with one method, and record its internals",
     "sweep": "train all runs of a TOML file in parallel, and compare their recipes",
@@ -42,6 +43,7 @@ See inside low-rank fine-tuning: train, record, inspect and plot it.
 commands:"""
 _EXAMPLES = """
 examples:
+  lorascope demo -o demo.html
   lorascope reproduce -o report
   lorascope train lora --task sentiment --model minilm --steps 300 -o runs/lora
   lorascope inspect runs/lora

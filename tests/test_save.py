@@ -172,6 +172,16 @@ def test_vector_file_has_the_requested_size(chart, heat, tmp_path, kind) -> None
         assert size == pytest.approx([72 * 5.5, 72 * 2.5], abs=0.01)
 
 
+def test_svg_has_text_elements(chart, heat, tmp_path) -> None:
+    figure = set_side_by_side(chart, heat)
+    root = ElementTree.parse(figure.save(tmp_path / "norms.svg")).getroot()
+    texts = ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    drawn = figure.mpl(theme="paper", caption=False)
+    expected = ["final phase", "step", "‖ΔW‖", "role", "q", "v", chart.title, heat.title, "embed"]
+    expected += [label.get_text() for label in drawn.axes[1].get_yticklabels()]
+    assert set(expected) <= set(texts)
+
+
 def test_fixed_height_is_tidy_or_rejected(chart, heat) -> None:
     for one in (chart, heat, set_side_by_side(chart, heat)):
         assert_tidy(one.mpl(theme="paper", width="neurips", height=2.2, caption=False))

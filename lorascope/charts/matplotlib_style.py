@@ -60,6 +60,8 @@ def style(look: Theme) -> Any:
         **{"lines.linewidth": 1.2, "hatch.linewidth": 0.5, "legend.frameon": False, "savefig.dpi": 300},
         # Embed TrueType fonts, since many journals reject type 3.
         "pdf.fonttype": 42,
+        # Text that can be searched, and edited for a paper, instead of outlines.
+        "svg.fonttype": "none",
         # With fixed ids, equal figures give equal bytes.
         "svg.hashsalt": "lorascope",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorascope.pages.page import Section, write
 from lorascope.pages.report_figure import draw
@@ -19,6 +19,7 @@ class Topic(NamedTuple):
     figures: tuple[str, ...]
 
 
+# From one update to the methods that choose where it is, and then to the differences between adapters.
 TOPICS = (
     Topic("Where an update is", ("lora",), ("update_norm_heat", "spectrum")),
     Topic("Full fine-tuning and LoRA", ("full", "lora"), ("training_curves", "update_norm")),
@@ -43,7 +44,10 @@ def write_demo(out: str | Path) -> Path:
     origins = examples()["made"].to_dict()
     sections = []
     for topic in TOPICS:
-        runs = {name: example(name) for name in topic.names}
+        runs: Any = {name: example(name) for name in topic.names}
+        # A run without a name has its recipe as label, as the code in the title gives it.
+        if len(topic.names) == 1:
+            (runs,) = runs.values()
         code = _loading_code(topic.names)
         figures = []
         for name in topic.figures:

@@ -38,6 +38,7 @@ def examples() -> pd.DataFrame:
     from lorascope.schema.uncut_table import UncutTable  # imports pandas, which `example` does not need
 
     table = pd.DataFrame.from_dict(_read_list(), orient="index")
+    # Measured here, because a stored size would have to be changed with every format of the files.
     for name in table.index:
         files = filter(Path.is_file, (FOLDER / name).rglob("*"))
         table.loc[name, "kB"] = round(sum(file.stat().st_size for file in files) / 1000)

@@ -20,4 +20,5 @@ class UncutTable(pd.DataFrame):
 
 
 def _display_all() -> AbstractContextManager[None]:
+    # A table that is wider than the terminal is continued below, as pandas would otherwise replace columns by dots.
     return pd.option_context("display.max_colwidth", None, "display.max_rows", None, "display.max_columns", None)

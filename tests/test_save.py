@@ -214,6 +214,12 @@ def test_title_is_replaced_or_omitted(chart, tmp_path) -> None:
     assert Page(chart.save(tmp_path / "a.html", title="Mine").read_text(encoding="utf-8")).title == "Mine"
 
 
+def test_heat_map_as_pgf_is_rejected(heat, tmp_path) -> None:
+    with pytest.raises(ValueError, match="cannot save a heat map as pgf"):
+        heat.save(tmp_path / "heat.pgf")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(shutil.which("xelatex") is not None, reason="LaTeX is installed")
 def test_pgf_without_latex_names_the_program(chart, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="cannot save as pgf: xelatex is not installed"):

@@ -118,7 +118,7 @@ class Drawable:
         ----------
         path : str or Path
             The extension selects the format: pdf, svg, pgf, png (matplotlib), html (plotly, self-contained) or csv
-            (data). Missing folders are created. pgf requires LaTeX.
+            (data). Missing folders are created. pgf requires LaTeX and cannot contain heat maps.
         width, height, title, legend, palette
             See :meth:`mpl`; html and csv have no size.
         theme : {"light", "dark", "paper"}, optional

@@ -34,6 +34,7 @@ from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, panel_entries, plan_figure
 from lorascope.charts.figure_style import Palette, figure_theme
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
+from lorascope.charts.marks import Heat
 from lorascope.charts.matplotlib_labels import BETWEEN, is_short, label_categories, size_in_points
 from lorascope.charts.matplotlib_style import caller_theme, escape_dollar, style
 from lorascope.charts.scales import Ramp
@@ -110,6 +111,8 @@ def write(
         drawn_figure.set_size_inches(width + 1e-9, height + 1e-9)
         settings: dict[str, Any] = {"metadata": metadata}
         if kind == "pgf":  # it has no metadata
+            if any(chart.marks_of(Heat) for chart in drawable.charts()):
+                raise ValueError("cannot save a heat map as pgf, which contains no images: save it as pdf")
             _require_latex()
             settings = {}
         drawn_figure.savefig(file, format=kind, dpi=dpi, **settings)

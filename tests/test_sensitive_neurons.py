@@ -133,6 +133,7 @@ def test_overlap_between_seeds_and_tasks_with_its_random_baseline(tmp_path: Path
     figure = plots.neuron_sensitivity({"tweets": tweets, "news": planted(tmp_path, "c", 10)})
     cells = panel(figure, "Overlap of the top 10%").data.groupby("pair")["overlap"].agg(list)
     assert cells.to_dict() == {"tweets, seeds": [0.5], "tweets, news": [0, 0]}
+    assert "most" not in panel(figure, "Overlap of the top 10%").data
     assert "mean 0.10 (line), 95th percentile 0.27" in figure.charts()[0].caption
     assert "Null" not in figure.charts()[0].caption
     profile = panel(figure, "tweets: sorted neurons").data

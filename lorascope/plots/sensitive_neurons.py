@@ -95,12 +95,15 @@ def _share_heats(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:
 def _profiles(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:
     """Plot the sorted sensitivities by role, from recorded and shuffled gradients, one chart per label."""
     profiles = band(cohort.label(analysis.sort_profiles(neurons)), ["recipe", "role", "gradients", "percent"])
+    dash = None
+    if profiles["gradients"].nunique() > 1:
+        dash = "gradients"
     charts = []
     for label, rows in cohort.split(profiles):
         charts.append(
             Chart(
                 rows,
-                [Line("percent", "value", "role", "gradients")],
+                [Line("percent", "value", "role", dash)],
                 title=_title(cohort, label, "Sorted neurons"),
                 x=Axis(label="top % of neurons", log=True, ticks=ticks_at((1, 10, 100))),
                 y=Axis(label=_MULTIPLE, log=True),
@@ -120,7 +123,7 @@ def _courses(cohort: Cohort, k: int) -> list[list[Chart]]:
     for label, course in courses.items():
         chart = Chart(
             course,
-            [Heat("step", "name", "value", _MULTIPLE, ".0f", limits=(1, largest))],
+            [Heat("step", "name", "value", _MULTIPLE, ".2g", limits=(1, largest))],
             title=_title(cohort, label, "Top neurons"),
             x=Axis(label="step", order=sorted(set(course["step"]))),
             y=Axis(order=course["name"].unique()),
@@ -135,6 +138,7 @@ def _overlap(cohort: Cohort, by_run: dict[str, pd.DataFrame], baseline: analysis
     for group in cohort.groups:
         choices[group.label] = [analysis.sensitive_set(by_run[run.id]) for run in group.runs]
     overlaps = compare_all_selections(choices, len(by_run[cohort.runs[0].id]))
+    overlaps = overlaps.assign(**baseline._asdict()).drop(columns="most")  # that of equal numbers per module
     pairs = overlaps["first"] + ", " + overlaps["second"]
     within = overlaps["first"] == overlaps["second"]
     return Chart(

@@ -19,6 +19,7 @@ TOP = 0.1
 """Fraction of the neurons of a module that are called its most sensitive ones."""
 GRADIENTS = {"value": "recorded", "shuffled": "gradients shuffled"}
 """Columns of ``list_sensitivities`` with a sensitivity, and the gradients that it is computed from."""
+# Logarithmic, so that the few most sensitive neurons have most of the axis.
 _PERCENTS = np.geomspace(1, 100, 21)
 _Z95 = 1.645  # 95th percentile of a normal distribution
 _GROUP = ["module", "role"]
@@ -53,6 +54,7 @@ def list_sensitivities(run: Result) -> pd.DataFrame:
         scores = scores.merge(null[["module", "neuron", "shuffled"]], on=["module", "neuron"], how="left")
         tables.append(scores[scores["layer"].notna() & ((scores["role"] == "ffn_out") == (side == "in"))])
     neurons = pd.concat(tables, ignore_index=True)
+    # A module that the loss does not depend on, such as an unused pooler, has no profile.
     neurons = neurons[neurons.groupby("module")["value"].transform("sum") > 0]
     if neurons.empty:
         raise ValueError(f"cannot list neurons of run {run.id}: no module in a block has a recorded sensitivity")

@@ -84,6 +84,7 @@ class neurons(Observer):
         sums: dict[tuple[str, str], Tensor] = {}
         for name, gradient in _weight_gradients(step.model, modules, pieces, step.loss).items():
             sizes, slopes = effective_weight(step.model, name).float().abs(), gradient.abs()
+            # The expectation under shuffling is exact, so the null needs no random permutations.
             sensitivity, mean_slope = sizes * slopes, slopes.mean()
             for side, axis in (("out", 1), ("in", 0)):
                 sums[f"sensitivity_{side}", name] = sensitivity.sum(axis)

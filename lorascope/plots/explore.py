@@ -294,6 +294,7 @@ def _chart(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
         along, x, y, rows = "step", Axis(label="step"), replace(y, limits=None), table
         if step != UNSTEPPED:
             rules.append(Rule(x=step))
+    # Equal values, such as those of selected neurons, have no largest ones.
     elif entry.index == "neuron" and rows["value"].nunique() > 1:
         rows, names = _largest_neurons(rows)
         along, x, y = "value", y, Axis(label=f"{len(names)} largest", order=names)

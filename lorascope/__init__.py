@@ -22,7 +22,7 @@ _PUBLIC = {
     "load": "lorascope.runs.loading:load",
     "load_series": "lorascope.runs.loading:load_series",
     "example": "lorascope.runs.examples:example",
-    "examples": "lorascope.runs.examples:examples",
+    "examples": "lorascope.runs.examples:list_examples",
     "restore": "lorascope.training.state:restore",
     "sweep": "lorascope.experiments.sweep:sweep",
     "explore": "lorascope.plots.explore:explore",

@@ -131,7 +131,7 @@ def test_the_teacher_has_no_gap_and_the_base_has_one(truth):
 
 
 def test_the_gap_is_the_divergence_by_brute_force():
-    of_task = planted.sample_examples(names.SHARED_A, SEED, 1)
+    of_task = planted.examples(names.SHARED_A, SEED, 1)
     teacher, base = planted.teachers(names.SHARED_A, SEED)[1], base_of(names.SHARED_A)
     divergences = []
     with torch.no_grad():
@@ -164,10 +164,10 @@ def test_text_of_a_mixture_begins_with_its_task_and_has_no_text_of_two_splits():
 
 
 def test_samples_depend_on_no_other_seed():
-    first = planted.sample_examples(names.RANK_2, SEED).tokens["test"]
-    planted.sample_examples.cache_clear()
+    first = planted.examples(names.RANK_2, SEED).tokens["test"]
+    planted.examples.cache_clear()
     torch.manual_seed(11)
-    assert torch.equal(planted.sample_examples(names.RANK_2, SEED).tokens["test"], first)
+    assert torch.equal(planted.examples(names.RANK_2, SEED).tokens["test"], first)
 
 
 def test_every_claim_reads_arms_that_are_trained():

@@ -12,7 +12,7 @@ import pytest
 from lorascope import __version__
 from lorascope.methods import ALoRA, AutoLoRA, Full, LoRA
 from lorascope.papers.arms import ComputedArm, Scored
-from lorascope.papers.judging import kept_study
+from lorascope.papers.judging import kept_study, registered_study
 from lorascope.papers.judging import truth_names as names
 from lorascope.papers.judging.registered_study import StudyArm, StudyRegistration
 from lorascope.papers.judging.study_rates import TUNING_SEEDS
@@ -34,7 +34,7 @@ STUDENTS = {
 def few_texts(monkeypatch):
     for counts in ("SINGLE", "MIXED", "ISOLATED"):
         monkeypatch.setattr(planted_truths, counts, planted_truths.Rows(64, 8, 8))
-    caches = (planted_truths.sample_examples, planted_truths.base_gaps, study_training._hash_once)
+    caches = (planted_truths.examples, planted_truths.base_gaps, study_training._hash_once)
     for function in caches:
         function.cache_clear()
     yield
@@ -215,3 +215,11 @@ def test_source_tree_without_git_has_the_version_instead_of_a_commit(
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")
     assert code_commit() == __version__
+
+
+@pytest.mark.slow
+def test_arms_are_as_registered() -> None:
+    arms = registered_study.read().arms
+    assert {label: study_training.study_arm_hash(label) for label in arms} == {
+        label: arm.hash for label, arm in arms.items()
+    }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lorascope.pages.page import Section, write
 from lorascope.pages.report_figure import draw
-from lorascope.runs.examples import example, examples
+from lorascope.runs.examples import example, list_examples
 
 
 class Topic(NamedTuple):
@@ -41,7 +41,7 @@ def write_demo(out: str | Path) -> Path:
     FileExistsError
         ``out`` exists, and lorascope did not write it, or it has changed since.
     """
-    origins = examples()["made"].to_dict()
+    origins = list_examples()["made"].to_dict()
     sections = []
     for topic in TOPICS:
         runs: Any = {name: example(name) for name in topic.names}

@@ -18,7 +18,7 @@ _FOLDERS = (_PACKAGE / "data" / "examples", _PACKAGE.parent / "data" / "examples
 FOLDER = next(filter(Path.exists, _FOLDERS), _FOLDERS[0])
 
 
-def examples() -> pd.DataFrame:
+def list_examples() -> pd.DataFrame:
     """List the examples that `example` loads.
 
     All of them adapt a small decoder with random weights to text that the same decoder wrote with a known update: its
@@ -51,7 +51,7 @@ def example(name: str) -> Run | Adapter | Series:
     Parameters
     ----------
     name : str
-        Name in `examples`, such as ``"adalora"``.
+        Name in `list_examples`, such as ``"adalora"``.
 
     Raises
     ------

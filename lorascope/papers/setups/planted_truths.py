@@ -277,7 +277,7 @@ class Examples:
 
 
 @cache
-def sample_examples(truth: str, seed: int, number: int = 0, isolated: bool = False) -> Examples:
+def examples(truth: str, seed: int, number: int = 0, isolated: bool = False) -> Examples:
     """Sample the texts of a task's teacher; there are more of them if the task is not part of a mixture."""
     is_mixture = truth in MIXTURES
     counts = SINGLE
@@ -325,7 +325,7 @@ def sampled_task(truth: str, seed: int, single_task: int | None = None) -> tasks
     tables = []
     # Splits are given, because equal texts of two tasks would otherwise be in one split.
     for number in task_numbers(truth, single_task):
-        for split, tokens in sample_examples(truth, seed, number, single_task is not None).tokens.items():
+        for split, tokens in examples(truth, seed, number, single_task is not None).tokens.items():
             lines = [" ".join(map(token_word, row)) for row in tokens.tolist()]
             tables.append(pd.DataFrame({"text": lines, "split": split, "group": task_name(number)}))
     table = pd.concat(tables, ignore_index=True)
@@ -349,7 +349,7 @@ def gaps(model: Any, truth: str, seed: int, split: str, single_task: int | None 
     divergences = []
     first = PREFIX - 1 if truth in MIXTURES else 0
     for number in task_numbers(truth, single_task):
-        of_task = sample_examples(truth, seed, number, single_task is not None)
+        of_task = examples(truth, seed, number, single_task is not None)
         expected = of_task.log_probabilities[split][:, first:]
         log_probabilities = _log_probabilities(model, of_task.tokens[split])[:, first:]
         divergences.append(float((expected.exp() * (expected - log_probabilities)).sum(-1).mean()))

@@ -31,9 +31,9 @@ _MULTIPLE = "sensitivity / mean"
 def neuron_sensitivity(runs: Runs, control: Runs | None = None, k: int = 8) -> Panels:
     """Plot the sensitivity of neurons by layer and role, sorted, over steps, and its overlap between runs.
 
-    Sensitivity is ``|w ∂L/∂w|``, summed over the weights of a neuron: a row of a linear layer, a column of ``ffn_out``. The
-    null shuffles the gradients of a module. The most sensitive neurons are followed if several steps were recorded, and
-    the overlap of the most sensitive tenth of each module is drawn for several runs.
+    Sensitivity is ``|w ∂L/∂w|``, summed over the weights of a neuron: a row of a linear layer, a column of ``ffn_out``.
+    The null shuffles the gradients of a module. The most sensitive neurons are followed if several steps were recorded,
+    and the overlap of the most sensitive tenth of each module is drawn for several runs.
 
     Parameters
     ----------

@@ -66,10 +66,8 @@ def save(
     elif kind == "html":
         from lorascope.charts import plotly_backend
 
-        div_id, texts = (
-            hashlib.sha256(source.encode()).hexdigest()[:12],
-            {"title": title, "caption": caption is not False, "legend": legend},
-        )
+        div_id = hashlib.sha256(source.encode()).hexdigest()[:12]
+        texts: dict[str, Any] = {"title": title, "caption": caption is not False, "legend": legend}
         plot = plotly_backend.fragment(drawable, div_id, theme, palette=palette, **texts)
         ground = figure_theme(theme, _THEMES[kind]).background
         page = _PAGE.format(title=escape(name), source=escape(source), plot=plot, ground=ground)

@@ -249,7 +249,7 @@ def draw_adalora_scores(evidence: StudyEvidence) -> Drawable | None:
     }
     names = {
         "AdaLoRA": "AdaLoRA",
-        "AdaLoRA, importance by sensitivity alone": "sensitivity",
+        "AdaLoRA, importance by sensitivity only": "sensitivity",
         "AdaLoRA, importance by size of lambda": "size of lambda",
     }
     numbers = printed("AdaLoRA", "Table 4", names, "0.08 %")

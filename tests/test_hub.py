@@ -114,7 +114,8 @@ class Hub:
                         for number in itertools.count():
                             self.wfile.write(b"HTTP/1.1 200 OK\r\n" if not number else b"X: 0\r\n")
                             if hub.stopped.wait(0.2):
-                                return
+                                break
+                    return
                 if not hub.after.endswith("body"):
                     self.wfile.write(hub.after.encode())
                     hub.stopped.wait()

@@ -93,7 +93,7 @@ def write_adapter(run: ls.Run, out: Path) -> None:
 # Name -> what it is.
 RUNS = {
     "lora": "run of LoRA, with norms and factors every 100 steps",
-    "full": "run of full fine-tuning, with the sensitivity of neurons",
+    "full": "run of full fine-tuning, with the sensitivity of neurons and its null",
     "adalora": "run of AdaLoRA, with its ranks, scores and the planted ranks",
     "alora": "run of ALoRA, with its ranks and ablation scores",
     "hydralora": "run of HydraLoRA on two domains, with router weights",

@@ -26,7 +26,7 @@ SINGLE = [
 # Quantity that an example is for.
 RECORDS = {
     "lora": "update_norm",
-    "full": "sensitivity_out",
+    "full": "shuffled_sensitivity_out",
     "adalora": "planted_rank",
     "alora": "importance",
     "hydralora": "gate_information",

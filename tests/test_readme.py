@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
+from lorascope.charts.save import data_hash
 from lorascope.cli.main import COMMANDS, main
 from lorascope.methods import METHODS
 
@@ -102,15 +105,35 @@ def test_outputs_fit_to_one_unit_of_the_last_digit():
     assert not fits("q 9.95\nk 1.0\n", "q 9.95\n")
 
 
+def test_first_screen_has_one_figure_the_lines_that_draw_it_the_uses_and_then_the_sizes():
+    opening, _, study = README.partition("<!-- evidence headline -->")
+    parts = ("![", "```python", "| what it does |", "## Install", " MB |")
+    positions = [opening.index(part) for part in parts]
+    assert positions == sorted(positions)
+    assert opening.count("![") == 1
+    rows = study.partition("<!-- /evidence -->")[0]
+    assert (opening + rows).count("\n") < 60
+
+
+def test_first_figure_of_the_readme_is_what_its_three_lines_draw():
+    """``make docs`` draws it."""
+    code = blocks("python")[0]
+    assert len(list(filter(None, code.splitlines()))) == 3
+    *lines, last = code.splitlines()
+    names: dict = {}
+    exec("\n".join(lines), names)
+    with Image.open(ROOT / re.findall(r"!\[.*?\]\((.+?)\)", README)[0]) as image:
+        assert json.loads(image.info["lorascope"]) == {"data_sha256": data_hash(eval(last, names))}
+
+
 @pytest.mark.slow
 @pytest.mark.real
 def test_blocks_of_the_readme_print_what_is_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,), (table,), (console,) = blocks("python"), blocks("text"), blocks("console")
+    (console,) = blocks("console")
     names: dict = {}
-    exec(code, names)
-    assert fits(capsys.readouterr().out, table)
-    assert Path("ranks.pdf").exists()
+    for code in blocks("python"):
+        exec(code, names)
     assert main(["export", str(names["run"].path), "--peft", "my-adapter"]) == 0
     capsys.readouterr()
     command, _, shown = console.partition("\n")

@@ -25,6 +25,7 @@ extensions = [
     "numpydoc",
     "myst_nb",
     "generated_pages",
+    "function_lists",
 ]
 exclude_patterns = ["_build", "_ext", "_static", "_templates"]
 templates_path = ["_templates"]

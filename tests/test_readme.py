@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -10,10 +11,12 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from PIL import Image
 
+import lorascope
 from lorascope.charts.save import data_hash
 from lorascope.cli.main import COMMANDS, main
 from lorascope.methods import METHODS
@@ -21,7 +24,17 @@ from lorascope.methods import METHODS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WRITTEN_BY_MAKE_DOCS = ("gallery", "methods", "reference", "tutorials", "cli.md", "quantities.md", "kinds", "kinds.md")
+WRITTEN_BY_MAKE_DOCS = (
+    "cheat-sheet.md",
+    "gallery",
+    "methods",
+    "reference",
+    "tutorials",
+    "cli.md",
+    "quantities.md",
+    "kinds",
+    "kinds.md",
+)
 
 
 @pytest.fixture
@@ -139,6 +152,45 @@ def test_blocks_of_the_readme_print_what_is_shown(tmp_path, monkeypatch, capsys)
     command, _, shown = console.partition("\n")
     assert main(shlex.split(command)[2:]) == 0
     assert fits(capsys.readouterr().out, shown)
+
+
+@pytest.fixture
+def public_calls(generated: ModuleType) -> dict[str, Any]:
+    """Every public function and class by the name that a user types."""
+    calls = {f"ls.{name}": getattr(lorascope, name) for name in lorascope._PUBLIC}
+    for name in lorascope._MODULES:
+        module = getattr(lorascope, name)
+        calls |= {f"ls.{name}.{member}": getattr(module, member) for member in dir(module)}
+    for file in sorted((ROOT / "lorascope" / "analysis").glob("[!_]*.py")):
+        module = importlib.import_module(f"lorascope.analysis.{file.stem}")
+        for member in generated.public_members(module):
+            calls[f"ls.analysis.{file.stem}.{member}"] = getattr(module, member)
+    return {name: value for name, value in calls.items() if callable(value)}
+
+
+def test_llms_text_names_every_public_function_with_its_summary(generated: ModuleType, public_calls: dict[str, Any]):
+    import function_lists
+
+    text = function_lists.llms_text()
+    assert text.startswith("# lorascope\n\n> See where low-rank fine-tuning changes a model")
+    entries = dict(re.findall(r"^- \[(ls\.[\w.]+)\]\([\w./-]+\): (.+)$", text, re.MULTILINE))
+    assert entries.keys() == public_calls.keys()
+    for name, value in public_calls.items():
+        words = " ".join((value.__doc__ or "").split())
+        assert re.sub(r":\w+:`|``", "`", words).startswith(f"{entries[name]}.")
+    for name, summary in COMMANDS.items():
+        assert f"- `lorascope {name}`: {summary}" in text
+
+
+def test_cheat_sheet_is_one_page_of_the_functions_that_users_call(generated: ModuleType, public_calls: dict[str, Any]):
+    import function_lists
+
+    sheet = function_lists.cheat_sheet()
+    shown = re.findall(r"^- `(ls\.[\w.]+)`", sheet, re.MULTILINE)
+    low_level = ("analysis", "baseline_ranks", "component_importance", "module_table", "updates")
+    assert set(shown) == {name for name in public_calls if name.split(".")[1] not in low_level}
+    assert set(re.findall(r"^- `lorascope (\w+)`", sheet, re.MULTILINE)) == set(COMMANDS)
+    assert blocks("python")[0] in sheet
 
 
 def test_every_kind_of_finding_has_a_page_with_an_anchor_and_a_row_of_the_index(generated: ModuleType):

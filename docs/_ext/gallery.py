@@ -70,7 +70,7 @@ def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
     return (
         f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{image_lines}\n\n"
         f"```python\n{code}\n```\n\n**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
-        f"{{py:func}}`Parameters of ls.plots.{figure.name} <{figure.draw.__module__}.{figure.name}>`\n"
+        f"{{py:func}}`Parameters of ls.plots.{figure.name} <lorascope.plots.{figure.name}>`\n"
     )
 
 

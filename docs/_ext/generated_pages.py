@@ -45,7 +45,7 @@ def own_methods() -> dict[str, type[Method]]:
 def first_sentence(documented: Any) -> str:
     """Return the first sentence of a docstring, without its period."""
     paragraph = " ".join(inspect.cleandoc(documented.__doc__ or "").partition("\n\n")[0].split())
-    return re.split(r"\.(?:\s|$)", paragraph)[0]
+    return re.split(r"(?<!Fig)(?<!Figs)(?<!Eq)\.(?:\s|$)", paragraph)[0]
 
 
 def paper_of(method: type[Method]) -> str:
@@ -88,8 +88,10 @@ def title(text: str) -> str:
 
 
 def public_members(module: ModuleType) -> list[str]:
-    """Return the public functions and classes that a module defines, or that its ``__all__`` lists."""
+    """Return the public functions and classes that a module lists, or else defines."""
     listed = getattr(module, "__all__", None)
+    if "__dir__" in vars(module):
+        listed = dir(module)
     if listed is None:
         listed = [
             name

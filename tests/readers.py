@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.collections import FillBetweenPolyCollection, LineCollection, PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
 
 from lorascope.charts.chart import Drawable
 
@@ -22,7 +24,12 @@ class Mpl:
 
     def __init__(self, drawable: Drawable) -> None:
         self.figure = drawable.mpl()
-        self.axes = [ax for ax in self.figure.axes if ax.get_label() != "<colorbar>"]
+        self.axes = self.panels_of(self.figure)
+
+    @staticmethod
+    def panels_of(figure: Figure) -> list[Axes]:
+        """Return the axes of a figure without its color bars."""
+        return [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
 
     def lines(self, panel: int = 0) -> list[tuple[list, list, str]]:
         drawn = [line for line in self.axes[panel].lines if line.get_transform() == self.axes[panel].transData]

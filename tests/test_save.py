@@ -374,10 +374,6 @@ def test_drawing_on_caller_axes(chart, heat) -> None:
     assert left.xaxis.label.get_fontsize() == mpl.rcParams["font.size"]
     heat.mpl(right)
     assert len(figure.axes) == 3
-    with pytest.raises(ValueError, match="cannot draw panels or frames on ax"):
-        set_side_by_side(chart, chart).mpl(left)
-    with pytest.raises(ValueError, match=r"chart.at\(frame\)"):
-        Chart(chart.data, [Bar("step", "norm")], frame="role").mpl(left)
 
 
 def test_jupyter_shows_plotly(chart, monkeypatch) -> None:

@@ -34,6 +34,15 @@ class Drawable:
         """Return the panels in one list, row by row."""
         return list(chain.from_iterable(self.rows()))
 
+    @property
+    def panels(self) -> tuple[Chart, ...]:
+        """Panels as single charts, row by row, each of which can be drawn on its own."""
+        return tuple(self.charts())
+
+    def pick_frames(self, steps: Sequence[Any] | None) -> Drawable:
+        """Return the drawable with some of its frames, all if ``steps`` is None."""
+        raise NotImplementedError
+
     def flat(self) -> pd.DataFrame:
         """Return all drawn data as one table.
 
@@ -56,6 +65,8 @@ class Drawable:
         theme: str | None = None,
         width: str | float | None = None,
         *,
+        axes: Sequence[Any] | None = None,
+        steps: Sequence[Any] | None = None,
         height: float | None = None,
         title: str | None = None,
         caption: bool = True,
@@ -67,13 +78,17 @@ class Drawable:
         Parameters
         ----------
         ax : matplotlib Axes, optional
-            Axes to draw on, in your own style. Requires a single chart without frames; the caption is not drawn.
+            Axes to draw a single chart on, in your own style; the caption is not drawn.
         theme : {"light", "dark", "paper"}, optional
             Default "light", or that of :func:`lorascope.set_style`.
         width : float or str, optional
             Inches, "column" (3.3), "page" (6.9), or a venue: "neurips", "iclr", "jmlr" and "tmlr", and with two columns
             "icml", "acl", "aaai", "ieee" and "nature", whose full width is "icml-page" and so on. Default: column for
-            a single chart, page for panels and frames.
+            a single chart, page for panels and frames, which are in as many rows as the width requires.
+        axes : sequence or array of matplotlib Axes, optional
+            Axes for several panels: one for each of :attr:`panels` and, of a panel with frames, one per frame.
+        steps : sequence, optional
+            Frames to draw, all of them. Default: at most eight, evenly spaced, or one row of them per panel.
         height : float, optional
             Inches, with title, legend and caption. Default: as high as necessary.
         title : str, optional
@@ -87,17 +102,28 @@ class Drawable:
 
         Returns
         -------
-        The new figure, or ``ax``.
+        The new figure, or ``ax`` or ``axes``.
+
+        Raises
+        ------
+        ValueError
+            The number of axes is not that of the panels, or the figure does not fit the size.
         """
         mpl = _import_backend("matplotlib_backend")
         if ax is not None:
-            return mpl.draw_onto(ax, self, theme, title, legend, palette)
+            mpl.draw_onto(self, [ax], theme, title, legend, palette, steps)
+            return ax
+        if axes is not None:
+            mpl.draw_onto(self, axes, theme, title, legend, palette, steps)
+            return axes
         texts: dict[str, Any] = {"title": title, "caption": caption, "legend": legend}
-        return mpl.to_matplotlib(self, theme, width, height=height, palette=palette, **texts)
+        return mpl.to_matplotlib(self, theme, width, height=height, palette=palette, steps=steps, **texts)
 
-    def plotly(self, theme: str | None = None, *, palette: Palette | None = None) -> Any:
-        """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""
-        return _import_backend("plotly_backend").to_plotly(self, theme, palette=palette)
+    def plotly(
+        self, theme: str | None = None, *, steps: Sequence[Any] | None = None, palette: Palette | None = None
+    ) -> Any:
+        """Draw as an interactive ``plotly.graph_objects.Figure``; frames, or those in ``steps``, are on a slider."""
+        return _import_backend("plotly_backend").to_plotly(self.pick_frames(steps), theme, palette=palette)
 
     def save(
         self,
@@ -105,6 +131,7 @@ class Drawable:
         width: str | float | None = None,
         theme: str | None = None,
         *,
+        steps: Sequence[Any] | None = None,
         height: float | None = None,
         title: str | None = None,
         caption: bool | None = None,
@@ -119,7 +146,7 @@ class Drawable:
         path : str or Path
             The extension selects the format: pdf, svg, pgf, png (matplotlib), html (plotly, self-contained) or csv
             (data). Missing folders are created. pgf requires LaTeX and cannot contain heat maps.
-        width, height, title, legend, palette
+        width, steps, height, title, legend, palette
             See :meth:`mpl`; html and csv have no size.
         theme : {"light", "dark", "paper"}, optional
             Default: paper for pdf, svg and pgf, else light.
@@ -138,7 +165,7 @@ class Drawable:
         ValueError
             The extension is not one of these, or the figure does not fit the size.
         """
-        size: dict[str, Any] = {"width": width, "height": height, "dpi": dpi}
+        size: dict[str, Any] = {"width": width, "height": height, "dpi": dpi, "steps": steps}
         texts: dict[str, Any] = {"title": title, "caption": caption, "legend": legend}
         return _import_backend("save").save(self, path, theme=theme, palette=palette, **texts, **size)
 
@@ -283,17 +310,23 @@ class Chart(Drawable):
 
     def at(self, value: Any) -> Chart:
         """Return the chart of a single frame."""
+        return replace(self.pick_frames([value]), frame=None)
+
+    def pick_frames(self, steps: Sequence[Any] | None) -> Chart:
+        if steps is None:
+            return self
         if self.frame is None:
-            raise ValueError(f"cannot select frame {value!r}: {self!r} has no frames")
-        if value not in set(self.data[self.frame]):
-            values = ", ".join(map(str, self.data[self.frame].unique()))
-            raise ValueError(f"{self.frame} must be one of {values}, got {value!r}")
+            raise ValueError(f"cannot select frames {list(steps)}: {self!r} has no frames")
+        for value in steps:
+            if value not in set(self.data[self.frame]):
+                values = ", ".join(map(str, self.data[self.frame].unique()))
+                raise ValueError(f"{self.frame} must be one of {values}, got {value!r}")
         marks = []
         for mark in self.marks:
             if mark.data is not None and self.frame in mark.data:
-                mark = replace(mark, data=mark.data[mark.data[self.frame] == value])
+                mark = replace(mark, data=mark.data[mark.data[self.frame].isin(steps)])
             marks.append(mark)
-        return replace(self, data=self.data[self.data[self.frame] == value], marks=marks, frame=None)
+        return replace(self, data=self.data[self.data[self.frame].isin(steps)], marks=marks)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -311,6 +344,13 @@ class Panels(Drawable):
 
     def rows(self) -> tuple[tuple[Chart, ...], ...]:
         return self.grid
+
+    def pick_frames(self, steps: Sequence[Any] | None) -> Panels:
+        framed = [chart for chart in self.charts() if chart.frame is not None]
+        if not framed and steps is not None:
+            raise ValueError(f"cannot select frames {list(steps)}: {self!r} has no frames")
+        picked = {chart: chart.pick_frames(steps) for chart in framed}
+        return replace(self, grid=tuple(tuple(picked.get(chart, chart) for chart in row) for row in self.grid))
 
     @property
     def data(self) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -52,7 +52,7 @@ LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a col
 SMALLEST_TEXT = 4.0  # points; numbers that only fit at a smaller size are omitted
 SMALLEST_WORDS = 5.0  # points; words that only fit at a smaller size are replaced by the numbers
 FRAMES = 8  # maximum number of small multiples
-MULTIPLE = 1.5  # minimum width of a small multiple in inches
+MULTIPLE, MIN_PANEL = 1.5, 1.3  # minimum width in inches of a small multiple, and of a panel next to others
 SHAPE = 0.68  # height of a panel as a fraction of its width
 LEAST_ROW = 1.0  # inches that a row of panels needs with its labels
 LABELS = 0.7  # inches for the title and labels of an axis
@@ -75,26 +75,28 @@ def to_matplotlib(
     name: str | None = None,
     width: str | float | None = None,
     *,
-    height: float | None = None,
-    title: str | None = None,
-    caption: bool = True,
-    legend: bool = True,
     palette: Palette | None = None,
+    **layout: Any,
 ) -> Figure:
     """Draw on a new matplotlib figure; see :meth:`Drawable.mpl`."""
-    look = figure_theme(name, "light", palette)
-    return _draw_figure(drawable, look, width, height=height, title=title, caption=caption, legend=legend)
+    return _draw_figure(drawable, figure_theme(name, "light", palette), width, **layout)
 
 
 def _draw_figure(
-    drawable: Drawable, look: Theme, width: str | float | None = None, *, height: float | None = None, **texts: Any
+    drawable: Drawable,
+    look: Theme,
+    width: str | float | None = None,
+    *,
+    height: float | None = None,
+    steps: Sequence[Any] | None = None,
+    **texts: Any,
 ) -> Figure:
-    settled = plan_figure(drawable, caller_theme(look), **texts)
+    settled = plan_figure(drawable.pick_frames(steps), caller_theme(look), **texts)
     if width is None:
         width = "column" if len(settled.panels) == 1 and not settled.frames else "page"
     inches = width_in_inches(width)
     with style(settled.theme):
-        return _compose(settled, _lay_out_grid(settled, max(1, int(inches / MULTIPLE))), inches, height)
+        return _compose(settled, _lay_out_grid(settled, inches, steps is not None), inches, height)
 
 
 def write(
@@ -127,49 +129,82 @@ def _require_latex() -> None:
 
 
 def draw_onto(
-    ax: Axes,
     drawable: Drawable,
-    name: str | None = None,
-    title: str | None = None,
-    legend: bool = True,
-    palette: Palette | None = None,
-) -> Axes:
-    """Draw on the caller's matplotlib axes, in the caller's style."""
-    settled = plan_figure(drawable, caller_theme(figure_theme(name, "light", palette)), title, legend=legend)
-    if len(settled.panels) > 1 or settled.frames:
-        raise ValueError("cannot draw panels or frames on ax: pass a single chart, such as chart.at(frame)")
-    (panel,) = settled.panels
-    draw(ax, panel)
-    ax.set_title(escape_dollar(settled.title))
+    axes: Sequence[Axes],
+    name: str | None,
+    title: str | None,
+    legend: bool,
+    palette: Palette | None,
+    steps: Sequence[Any] | None,
+) -> None:
+    """Draw on the caller's matplotlib axes, in the caller's style; the legend is on the first of them."""
+    look = caller_theme(figure_theme(name, "light", palette))
+    settled = plan_figure(drawable.pick_frames(steps), look, title, legend=legend)
+    subplots: list[tuple[Panel, Any]] = []
+    for panel in settled.panels:
+        frames: Sequence[Any] = [None]
+        if panel.chart.frame is not None:
+            frames = settled.frames
+        subplots += product([panel], frames)
+    all_axes: list[Any] = list(np.ravel(np.asarray(axes, dtype=object)))
+    if len(all_axes) != len(subplots):
+        remedy = "pass axes=[...] with one for each"
+        if settled.frames:
+            remedy = "choose as many steps=[...]"
+        raise ValueError(f"cannot draw {len(subplots)} panels on {len(all_axes)} axes: {remedy}")
+    for ax, (panel, frame) in zip(all_axes, subplots, strict=True):
+        draw(ax, panel, frame)
+        titles = [_panel_title(settled, panel, frame)]
+        if len(subplots) == 1:
+            titles.insert(0, settled.title)
+        ax.set_title(escape_dollar(", ".join(filter(None, titles))))
     if settled.entries:
-        ax.legend(handles=list(map(_handle, settled.entries)), title=escape_dollar(settled.legend_title))
+        all_axes[0].legend(handles=list(map(_handle, settled.entries)), title=escape_dollar(settled.legend_title))
     for ramp in settled.ramps:
-        ax.figure.colorbar(_color_scale(ramp), ax=ax, label=escape_dollar(ramp.label))
-    label_categories(ax, panel)
-    _write_cell_texts(ax, panel)
-    return ax
+        painted = [ax for ax, (panel, _) in zip(all_axes, subplots, strict=True) if panel.number in ramp.views]
+        painted[0].figure.colorbar(_color_scale(ramp), ax=painted, label=escape_dollar(ramp.label))
+    for ax, (panel, frame) in zip(all_axes, subplots, strict=True):
+        label_categories(ax, panel)
+        _write_cell_texts(ax, panel, frame)
 
 
-def _lay_out_grid(settled: FigurePlan, across: int) -> list[_GridPlace]:
-    """Place the panels as arranged or, with frames, the frames of each panel in rows of ``across``."""
+def _panel_title(settled: FigurePlan, panel: Panel, frame: Any) -> str:
+    """Return the title above the axes of one frame of a panel."""
+    titles = []
+    if len(settled.panels) > 1 and panel.chart.title:
+        titles.append(panel.chart.title)
+    if frame is not None:
+        titles.append(f"{settled.frame_label} {frame}")
+    return ", ".join(titles)
+
+
+def _lay_out_grid(settled: FigurePlan, width: float, draw_all: bool) -> list[_GridPlace]:
+    """Place the panels as arranged or, with frames, the frames of each panel, in as many rows as ``width`` requires.
+
+    Of the frames, ``draw_all`` or some, evenly spaced.
+    """
+    min_width = MULTIPLE if settled.frames else MIN_PANEL
+    across = max(1, int(width / max([min_width, *map(_names_width, settled.panels)])))
     rows: list[tuple[int, Iterable[tuple[int, Any]]]] = []  # number of equal columns, panels and frames in them
     if settled.frames:
         frames, max_frames = settled.frames, across
         if len(settled.panels) == 1:
             max_frames = FRAMES
-        if len(frames) > max_frames:
+        if len(frames) > max_frames and not draw_all:
             # Evenly spaced frames, including the first and the last.
             frames = [frames[round(index * (len(frames) - 1) / (max_frames - 1))] for index in range(max_frames)]
-        across = min(across, len(frames))
         for panel in settled.panels:
             if panel.chart.frame is None:
                 rows.append((1, [(panel.number, None)]))
                 continue
-            for start in range(0, len(frames), across):
-                rows.append((across, product([panel.number], frames[start : start + across])))
+            columns = _spread_evenly(len(frames), across)
+            for start in range(0, len(frames), columns):
+                rows.append((columns, product([panel.number], frames[start : start + columns])))
     else:
         for row in settled.rows:
-            rows.append((max(len(row), settled.columns), product(row, [None])))
+            columns = _spread_evenly(max(len(row), settled.columns), across)
+            for start in range(0, len(row), columns):
+                rows.append((columns, product(row[start : start + columns], [None])))
     # A common multiple lets rows with different numbers of panels share one grid.
     columns = math.lcm(*(count for count, _ in rows))
     cells = []
@@ -178,6 +213,18 @@ def _lay_out_grid(settled: FigurePlan, across: int) -> list[_GridPlace]:
         for index, (panel_number, frame) in enumerate(members):
             cells.append(_GridPlace(panel_number, frame, number, index * width, (index + 1) * width))
     return cells
+
+
+def _spread_evenly(count: int, across: int) -> int:
+    """Return how many of ``count`` panels are in a row of at most ``across``, so that all rows are about as long."""
+    return math.ceil(count / math.ceil(count / across))
+
+
+def _names_width(panel: Panel) -> float:
+    """Return the inches that a panel needs for the names of its x axis, written vertically."""
+    if not panel.x.is_wordy:
+        return 0.0
+    return LABELS + 1.25 * len(panel.x.names) * panel.theme.size / 72
 
 
 def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_height: float | None) -> Figure:
@@ -236,13 +283,8 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
     for _ in range(2):  # twice: y labels take width from x, titles and vertical names take height
         _stack_foot(drawn_figure, fixed_height or sum(heights) + head + turned + below, foot, depths)
         for cell, ax, panel in panels:
-            titles = []
-            if len(settled.panels) > 1 and panel.chart.title:
-                titles.append(panel.chart.title)
-            if cell.frame is not None:
-                titles.append(f"{settled.frame_label} {cell.frame}")
             room = 1.1 * size_in_points(ax)[0]
-            ax.set_title(escape_dollar(wrap_text(", ".join(titles), room, size)))
+            ax.set_title(escape_dollar(wrap_text(_panel_title(settled, panel, cell.frame), room, size)))
         names = [0.0] * len(heights)
         for cell, ax, panel in panels:
             names[cell.row] = max(names[cell.row], label_categories(ax, panel))

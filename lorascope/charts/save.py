@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def save(
     legend: bool = True,
     dpi: float = 300,
     palette: Palette | None = None,
+    steps: Sequence[Any] | None = None,
     **size: Any,
 ) -> Path:
     """Save a chart or panels as a file; see :meth:`Drawable.save`."""
@@ -57,6 +59,7 @@ def save(
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _KINDS:
         raise ValueError(f"cannot save {path.name!r}: the extension must be one of {', '.join(_KINDS)}")
+    drawable = drawable.pick_frames(steps)
     titles = [title] if title else [chart.title for chart in drawable.charts() if chart.title]
     name = " | ".join(dict.fromkeys(map(printable, titles)))
     source, program = provenance(drawable), f"lorascope {__version__}"
@@ -85,7 +88,7 @@ def save(
         }
         look = figure_theme(theme, _THEMES[kind], palette)
         has_caption = caption if caption is not None else _THEMES[kind] != "paper"
-        layout: dict[str, Any] = {**size, "title": title, "caption": has_caption, "legend": legend}
+        layout: dict[str, Any] = {**size, "steps": steps, "title": title, "caption": has_caption, "legend": legend}
         content = matplotlib_backend.write(drawable, kind, look, metadata[kind], dpi, **layout)
         if kind == "pgf":
             content = f"% lorascope: {source}\n".encode() + content

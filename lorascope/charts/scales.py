@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_integer_dtype
 
-from lorascope.array_types import Float
+from lorascope.array_types import Bool, Float
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Mark, is_numeric
 from lorascope.charts.text_wrapping import GLYPH
@@ -58,8 +58,8 @@ class Scale:
 
     @property
     def is_wordy(self) -> bool:
-        """Whether most categories are words, each of which should be readable, and not consecutive numbers."""
-        return 2 * sum(map(_is_digits, self.names)) < len(self.names)
+        """Whether most categories are words, each of which should be readable, and not evenly spaced numbers."""
+        return 2 * int(_are_counted(self.names).sum()) < len(self.names)
 
     def height(self, usual: float, rows: float, max_height: float, min_height: float) -> float:
         """Return the height of a panel with this y axis: ``rows`` for its names if these are words or fit."""
@@ -129,13 +129,16 @@ class Scale:
         return Ticks(list(map(float, indices)), [names[index] for index in indices], turned)
 
 
-def _is_digits(name: str) -> bool:
-    return name.lstrip("-").replace(".", "", 1).isdigit()
+def _are_counted(names: Sequence[str]) -> Bool[np.ndarray, "n"]:
+    """Return which names are numbers, if these are evenly spaced, so that some of them imply the others."""
+    is_number = np.array([name.lstrip("-").replace(".", "", 1).isdigit() for name in names], dtype=bool)
+    steps = np.diff(np.array(names)[is_number].astype(float))
+    return is_number & np.allclose(steps, steps[:1])
 
 
 def _spread_names(names: Sequence[str], lengths: Float[np.ndarray, "n"]) -> list[int]:
     """Return indices of names to write, of ``lengths`` in cells: words that fit, numbers at round steps."""
-    is_number = np.array(list(map(_is_digits, names)), dtype=bool)
+    is_number = _are_counted(names)
     words, numbers = np.flatnonzero(~is_number).tolist(), np.flatnonzero(is_number).tolist()
     if not numbers:
         if (lengths[:-1] + lengths[1:] <= 2).all():

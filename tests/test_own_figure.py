@@ -1,0 +1,142 @@
+"""Figures as an author arranges them: panels on axes, chosen steps, rows that fit a width, and every tick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from readers import Mpl
+from test_save import assert_tidy
+
+from lorascope.charts.chart import Chart, Drawable, set_side_by_side, wrap
+from lorascope.charts.marks import Axis, Bar, Heat, Line, Point
+
+
+def lines(title: str = "", **settings) -> Chart:
+    data = pd.DataFrame({"x": [0, 1, 0, 1], "y": [1.0, 2, 3, 4], "recipe": list("aabb")})
+    return Chart(data, [Line("x", "y", "recipe")], title=title, y=Axis(label="norm"), **settings)
+
+
+def cells(title: str = "") -> Chart:
+    data = pd.DataFrame({"x": list("pq"), "y": list("uv"), "v": [1.0, 2.0]})
+    return Chart(data, [Heat("x", "y", "v", "rank", text=".1f")], title=title)
+
+
+def replay(steps: int = 10) -> Chart:
+    data = pd.DataFrame(
+        [(step, x, float(step + x)) for step in range(steps) for x in (0, 1)], columns=["step", "x", "y"]
+    )
+    return Chart(data, [Line("x", "y")], frame="step", title="replay")
+
+
+def titles(figure: Figure) -> list[str]:
+    return [ax.get_title(loc="left") for ax in figure.axes if ax.get_label() != "<colorbar>"]
+
+
+def rows(figure: Figure) -> list[int]:
+    """Return the number of panels in each row."""
+    tops = [round(ax.get_subplotspec().get_position(figure).y1, 3) for ax in Mpl.panels_of(figure)]
+    return [tops.count(top) for top in dict.fromkeys(tops)]
+
+
+def test_panels_are_single_charts_in_order() -> None:
+    joined = set_side_by_side(lines("left"), cells("right"))
+    assert [chart.title for chart in joined.panels] == ["left", "right"]
+    chart = lines()
+    assert chart.panels == (chart,)
+    assert joined.panels[1].mpl().axes
+
+
+def test_panels_are_drawn_on_axes_of_the_caller() -> None:
+    figure = Figure(figsize=(6, 2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    joined = set_side_by_side(lines("left"), cells("right"))
+    assert joined.mpl(axes=axes) is axes
+    assert [line.get_ydata().tolist() for line in axes[0].lines] == [[1, 2], [3, 4]]
+    assert [ax.get_title() for ax in axes] == ["left", "right"]
+    assert [text.get_text() for text in axes[1].texts] == ["1.0", "2.0"]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["a", "b"]
+    assert axes[1].get_legend() is None
+    assert len(figure.axes) == 3  # with the color bar
+
+
+def test_steps_are_drawn_on_axes_of_the_caller() -> None:
+    axes = Figure().subplots(2, 2)
+    replay().mpl(axes=axes, steps=[0, 3, 7, 9])
+    assert [ax.get_title() for ax in axes.flat] == [f"step {step}" for step in (0, 3, 7, 9)]
+    assert [ax.lines[0].get_ydata().tolist() for ax in axes.flat] == [[0, 1], [3, 4], [7, 8], [9, 10]]
+    (ax,) = Figure().subplots(1, 1, squeeze=False).flat
+    replay().mpl(ax, steps=[3])
+    assert ax.get_title() == "replay, step 3"
+    axes = Figure().subplots(1, 3)
+    set_side_by_side(lines("still"), replay()).mpl(axes=axes, steps=[0, 9], legend=False)
+    assert [ax.get_title() for ax in axes] == ["still", "replay, step 0", "replay, step 9"]
+
+
+def test_wrong_number_of_axes_is_one_clear_line() -> None:
+    left, right = Figure().subplots(1, 2)
+    with pytest.raises(ValueError, match=r"^cannot draw 2 panels on 1 axes: pass axes=\[...\] with one for each$"):
+        set_side_by_side(lines(), lines()).mpl(left)
+    with pytest.raises(ValueError, match=r"^cannot draw 1 panels on 2 axes"):
+        lines().mpl(axes=[left, right])
+    with pytest.raises(ValueError, match=r"^cannot draw 10 panels on 2 axes: choose as many steps=\[...\]$"):
+        replay().mpl(axes=[left, right])
+
+
+def test_steps_select_frames_in_every_renderer_and_file(tmp_path: Path) -> None:
+    figure = replay(20).mpl(steps=range(10))
+    assert titles(figure) == [f"step {step}" for step in range(10)]  # more than without steps
+    assert [frame.name for frame in replay().plotly(steps=[2, 5]).frames] == ["2", "5"]
+    assert replay().plotly(steps=[2, 5]).data[0].y.tolist() == [5, 6]
+    table = pd.read_csv(replay().save(tmp_path / "a.csv", steps=[2]))
+    assert table["step"].tolist() == [2, 2]
+    assert replay().save(tmp_path / "a.svg", steps=[2, 5]).read_text().count("step ") == 2
+    with pytest.raises(ValueError, match="step must be one of 0, 1, 2, got 7"):
+        replay(3).mpl(steps=[0, 7])
+    for still in (lines(), set_side_by_side(lines(), lines())):
+        with pytest.raises(ValueError, match="cannot select frames"):
+            still.mpl(steps=[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "expected"),
+    [(4, "page", [4]), (4, "icml", [2, 2]), (5, "page", [5]), (5, "neurips", [3, 2]), (3, 1.5, [1, 1, 1])],
+)
+def test_rows_of_panels_fit_the_width(count: int, width: str | float, expected: list[int]) -> None:
+    figure = wrap([lines(f"panel {number}") for number in range(count)], count).mpl(width=width)
+    assert rows(figure) == expected
+    assert_tidy(figure)
+
+
+@pytest.mark.parametrize(("width", "expected"), [("page", [4, 4]), ("icml", [2, 2, 2, 2])])
+def test_rows_of_small_multiples_fit_the_width(width: str, expected: list[int]) -> None:
+    figure = replay(20).mpl(width=width)
+    assert rows(figure) == expected
+    assert_tidy(figure)
+
+
+def joined_bars() -> Drawable:
+    names = [f"module {number}" for number in "abcdefghijkl"]
+    data = pd.DataFrame({"module": names, "norm": np.arange(12.0)})
+    return wrap([Chart(data, [Bar("module", "norm")], title=f"seed {seed}") for seed in range(4)], 4)
+
+
+@pytest.mark.parametrize("width", ["column", "neurips", "page"])
+def test_every_drawn_mark_keeps_its_tick(width: str) -> None:
+    for drawable in (joined_bars(), frames_of_ranks()):
+        figure = drawable.mpl(width=width)
+        assert_tidy(figure)
+        for ax in Mpl.panels_of(figure):
+            drawn = {round(bar.get_x() + bar.get_width() / 2, 6) for bar in ax.patches}
+            drawn |= {float(x) for dots in ax.collections for x in dots.get_offsets()[:, 0]}
+            assert drawn <= set(ax.get_xticks())
+
+
+def frames_of_ranks() -> Chart:
+    """Build dots at ranks that are not evenly spaced, so that none implies another."""
+    ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    data = pd.DataFrame([(rank, step, 1 / rank) for step in range(8) for rank in ranks], columns=["r", "step", "y"])
+    return Chart(data, [Point("r", "y")], frame="step", x=Axis(label="rank", order=ranks))

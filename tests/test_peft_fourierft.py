@@ -250,11 +250,11 @@ def stored(adapter: Path, **changes: torch.Tensor) -> None:
 BROKEN: dict[str, tuple[Any, str]] = {
     "no shapes": (
         lambda a: configured(a, base_model_name_or_path="org/model"),
-        "stores no shapes: pass the folder of its base model, org/model, as base= or --base$",
+        "stores no shapes: pass its base model, org/model, as base= or --base DIR$",
     ),
     "no base": (
         lambda a: configured(a, base_model_name_or_path=None),
-        "stores no shapes: pass the folder of its base model, as base= or --base$",
+        "stores no shapes: pass its base model, as base= or --base DIR$",
     ),
     "length": (lambda a: stored(a, **{Q0: torch.ones(49)}), "q_proj must have 50 coefficients .*, got 49"),
     "another base": (lambda a: (tiny("bert").save_pretrained(a.parent / "base"),), "as the base: it has no weight of"),

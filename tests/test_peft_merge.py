@@ -72,7 +72,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
 def test_without_base_the_error_says_to_pass_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(tmp_path, "PEANUT")
     assert "PEANUT changes the weights of its base" in (line := refused(tmp_path, capsys))
-    assert line.endswith("pass the base model, --base DIR\n")
+    assert line.endswith("as base= or --base DIR\n")
 
 
 def test_without_peft_the_error_says_to_install_it(

@@ -209,7 +209,7 @@ def test_change_of_the_base_requires_the_base(
     chosen = getattr(peft, config)(target_modules=["dense"], **settings)
     write_with_peft(tmp_path, chosen, {M: nn.Linear(4, 6)})
     assert main(["inspect", str(tmp_path)]) == 2
-    line = f"{kind} changes the weights of its base, unnamed: pass the base model, --base DIR"
+    line = f"{kind} changes the weights of its base: pass its base model, as base= or --base DIR"
     assert capsys.readouterr().err == f"lorascope: cannot read {tmp_path}: {line}\n"
 
 
@@ -313,19 +313,6 @@ def test_index_outside_is_refused_in_one_line(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert re.search(rf"{name} of {M} must be integers from 0 to below [\d and]+, got 99$", line)
-
-
-def test_bone_is_read_like_miss(tmp_path: Path) -> None:
-    """Bone is what PEFT called MiSS before 0.19; newer versions cannot load it."""
-    expected = write_with_peft(
-        tmp_path / "adapter", peft.MissConfig(r=2, target_modules=["dense"]), {M: nn.Linear(4, 6)}, tmp_path / "base"
-    )
-    file, weights = tmp_path / "adapter" / "adapter_config.json", tmp_path / "adapter" / "adapter_model.safetensors"
-    file.write_text(json.dumps({"peft_type": "BONE", "r": 2, "init_weights": True}), encoding="utf-8")
-    weights.write_bytes(save({k.replace("miss_block", "bone_block"): v for k, v in load_file(weights).items()}))
-    adapter = ls.load(tmp_path / "adapter", tmp_path / "base")
-    assert adapter.files.kind == "Bone"
-    assert adapter.updates()[M].dense() == pytest.approx(expected[M], abs=1e-6)
 
 
 def test_shira_draws_its_indices_if_they_are_missing(tmp_path: Path) -> None:

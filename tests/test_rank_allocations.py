@@ -78,16 +78,6 @@ def test_parameters_are_ranks_times_inputs_plus_outputs() -> None:
     assert unsized.isna().all()
 
 
-def test_shares_include_those_of_a_uniform_allocation() -> None:
-    modules = MODULES.drop(index=5)  # 3 q, 2 ffn_in
-    found = rank_allocations.current_ranks(table({9: [5, 0, 1, 2, 0]}, modules=modules))
-    roles = rank_allocations.rank_shares(found).set_index("role")
-    assert roles.loc["q", ["rank", "modules", "share", "uniform"]].tolist() == pytest.approx([6, 3, 6 / 8, 3 / 5])
-    depth = rank_allocations.rank_shares(found, "third").set_index("third")
-    assert depth["share"].to_dict() == pytest.approx({"bottom": 5 / 8, "middle": 3 / 8, "top": 0})
-    assert depth["uniform"].to_dict() == pytest.approx({"bottom": 2 / 5, "middle": 2 / 5, "top": 1 / 5})
-
-
 @pytest.mark.parametrize(("layers", "sizes"), [(12, [4, 4, 4]), (2, [1, 0, 1]), (5, [2, 1, 2]), (1, [0, 1, 0])])
 def test_thirds_have_equal_size(layers: int, sizes: list[int]) -> None:
     modules = pd.DataFrame(blocks(layers, ("q",))).astype({"layer": "Int16"})

@@ -179,7 +179,7 @@ def test_base_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     write(tmp_path, *CASES["embedding"][:3])
     configure(tmp_path, base_model_name_or_path="org/base")
     assert main(["inspect", str(tmp_path / "adapter")]) == 2
-    assert "TRAINABLE_TOKENS changes the weights of its base, org/base: pass the base model" in capsys.readouterr().err
+    assert "TRAINABLE_TOKENS changes the weights of its base: pass its base model, org/base" in capsys.readouterr().err
 
 
 def test_merge_of_tuned_norms_is_proved(tmp_path: Path) -> None:

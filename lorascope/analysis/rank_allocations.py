@@ -70,29 +70,6 @@ def depth_thirds(ranks: pd.DataFrame) -> pd.Series:
     return third.astype(pd.CategoricalDtype(list(THIRDS), ordered=True))
 
 
-def rank_shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
-    """Compute the fraction of the total rank allocated to each group of modules, and that under a uniform allocation.
-
-    Parameters
-    ----------
-    ranks : DataFrame
-        Ranks from ``current_ranks``.
-    by : str
-        Column that defines the groups: "role" (the default), or "third" for the thirds of the depth.
-
-    Returns
-    -------
-    DataFrame
-        ``run``, ``by``, ``rank`` (sum), ``modules`` (count), ``share`` (fraction of the rank) and ``uniform`` (fraction
-        of the modules). Fractions are relative to the modules that belong to a group.
-    """
-    rows = ranks.assign(third=depth_thirds(ranks)).dropna(subset=by)
-    groups = rows.groupby(["run", by], observed=True)["value"]
-    sums = groups.agg(rank="sum", modules="count").reset_index()
-    totals = sums.groupby("run", observed=True)[["rank", "modules"]].transform("sum")
-    return sums.assign(share=sums["rank"] / totals["rank"], uniform=sums["modules"] / totals["modules"])
-
-
 def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "run run"]:
     """Compute Kendall's tau-b between the rank allocations of every pair of runs; NaN if all ranks of one are equal."""
     first, second = np.triu_indices(ranks.shape[1], 1)

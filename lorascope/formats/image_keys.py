@@ -13,6 +13,7 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
+from lorascope.formats.mlx import SETTINGS
 from lorascope.formats.peft_factors import require_factor
 from lorascope.formats.pretrained_weights import OptionalBase, base_with_weight
 from lorascope.formats.stored_update import StoredTensor, in_order, stored_tensors, uncompiled_name
@@ -61,7 +62,7 @@ def is_image_adapter(config: Mapping[str, Any], names: Collection[str]) -> bool:
         Names of the tensors.
     """
     # The configurations of PEFT and MLX decide, because adapters of text models may have the same tensor names.
-    if {"peft_type", "fine_tune_type", "lora_parameters", "lora_layers"} & config.keys():
+    if "peft_type" in config or not SETTINGS.isdisjoint(config):
         return False
     return any(map(_is_image_key, names)) or METADATA in config
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ from lorascope.updates import Dense, Update, from_factors
 from lorascope.updates.linalg import as_float64
 
 WEIGHTS = "adapters.safetensors"
+SETTINGS = {"fine_tune_type", "lora_parameters", "lora_layers"}
+"""Keys of a configuration of mlx-lm, of which it has at least one."""
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>lora_a|lora_b|m)")
 _WEIGHT = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>weight)")
 # Names of the projections of experts in the files of Mixtral, whose modules are in ``block_sparse_moe``.
@@ -128,11 +130,10 @@ def _read_expert(tensor: StoredTensor, count: int, expert: int) -> np.ndarray:
     return matrix
 
 
-def _is_mlx(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    return "peft_type" not in config and bool({"fine_tune_type", "lora_parameters", "lora_layers"} & config.keys())
-
-
-@reads(_is_mlx, "LoRA and DoRA of MLX")
+@reads(
+    lambda config, names: "peft_type" not in config and not SETTINGS.isdisjoint(config),
+    "LoRA and DoRA of MLX",
+)
 def read_mlx(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of an adapter folder of mlx-lm."""
     source = folder_of(path) / CONFIG

@@ -15,7 +15,6 @@ from lorascope.files.printable import first_of, printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.adapter_faults import AdapterFault
-from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, named_base
 from lorascope.formats.stored_update import StoredTensor, StoredUpdate, in_order, plain_name, stored_tensors
 from lorascope.updates import Update
 
@@ -231,15 +230,6 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
             must = ", ".join(str(sizes.get(size, size)) for size in dimensions.split())
             raise AdapterFault("shape", path, f"{name} of {printable(module)} must have shape ({must}), got {stored}")
     return sizes
-
-
-def require_base(path: Path, config: Mapping[str, Any], base: OptionalBase, kind: str) -> PretrainedWeights:
-    """Return the given or named base of an adapter whose PEFT factors rescale or rotate the base weights."""
-    weights = base or named_base(config)
-    if weights is None:
-        name = printable(config.get("base_model_name_or_path") or "unnamed")
-        raise unreadable(path, f"{kind} changes the weights of its base, {name}: pass the base model, --base DIR")
-    return weights
 
 
 def check_fit(path: Path, module: str, shape: tuple[int, int], base: tuple[int, int]) -> None:

@@ -29,12 +29,11 @@ from lorascope.formats.peft_factors import (
     check_fit,
     check_shapes,
     peft_factors,
-    require_base,
     shared_factor,
     stored_shape,
 )
 from lorascope.formats.peft_merge import read_merged
-from lorascope.formats.pretrained_weights import OptionalBase, base_with_shapes, named_base
+from lorascope.formats.pretrained_weights import OptionalBase, named_base, require_base
 from lorascope.formats.readers import Config, Needs, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles
 from lorascope.schema.name_patterns import per_module
@@ -45,6 +44,8 @@ Arrays = Mapping[str, np.ndarray]
 Sizes = Mapping[str, int]
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha", "n_frequency_pattern": "n_frequency"}
 """Settings of single modules, and the settings that they replace."""
+_REASONS = {"shapes": "stores no shapes", "base": "changes the weights of its base"}
+"""Reasons why updates require a base."""
 
 
 @dataclass(frozen=True)
@@ -209,10 +210,8 @@ class PeftFormat(msgspec.Struct, frozen=True):
         if self.requires_peft(files):
             return read_merged(path, config, files, base)
         weights: OptionalBase = None
-        if self.needs == "base":
-            weights = require_base(path, config, base, self.kind)
-        elif self.needs == "shapes":
-            weights = base_with_shapes(path, config, base, self.kind)
+        if self.needs != "files":
+            weights = require_base(path, config, base, f"{self.kind} {_REASONS[self.needs]}")
         module_tensors, other_names = peft_factors(path, files, self.tensors)
         shapes = dict.fromkeys(module_tensors, (0, 0))
         if weights is not None:

@@ -23,7 +23,7 @@ from lorascope.files.typed_json import Finite, Positive, to_typed
 from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_factors import group_factors, no_factors
-from lorascope.formats.pretrained_weights import OptionalBase, base_with_shapes, named_base
+from lorascope.formats.pretrained_weights import OptionalBase, named_base, require_base
 from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.schema.name_patterns import per_module
@@ -82,7 +82,7 @@ def read_fourier(path: Path, config: Config, files: WeightFiles, base: OptionalB
     module_factors, other_names = group_factors(files, _FACTOR)
     if not module_factors:
         raise no_factors(path, "FOURIERFT weights must include fourierft_spectrum", other_names)
-    shapes = base_with_shapes(path, config, base, "FourierFT")
+    shapes = require_base(path, config, base, "FourierFT stores no shapes")
     settings = to_typed(config, FourierConfig, path / CONFIG)
     count_of = per_module(path / CONFIG, "n_frequency_pattern", settings.n_frequency, settings.n_frequency_pattern)
     seed, transposed, updates = entry_seed(config), bool(settings.fan_in_fan_out), {}

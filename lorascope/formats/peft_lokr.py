@@ -68,18 +68,17 @@ def kronecker_part(factors: Factors, sizes: Sizes, scale: float) -> StoredFactor
     if not {"lokr_w2", "lokr_t2"} & factors.keys():
         ranks[1] = min(ranks[1], sizes["r"])
     sides = sizes["a"] * right[0], sizes["b"] * right[1]
-    return StoredFactors(factors, sides, ranks[0] * ranks[1], lambda arrays: _kronecker(arrays, scale), scale)
+
+    def build(arrays: Mapping[str, np.ndarray]) -> Kronecker:
+        return Kronecker(_matrix(arrays, "lokr_w1"), _matrix(arrays, "lokr_w2"), scale)
+
+    return StoredFactors(factors, sides, ranks[0] * ranks[1], build, scale)
 
 
 def _misaligned(scale: float, arrays: dict[str, np.ndarray]) -> Dense:
     """Compute the update of a one-dimensional convolution, where PEFT aligns w1 (a, b) with the last axes of w2."""
     left, right = _matrix(arrays, "lokr_w1").dense(), as_float64(arrays["lokr_w2"])
     return Dense(scale * np.kron(left, right).reshape(len(left) * len(right), -1))
-
-
-def _kronecker(arrays: Mapping[str, np.ndarray], scale: float) -> Kronecker:
-    """Return the Kronecker product of the stored factors, multiplied by ``scale``."""
-    return Kronecker(_matrix(arrays, "lokr_w1"), _matrix(arrays, "lokr_w2"), scale)
 
 
 def _matrix(arrays: Mapping[str, np.ndarray], name: str) -> Update:

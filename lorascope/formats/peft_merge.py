@@ -21,8 +21,8 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG, WEIGHTS, peft_kind
-from lorascope.formats.peft_factors import INDEX_DTYPES, require_base, require_factor
-from lorascope.formats.pretrained_weights import OptionalBase, named_base
+from lorascope.formats.peft_factors import INDEX_DTYPES, require_factor
+from lorascope.formats.pretrained_weights import OptionalBase, named_base, require_base
 from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate, in_order, stored_tensors
 from lorascope.updates import Dense
@@ -73,7 +73,7 @@ class MergedPart(StoredUpdate):
 def read_merged(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a folder that only PEFT can merge: their changes when it is merged into its base."""
     kind, settings = peft_kind(config), to_typed(config, MergedConfig, path / CONFIG)
-    weights = require_base(path, config, base, kind)
+    weights = require_base(path, config, base, f"{kind} changes the weights of its base")
     if find_spec("peft") is None:  # which does not import it
         raise unreadable(path, f'only PEFT reads {kind} adapters like this one: pip install "lorascope[peft]"')
     folder = folder_of(path)

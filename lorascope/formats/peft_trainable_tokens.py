@@ -20,8 +20,8 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG, peft_kind
-from lorascope.formats.peft_factors import Factors, check_shapes, peft_factors, require_base
-from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, named_base
+from lorascope.formats.peft_factors import Factors, check_shapes, peft_factors
+from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, named_base, require_base
 from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.schema.module_roles import parse
@@ -87,7 +87,7 @@ class TokenRows(StoredUpdate):
 def read_trainable_tokens(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a PEFT TRAINABLE_TOKENS folder."""
     tokens = tuple(to_typed(config, TokenIndices, path / CONFIG).token_indices)
-    weights = require_base(path, config, base, "TRAINABLE_TOKENS")
+    weights = require_base(path, config, base, "TRAINABLE_TOKENS changes the weights of its base")
     module_tensors, other_names = peft_factors(path, files, [_ROWS])
     ties = _tied_modules(module_tensors, weights)
     updates = {}

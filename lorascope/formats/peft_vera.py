@@ -25,7 +25,7 @@ from lorascope.files.typed_json import Positive, to_typed, unreadable
 from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_factors import MAX_VALUES, group_factors, require_factor
-from lorascope.formats.pretrained_weights import OptionalBase, base_with_shapes, named_base
+from lorascope.formats.pretrained_weights import OptionalBase, named_base, require_base
 from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate, stored_tensors
 from lorascope.updates.fourier import SEEDS
@@ -84,7 +84,8 @@ def read_vera(path: Path, config: Config, files: WeightFiles, base: OptionalBase
             shared_factors[tensor.name[-1]] = require_factor(tensor)
     if not module_factors or (settings.save_projection and shared_factors.keys() != {"A", "B"}):
         raise unreadable(path, "VERA weights must include vera_lambda_b, vera_lambda_d, vera_A and vera_B")
-    shapes, transposed = base_with_shapes(path, config, base, "VeRA"), bool(settings.fan_in_fan_out)
+    shapes = require_base(path, config, base, "VeRA stores no shapes")
+    transposed = bool(settings.fan_in_fan_out)
     sides = {module: shapes.shape(module, transposed) for module in module_factors}
     # All modules use the same factors, cut to their own sides.
     if settings.save_projection:

@@ -314,12 +314,12 @@ def base_with_weight(base: OptionalBase, module: str) -> OptionalBase:
     return None
 
 
-def base_with_shapes(path: Path, config: Mapping[str, Any], base: OptionalBase, kind: str) -> PretrainedWeights:
-    """Return pretrained weights for an adapter that stores no shapes: the given ones, else those that it names."""
+def require_base(path: Path, config: Mapping[str, Any], base: OptionalBase, reason: str) -> PretrainedWeights:
+    """Return pretrained weights for an adapter that needs them for a reason: the given ones, else those it names."""
     weights = base or named_base(config)
     if weights is None:
         model = "its base model"
         if name := config.get("base_model_name_or_path"):
             model += f", {printable(name)}"
-        raise unreadable(path, f"{kind} stores no shapes: pass the folder of {model}, as base= or --base")
+        raise unreadable(path, f"{reason}: pass {model}, as base= or --base DIR")
     return weights

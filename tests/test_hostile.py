@@ -129,10 +129,13 @@ ADAPTERS: dict[str, tuple[str, Spoil, str]] = {
     **{
         f"{key} {value!r}"[:40]: ("lora", config(**{key: value}), f"adapter_config.json: .*{key}")
         for key, values in {
-            "r": ("8", 8.5, True, 0, -1, None, 10**30, float("nan")),
+            "r": ("8", 8.5, True, 0, -1, None, 10**30, float("nan"), [8]),
             "lora_alpha": ("8", None, float("nan"), float("inf"), 10**400, [8]),
-            "rank_pattern": ([], "q", {"q_proj": None}, {"q_proj": True}, {"q_proj": 10**30}, {"q_proj": 0}),
-            "alpha_pattern": ({"q_proj": float("nan")}, {"q_proj": "8"}, {"q_proj": float("-inf")}),
+            "rank_pattern": (
+                *([], "q", 4),
+                *({"q_proj": value} for value in (None, True, 10**30, 0, [True])),
+            ),
+            "alpha_pattern": [{"q_proj": value} for value in (float("nan"), "8", float("-inf"), [8])],
             "target_modules": (5, [5], {"a": "b"}),
             "base_model_name_or_path": (5, ["a"]),
             "peft_type": (None, 5),
@@ -199,6 +202,8 @@ ADAPTERS: dict[str, tuple[str, Spoil, str]] = {
     ),
     "diagonal of another rank": ("adalora", stored(lambda t: t | {f"{NAME}.lora_E": np.ones((3, 1), "f4")}), "lora_E"),
     "mask of numbers": ("adalora", config(rank_pattern={f"{Q}.lora_E": [1, 0, 1]}), "rank_pattern"),
+    "number for a mask": ("adalora", config(rank_pattern={f"{Q}.lora_E": 8}), "rank_pattern"),
+    "mask of text": ("adalora", config(rank_pattern={f"{Q}.lora_E": ["x"]}), "rank_pattern"),
     "init_r 0": ("adalora", config(init_r=0), "init_r"),
     **{
         f"fourier {key} {value!r}"[:40]: ("fourier", config(**{key: value}), key)
@@ -237,6 +242,7 @@ ADAPTERS: dict[str, tuple[str, Spoil, str]] = {
     "no output enabled": ("loralib", config(enable_lora=[False] * 3), "0 outputs"),
     "outputs without end": ("loralib", config(enable_lora=[True] + [False] * 10**5), "enable_lora"),
     "numbers for outputs": ("loralib", config(enable_lora=[1, 0]), "enable_lora"),
+    "one value for all outputs": ("loralib", config(enable_lora=True), "enable_lora"),
     "bare rank 0": (
         "bare",
         lambda f: (f / WEIGHTS).write_bytes(save({f"{Q}.lora_A": np.ones((0, 5)), f"{Q}.lora_B": np.ones((6, 0))})),
@@ -664,7 +670,9 @@ def fuzz(templates: dict[str, Path], root: Path, name: str, seed: int, with_base
     shutil.rmtree(case, ignore_errors=True)
     base = templates["base"] if name in WITH_BASE and (name == "fourier" or with_base) else None
     hostile.spoiled(case, templates[name], base, seed)
-    outcome(lambda: read_all(case / "folder", base and case / "base"))
+    line = outcome(lambda: read_all(case / "folder", base and case / "base"))
+    # An error about a table of a run does not always name its file.
+    assert not line or name in ("run", "phases") or str(case) in line, line
     if commands:
         with hostile.limits():
             codes = [

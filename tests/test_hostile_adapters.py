@@ -25,6 +25,7 @@ from test_gguf import write as write_gguf
 import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
 from lorascope.formats.peft_merge import MERGED
 from lorascope.formats.stored_update import StoredTensor
 
@@ -158,6 +159,23 @@ def test_data_that_belongs_to_no_tensor_raises(lora: Target) -> None:
     assert "1 of 177 bytes of data belong to no tensor" in raised(lora.folder)
     lora.weights.write_bytes(whole + b"more")
     assert "4 of 180 bytes of data belong to no tensor" in raised(lora.folder)
+
+
+@pytest.mark.parametrize("metadata", [None, {"about": "a fine adapter"}, {"about": "[1]"}, {"format": "pt"}])
+def test_foreign_metadata_in_a_header_is_ignored(lora: Target, metadata: Any) -> None:
+    expected = ls.load(lora.folder).summary()
+    edit_header(lora.weights, lambda content: content | {"__metadata__": metadata})
+    assert ls.load(lora.folder).summary().equals(expected)
+
+
+def test_invalid_metadata_in_a_header_raises(lora: Target) -> None:
+    edit_header(lora.weights, lambda content: content | {"__metadata__": ["about"]})
+    assert f"__metadata__ of {lora.weights}" in raised(lora.folder)
+    for metadata in ({"about": "a fine adapter"}, {"about": 7}):
+        edit_header(lora.weights, lambda content, metadata=metadata: content | {"__metadata__": metadata})
+        with pytest.raises(ValueError, match="about") as caught:
+            _ = TensorFile(lora.weights).about
+        assert str(lora.weights) in str(caught.value)
 
 
 def test_key_that_occurs_twice_raises(lora: Target) -> None:

@@ -53,6 +53,16 @@ _PUBLIC = {
     "Snapshot": "lorascope.schema.records:Snapshot",
     "QUANTITIES": "lorascope.schema.records:QUANTITIES",
     "Chart": "lorascope.charts.chart:Chart",
+    "set_side_by_side": "lorascope.charts.chart:set_side_by_side",
+    "stack_vertically": "lorascope.charts.chart:stack_vertically",
+    "Axis": "lorascope.charts.marks:Axis",
+    "Band": "lorascope.charts.marks:Band",
+    "Bar": "lorascope.charts.marks:Bar",
+    "Heat": "lorascope.charts.marks:Heat",
+    "Line": "lorascope.charts.marks:Line",
+    "Point": "lorascope.charts.marks:Point",
+    "Rule": "lorascope.charts.marks:Rule",
+    "Text": "lorascope.charts.marks:Text",
     "set_style": "lorascope.charts.figure_style:set_style",
 }
 _MODULES = {

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from numpydoc.docscrape import NumpyDocString
 from readers import Mpl
 from test_save import assert_tidy
 
+import lorascope
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side, wrap
-from lorascope.charts.marks import Axis, Bar, Heat, Line, Point
+from lorascope.charts.marks import Axis, Bar, Heat, Line, Mark, Point
 
 
 def lines(title: str = "", **settings) -> Chart:
@@ -140,3 +143,21 @@ def frames_of_ranks() -> Chart:
     ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     data = pd.DataFrame([(rank, step, 1 / rank) for step in range(8) for rank in ranks], columns=["r", "step", "y"])
     return Chart(data, [Point("r", "y")], frame="step", x=Axis(label="rank", order=ranks))
+
+
+PUBLIC_MARKS = ["Axis", "Band", "Bar", "Heat", "Line", "Point", "Rule", "Text"]
+
+
+@pytest.mark.parametrize("name", PUBLIC_MARKS)
+def test_public_mark_documents_all_its_settings(name: str) -> None:
+    mark = getattr(lorascope, name)
+    documented = [one for entry in NumpyDocString(mark.__doc__)["Parameters"] for one in entry.name.split(", ")]
+    assert sorted(documented) == sorted(field.name for field in fields(mark))
+
+
+def test_all_marks_are_public() -> None:
+    assert {kind.__name__ for kind in Mark.__subclasses__() if kind.__module__ == Mark.__module__} | {"Axis"} == {
+        *PUBLIC_MARKS
+    }
+    chart = lorascope.Chart(pd.DataFrame({"x": [0], "y": [1.0]}), [lorascope.Point("x", "y")])
+    assert lorascope.stack_vertically(chart, lorascope.set_side_by_side(chart, chart)).panels == (chart,) * 3

@@ -359,7 +359,28 @@ class Panels(Drawable):
 
 
 def set_side_by_side(*drawables: Drawable) -> Panels:
-    """Put charts, or panels with the same number of rows, side by side."""
+    """Put charts, or panels with the same number of rows, side by side.
+
+    The panels share one legend, the limits of axes with the same label, and the color bars of equal quantities.
+
+    Parameters
+    ----------
+    *drawables : Chart or Panels
+        Charts and panels, from left to right.
+
+    Returns
+    -------
+    Panels
+
+    Raises
+    ------
+    ValueError
+        The numbers of rows differ.
+
+    Examples
+    --------
+    >>> ls.set_side_by_side(norms, spectra).save("joined.pdf", width="icml-page")
+    """
     grids = [drawable.rows() for drawable in drawables]
     counts = list(map(len, grids))
     if len(set(counts)) != 1:
@@ -368,7 +389,17 @@ def set_side_by_side(*drawables: Drawable) -> Panels:
 
 
 def stack_vertically(*drawables: Drawable) -> Panels:
-    """Stack charts or panels vertically, the first on top."""
+    """Stack charts or panels vertically.
+
+    Parameters
+    ----------
+    *drawables : Chart or Panels
+        Charts and panels, from top to bottom. What they share: see `set_side_by_side`.
+
+    Returns
+    -------
+    Panels
+    """
     return Panels(sum((drawable.rows() for drawable in drawables), ()))
 
 

@@ -94,7 +94,23 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line(Mark):
-    """Mark of a line through the rows in order of x, one per color and dash pattern."""
+    """Mark of a line through the rows in order of x, one per color and dash pattern.
+
+    Parameters
+    ----------
+    x, y : str
+        Columns of the positions. Missing values leave a gap.
+    color : str, optional
+        Column of the categories that colors and dash patterns distinguish.
+    dash : str, optional
+        Column of the categories that dash patterns distinguish. Default: that of ``color``.
+    data : DataFrame, optional
+        Table of this mark. Default: the table of the chart.
+
+    Examples
+    --------
+    >>> ls.Chart(table, [ls.Line("step", "loss", "recipe")]).save("loss.pdf", width="icml")
+    """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "dash")
     x: str
@@ -105,7 +121,17 @@ class Line(Mark):
 
 @dataclass(frozen=True)
 class Band(Mark):
-    """Mark of the area between ``low`` and ``high``, one per color."""
+    """Mark of the area between ``low`` and ``high``, one per color.
+
+    Parameters
+    ----------
+    x, low, high : str
+        Columns of the positions and of the lower and upper ends.
+    color : str, optional
+        Column of the categories that colors distinguish.
+    data : DataFrame, optional
+        Table of this mark. Default: the table of the chart.
+    """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "low", "high", "color")
     x: str
@@ -116,10 +142,26 @@ class Band(Mark):
 
 @dataclass(frozen=True)
 class Point(Mark):
-    """Mark with one dot per row; ``low`` and ``high`` are the ends of its error bar on the numeric axis, not distances.
+    """Mark with one dot per row.
 
-    The area of a dot is proportional to the column ``size``. A ``symbol`` is the shape of all dots, and with a
-    ``label`` they have a legend entry, which replaces those of their colors.
+    Parameters
+    ----------
+    x, y : str
+        Columns of the positions.
+    color : str, optional
+        Column of the categories that colors and shapes distinguish. More than eight numbers become a color scale.
+    shape : str, optional
+        Column of the categories that shapes distinguish. Default: that of ``color``.
+    size : str, optional
+        Column of numbers >= 0 to which the areas of the dots are proportional.
+    low, high : str, optional
+        Columns with the ends of the error bars on the numeric axis, not distances.
+    symbol : {"", "circle", "circle-open", "diamond", "line-ns-open", "x"}
+        Shape of all dots. Default "": by ``shape`` or ``color``.
+    label : str
+        Legend entry of all dots, which replaces those of their colors. Default "".
+    data : DataFrame, optional
+        Table of this mark. Default: the table of the chart.
     """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "shape", "size", "low", "high")
@@ -139,10 +181,20 @@ class Point(Mark):
 
 @dataclass(frozen=True)
 class Bar(Mark):
-    """Mark with one bar per row; bars at the same position are side by side or stacked.
+    """Mark with one bar per row, horizontal if y is categorical and x is numeric.
 
-    Bars are horizontal if y is categorical and x is numeric. ``low`` and ``high`` are the ends of the error bar, not
-    distances.
+    Parameters
+    ----------
+    x, y : str
+        Columns of the positions and of the lengths.
+    color : str, optional
+        Column of the categories that colors distinguish.
+    mode : {"group", "stack"}
+        Whether bars at the same position are side by side, by default, or stacked.
+    low, high : str, optional
+        Columns with the ends of the error bars, not distances.
+    data : DataFrame, optional
+        Table of this mark. Default: the table of the chart.
     """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "low", "high")
@@ -159,9 +211,25 @@ class Bar(Mark):
 class Heat(Mark):
     """Mark with one colored cell per row. Cells without a row or with NaN are hatched, since unknown is not zero.
 
-    Both axes are categorical. ``label`` names the color bar, ``text`` is a format for the numbers in the cells, such as
-    ".2f", and ``limits`` are the ends of the color scale. The diverging scale is centered at zero. The column ``words``
-    replaces the number of a cell: in print if ``text`` is set and the words fit, on a screen when hovering.
+    Parameters
+    ----------
+    x, y : str
+        Columns of the positions. Both axes are categorical.
+    value : str
+        Column of the numbers that colors show.
+    label : str
+        Label of the color bar. Heat maps with the same label share one.
+    text : str, optional
+        Format of the numbers in the cells, such as ``".2f"``. Default: no numbers.
+    scale : {"sequence", "diverging"}
+        Colors. The diverging ones are centered at zero. Default "sequence".
+    limits : (low, high), optional
+        Ends of the color scale. Default: those of the numbers.
+    words : str, optional
+        Column that replaces the number of a cell: in print if ``text`` is set and the words fit, on a screen when
+        hovering.
+    data : DataFrame, optional
+        Table of this mark. Default: the table of the chart.
     """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "value", "words")
@@ -179,7 +247,17 @@ class Heat(Mark):
 
 @dataclass(frozen=True)
 class Rule(Mark):
-    """Mark of a straight line across the panel, at one value of x or of y."""
+    """Mark of a straight line across the panel, at one value of x or of y.
+
+    Parameters
+    ----------
+    x, y : value, optional
+        Position; one of them is required.
+    label : str
+        Text next to the line.
+    data : DataFrame, optional
+        Table of this mark. Default: the table of the chart.
+    """
 
     x: Any = None
     y: Any = None
@@ -192,7 +270,19 @@ class Rule(Mark):
 
 @dataclass(frozen=True)
 class Text(Mark):
-    """Mark with the texts of the column ``text``, one per row; ``muted`` ones are gray."""
+    """Mark with one text per row.
+
+    Parameters
+    ----------
+    x, y : str
+        Columns of the positions.
+    text : str
+        Column of the texts.
+    muted : bool
+        Whether the texts are gray. Default False.
+    data : DataFrame, optional
+        Table of this mark. Default: the table of the chart.
+    """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "text")
     x: str

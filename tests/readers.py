@@ -12,6 +12,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from lorascope.charts.chart import Drawable
+from lorascope.charts.plotly_layout import WIDTH
 
 
 def numbers(values: Any) -> list[float]:
@@ -70,6 +71,11 @@ class Mpl:
     def diameters(self, panel: int = 0) -> list[float]:
         drawn = [item for item in self.axes[panel].collections if isinstance(item, PathCollection)]
         return numbers(np.sqrt(drawn[0].get_sizes()))
+
+    def sizes(self) -> list[tuple[float, float]]:
+        """Return width and height of the panels."""
+        self.figure.draw_without_rendering()
+        return [(box.width, box.height) for box in (ax.get_window_extent() for ax in self.axes)]
 
     def errors(self, panel: int = 0) -> list[tuple[float, float]]:
         """Return lower and upper ends, for vertical and horizontal bars."""
@@ -173,6 +179,14 @@ class Plotly:
 
     def diameters(self, panel: int = 0) -> list[float]:
         return numbers(self._scatters("markers", panel)[0].marker.size)
+
+    def sizes(self) -> list[tuple[float, float]]:
+        layout = self.figure.layout
+        margin = layout.margin
+        plot = WIDTH - margin.l - margin.r, layout.height - margin.t - margin.b
+        panels = range(len(list(self.figure.select_xaxes())))
+        domains = [[self._axis(letter, panel).domain for letter in "xy"] for panel in panels]
+        return [tuple(side * np.ptp(ends) for side, ends in zip(plot, both, strict=True)) for both in domains]
 
     def errors(self, panel: int = 0) -> list[tuple[float, float]]:
         found = []

@@ -193,8 +193,10 @@ def test_space_view_in_half_precision_matches_full_precision(tmp_path):
         for run, domain in list(RUNS.items())[::2]
     }  # fmt: skip
     assert runs["film"].factors()["h.0.q"]["A"].dtype == np.float16
-    (row,) = plots.factor_embedding(runs, factors=("A",), view="space", perplexity=2).rows()
-    assert [chart.title for chart in row] == ["t-SNE of A, 1024, perplexity 2", "PCA of A, 1024"]
+    tsne, pca = plots.factor_embedding(runs, factors=("A",), view="space", perplexity=2).charts()
+    assert tsne.title == pca.title
+    assert re.fullmatch(r"A, 1024: \d+% \(chance 50%\)", tsne.title)
+    assert (tsne.y.label, pca.x.label[:11]) == ("t-SNE, perplexity 2", "component 1")
 
 
 def test_clouds_separate_factors_of_different_widths():
@@ -457,15 +459,16 @@ def domains(tmp_path):
     return found, updates
 
 
-def test_figure_shows_each_factor_by_tsne_and_pca(domains):
+def test_figure_shows_a_beside_b_by_tsne_and_pca_with_their_shared_fractions(domains):
     runs, updates = domains
     panels = plots.factor_embedding(runs)
-    assert [[chart.title for chart in row] for row in panels.rows()] == [
-        [*(f"t-SNE of {factor}, 2 × 12, perplexity {size}" for size in (12, 4)), f"PCA of {factor}, 2 × 12"]
-        for factor in ("A", "B")
-    ]
-    chart = panels.rows()[1][2]
     (cloud,) = build_factor_sets(updates, RUNS, ("B",))
+    shared = factor_sharing.sharedness([cloud])["sharedness"]
+    titles = ["A, 2 × 12: 100% (chance 17%)", f"B, 2 × 12: {100 * shared:.0f}% (chance 17%)"]
+    assert [[chart.title for chart in row] for row in panels.rows()] == 3 * [titles]
+    assert [row[0].y.label for row in panels.rows()[:2]] == [f"t-SNE, perplexity {size}" for size in (12, 4)]
+    assert all(chart.square for chart in panels.charts())
+    chart = panels.rows()[2][1]
     np.testing.assert_allclose(chart.data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
     assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]
     assert chart.data["role"].tolist() == [("q", "v")[int(name[2]) % 2] for name in chart.data["module"]]
@@ -488,23 +491,20 @@ def test_figure_shows_each_factor_by_tsne_and_pca(domains):
     assert np.abs(panels.rows()[0][0].data[["x", "y"]].to_numpy()).max() == 1
     assert panels.rows()[0][0].data["start"].unique().tolist() == ["from PCA"]
     (of_a,) = build_factor_sets(updates, RUNS, ("A",))
-    for chart, perplexity in zip(panels.rows()[0], (12, 4), strict=False):
+    for (chart, _), perplexity in zip(panels.rows(), (12, 4), strict=False):
         plane = factor_embeddings.tsne(of_a, perplexity)
         np.testing.assert_allclose(chart.data[["x", "y"]], plane / np.abs(plane).max())
-    shared = factor_sharing.sharedness([cloud])["sharedness"]
     assert "film: 2 seeds (0, 1)" in chart.caption.lower()
-    assert f"A 100%, B {100 * shared:.0f}% (chance level 17%)" in chart.caption
+    assert "another domain is from the same module" in chart.caption
 
 
-def test_figure_with_a_control_and_seeds_has_a_row_and_frames_for_them(domains):
+def test_figure_with_a_control_and_seeds_has_columns_and_frames_for_them(domains):
     runs, _ = domains
     panels = plots.factor_embedding(runs, control=runs, perplexity=[3, 8], seeds=[4, 5])
-    titles = [row[1].title for row in panels.rows()]
-    assert titles == [
-        f"{prefix}t-SNE of {factor}, 2 × 12, perplexity 8" for prefix in ("", "control: ") for factor in "AB"
-    ]
+    for row in panels.rows():
+        assert [chart.title.split(",")[0] for chart in row] == ["A", "B", "control: A", "control: B"]
     chart = panels.rows()[0][0]
-    assert [chart.frame for chart in panels.rows()[0]] == ["start", "start", None]
+    assert [row[0].frame for row in panels.rows()] == ["start", "start", None]
     assert chart.data["start"].unique().tolist() == ["from PCA", "from seed 4", "from seed 5"]
     first, second = (chart.data.loc[chart.data["start"] == f"from seed {seed}", ["x", "y"]] for seed in (4, 5))
     assert not np.allclose(first, second)
@@ -529,13 +529,14 @@ def test_figure_has_separate_rows_for_different_widths(tmp_path):
         )
     for view, of in (("raw", "2 × "), ("canonical", "2 × "), ("space", "")):
         rows = plots.factor_embedding(runs, perplexity=2, view=view).rows()
-        expected = [f"PCA of {factor}, {of}{width}" for factor, width in zip("AABB", (9, 6, 6, 9), strict=True)]
-        assert [row[-1].title for row in rows] == expected
+        assert [[chart.title.split(":")[0] for chart in row] for row in rows] == [
+            *2 * [[f"A, {of}9", f"B, {of}6"]], *2 * [[f"A, {of}6", f"B, {of}9"]],
+        ]  # fmt: skip
         for row in rows:
             assert {chart.data["role"].nunique() for chart in row} == {1}
 
 
-def test_caption_has_a_random_baseline_per_factor_if_widths_differ(tmp_path):
+def test_titles_have_the_random_baseline_of_their_panel_if_widths_differ(tmp_path):
     """All three A's have width 6, so chance is 1/3. One B has width 9 (chance 1) and two have width 6 (chance 1/2)."""
     draw = np.random.default_rng(0)
     sides = {"h.0.q": 6, "h.0.up": 9, "h.0.v": 6}
@@ -544,16 +545,16 @@ def test_caption_has_a_random_baseline_per_factor_if_widths_differ(tmp_path):
     for run, domain in list(RUNS.items())[::2]:
         factors = {name: (draw.normal(size=(side, 2)), draw.normal(size=(2, 6))) for name, side in sides.items()}
         runs[domain] = plant(tmp_path, run, {("loss", ""): {9: 1.0}}, factors=factors, modules=places)
-    caption = plots.factor_embedding(runs, perplexity=2).rows()[0][0].caption
-    assert re.search(r"same module: A \d+% \(chance level 33%\), B \d+% \(chance level 67%\)\.$", caption)
-    caption = plots.factor_embedding(runs, factors=("B",), perplexity=2).rows()[0][0].caption
-    assert re.search(r"same module: B \d+% \(chance level 67%\)\.$", caption)
+    rows = plots.factor_embedding(runs, perplexity=2).rows()
+    chances = [[re.search(r": \d+% \(chance (\d+)%\)$", chart.title)[1] for chart in row] for row in rows]
+    assert chances == [["33", "50"], ["33", "50"], ["100"], ["100"]]
 
 
 def test_figure_together_has_a_and_b_in_one_plane(domains):
     runs, _ = domains
     chart = plots.factor_embedding(runs, together=True, view="space").rows()[0][0]
-    assert chart.title == "t-SNE of A and B, 12, perplexity 24"
+    assert re.fullmatch(r"A and B, 12: \d+% \(chance 8%\)", chart.title)
+    assert chart.y.label == "t-SNE, perplexity 24"
     assert chart.data["factor"].value_counts().to_dict() == {"A": 36, "B": 36}
     names = chart.marks[1].data.set_index("factor")
     top = chart.data[chart.data["factor"] == "A"]
@@ -580,21 +581,20 @@ def test_figure_of_few_modules_labels_the_dots(domains):
     runs, updates = domains
     few = ["h.1.q", "h.4.q"]
     rows = plots.factor_embedding(runs, modules=few, perplexity=3).rows()
-    for row, factor in zip(rows, "AB", strict=True):
+    for column, factor in zip(zip(*rows, strict=True), "AB", strict=True):
         (cloud,) = build_factor_sets(
             {run: {name: held[name] for name in few} for run, held in updates.items()}, RUNS, (factor,)
         )
-        np.testing.assert_allclose(row[-1].data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
-        for chart in row:
+        np.testing.assert_allclose(column[-1].data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
+        for chart in column:
             names = chart.marks[1].data
             assert set(zip(names["module"], names["place"], strict=True)) == {("h.1.q", "1 v"), ("h.4.q", "4 q")}
             dots = names.merge(chart.data, on=["x", "module", "run"], suffixes=("", "_dot"))
             assert len(dots) == len(names) < len(chart.data)
             assert (dots["y"] > dots["y_dot"]).all()
             assert chart.y.limits is None or names["y"].max() < chart.y.limits[1]
-    assert len(rows[0][-1].marks[1].data) == 2 < len(rows[1][-1].marks[1].data)
-    assert "same module: A 100%, B" in rows[0][0].caption
-    assert "(chance level 50%)" in rows[0][0].caption
+    assert len(rows[-1][0].marks[1].data) == 2 < len(rows[-1][1].marks[1].data)
+    assert rows[0][0].title == "A, 2 × 12: 100% (chance 50%)"
     with pytest.raises(
         ValueError, match=r"^factor_embedding.*got 'h\.9\.q'; expected one of h\.0\.q, h\.1\.q, "
     ) as raised:

@@ -298,8 +298,14 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
         tables += [table.assign(seed=200), table.assign(seed=201, other_module="none")]
     panels = hydra.factors_figure(pd.concat(tables))
     assert [len(row) for row in panels.rows()] == [4, 4, 4]
+    for row, chance in zip(panels.rows(), (8, 17, 17), strict=True):
+        assert [chart.title for chart in row] == [
+            f"{factor}, {start}: 50%, spaces 50% (chance {chance}%)"
+            for factor in "AB"
+            for start in ("separate starts", "shared start")
+        ]
     for chart in panels.charts():
-        assert chart.title.endswith(": 50%, 50%")
+        assert chart.square
         assert set(chart.data["seed"]) == {200}
         assert chart.data[["x", "y"]].abs().max(axis=None) == pytest.approx(0.5, abs=1e-6)
         # Equal factors of one module are in one place, and modules are apart.

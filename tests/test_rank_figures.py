@@ -150,14 +150,21 @@ def test_rank_allocation_with_chance_never_exceeds_initial_ranks_that_only_fall(
 def test_rank_replay_total_equals_the_budget_at_every_decision(seeds: list[Run], count: int) -> None:
     panels = plots.rank_replay(seeds[:count])
     heat, budget = panels.rows()[0]
-    assert (heat.frame, budget.frame) == ("step", "step")
+    assert (heat.frame, budget.frame) == ("step", None)
     assert sorted(set(heat.data["step"])) == sorted(DECIDED)
     shown = heat.data.groupby("step")["value"].sum().to_dict()
     assert shown == pytest.approx({step: sum(ranks) for step, ranks in DECIDED.items()})
-    assert lookup(budget, "at") == pytest.approx(shown)
+    assert lookup(budget, "step") == pytest.approx(shown)
     line = next(mark for mark in budget.marks if mark.kind == "line")
     corners = list(zip(line.data["at"], line.data["value"], strict=True))
     assert corners == [(0, 16), (4, 16), (4, 14), (6, 14), (6, 10), (7, 10), (7, 9), (9, 9), (9, 9)]
+
+
+def test_rank_replay_draws_the_budget_once_in_print(write: Any) -> None:
+    drawn = plots.rank_replay(write("a", allotted()), frames=3).mpl()
+    budgets = [ax for ax in drawn.axes if ax.get_title(loc="left").startswith("budget")]
+    assert len(budgets) == 1
+    assert len([line for line in budgets[0].get_lines() if line.get_linestyle() != "None"]) == 1
 
 
 def test_rank_replay_phases_follow_changes_of_the_budget(write: Any) -> None:
@@ -176,7 +183,7 @@ def test_rank_replay_shows_a_control_at_the_same_steps(write: Any) -> None:
     assert [len(row) for row in panels.rows()] == [2, 2]
     heat, course = panels.rows()[1]
     assert lookup(heat, "step", "place", "role")[6, "0", "q"] == 1
-    assert lookup(course, "at") == {0: 16, 6: 4, 9: 8}
+    assert lookup(course, "step") == {0: 16, 6: 4, 9: 8}
     assert "line" not in [mark.kind for mark in course.marks]
 
 
@@ -316,7 +323,7 @@ def test_rank_replay_of_a_trained_allocator_follows_its_budget(bert: Any, task: 
     heat, budget = plots.rank_replay(run).rows()[0]
     recorded = run.table[run.table["quantity"] == "budget"]
     expected = dict(zip(recorded["step"], recorded["value"], strict=True))
-    assert heat.data.groupby("step")["value"].sum().to_dict() == expected == lookup(budget, "at")
+    assert heat.data.groupby("step")["value"].sum().to_dict() == expected == lookup(budget, "step")
     assert plots.rank_allocation(run).data["value"].sum() == sum(run.ranks().values())
     fates = plots.importance(run).data.groupby("fate")["n"].first()
     assert fates["retained"] == sum(run.ranks().values())

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from readers import Mpl, Plotly
 
 from lorascope.charts import matplotlib_backend
-from lorascope.charts.chart import Chart, set_side_by_side, stack_vertically
+from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.geometry import Curve, build
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Rule, Text
 from lorascope.charts.theme import OKABE_ITO, contrast
@@ -166,12 +166,35 @@ def test_dot_area_is_proportional_to_size(reader) -> None:
 @both
 def test_many_dots_shrink_regardless_of_color(reader) -> None:
     """With four times as many dots as fit, each is half as wide, also those of a rare color."""
-    data = pd.DataFrame({"x": range(1200), "y": range(1200), "size": 1.0, "kind": ["few"] * 20 + ["many"] * 1180})
+    data = pd.DataFrame({"x": range(240), "y": range(240), "size": 1.0, "kind": ["few"] * 20 + ["many"] * 220})
     crowded = reader(Chart(data, [Point("x", "y", "kind", size="size")])).diameters()
-    sparse = reader(Chart(data[:300], [Point("x", "y", "kind", size="size")])).diameters()
+    sparse = reader(Chart(data[:60], [Point("x", "y", "kind", size="size")])).diameters()
     assert crowded == pytest.approx([sparse[0] / 2] * 20)
-    data["frame"] = [0, 1, 2, 3] * 300
+    data["frame"] = [0, 1, 2, 3] * 60
     assert reader(Chart(data, [Point("x", "y", size="size")], frame="frame")).diameters()[0] == pytest.approx(sparse[0])
+
+
+@both
+def test_small_dots_next_to_a_large_one_do_not_shrink(reader) -> None:
+    """Their total area decides, not their number."""
+    data = pd.DataFrame({"x": range(1000), "y": range(1000), "size": [1.0] + [0.01] * 999})
+    large, *_ = reader(Chart(data, [Point("x", "y", size="size")])).diameters()
+    assert large == reader(Chart(data[:1], [Point("x", "y", size="size")])).diameters()[0]
+
+
+@both
+def test_square_panels_are_as_high_as_wide(reader) -> None:
+    data = table("x y", (0, 0), (1, 1))
+    plane = Chart(data, [Point("x", "y")], square=True)
+    for drawable in (plane, Panels(((plane,) * 2, (plane,) * 4))):
+        for width, height in reader(drawable).sizes():
+            assert height == pytest.approx(width, rel=0.01)
+
+
+def test_plotly_rows_of_small_squares_are_low() -> None:
+    plane = Chart(table("x y", (0, 0), (1, 1)), [Point("x", "y")], square=True)
+    low, high = (Panels(((plane,) * count,)).plotly().layout.height for count in (4, 2))
+    assert low < high - 100
 
 
 @both

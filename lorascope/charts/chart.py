@@ -206,6 +206,8 @@ class Chart(Drawable):
         Categories in the order of the palette and the legend; categories that are not listed follow.
     meta : mapping
         Stored in every saved file: run ids and other JSON values.
+    square : bool
+        The panel is as high as wide, as for a plane whose axes have one unit. Default False.
 
     Raises
     ------
@@ -223,6 +225,7 @@ class Chart(Drawable):
     color_label: str = ""
     colors: Iterable[Any] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    square: bool = False
 
     def __post_init__(self) -> None:
         # The class is frozen. With copy on write, later edits of the table do not change the chart.

@@ -23,7 +23,7 @@ from lorascope.charts.scales import Colors, Ramp, Scale, to_floats
 from lorascope.charts.theme import STYLES, Theme
 
 Numbers = Float[np.ndarray, "n"]
-CROWD = 300  # dots per frame; with more of them each dot shrinks, so that they do not cover the panel
+CROWD = 60.0  # area of all dots over that of the largest; with more of it each shrinks, so that the panel is readable
 CLUSTER = 0.8  # fraction of the distance between two positions that their bars fill
 
 
@@ -277,12 +277,14 @@ def _(mark: Point, panel: Panel, frame: Any) -> Iterator[Dots]:
             colors = [panel.color(mark, key)] * len(rows)
         share = None
         if mark.size is not None:
-            # The largest frame determines the sizes, so that dots do not change size between frames.
-            crowd = len(table)
+            # The fullest frame determines the sizes, so that dots do not change size between frames.
+            areas = pd.Series(np.nan_to_num(to_floats(table[mark.size])))
+            crowd = areas.sum() / CROWD
             if panel.chart.frame in table:
-                crowd = table[panel.chart.frame].value_counts().max()
-            largest = np.nanmax(to_floats(table[mark.size]), initial=0.0) or 1.0
-            share = np.nan_to_num(to_floats(rows[mark.size])) / largest * min(1.0, CROWD / crowd)
+                crowd = areas.groupby(table[panel.chart.frame].to_numpy()).sum().max() / CROWD
+            if panel.chart.square:  # its area is about a third of that of other panels
+                crowd *= 3
+            share = np.nan_to_num(to_floats(rows[mark.size])) / max(areas.max() or 1.0, crowd)
         x, y = panel.positions(mark, rows)
         errors = panel.errors(mark, rows, y if panel.chart.is_lying else x, colors)
         symbol = mark.symbol or panel.style(mark, "shape", key)

@@ -54,6 +54,7 @@ SMALLEST_WORDS = 5.0  # points; words that only fit at a smaller size are replac
 FRAMES = 8  # maximum number of small multiples
 MULTIPLE, MIN_PANEL = 1.5, 1.3  # minimum width in inches of a small multiple, and of a panel next to others
 SHAPE = 0.68  # height of a panel as a fraction of its width
+SQUARE = 2.8  # largest side of a square panel in inches, with its labels
 LEAST_ROW = 1.0  # inches that a row of panels needs with its labels
 LABELS = 0.7  # inches for the title and labels of an axis
 _GAP = 0.08  # inches between the caption, the legend and the panels
@@ -235,6 +236,8 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
     heights = [0.0] * (cells[-1].row + 1)
     for cell in cells:
         usual, scale = max(1.4, SHAPE * min(widths[cell], 4.5)), settled.panels[cell.panel].y
+        if settled.panels[cell.panel].chart.square:
+            usual = min(widths[cell], SQUARE)
         lines = LABELS + len(scale.names) * 1.45 * size / 72
         heights[cell.row] = max(heights[cell.row], scale.height(usual, lines, 0.95 * widths[cell], 0.75 * usual))
     if fixed_height is not None:
@@ -283,6 +286,7 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
     for _ in range(2):  # twice: y labels take width from x, titles and vertical names take height
         _stack_foot(drawn_figure, fixed_height or sum(heights) + head + turned + below, foot, depths)
         for cell, ax, panel in panels:
+            ax.apply_aspect()  # a square panel is narrower than its cell
             room = 1.1 * size_in_points(ax)[0]
             ax.set_title(escape_dollar(wrap_text(_panel_title(settled, panel, cell.frame), room, size)))
         names = [0.0] * len(heights)
@@ -359,6 +363,8 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
             artist.set_label(escape_dollar(entry.label))
         elif entry.kind != "patch":
             ax.add_artist(_handle(entry))  # a style that several categories share has no separate artist
+    if panel.chart.square:
+        ax.set_box_aspect(1)
     for axis, scale in ((ax.xaxis, panel.x), (ax.yaxis, panel.y)):
         axis.set_label_text(escape_dollar(scale.axis.label))
         if scale.log:

@@ -134,7 +134,10 @@ def _measure(settled: FigurePlan, width: float) -> _Space:
             below.append(x.ticks(widths[view], FONT, across=False))
             depths[row] = max(depths[row], _depth(x, below[view], widths[view]))
             heads[row] = max(heads[row], LINE * count_lines(titles[view]))
-            heights[row] = max(heights[row], y.height(PANEL, ROW * len(y.names), 1.3 * PANEL, 0.5 * PANEL))
+            height = y.height(PANEL, ROW * len(y.names), 1.3 * PANEL, 0.5 * PANEL)
+            if panels[view].chart.square:
+                height = min(height, widths[view])
+            heights[row] = max(heights[row], height)
         # Titles of the first row are above the plot.
         tops.append(sum(heights[:row]) + sum(depths[:row]) + sum(heads[1 : row + 1]))
     inner = tops[-1] + heights[-1]
@@ -146,8 +149,12 @@ def _measure(settled: FigurePlan, width: float) -> _Space:
     domains, ticks = [], []
     for row, members in enumerate(rows):
         for view in members:
-            stop = min((starts[view] + widths[view]) / plot, 1.0)  # rounding may exceed 1
+            side = widths[view]
             low, high = 1 - (tops[row] + heights[row]) / inner, 1 - tops[row] / inner
+            if panels[view].chart.square:
+                side = min(side, heights[row])
+                low = max(high - side / inner, low)
+            stop = min((starts[view] + side) / plot, 1.0)  # rounding may exceed 1
             domains.append({"x": (starts[view] / plot, stop), "y": (low, high)})
             ticks.append({"x": below[view], "y": panels[view].y.ticks(heights[row], FONT, across=True)})
     height = top + inner + bottom

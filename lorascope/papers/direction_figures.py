@@ -335,7 +335,7 @@ def factor_plane(rows: pd.DataFrame, title: str, caption: str, *marks: Mark) -> 
     """Draw factors by their t-SNE places, a color per text."""
     # A plane has neither an origin nor a unit.
     x, y = Axis(ticks={}), Axis(ticks={})
-    return Chart(rows, [Point("x", "y", "task"), *marks], title=title, x=x, y=y, caption=caption)
+    return Chart(rows, [Point("x", "y", "task"), *marks], title=title, x=x, y=y, caption=caption, square=True)
 
 
 def draw_thirds(evidence: StudyEvidence) -> Drawable | None:

@@ -259,9 +259,10 @@ JUDGED = {
 }
 
 _ROWS = {
-    "text": (TEXT, TEXT_SHARED),
-    f"planted: {SHARED_A}": (SHARED_A_SEPARATE, SHARED_A_SHARED),
-    f"planted: {UNRELATED}": (UNRELATED_SEPARATE, UNRELATED_SHARED),
+    # With the percentage at random: 12 modules of one shape on text, and 6 of each shape on planted teachers.
+    "text": (TEXT, TEXT_SHARED, 100 / 12),
+    f"planted: {SHARED_A}": (SHARED_A_SEPARATE, SHARED_A_SHARED, 100 / 6),
+    f"planted: {UNRELATED}": (UNRELATED_SEPARATE, UNRELATED_SHARED, 100 / 6),
 }
 
 
@@ -273,7 +274,7 @@ def factors_figure(table: pd.DataFrame) -> Panels:
     # A dot below a smaller one remains visible as a ring.
     sizes = dict(zip((*DOMAINS, *TASKS), (1.0, 0.55, 0.2, 1.0, 0.6, 0.3, 0.1), strict=True))
     rows = []
-    for ground, names in _ROWS.items():
+    for ground, (*names, chance) in _ROWS.items():
         if not set(names).issubset(table["set"]):  # the runs on text are trained first
             continue
         charts: list[Chart] = []
@@ -285,18 +286,17 @@ def factors_figure(table: pd.DataFrame) -> Panels:
                 # A plane has neither an origin nor a unit.
                 low, high = dots[["x", "y"]].min(), dots[["x", "y"]].max()
                 scaled = (dots[["x", "y"]] - (low + high) / 2) / (high - low).max()
-                title = f"{factor}, {start.split()[0]}: {raw:.0f}%, {space:.0f}%"
+                title = f"{factor}, {start}: {raw:.0f}%, spaces {space:.0f}% (chance {chance:.0f}%)"
                 x = Axis(ticks={}, limits=(-0.6, 0.6))
                 y = replace(x, label="" if charts else ground)
                 dots = dots.assign(x=scaled["x"], y=scaled["y"], size=dots["task"].map(sizes))
                 mark = Point("x", "y", "task", size="size")
-                charts.append(Chart(dots, [mark], title=title, x=x, y=y, colors=sizes))
+                charts.append(Chart(dots, [mark], title=title, x=x, y=y, colors=sizes, square=True))
         rows.append(tuple(charts))
     caption = (
         "Each dot is the A or B of one module in one run, placed by t-SNE; dots in one place appear as rings. "
-        "Titles: initial A's of the runs, and factors whose nearest factor in another task belongs to the same module, "
-        "by the cosine of arrays and by the overlap of spaces, over all seeds. At random: 8% on text, 17% on planted "
-        "teachers."
+        "Titles: factors whose nearest factor in another task belongs to the same module, by the cosine of arrays and "
+        "by the overlap of spaces, over all seeds."
     )
     rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
     return Panels(tuple(rows))

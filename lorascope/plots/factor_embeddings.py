@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ _VIEWS = {
 }
 _SAME_PLACE = 0.3  # fraction of the largest coordinate within which dots of one module share a name
 _MOST_NAMED = 12  # largest number of modules whose names are legible
+_EDGE = 1.15  # end of the axes over the largest coordinate, so that no dot is cut
 _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the height
 
 
@@ -36,7 +37,7 @@ _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the
     runs=2,
     reads="Each dot is the A or B of one module in one run; mixed colors mean factors shared between domains, separate "
     "colors mean domain-specific factors. Only structure that remains in the control, whose runs have separate initial "
-    "A's, was learned.",
+    "A's, and a percentage in the title above the chance level, were learned.",
     misleads="Runs with the same initial A stay together because A moves little, and t-SNE distances between groups "
     "mean nothing: use the numbers of lorascope.analysis.factor_sharing. Raw factors also depend on how the update was "
     "split into B and A, which view='space' avoids.",
@@ -52,14 +53,14 @@ def factor_embedding(
     seeds: Sequence[int] = (),
     modules: Sequence[str] = (),
 ) -> Panels:
-    """Plot t-SNE and PCA embeddings of LoRA factors (HydraLoRA, Fig. 3), one row per factor and shape.
+    """Plot t-SNE and PCA embeddings of LoRA factors (HydraLoRA, Fig. 3), A next to B, one row per plane and shape.
 
     Parameters
     ----------
     runs : mapping domain -> run or runs
         LoRA runs of each domain, trained separately; ideally two or more per domain.
     control : as ``runs``, optional
-        Runs for further rows below, such as runs with different initial A's.
+        Runs for further columns, such as runs with different initial A's.
     factors : sequence of {"A", "B"}
         Factors to plot. Before the first step B is zero, so only A can be plotted.
     together : bool
@@ -96,7 +97,10 @@ def factor_embedding(
         f"Each dot is a factor of one module in one run ({_VIEWS[view]}), scaled to norm 1; dots in one place appear "
         "as rings. PCA axes: fraction of variance in parentheses."
     )
-    rows = []
+    if any(len(cohort.groups) > 1 for cohort in cohorts.values()):
+        caption += " Titles: factors whose nearest factor of another domain is from the same module."
+    # A row of panels has one shape of each factor in one plane, so that A is next to B, and runs next to their control.
+    rows: dict[tuple[int, int], list[Chart]] = defaultdict(list)
     for prefix, cohort in cohorts.items():
         cohort.require_runs(2)
         factored = {run.id: factor_embeddings.factored_updates(run.updates(step)) for run in cohort.runs}
@@ -107,35 +111,29 @@ def factor_embedding(
         updates = {}
         for run, products in factored.items():
             updates[run] = {name: products[name] for name in modules or common}
-        domains = cohort.label_of_run
-        by_factor = [factor_embeddings.build_factor_sets(updates, domains, (factor,), view) for factor in factors]
-        caption += _factor_caption(prefix, cohort, by_factor)
-        clouds = list(chain.from_iterable(by_factor))
-        if together:
-            clouds = factor_embeddings.build_factor_sets(updates, domains, factors, view)
-        for cloud in clouds:
-            charts = [_tsne(cloud, cohort, prefix, size, seeds) for size in _perplexities(cloud, perplexity)]
-            charts.append(_pca(cloud, cohort, prefix))
-            if 0 < len(modules) <= _MOST_NAMED:
-                charts = list(map(_name_dots, charts))
-            rows.append(tuple(charts))
-    return cohorts[""].complete(Panels(tuple(rows)), caption)
+        sample = f"{prefix}{cohort.sample}."
+        caption += f" {sample[0].upper()}{sample[1:]}"
+        for selected in [factors] if together else [(factor,) for factor in factors]:
+            clouds = factor_embeddings.build_factor_sets(updates, cohort.label_of_run, selected, view)
+            for shape, cloud in enumerate(clouds):
+                title = _title(cloud, cohort, prefix)
+                charts = [_tsne(cloud, cohort, title, size, seeds) for size in _perplexities(cloud, perplexity)]
+                charts.append(_pca(cloud, cohort, title))
+                if 0 < len(modules) <= _MOST_NAMED:
+                    charts = list(map(_name_dots, charts))
+                for plane, chart in enumerate(charts):
+                    rows[shape, plane].append(chart)
+    grid = tuple(tuple(rows[key]) for key in sorted(rows))
+    return cohorts[""].complete(Panels(grid, columns=max(map(len, grid))), caption)
 
 
-def _factor_caption(prefix: str, cohort: Cohort, by_factor: Sequence[Sequence[FactorSet]]) -> str:
-    """Return the sample of runs and how often the nearest factor of another domain is from the same module."""
-    text = f"{prefix}{cohort.sample}."
-    if len(cohort.groups) > 1:
-        hits, levels = [], []
-        for clouds in by_factor:
-            shared = factor_sharing.sharedness(clouds)
-            hits.append(f"{clouds[0].factors[0]} {100 * shared['sharedness']:.0f}%")
-            levels.append(f" (chance level {100 * shared['sharedness_chance']:.0f}%)")
-        if len(set(levels)) == 1:  # print a common chance level once
-            levels = [""] * (len(hits) - 1) + levels[:1]
-        fractions = ", ".join(map("".join, zip(hits, levels, strict=True)))
-        text += f" Nearest factor of another domain is from the same module: {fractions}."
-    return f" {text[0].upper()}{text[1:]}"
+def _title(cloud: FactorSet, cohort: Cohort, prefix: str) -> str:
+    """Return factors, shape, and how often the nearest factor of another domain is from the same module."""
+    title = f"{prefix}{' and '.join(dict.fromkeys(cloud.factors))}, {' × '.join(map(str, cloud.shape))}"
+    if len(cohort.groups) == 1:
+        return title
+    shared = factor_sharing.sharedness([cloud])
+    return f"{title}: {100 * shared['sharedness']:.0f}% (chance {100 * shared['sharedness_chance']:.0f}%)"
 
 
 def _perplexities(cloud: FactorSet, perplexity: float | Sequence[float] | None) -> Sequence[float]:
@@ -147,7 +145,7 @@ def _perplexities(cloud: FactorSet, perplexity: float | Sequence[float] | None) 
     return [perplexity]
 
 
-def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, seeds: Sequence[int]) -> Chart:
+def _tsne(cloud: FactorSet, cohort: Cohort, title: str, perplexity: float, seeds: Sequence[int]) -> Chart:
     planes = {"from PCA": factor_embeddings.tsne(cloud, perplexity, None)}
     for seed in seeds:
         planes[f"from seed {seed}"] = factor_embeddings.tsne(cloud, perplexity, seed)
@@ -156,18 +154,21 @@ def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, seed
         # The plane has no unit, so its largest coordinate is scaled to 1.
         scaled = plane / (np.abs(plane).max() or 1.0)  # equal factors are all at zero
         points.append(_place_points(cloud, cohort, scaled).assign(start=start))
-    axes = [Axis(label=f"t-SNE {number}", ticks={}, limits=(-1.1, 1.1)) for number in (1, 2)]
-    title = f"{prefix}t-SNE of {_factor_set_name(cloud)}, perplexity {perplexity:.3g}"
+    labels = ("", f"t-SNE, perplexity {perplexity:.3g}")
+    axes = [Axis(label=label, ticks={}, limits=(-_EDGE, _EDGE)) for label in labels]
     return _embedding_chart(pd.concat(points), cohort, title, axes, "start" if seeds else None)
 
 
-def _pca(cloud: FactorSet, cohort: Cohort, prefix: str) -> Chart:
+def _pca(cloud: FactorSet, cohort: Cohort, title: str) -> Chart:
     components = factor_embeddings.pca(cloud, len(cloud.flat))
     variances = (components**2).sum(axis=0)
     percent = 100 * variances / ((components**2).sum() or 1.0)  # equal factors have no variance
-    axes = [Axis(label=f"component {number + 1} ({percent[number]:.0f}%)") for number in (0, 1)]
-    points = _place_points(cloud, cohort, components[:, :2])
-    return _embedding_chart(points, cohort, f"{prefix}PCA of {_factor_set_name(cloud)}", axes, None)
+    largest = _EDGE * (np.abs(components[:, :2]).max() or 1.0)  # both axes have one unit
+    axes = []
+    for number in (0, 1):
+        label = f"component {number + 1} ({percent[number]:.0f}%)"
+        axes.append(Axis(label=label, limits=(-largest, largest)))
+    return _embedding_chart(_place_points(cloud, cohort, components[:, :2]), cohort, title, axes, None)
 
 
 def _embedding_chart(
@@ -180,7 +181,8 @@ def _embedding_chart(
         names = points.groupby(list(keys), as_index=False).agg({"x": "mean", "y": "max"})
         marks.append(Text("x", "y", "factor", data=names))
     x, y = axes
-    return Chart(points, marks, title=title, x=x, y=y, frame=frame, colors=cohort.labels, meta=cohort.meta)
+    look: dict[str, Any] = {"x": x, "y": y, "frame": frame, "colors": cohort.labels, "square": True}
+    return Chart(points, marks, title=title, meta=cohort.meta, **look)
 
 
 def _name_dots(chart: Chart) -> Chart:
@@ -198,11 +200,11 @@ def _name_dots(chart: Chart) -> Chart:
                 dot["place"] += f" {dot['role']}"
             labels.append(dot)
     names = pd.DataFrame(labels)
-    names["y"] += _NAME_OFFSET * chart.data["y"].abs().max()
+    rise = _NAME_OFFSET * chart.data["y"].abs().max()
+    names["y"] += rise
     chart = replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)])
-    if chart.y.limits is None:
-        return chart
-    return replace(chart, y=replace(chart.y, limits=(-1.1, 1.3)))  # room for the name of the highest dot
+    low, high = chart.y.limits
+    return replace(chart, y=replace(chart.y, limits=(low, high + 1.5 * rise)))  # room for the name of the highest dot
 
 
 def _place_points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
@@ -213,8 +215,3 @@ def _place_points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "po
     sizes = dict(zip(cohort.labels, np.linspace(1.0, 0.2, len(cohort.labels)), strict=True))
     points = cloud.table().assign(x=plane[:, 0], y=plane[:, 1]).join(positions[["layer", "role", "place"]], on="module")
     return points.assign(size=points["domain"].map(sizes))
-
-
-def _factor_set_name(cloud: FactorSet) -> str:
-    """Return the factors and their shape as text, such as "A, 8 × 384"."""
-    return f"{' and '.join(dict.fromkeys(cloud.factors))}, {' × '.join(map(str, cloud.shape))}"

@@ -19,7 +19,7 @@ from lorascope.plots.run_groups import Cohort, Group, Runs, define, join_by_labe
 # Kendall's tau and its 200 random draws take the time of all pairs of modules: 10 s for this many modules.
 _MOST_COMPARED = 1000
 _MOST_COLUMNS = 26  # largest number of columns of cells in one row of panels
-_THIS_STEP, _SUM = "total rank, this step", "total rank"
+_SUM = "total rank"
 _SPREAD = "in brackets, where there is room, the smallest and largest of the seeds (also in the data)"
 _RETAINED = "every initial component is equally likely to be retained"
 _ANYWHERE = "every component is equally likely to be in any module"
@@ -128,8 +128,8 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     topic="ranks",
     needs=("rank",),
     history=True,
-    reads="The frames show the allocator's decisions: the ranks on the left add up to the dot on the right, which "
-    "follows the budget. Changes after the budget is final are exchanges between modules, not pruning.",
+    reads="The frames show the allocator's decisions: the ranks of a step add up to its dot below, which follows the "
+    "budget. Changes after the budget is final are exchanges between modules, not pruning.",
     misleads="Masked components of AdaLoRA keep training between decisions, so a rank of 0 can recover. While the "
     "budget falls, all modules lose rank: only those that lose it more slowly were spared.",
 )
@@ -211,18 +211,15 @@ def _rank_heats(cells: pd.DataFrame, labels: Sequence[str], caption: str, frame:
 
 
 def _rank_course(cohort: Cohort, ranks: pd.DataFrame, label: str, caption: str) -> Chart:
-    """Plot budget, phases and total rank of one recipe over the steps, with a dot for the step of the frame."""
+    """Plot budget, phases and total rank of one recipe over the steps, once for all frames."""
     of_recipe = ranks[ranks["recipe"] == label].groupby(["run", "recipe", "kind", "step"], observed=True)
     totals = of_recipe["value"].sum().reset_index()
-    # ``step`` is the column of the frames, so that the axis has another one.
-    frames = band(totals, ["recipe", "step"]).assign(at=lambda rows: rows["step"], series=_THIS_STEP)
+    sums = band(totals, ["recipe", "step"]).assign(series=_SUM)
     rows = cohort.select("budget")
     budget = band(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")
     stairs = rank_allocations.step_corners(budget).assign(series="budget")
-    sums = frames.drop(columns="step").assign(series=_SUM)
-    # Room for the dot at the largest total.
-    top = 1.06 * float(pd.concat([stairs, sums])["value"].max())
-    marks: list[Mark] = [Point("at", "value", "series", data=sums), Point("at", "value", "series")]
+    top = 1.06 * float(pd.concat([stairs, sums])["value"].max())  # room for the dot at the largest total
+    marks: list[Mark] = [Point("step", "value", "series")]
     if len(stairs):
         marks.insert(0, Line("at", "value", "series", data=stairs))
     if phases := rank_allocations.budget_phases(budget):
@@ -232,14 +229,13 @@ def _rank_course(cohort: Cohort, ranks: pd.DataFrame, label: str, caption: str) 
         bands = pd.DataFrame(corners, columns=["at", "series", "low", "high"])
         marks.insert(0, Band("at", "low", "high", "series", data=bands))
     return Chart(
-        frames,
+        sums,
         marks,
-        title="budget",
+        title=f"budget of {label}",
         x=Axis(label="step"),
         y=Axis(label="total rank", limits=(0, top)),
         caption=caption,
-        frame="step",
-        colors=("budget", _SUM, _THIS_STEP, *rank_allocations.PHASES),
+        colors=("budget", _SUM, *rank_allocations.PHASES),
     )
 
 

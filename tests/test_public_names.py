@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import html
 import inspect
+import re
 from typing import Any
 
 import pytest
-from planted import profile
 
 import lorascope as ls
 from lorascope import plots
 
 CONSTANTS = {"ROLES", "FORMS", "OBSERVERS", "FIGURES"}
 MODULES = [name for name in ls._MODULES if name not in ("analysis", "papers")]  # packages of modules
+DRAWING = [
+    name
+    for name, value in vars(plots).items()
+    if inspect.isfunction(value) and value.__annotations__.get("return") in ("Chart", "Panels", "Drawable")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -33,9 +38,36 @@ def test_completion_of_plots_offers_the_figures() -> None:
     assert set(dir(plots)) == {"FIGURES", "Figure", "available", *others, *plots.FIGURES}
 
 
-def test_advice_of_available_figures_is_displayed_whole(write: Any) -> None:
-    table = plots.available(write("a", profile(1, 3, 4)))
-    longest = max(table["missing"], key=len)
-    assert len(longest) > 50
-    assert longest in repr(table)
-    assert longest in html.unescape(table._repr_html_())
+@pytest.mark.parametrize("name", ["lora", "full", "adapter"])
+def test_advice_names_every_figure_once_and_what_to_do_for_it(name: str) -> None:
+    table = plots.available(ls.example(name))
+    for shown in (repr(table), html.unescape(table._repr_html_())):
+        for row in table.itertuples():
+            assert len(re.findall(rf"(?<![\w.]){row.figure}(?!\w)", shown)) == 1, row.figure
+            for reason in filter(None, row.missing.split("; ")):
+                assert (reason.partition(": ")[2] or reason) in shown
+    assert max(map(len, repr(table).splitlines())) <= 100
+    assert repr(table).startswith("drawn from this run:\n    ")
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_help_of_a_figure_is_short_and_names_what_can_be_done_with_it(name: str) -> None:
+    text = inspect.getdoc(getattr(plots, name)) or ""
+    assert len(text.splitlines()) <= 40
+    for call in (".save(", ".mpl(ax=", ".plotly()"):
+        assert call in text
+
+
+@pytest.mark.parametrize("name", [*[f"plots.{name}" for name in DRAWING], "load", "example"])
+def test_signature_names_classes_as_users_import_them(name: str) -> None:
+    function = ls
+    for part in name.split("."):
+        function = getattr(function, part)
+    signature = inspect.signature(function)
+    assert "lorascope." not in str(signature)
+    classes = [value for value in vars(inspect.getmodule(function)).values() if inspect.isclass(value)]
+    for cls in classes:
+        if cls.__module__.startswith("lorascope.") and re.search(
+            rf"\b{cls.__name__}\b", str(signature.return_annotation)
+        ):
+            assert getattr(ls, cls.__name__, None) is cls

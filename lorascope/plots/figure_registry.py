@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
+from textwrap import wrap
 from typing import Any, Literal, TypeVar
 
 import pandas as pd
@@ -15,6 +18,10 @@ from lorascope.plots.run_groups import Cohort, Runs, gather
 from lorascope.runs.result import Result
 
 Topic = Literal["updates", "ranks", "factors", "routers", "neurons", "schedules", "optimizers"]
+_RESULT = """Returns
+-------
+Chart or Panels
+    ``.save("figure.pdf")`` writes it, ``.mpl(ax=ax)`` draws one panel on your axes, ``.plotly()`` is interactive."""
 AnyFigure = TypeVar("AnyFigure", bound=Callable[..., Drawable])
 
 
@@ -57,6 +64,39 @@ class Figure:
         return "\n".join(re.findall(r"^ *(?:>>>|\.\.\.) (.*)", self.draw.__doc__ or "", re.MULTILINE))
 
 
+class FigureAdvice(pd.DataFrame):
+    """Table of `available`, displayed as the figures that can be drawn, and what to do for the others."""
+
+    def __repr__(self) -> str:
+        lines = []
+        for advice, figures in self._by_advice().items():
+            lines.append(f"{advice}:")
+            lines += wrap(", ".join(figures), 100, initial_indent="    ", subsequent_indent="    ")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = ""
+        for advice, figures in self._by_advice().items():
+            cells = (escape(advice), ", ".join(map(escape, figures)))
+            rows += "".join(f"<td style='text-align:left'>{cell}</td>" for cell in cells).join(("<tr>", "</tr>"))
+        return f"<table>{rows}</table>"
+
+    def _by_advice(self) -> dict[str, list[str]]:
+        """Return the figures by what to do for them, those that can be drawn first."""
+        groups: dict[str, list[str]] = {"drawn from this run": [], "drawn from two runs or more, such as this one": []}
+        ready, of_several = groups.values()
+        for row in self.itertuples():
+            if not row.drawable:
+                # What to do is behind the colon; figures may need several records for one reason.
+                advice = dict.fromkeys(reason.partition(": ")[2] or reason for reason in row.missing.split("; "))
+                groups.setdefault("; ".join(advice), []).append(row.figure)
+            elif row.runs > 1:
+                of_several.append(row.figure)
+            else:
+                ready.append(row.figure)
+        return {advice: figures for advice, figures in groups.items() if figures}
+
+
 FIGURES: dict[str, Figure] = {}
 
 
@@ -85,9 +125,18 @@ def figure(
         if name in FIGURES and FIGURES[name].draw.__module__ != draw.__module__:
             raise ValueError(f"there is already a figure {name!r}, of {FIGURES[name].draw.__module__}")
         FIGURES[name] = Figure(name, draw, topic, needs, history, runs, reads, misleads)
-        return draw
+        return document_result(draw)
 
     return register
+
+
+def document_result(draw: AnyFigure) -> AnyFigure:
+    """Add to the docstring of a figure what can be done with its result, which is the same for all figures."""
+    sections = inspect.cleandoc(draw.__doc__ or "").split("\n\n")
+    later = [number for number, section in enumerate(sections) if section.startswith(("Raises\n", "Examples\n"))]
+    sections.insert(min(later, default=len(sections)), _RESULT)
+    draw.__doc__ = "\n\n".join(sections)
+    return draw
 
 
 def gather_runs(name: str, runs: Runs, control: Runs | None = None, check: bool = True) -> Cohort:
@@ -125,17 +174,22 @@ def gather_apart(name: str, runs: Runs, control: Runs | None) -> dict[str, Cohor
 def available(run: Result) -> pd.DataFrame:
     """List the figures in the registry, whether the run has their records, and what is missing.
 
+    It is displayed as advice: the figures that can be drawn, and what to do for the others.
+
     Returns
     -------
     DataFrame
         ``figure, runs, drawable, missing``: minimum number of runs, whether this run can be one of them, and if not,
         the missing records and how to get them.
+
+    Examples
+    --------
+    >>> ls.plots.available(ls.example("lora"))
+    >>> ls.plots.available(ls.example("lora")).query("drawable")
     """
     rows = []
     for name, entry in FIGURES.items():
         reasons = [missing_reason(run, need, entry.history) for need in entry.needs]
         missing = "; ".join(filter(None, reasons))
         rows.append({"figure": name, "runs": entry.runs, "drawable": not missing, "missing": missing})
-    from lorascope.schema.uncut_table import UncutTable  # imports pandas, which no other command needs at once
-
-    return UncutTable(rows)
+    return FigureAdvice(rows)

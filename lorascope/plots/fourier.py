@@ -14,7 +14,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.plots.builders import curves
-from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.figure_registry import document_result, figure, gather_runs
 from lorascope.plots.requirements import FREQUENCIES, UPDATES
 from lorascope.plots.run_groups import INTERVAL, Group, Runs, require_counts
 from lorascope.updates import Fourier, Update
@@ -139,6 +139,7 @@ def update_image(
     return cohort.complete(wrap(panels, len(panels)))
 
 
+@document_result
 def frequency_bias(
     shape: tuple[int, int] = (768, 768),
     centers: Sequence[float] = (0, 100, 200, 350, 480),

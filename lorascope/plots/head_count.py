@@ -7,11 +7,13 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule, Text
+from lorascope.plots.figure_registry import document_result
 
 _KMEANS = "k-means"
 _OFFSET = 0.3  # horizontal offset of the second algorithm, so that its dots do not hide those of the first
 
 
+@document_result
 def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     """Plot the choice of how many experts to route to: k-means error by K, clusters per sample (HydraLoRA, Fig. 7).
 

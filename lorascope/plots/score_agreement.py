@@ -8,9 +8,11 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Heat, Point, Rule
 from lorascope.plots.builders import pair_heat
+from lorascope.plots.figure_registry import document_result
 from lorascope.plots.run_groups import INTERVAL
 
 
+@document_result
 def agreement(cells: pd.DataFrame, level: str) -> Chart:
     """Plot the agreement of scores: rank correlation of every pair, averaged over runs.
 
@@ -32,6 +34,7 @@ def agreement(cells: pd.DataFrame, level: str) -> Chart:
     )
 
 
+@document_result
 def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
     """Plot the agreement of every score with the true one: rank correlation, averaged over runs, with its interval.
 

@@ -15,6 +15,7 @@ from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles
+from lorascope.runs.finding_lines import Lines
 from lorascope.runs.layout import Lazy
 from lorascope.runs.manifest import Manifest, Module, Parameters, State
 from lorascope.runs.module_summary import ModuleSummary, table_of
@@ -159,7 +160,7 @@ class Adapter(Result):
                 requested = f"step {step}"
             raise ValueError(f"cannot read {requested} of adapter {self.label!r}: it has only the state 'last'")
 
-    def _lines(self) -> list[tuple[str, str]]:
+    def _lines(self) -> Lines:
         smallest, largest = min(self.ranks().values()), max(self.ranks().values())
         ranks = f"rank {largest}"
         if smallest < largest:
@@ -169,5 +170,11 @@ class Adapter(Result):
             ("base", self.meta.model),
             ("size", f"{len(self.files.parts)} modules, {self.meta.parameters.trained:,} parameters"),
             ("folder", str(self.path)),
-            *self._largest_lines(),
+            *self._finding_lines(),
         ]
+
+    def _missing(self, recorded: set[str]) -> list[str]:
+        missing = ["the training history"]
+        if self.base is None:
+            missing.append("the base weights")
+        return missing

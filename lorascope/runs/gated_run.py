@@ -11,6 +11,7 @@ import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.runs.finding_lines import Lines
 from lorascope.runs.layout import Lazy, identify
 from lorascope.runs.result import Result, is_at_step
 from lorascope.schema.records import validate
@@ -100,7 +101,7 @@ class GatedRun(Result):
             raise AttributeError(name)
         return getattr(self.run, name)
 
-    def _lines(self) -> list[tuple[str, str]]:
+    def _lines(self) -> Lines:
         return [*self.run._lines(), ("gates", self.gates_label)]
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable, utf8_text
+from lorascope.runs.finding_lines import Lines, describe_findings
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.manifest import Manifest, State, Test
 from lorascope.runs.module_summary import MEASURES, ModuleSummary
@@ -276,7 +277,7 @@ class Result(ABC):
             rows += f"<tr><th style='text-align:left'>{key}</th><td style='text-align:left'>{text}</td></tr>"
         return f"<table>{rows}</table>"
 
-    def _lines(self) -> list[tuple[str, str]]:
+    def _lines(self) -> Lines:
         """Return the facts that represent the result, each with its key."""
         meta = self.meta
         title, model, steps = f"{self.id}  {self.label}", meta.model, f"{meta.settings['steps']}"
@@ -295,16 +296,13 @@ class Result(ABC):
             return lines
         if meta.test:
             lines.append(("test", f"{meta.test.name} {meta.test.metric:.4g}, loss {meta.test.loss:.4g}"))
-        return lines + self._largest_lines()
+        return lines + self._finding_lines()
 
-    def _largest_lines(self) -> list[tuple[str, str]]:
-        """Return the five largest updates."""
-        lines = []
-        key = "largest"
-        for row in self.summary().nlargest(5, "update_norm").to_dict("records"):
-            text = f"{row['module']}  |dW| {row['update_norm']:.3g}"
-            if pd.notna(row["rank"]):
-                text += f"  rank {row['rank']}"
-            lines.append((key, text))
-            key = ""  # only the first line has the key
-        return lines
+    def _finding_lines(self) -> Lines:
+        """Return the lines of what the result shows, and how to go on."""
+        recorded = set(self.table["quantity"].cat.categories)
+        return describe_findings(self.summary(), self._missing(recorded), recorded, self.kind)
+
+    def _missing(self, recorded: set[str]) -> list[str]:
+        """Return what was not recorded or stored, given the recorded quantities."""
+        return []

@@ -22,6 +22,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.files.whole_files import file_hash
+from lorascope.runs.finding_lines import RECORDED_BY
 from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, Lazy, snapshot_file
 from lorascope.runs.manifest import Axes, Manifest, SnapshotAbout, read_about, read_manifest
@@ -230,6 +231,14 @@ class Run(Result):
         with new_folder(path) as draft:
             shutil.copytree(source, draft)
         return Run.read(path / name)
+
+    def _missing(self, recorded: set[str]) -> list[str]:
+        observers = [name for name, quantity in RECORDED_BY.items() if quantity not in recorded]
+        if self.ranks() and len(self.update_steps()) < 2:
+            observers.append("factors")
+        if not observers:
+            return []
+        return [f"records of {', '.join(sorted(observers))}"]
 
     @property
     def _folder(self) -> Path:

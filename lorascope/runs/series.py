@@ -17,6 +17,7 @@ from lorascope.files.printable import printable
 from lorascope.formats.stored_update import StoredLoRA
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import count_and_span
+from lorascope.runs.finding_lines import Lines
 from lorascope.runs.manifest import Module, State
 from lorascope.runs.module_summary import ModuleSummary
 from lorascope.runs.result import Result
@@ -152,14 +153,17 @@ class Series(Result):
         sigma = spectra[module]
         return pd.DataFrame({"component": np.arange(len(sigma)), "step": step, "value": sigma})
 
-    def _lines(self) -> list[tuple[str, str]]:
+    def _lines(self) -> Lines:
         return [
             ("series", f"{self.label}  {self.last.files.kind}, checkpoints: {count_and_span(self.checkpoints)}"),
             *self.last._lines()[1:3],
             ("folder", str(self.path)),
             *(("skipped", reason) for reason in self.skipped.values()),
-            *self._largest_lines(),
+            *self._finding_lines(),
         ]
+
+    def _missing(self, recorded: set[str]) -> list[str]:
+        return ["the losses", *self.last._missing(recorded)[1:]]
 
 
 def _joint_norm(stored: StoredLoRA) -> float:

@@ -1,0 +1,94 @@
+"""Findings that represent a result: where its update is, how much of its rank is used, and what was not recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lorascope.files.lazy_pandas import pandas as pd
+
+# Quantity that each observer of any method records; `factors` records the updates themselves.
+RECORDED_BY = {
+    "gradients": "gradient_norm",
+    "memory": "parameter_bytes",
+    "neurons": "sensitivity_out",
+    "norms": "update_norm",
+    "utilization": "utilisation",
+}
+
+Lines = list[tuple[str, str]]
+
+
+def describe_findings(modules: pd.DataFrame, missing: Sequence[str], recorded: set[str], kind: str) -> Lines:
+    """Return lines with their keys: the largest update, the used rank, what is missing, and a call to go on with.
+
+    Parameters
+    ----------
+    modules : DataFrame
+        Result of ``Result.summary``.
+    missing : sequence of str
+        What was not recorded or stored.
+    recorded : set of str
+        Recorded quantities.
+    kind : str
+        Kind of the result, which is also the variable of the call.
+    """
+    norms = modules["update_norm"].to_numpy(np.float64)
+    call = f"ls.plots.available({kind})"
+    lines: Lines = []
+    if not np.isfinite(norms).all():
+        next_call = f"ls.diagnose({kind})"
+        lines.append(("largest", f"|dW| is not finite in {np.count_nonzero(~np.isfinite(norms))} modules"))
+    elif norms.any():
+        next_call = _choose_figure(modules, recorded, kind) or call
+        lines += [("largest", _describe_largest(modules, norms)), *_describe_ranks(modules)]
+    elif len(norms):
+        next_call = f"ls.diagnose({kind})"
+        lines.append(("largest", f"|dW| is zero in all {len(norms)} modules"))
+    else:
+        next_call = call
+    if missing:
+        lines.append(("missing", f"{', '.join(missing)}: {call}"))
+    return [*lines, ("next", next_call)]
+
+
+def _describe_largest(modules: pd.DataFrame, norms: np.ndarray) -> str:
+    """Describe the layer, the role and the module with the most energy, the squared norm of the update."""
+    energies = (norms / norms.max()) ** 2  # a square of a large norm itself would be infinite
+    shares = []
+    for places in (_name_layers(modules), "role " + modules["role"]):
+        sums = pd.Series(energies).groupby(places.to_numpy()).sum()
+        shares.append((sums.idxmax(), sums.max() / energies.sum()))
+    (layer, of_layer), (role, of_role) = shares
+    largest = modules["module"].iloc[int(energies.argmax())]
+    return f"{layer} has {of_layer:.0%} of |dW|², {role} {of_role:.0%}; most in {largest}"
+
+
+def _name_layers(modules: pd.DataFrame) -> pd.Series:
+    """Name the layer of every module; outside of layers, its role."""
+    named = (modules["stack"] + " layer " + modules["layer"].astype(str)).str.strip()
+    return named.where(modules["layer"].notna(), modules["role"])
+
+
+def _describe_ranks(modules: pd.DataFrame) -> Lines:
+    """Describe how much of their rank the updates use; nothing if no spectrum is known."""
+    adapted = modules[modules["rank"].notna()]
+    unused = adapted["rank"] == 0
+    adapted = adapted[unused | adapted["effective_rank"].notna()]
+    if adapted.empty:
+        return []
+    used, rank = adapted["effective_rank"].fillna(0).mean(), adapted["rank"].mean()
+    text = f"{used:.3g} of {rank:.3g} used per module (effective rank)"
+    if unused.any():
+        text += f"; {unused.sum()} of {len(adapted)} modules have rank 0"
+    return [("rank", text)]
+
+
+def _choose_figure(modules: pd.DataFrame, recorded: set[str], kind: str) -> str:
+    """Return the call of the figure that shows most of a result, "" if none of these can be drawn."""
+    if "rank" in recorded and modules["rank"].nunique() > 1:
+        return f"ls.plots.rank_allocation({kind})"
+    if "update_norm" in recorded and modules["layer"].notna().any():
+        return f"ls.plots.update_norm_heat({kind})"
+    return ""

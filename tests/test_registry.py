@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -127,6 +128,16 @@ def test_signature_and_docstring_of_a_figure_are_complete(name: str) -> None:
     assert documented[:2] == ["runs", "control"]
     assert parameters["control"].default is None
     assert f"ls.plots.{name}(" in plots.FIGURES[name].example
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_example_of_a_figure_begins_with_an_example_of_the_package_or_says_what_its_runs_are(name: str) -> None:
+    draw = plots.FIGURES[name].draw
+    first = plots.FIGURES[name].example.splitlines()[0]
+    names = {node.id for node in ast.walk(ast.parse(plots.FIGURES[name].example)) if isinstance(node, ast.Name)}
+    for run in names - {"ls", "runs"}:
+        assert f"``{run}``" in (inspect.getdoc(draw) or ""), run
+    assert "ls.example(" in first or names - {"ls", "runs"}
 
 
 def test_figures_list_in_the_order_of_their_modules_and_all_can_be_found_by_name() -> None:

@@ -1,11 +1,12 @@
 """Gallery pages: each figure with the code that draws it, its reading and its caveat.
 
-The code is the ``Examples`` section of the figure's docstring. It runs at build on the runs of ``gallery_runs``, so the
-image shown is what the code draws.
+The code is the ``Examples`` section of the figure's docstring. It runs at build on examples of the package, or on the
+runs of ``gallery_runs`` if no example has the records, so the image shown is what the code draws.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,13 @@ def index_page() -> str:
     topics = "\n".join(TOPICS)
     training = (Path(__file__).parent / SOURCE).read_text(encoding="utf-8")
     return (
-        "# Gallery\n\nThe figures in `ls.plots.FIGURES`, each drawn by the code next to it. The runs are short, so "
-        "differences between accuracies are noise: see [the findings](../findings.md).\n\n"
+        "# Gallery\n\nThe figures in `ls.plots.FIGURES`, each drawn by the code next to it, most of them from "
+        "`ls.example(...)`. The runs are short, so differences between accuracies are noise: see "
+        "[the findings](../findings.md).\n\n"
         f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}::::\n\n"
-        "```{toctree}\n:hidden:\n\n" + topics + "\n```\n\n## The runs\n\nThe examples use the runs that this code "
-        f"trains on the bundled model and text.\n\n```python\n{training}```\n"
+        "```{toctree}\n:hidden:\n\n" + topics + "\n```\n\n## Other runs\n\nThe other figures need records that no "
+        "example of the package has. This code trains their runs on the bundled model and text.\n\n"
+        f"```python\n{training}```\n"
     )
 
 
@@ -67,9 +70,13 @@ def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
     chart = run_example(code, runs)
     image_lines = "\n".join(save_images(chart, figure.name, images))
     summary = " ".join(numpydoc.docscrape.FunctionDoc(figure.draw)["Summary"])
+    names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    trained = ", ".join(f"`{name}`" for name in runs if name in names)
+    if trained:
+        trained = f"Trained by [the code of the gallery](index.md#other-runs): {trained}.\n\n"
     return (
         f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{image_lines}\n\n"
-        f"```python\n{code}\n```\n\n**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
+        f"```python\n{code}\n```\n\n{trained}**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
         f"{{py:func}}`Parameters of ls.plots.{figure.name} <lorascope.plots.{figure.name}>`\n"
     )
 

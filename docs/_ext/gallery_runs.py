@@ -1,4 +1,4 @@
-"""Small runs from which the gallery is drawn."""
+"""Small runs of the gallery, for the figures that no example of the package has the records for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ SHORT: dict[str, Any] = {
     "observe": [ls.observe.norms()],
 }
 LONG: dict[str, Any] = SHORT | {"observe": [EVERY_10]}
-WITH_CURVES: dict[str, Any] = LONG | {"eval_every": 10}
 
 
 def train_gallery_runs(
@@ -50,32 +49,24 @@ def train_gallery_runs(
         return seeds(ls.HydraLoRA(targets=("ffn_in", "ffn_out"), **ADAPTER, **fields), task="sentiment")
 
     utilization = [EVERY_10, ls.observe.utilization(every=20)]
-    full = [
-        train(ls.Full(**DENSE), WITH_CURVES | {"observe": [EVERY_10, ls.observe.memory()]}, seed=0),
-        train(ls.Full(**DENSE), WITH_CURVES, seed=1),
-    ]
+    with_memory = SHORT | {"observe": [ls.observe.norms(), ls.observe.memory()]}
+    full = train(ls.Full(**DENSE), with_memory)
     lora = ls.LoRA(rank=8, targets=LINEAR, **ADAPTER)
     sensitivity = SHORT | {"observe": [ls.observe.neurons(every=10)]}
     runs: dict[str, Any] = {
         "full": full,
-        "lora": seeds(lora, WITH_CURVES | {"observe": [EVERY_10, ls.observe.memory()]}),
-        "followed": train(lora, LONG | {"observe": [EVERY_10, ls.observe.factors(every=10)]}),
-        "lora_rank_32": train(ls.LoRA(rank=32, targets=LINEAR, **ADAPTER)),
-        "adalora": seeds(ls.AdaLoRA(**ADAPTER)),
+        "lora": train(lora, with_memory),
         "hydralora": experts(num_experts=4),
         "one_expert": experts(num_experts=1),
         "uniform_router": experts(num_experts=4, router="uniform"),
         "fourierft": train(ls.FourierFT(**FOURIER)),
         "lisa": train(ls.LISA(interval=5, **DENSE), LONG),
-        "neft": train(ls.NeFT(reference=full[0], **DENSE), LONG | {"observe": utilization}),
+        "neft": train(ls.NeFT(reference=full, **DENSE), LONG | {"observe": utilization}),
         "random_neurons": train(ls.NeFT(select_by="random", **DENSE), LONG | {"observe": utilization}),
         "sensitive": seeds(lora, sensitivity),
         "sensitive_news": train(lora, sensitivity, task="sentiment/news"),
         "adapprox": train(ls.Adapprox(dense="embed", **DENSE), LONG),
         "guided": train(ls.Adapprox(dense="embed", cosine=True, **DENSE), LONG),
-        "domains": {
-            name: train(ls.LoRA(rank=4, **ADAPTER), task=f"sentiment/{name}") for name in ("movies", "news", "tweets")
-        },
         "bands": {
             f"band around {center}": train(ls.FourierFT(center=float(center), width=100.0, **FOURIER))
             for center in (0, 240)
@@ -100,13 +91,6 @@ def train_gallery_runs(
             ls.Full(lr=1e-3),
             root=root,
             **SHORT | {"observe": [ls.observe.second_moments(), ls.observe.factorings()]},
-        ),
-        "planted": ls.train(
-            planted_teacher.student(),
-            planted_teacher.task(0),
-            ls.AdaLoRA(init_rank=max(planted_teacher.RANKS), target_rank=planted_teacher.BUDGET, targets=LINEAR),
-            root=root,
-            **SHORT | {"observe": [planted_teacher.planted(ranks=planted_teacher.planted_ranks(0))]},
         ),
     }
     return runs

@@ -40,11 +40,7 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
 
     Examples
     --------
-    >>> runs = {
-    ...     "LoRA, rank 8": lora,
-    ...     "LoRA, rank 32": lora_rank_32,
-    ...     "FourierFT": fourierft,
-    ... }
+    >>> runs = {"LoRA": ls.example("lora"), "AdaLoRA": ls.example("adalora"), "FourierFT": ls.example("fourierft")}
     >>> ls.plots.accuracy_by_parameters(runs)
     """
     cohort = gather_runs("accuracy_by_parameters", runs, control)

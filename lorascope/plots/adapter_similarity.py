@@ -42,7 +42,7 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
 
     Examples
     --------
-    >>> ls.plots.adapter_pairs({"LoRA": lora, "AdaLoRA": adalora})
+    >>> ls.plots.adapter_pairs({"seed 0": ls.example("adapter"), "seed 1": ls.example("adapter_seed_1")})
     """
     cohort = gather_runs("adapter_pairs", runs, control, check=False)
     cohort.require_runs(2)

@@ -47,6 +47,8 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
 
     Examples
     --------
+    ``fourierft`` and ``bands`` are runs of ``ls.FourierFT``, ``bands`` with ``center`` and ``width``.
+
     >>> ls.plots.bias_curve({"uniform": fourierft, **bands})
     """
     cohort = gather_runs("bias_curve", runs, control)
@@ -112,6 +114,8 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
 
     Examples
     --------
+    ``fourierft`` and ``bases`` are runs of ``ls.FourierFT``, ``bases`` with ``basis``.
+
     >>> ls.plots.basis_ablation({"Fourier": fourierft, **bases})
     """
     cohort = gather_runs("basis_ablation", runs, control)
@@ -170,6 +174,8 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
 
     Examples
     --------
+    ``one_expert`` and ``hydralora`` are runs of ``ls.HydraLoRA(num_experts=...)``.
+
     >>> ls.plots.number_of_experts({"one expert": one_expert, "four experts": hydralora})
     """
     cohort = gather_runs("number_of_experts", runs, control, check=False)
@@ -230,6 +236,8 @@ def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Ch
 
     Examples
     --------
+    ``hydralora`` and ``uniform_router`` are runs of ``ls.HydraLoRA``, the latter with ``router="uniform"``.
+
     >>> ls.plots.ablations({"HydraLoRA": hydralora, "uniform router": uniform_router})
     """
     cohort = gather_runs("ablations", runs, control)

@@ -46,7 +46,7 @@ def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHO
 
     Examples
     --------
-    >>> ls.plots.settling(followed)
+    >>> ls.plots.settling({"LoRA": ls.example("lora"), "AdaLoRA": ls.example("adalora")})
     """
     cohort = gather_runs("settling", runs, control)
     if not threshold > 0:
@@ -104,7 +104,7 @@ def rotation(
 
     Examples
     --------
-    >>> ls.plots.rotation(followed, k=4)
+    >>> ls.plots.rotation(ls.example("checkpoints"), k=4)
     """
     cohort = gather_runs("rotation", runs, control)
     require_counts(k=k)

@@ -85,7 +85,7 @@ def factor_embedding(
 
     Examples
     --------
-    >>> ls.plots.factor_embedding(domains)
+    >>> ls.plots.factor_embedding({"seed 0": ls.example("adapter"), "seed 1": ls.example("adapter_seed_1")})
     """
     cohorts = gather_apart("factor_embedding", runs, control)
     require_choices(view=(view, _VIEWS))

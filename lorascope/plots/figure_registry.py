@@ -85,15 +85,15 @@ class FigureAdvice(pd.DataFrame):
         """Return the figures by what to do for them, those that can be drawn first."""
         groups: dict[str, list[str]] = {"drawn from this run": [], "drawn from two runs or more, such as this one": []}
         ready, of_several = groups.values()
-        for row in self.itertuples():
-            if not row.drawable:
+        for row in self.to_dict("records"):
+            if not row["drawable"]:
                 # What to do is behind the colon; figures may need several records for one reason.
-                advice = dict.fromkeys(reason.partition(": ")[2] or reason for reason in row.missing.split("; "))
-                groups.setdefault("; ".join(advice), []).append(row.figure)
-            elif row.runs > 1:
-                of_several.append(row.figure)
+                advice = dict.fromkeys(reason.partition(": ")[2] or reason for reason in row["missing"].split("; "))
+                groups.setdefault("; ".join(advice), []).append(row["figure"])
+            elif row["runs"] > 1:
+                of_several.append(row["figure"])
             else:
-                ready.append(row.figure)
+                ready.append(row["figure"])
         return {advice: figures for advice, figures in groups.items() if figures}
 
 

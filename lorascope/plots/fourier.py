@@ -45,7 +45,7 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
 
     Examples
     --------
-    >>> ls.plots.fourier_spectrum(fourierft)
+    >>> ls.plots.fourier_spectrum({"FourierFT": ls.example("fourierft")})
     """
     cohort = gather_runs("fourier_spectrum", runs, control)
     updates = list(map(analysis.fourier_updates, cohort.runs))
@@ -102,7 +102,7 @@ def update_image(
 
     Examples
     --------
-    >>> ls.plots.update_image({"FourierFT": fourierft, "LoRA": lora[0]})
+    >>> ls.plots.update_image({"FourierFT": ls.example("fourierft"), "LoRA": ls.example("lora")})
     """
     cohort = gather_runs("update_image", runs, control)
     require_counts(cells=cells)

@@ -44,7 +44,7 @@ def importance(
 
     Examples
     --------
-    >>> ls.plots.importance(adalora[0])
+    >>> ls.plots.importance({"AdaLoRA": ls.example("adalora")})
     """
     cohort = gather_runs("importance", runs, control, check=False)
     scores = [name for name, entry in QUANTITIES.items() if entry.index in ("component", "rank_id")]

@@ -36,7 +36,7 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
 
     Examples
     --------
-    >>> ls.plots.training_curves({"full fine-tuning": full, "LoRA": lora})
+    >>> ls.plots.training_curves({"full fine-tuning": ls.example("full"), "LoRA": ls.example("lora")})
     """
     cohort = gather_runs("training_curves", runs, control)
     losses, averaged = _average_windows(cohort, windows)
@@ -70,6 +70,8 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
 
     Examples
     --------
+    ``adapprox`` and ``guided`` are runs of ``ls.Adapprox(cosine=...)``.
+
     >>> ls.plots.guidance({"Adapprox": adapprox, "with guidance": guided})
     """
     cohort = gather_runs("guidance", runs, control)
@@ -99,6 +101,8 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
 
     Examples
     --------
+    ``learning_rates`` are runs of ``ls.Full`` and ``ls.LoRA`` with three rates each, by label.
+
     >>> ls.plots.learning_rates(learning_rates)
     """
     cohort = gather_runs("learning_rates", runs, control, check=False)

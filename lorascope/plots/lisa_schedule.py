@@ -31,6 +31,8 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
 
     Examples
     --------
+    ``lisa`` is a run of ``ls.LISA(interval=5)``.
+
     >>> ls.plots.active_layers(lisa)
     """
     cohort = gather_runs("active_layers", runs, control)
@@ -85,6 +87,8 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
+    ``lisa`` is a run of ``ls.LISA(interval=5)``.
+
     >>> ls.plots.draw_frequency(lisa)
     """
     cohort = gather_runs("draw_frequency", runs, control)
@@ -136,6 +140,8 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
 
     Examples
     --------
+    ``lisa_grid`` are runs of ``ls.LISA(n_active=..., interval=...)``.
+
     >>> ls.plots.draw_grid(lisa_grid)
     """
     cohort = gather_runs("draw_grid", runs, control)

@@ -56,7 +56,8 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
 
     Examples
     --------
-    >>> ls.plots.atlas({"LoRA": lora, "AdaLoRA": adalora, "full fine-tuning": full})
+    >>> runs = {"LoRA": ls.example("lora"), "AdaLoRA": ls.example("adalora"), "FourierFT": ls.example("fourierft")}
+    >>> ls.plots.atlas(runs)
     """
     cohort = gather_runs("atlas", runs, control)
     require_counts(k=k)

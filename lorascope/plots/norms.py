@@ -45,7 +45,7 @@ def update_norm(runs: Runs, control: Runs | None = None, quantity: str | None = 
 
     Examples
     --------
-    >>> ls.plots.update_norm({"full fine-tuning": full, "LoRA": lora})
+    >>> ls.plots.update_norm({"full fine-tuning": ls.example("full"), "LoRA": ls.example("lora")})
     """
     cohort = gather_runs("update_norm", runs, control, check=False)
     quantity = quantity or _comparable_quantity(cohort)
@@ -84,7 +84,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
 
     Examples
     --------
-    >>> ls.plots.update_norm_heat({"full fine-tuning": full, "LoRA": lora})
+    >>> ls.plots.update_norm_heat({"full fine-tuning": ls.example("full"), "LoRA": ls.example("lora")})
     """
     cohort = gather_runs("update_norm_heat", runs, control, check=False)
     quantity = quantity or _comparable_quantity(cohort)
@@ -135,7 +135,7 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
 
     Examples
     --------
-    >>> ls.plots.norm_over_steps({"full fine-tuning": full, "LoRA": lora})
+    >>> ls.plots.norm_over_steps({"full fine-tuning": ls.example("full"), "LoRA": ls.example("lora")})
     """
     cohort = gather_runs("norm_over_steps", runs, control, check=False)
     require_counts(frames=frames)
@@ -173,7 +173,7 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
 
     Examples
     --------
-    >>> ls.plots.mean_norm({"full fine-tuning": full, "LoRA": lora})
+    >>> ls.plots.mean_norm({"full fine-tuning": ls.example("full"), "LoRA": ls.example("lora")})
     """
     cohort = gather_runs("mean_norm", runs, control)
     quantities = ("weight_norm", "update_norm")

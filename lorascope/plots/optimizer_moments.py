@@ -63,6 +63,8 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
 
     Examples
     --------
+    ``moments`` is a run of ``ls.Full`` with ``observe=[ls.observe.second_moments()]``.
+
     >>> ls.plots.second_moments(moments)
     """
     cohort = gather_runs("second_moments", runs, control)
@@ -114,6 +116,8 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
+    ``moments`` is a run of ``ls.Full`` with ``observe=[ls.observe.second_moments()]``.
+
     >>> ls.plots.moment_error(moments)
     """
     cohort = gather_runs("moment_error", runs, control)
@@ -157,6 +161,8 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
 
     Examples
     --------
+    ``moments`` is a run of ``ls.Full`` with ``observe=[ls.observe.factorings()]``.
+
     >>> ls.plots.factorization_methods(moments)
     """
     cohort = gather_runs("factorization_methods", runs, control)
@@ -198,6 +204,8 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
 
     Examples
     --------
+    ``adapprox`` is a run of ``ls.Adapprox``.
+
     >>> ls.plots.factor_rank(adapprox)
     """
     cohort = gather_runs("factor_rank", runs, control)
@@ -255,6 +263,8 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
+    ``adapprox`` is a run of ``ls.Adapprox``.
+
     >>> ls.plots.factor_error(adapprox)
     """
     cohort = gather_runs("factor_error", runs, control)

@@ -44,7 +44,7 @@ def planted(runs: Runs, control: Runs | None = None) -> Chart:
 
     Examples
     --------
-    >>> ls.plots.planted({"AdaLoRA": planted})
+    >>> ls.plots.planted({"AdaLoRA": ls.example("adalora")})
     """
     cohort = gather_runs("planted", runs, control)
     return cohort.complete(found_by_planted(cohort, pd.concat(map(recovered_ranks, cohort.runs))))
@@ -92,7 +92,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
 
     Examples
     --------
-    >>> ls.plots.rank_allocation({"AdaLoRA": adalora}, chance=True)
+    >>> ls.plots.rank_allocation({"AdaLoRA": ls.example("adalora")}, chance=True)
     """
     cohort = gather_runs("rank_allocation", runs, control)
     steps = cohort.table["step"].dropna()
@@ -145,7 +145,7 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
 
     Examples
     --------
-    >>> ls.plots.rank_replay(adalora[0])
+    >>> ls.plots.rank_replay({"AdaLoRA": ls.example("adalora")})
     """
     cohort = gather_runs("rank_replay", runs, control)
     require_counts(frames=frames)
@@ -180,6 +180,8 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
 
     Examples
     --------
+    ``types`` are runs of ``ls.LoRA(targets=...)``, one per role.
+
     >>> ls.plots.adapted_types(types)
     """
     cohort = gather_runs("adapted_types", runs, control)

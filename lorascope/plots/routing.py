@@ -43,7 +43,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
 
     Examples
     --------
-    >>> ls.plots.gates({"HydraLoRA": hydralora})
+    >>> ls.plots.gates({"HydraLoRA": ls.example("hydralora")})
     """
     cohort = gather_runs("gates", runs, control)
     # Experts of different seeds do not correspond, so that a mean over runs would mix them.
@@ -96,7 +96,7 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    >>> ls.plots.gate_course({"HydraLoRA": hydralora})
+    >>> ls.plots.gate_course({"HydraLoRA": ls.example("hydralora")})
     """
     cohort = gather_runs("gate_course", runs, control)
     experts = cohort.table[cohort.table["quantity"] == "gate"].groupby("run", observed=True)["index"].max() + 1

@@ -44,7 +44,7 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    >>> ls.plots.neurons({"NeFT": neft, "random neurons": random_neurons})
+    >>> ls.plots.neurons({"NeFT": ls.example("neft")})
     """
     cohort = gather_runs("neurons", runs, control)
     counts = cohort.label(pd.concat(map(selected_neurons.count_by_layer, cohort.runs), ignore_index=True))
@@ -93,7 +93,7 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
 
     Examples
     --------
-    >>> ls.plots.neuron_cosine({"NeFT": neft})
+    >>> ls.plots.neuron_cosine({"full fine-tuning": ls.example("full")})
     """
     cohort = gather_runs("neuron_cosine", runs, control, check=False)
     if quantity is None:
@@ -130,6 +130,8 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
 
     Examples
     --------
+    ``neft`` and ``random_neurons`` are runs of ``ls.NeFT`` with and without ``select_by="random"``.
+
     >>> ls.plots.neuron_overlap({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort = gather_runs("neuron_overlap", runs, control, check=False)
@@ -189,7 +191,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
 
     Examples
     --------
-    >>> ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})
+    >>> ls.plots.rank_shift({"NeFT": ls.example("neft")})
     """
     cohort = gather_runs("rank_shift", runs, control, check=False)
     references = list_runs(reference or ())

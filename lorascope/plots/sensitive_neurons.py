@@ -49,6 +49,10 @@ def neuron_sensitivity(runs: Runs, control: Runs | None = None, k: int = 8) -> P
 
     Examples
     --------
+    >>> ls.plots.neuron_sensitivity(ls.example("full"))
+
+    ``sensitive`` and ``sensitive_news`` are runs with ``observe=[ls.observe.neurons()]``:
+
     >>> ls.plots.neuron_sensitivity({"tweets": sensitive, "news": sensitive_news})
     """
     cohort = gather_runs("neuron_sensitivity", runs, control)

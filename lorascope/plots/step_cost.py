@@ -54,7 +54,9 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
 
     Examples
     --------
-    >>> ls.plots.memory({"full fine-tuning": full[0], "LoRA": lora})
+    ``full`` and ``lora`` are runs with ``observe=[ls.observe.memory()]``.
+
+    >>> ls.plots.memory({"full fine-tuning": full, "LoRA": lora})
     """
     cohort = gather_runs("memory", runs, control)
     for size in computed:
@@ -148,6 +150,8 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
 
     Examples
     --------
+    ``timed`` are results of ``ls.step_time.measure``, by label.
+
     >>> ls.plots.step_seconds(timed)
     """
     cohort = gather_runs("step_seconds", runs, control)

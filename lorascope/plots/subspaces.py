@@ -53,7 +53,7 @@ def spectrum(
 
     Examples
     --------
-    >>> ls.plots.spectrum({"LoRA, rank 8": lora, "LoRA, rank 32": lora_rank_32})
+    >>> ls.plots.spectrum({"full fine-tuning": ls.example("full"), "LoRA": ls.example("lora")})
     """
     cohort = gather_runs("spectrum", runs, control)
     values_of, symbol = spectra.singular_values, "ΔW"
@@ -119,7 +119,7 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
 
     Examples
     --------
-    >>> ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})
+    >>> ls.plots.subspace_similarity({"seed 0": ls.example("adapter"), "seed 1": ls.example("adapter_seed_1")})
     """
     cohorts = gather_apart("subspace_similarity", runs, control)
     require_choices(side=(side, _SIDES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from test_save import assert_tidy
 
 import lorascope
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side, wrap
-from lorascope.charts.marks import Axis, Bar, Heat, Line, Mark, Point
+from lorascope.charts.marks import Axis, Bar, Heat, Line, Mark, Point, Rule
+from lorascope.charts.text_wrapping import wrap_text
 
 
 def lines(title: str = "", **settings) -> Chart:
@@ -161,3 +163,56 @@ def test_all_marks_are_public() -> None:
     }
     chart = lorascope.Chart(pd.DataFrame({"x": [0], "y": [1.0]}), [lorascope.Point("x", "y")])
     assert lorascope.stack_vertically(chart, lorascope.set_side_by_side(chart, chart)).panels == (chart,) * 3
+
+
+@pytest.mark.parametrize(
+    ("math", "tags"),
+    [
+        (r"\|\Delta W\|_F", "‖Δ<i>W</i>‖<sub><i>F</i></sub>"),
+        (r"W - W_0", "<i>W</i>−<i>W</i><sub>0</sub>"),
+        (r"s B A^\top", "<i>s</i><i>B</i><i>A</i><sup>⊤</sup>"),
+        (r"\lambda_{i+1} \times 10^{-3}", "λ<sub><i>i</i>+1</sub>×10<sup>−3</sup>"),
+        (r"\hat{W}_\mathrm{max} < \mathbf{x}", "<i>Ŵ</i><sub>max</sub>&lt;<b>x</b>".replace("Ŵ", "W\u0302")),
+    ],
+)
+def test_math_in_labels_of_the_author_is_drawn_by_both_renderers(math: str, tags: str) -> None:
+    text = f"norm ${math}$ of a layer"
+    chart = Chart(
+        pd.DataFrame({"x": list("pq"), "y": list("uv"), "v": [1.0, 2.0]}),
+        [Heat("x", "y", "v", text), Rule(x="p", label=text)],
+        **{"title": text, "x": Axis(label=text), "y": Axis(label=text)},
+    )
+    figure = chart.mpl(width="page")
+    figure.draw_without_rendering()
+    ax, bar = figure.axes
+    for label in (ax.get_xlabel(), ax.get_ylabel(), bar.get_ylabel(), figure.get_suptitle(), ax.texts[0].get_text()):
+        assert " ".join(label.split()) == text
+    layout = chart.plotly().layout
+    drawn = [layout.xaxis.title.text, layout.yaxis.title.text, layout.title.text, layout.shapes[0].label.text]
+    for label in (*drawn, layout.coloraxis.colorbar.title.text):
+        assert label.replace("<br>", " ") == f"norm {tags} of a layer"
+
+
+@pytest.mark.parametrize("text", ["$5 to $6", "a $ b $ c", r"$\frac$", r"$\input{x}$", "$}$", "$", r"$\frac{a$"])
+def test_dollar_signs_without_math_are_drawn_as_they_are(text: str) -> None:
+    chart = lines(text)
+    figure = chart.mpl(width="page")
+    figure.draw_without_rendering()
+    assert figure.get_suptitle() == text.replace("$", r"\$")
+    assert html.unescape(chart.plotly().layout.title.text) == text
+
+
+def test_dollar_signs_in_data_are_not_math() -> None:
+    data = pd.DataFrame({"x": ["$a$", "$b$"], "y": [1.0, 2.0], "recipe": ["$c$", "$d$"]})
+    chart = Chart(data, [Bar("x", "y", "recipe")])
+    figure = chart.mpl(caption=False)
+    names = [text.get_text() for text in (*figure.axes[0].get_xticklabels(), *figure.legends[0].get_texts())]
+    assert names == [r"\$a\$", r"\$b\$", r"\$c\$", r"\$d\$"]
+    assert chart.plotly().layout.xaxis.ticktext == ("&#36;a&#36;", "&#36;b&#36;")
+
+
+def test_lines_do_not_break_math() -> None:
+    formula = r"$\mathrm{rank}(W - W_0) \le r + 1$"
+    lines = wrap_text(f"The bound {formula} holds for each of the modules, and {formula} too", 150, 8).split("\n")
+    assert len(lines) > 3
+    assert sum(formula in line for line in lines) == 2

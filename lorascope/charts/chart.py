@@ -92,7 +92,7 @@ class Drawable:
         height : float, optional
             Inches, with title, legend and caption. Default: as high as necessary.
         title : str, optional
-            Replaces the title; "" omits it. Panels keep theirs.
+            Replaces the title; "" omits it, and ``$...$`` is math. Panels keep theirs.
         caption, legend : bool
             Whether the figure has them, default True. The artists have the labels of the legend, so that
             ``ax.legend()`` draws it elsewhere.
@@ -192,7 +192,7 @@ class Chart(Drawable):
     marks : sequence of Mark
         Drawn in order, later ones on top. A mark's own ``data`` replaces ``data``.
     title : str
-        Title.
+        Title; ``$...$`` is math.
     x, y : Axis
         Axes.
     caption : str

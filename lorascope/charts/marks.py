@@ -21,7 +21,7 @@ class Axis:
     Parameters
     ----------
     label : str
-        Quantity and unit, in plain text. Panels whose axes have the same label share their limits.
+        Quantity and unit; ``$...$`` is math. Panels whose axes have the same label share their limits.
     order : iterable, optional
         Categories in drawing order; makes the axis categorical. Categories of y run from top to bottom, like the rows
         of a table. Values that are not listed follow.

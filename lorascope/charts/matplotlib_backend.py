@@ -36,7 +36,7 @@ from lorascope.charts.figure_style import Palette, figure_theme
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
 from lorascope.charts.marks import Heat
 from lorascope.charts.matplotlib_labels import BETWEEN, is_short, label_categories, size_in_points
-from lorascope.charts.matplotlib_style import caller_theme, escape_dollar, style
+from lorascope.charts.matplotlib_style import caller_theme, escape_dollar, keep_math, style
 from lorascope.charts.scales import Ramp
 from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
 from lorascope.charts.theme import FAINT, MUTED, STYLES, Theme, readable_ink, width_in_inches
@@ -158,12 +158,12 @@ def draw_onto(
         titles = [_panel_title(settled, panel, frame)]
         if len(subplots) == 1:
             titles.insert(0, settled.title)
-        ax.set_title(escape_dollar(", ".join(filter(None, titles))))
+        ax.set_title(keep_math(", ".join(filter(None, titles))))
     if settled.entries:
-        all_axes[0].legend(handles=list(map(_handle, settled.entries)), title=escape_dollar(settled.legend_title))
+        all_axes[0].legend(handles=list(map(_handle, settled.entries)), title=keep_math(settled.legend_title))
     for ramp in settled.ramps:
         painted = [ax for ax, (panel, _) in zip(all_axes, subplots, strict=True) if panel.number in ramp.views]
-        painted[0].figure.colorbar(_color_scale(ramp), ax=painted, label=escape_dollar(ramp.label))
+        painted[0].figure.colorbar(_color_scale(ramp), ax=painted, label=keep_math(ramp.label))
     for ax, (panel, frame) in zip(all_axes, subplots, strict=True):
         label_categories(ax, panel)
         _write_cell_texts(ax, panel, frame)
@@ -251,8 +251,8 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
         ax, panel = drawn_figure.add_subplot(grid[cell.row, cell.start : cell.stop]), settled.panels[cell.panel]
         panels.append((cell, ax, panel))
         draw(ax, panel, cell.frame)
-        ax.set_xlabel(escape_dollar(wrap_text(panel.x.axis.label, 0.8 * 72 * widths[cell], size)))
-        ax.set_ylabel(escape_dollar(wrap_text(panel.y.axis.label, 72 * 0.8 * heights[cell.row], size)))
+        ax.set_xlabel(keep_math(wrap_text(panel.x.axis.label, 0.8 * 72 * widths[cell], size)))
+        ax.set_ylabel(keep_math(wrap_text(panel.y.axis.label, 72 * 0.8 * heights[cell.row], size)))
         # A neighbor that shows the same axis has its labels.
         for other in cells:
             if other.panel == cell.panel and other.row > cell.row and other.start == cell.start:
@@ -265,12 +265,12 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
     for ramp in settled.ramps:
         painted = [ax for cell, ax, _ in panels if cell.panel in ramp.views]
         bar = drawn_figure.colorbar(_color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
-        bar.set_label(escape_dollar(wrap_text(ramp.label, 72 * 0.8 * sum(heights), size)))
+        bar.set_label(keep_math(wrap_text(ramp.label, 72 * 0.8 * sum(heights), size)))
         bar.outline.set_linewidth(0.4)
         bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # no steps of 2.5: ranks and counts are integers
     title = wrap_text(settled.title, 72 * width, 1.1 * size)
     if title:
-        drawn_figure.suptitle(escape_dollar(title), x=0.01, ha="left")
+        drawn_figure.suptitle(keep_math(title), x=0.01, ha="left")
     # Wrapped here, because matplotlib wraps differently at every resolution.
     foot: list[Any] = []
     if caption := escape_dollar(_break_lines(settled.caption, 0.98 * 72 * width, size)):
@@ -288,7 +288,7 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
         for cell, ax, panel in panels:
             ax.apply_aspect()  # a square panel is narrower than its cell
             room = 1.1 * size_in_points(ax)[0]
-            ax.set_title(escape_dollar(wrap_text(_panel_title(settled, panel, cell.frame), room, size)))
+            ax.set_title(keep_math(wrap_text(_panel_title(settled, panel, cell.frame), room, size)))
         names = [0.0] * len(heights)
         for cell, ax, panel in panels:
             names[cell.row] = max(names[cell.row], label_categories(ax, panel))
@@ -313,7 +313,7 @@ def _draw_legend(drawn_figure: Figure, settled: FigurePlan, width: float) -> Leg
         if sum(map(max, columns)) <= 72 * width:
             break
     gaps: dict[str, Any] = {"borderpad": 0.2, "columnspacing": 1.2, "handlelength": 2.4}
-    title = escape_dollar(settled.legend_title) or None
+    title = keep_math(settled.legend_title) or None
     handles = list(map(_handle, entries))
     legend = drawn_figure.legend(handles=handles, title=title, loc="lower center", ncols=len(columns), **gaps)
     legend.set_in_layout(False)
@@ -366,7 +366,7 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
     if panel.chart.square:
         ax.set_box_aspect(1)
     for axis, scale in ((ax.xaxis, panel.x), (ax.yaxis, panel.y)):
-        axis.set_label_text(escape_dollar(scale.axis.label))
+        axis.set_label_text(keep_math(scale.axis.label))
         if scale.log:
             ax.set(**{f"{axis.axis_name}scale": "log"})
             if is_short(scale):
@@ -474,7 +474,7 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> Any:
         case Ruler():
             look = {"color": panel.theme.ink, "linewidth": 0.8, "linestyle": (0, (4, 2))}
             note: dict[str, Any] = {"size": _text_size(ax), "zorder": 4, "textcoords": "offset points"}
-            text = escape_dollar(shape.label)
+            text = keep_math(shape.label)
             if shape.y is not None:
                 ax.axhline(shape.y, zorder=zorder, **look)
                 anchor, axis = (0.99, shape.y), ax.get_yaxis_transform()

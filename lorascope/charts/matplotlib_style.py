@@ -7,7 +7,9 @@ from typing import Any
 
 import matplotlib
 from matplotlib.colors import to_hex
+from matplotlib.mathtext import MathTextParser
 
+from lorascope.charts.math_text import replace_math
 from lorascope.charts.theme import THEMES, Theme, readable_ink
 from lorascope.files.printable import printable_lines
 
@@ -66,6 +68,17 @@ def style(look: Theme) -> Any:
         "svg.hashsalt": "lorascope",
     }
     return matplotlib.rc_context({**settings, **_caller_settings(), **_FIXED})
+
+
+def keep_math(text: str) -> str:
+    """Escape text that an author wrote: math that matplotlib can draw remains."""
+    return replace_math(printable_lines(text), escape_dollar, _require_math)
+
+
+def _require_math(math: str) -> str:
+    """Return math with its dollar signs. Raise ValueError if matplotlib cannot draw it."""
+    MathTextParser("path").parse(f"${math}$")
+    return f"${math}$"
 
 
 def escape_dollar(text: str) -> str:

@@ -12,7 +12,7 @@ from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.figure_style import Palette, figure_theme
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Shape, Words
-from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout
+from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout, math_to_tags
 from lorascope.charts.theme import FAINT, MUTED, readable_ink
 
 DOT = 7.0  # diameter of a dot in pixels
@@ -121,7 +121,7 @@ def _group_fields(panel: Panel, group: str, x: Numbers, y: Numbers, spelled: str
             texts.append([f"{value:.4g}" for value in values])
         else:
             placeholder = f"%{{{letter}:.4~g}}"
-        lines.append(f"{escape_tags(scale.axis.label) or letter}: {placeholder}")
+        lines.append(f"{math_to_tags(scale.axis.label) or letter}: {placeholder}")
     template = "<br>".join(lines) + f"<extra>{escape_tags(group)}</extra>"
     custom = list(map(list, zip(*texts, strict=True))) or None
     return {"legendgroup": escape_tags(group), "hovertemplate": template, "customdata": custom}
@@ -218,7 +218,7 @@ def _heat_traces(shape: Cells, panel: Panel) -> Iterator[Any]:
         z=shape.values,
         coloraxis=f"coloraxis{axis_suffix(shape.ramp.number)}",
         customdata=labels,
-        hovertemplate=f"%{{customdata}}{value}<extra>{escape_tags(mark.label)}</extra>",
+        hovertemplate=f"%{{customdata}}{value}<extra>{math_to_tags(mark.label)}</extra>",
         hoverongaps=False,
         **written,
     )

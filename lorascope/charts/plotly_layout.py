@@ -16,6 +16,7 @@ import numpy as np
 
 from lorascope.charts.figure_plan import FigurePlan
 from lorascope.charts.geometry import Panel, Ruler
+from lorascope.charts.math_text import replace_math, tags_of_math
 from lorascope.charts.scales import Limits, Ramp, Scale, Ticks
 from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
 from lorascope.charts.theme import channels
@@ -70,7 +71,8 @@ def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
     if room.caption:
         below = -(room.margin["b"] - EDGE - LINE * count_lines(room.caption))
         position = {"x": 0, "xshift": EDGE - room.margin["l"], "y": 0, "yanchor": "top", "yshift": below}
-        annotations.append({**PAPER, **_sized_text(room.caption, SMALL), **position})
+        # It contains names from data.
+        annotations.append({**PAPER, "text": escape_tags(room.caption), "font": {"size": SMALL}, **position})
     figure_layout: dict[str, Any] = {
         "template": "none",
         "height": round(room.height),
@@ -81,7 +83,7 @@ def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
         "barmode": "overlay",
         "hovermode": "closest",
         "title": {**_sized_text(room.title, TITLE), **head},
-        "legend": {"title": {"text": escape_tags(settled.legend_title)}, "orientation": "h", **legend},
+        "legend": {"title": {"text": math_to_tags(settled.legend_title)}, "orientation": "h", **legend},
         "annotations": annotations,
         "shapes": list(chain.from_iterable(map(overlays, settled.panels))),
     }
@@ -97,7 +99,7 @@ def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
 
 
 def _sized_text(text: str, size: float) -> dict[str, Any]:
-    return {"text": escape_tags(text), "font": {"size": size}}
+    return {"text": math_to_tags(text), "font": {"size": size}}
 
 
 def _measure(settled: FigurePlan, width: float) -> _Space:
@@ -223,7 +225,7 @@ def _color_axis(ramp: Ramp, ramps: list[Ramp], room: _Space) -> dict[str, Any]:
         right, low, high = max(right, domain["x"][1]), min(low, domain["y"][0]), max(high, domain["y"][1])
     beside = sum(other.views[-1] == ramp.views[-1] for other in ramps[: ramp.number])
     bar = {
-        "title": {"text": escape_tags(wrap_text(ramp.label, 200.0, FONT)), "side": "right"},
+        "title": {"text": math_to_tags(wrap_text(ramp.label, 200.0, FONT)), "side": "right"},
         "x": right + (8 + BAR * beside) / room.plot,
         "y": (low + high) / 2,
         "len": high - low,
@@ -281,6 +283,11 @@ def escape_tags(text: str) -> str:
     """Escape text in a plotly layout: plotly must not interpret tags, math or placeholders in it."""
     inert = escape(printable_lines(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
     return inert.replace("\n", "<br>")
+
+
+def math_to_tags(text: str) -> str:
+    """Escape text that an author wrote: math gets tags that plotly draws, since MathJax would need a network."""
+    return replace_math(printable_lines(text), escape_tags, tags_of_math)
 
 
 def add_opacity(color: str, opacity: float) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 
+from lorascope.charts.math_text import MATH
 from lorascope.files.printable import printable_lines
 
 GLYPH = 0.58  # mean width of a character of DejaVu Sans, in font sizes
@@ -12,7 +14,17 @@ GLYPH = 0.58  # mean width of a character of DejaVu Sans, in font sizes
 def wrap_text(text: str, room: float, size: float) -> str:
     """Wrap text of a figure into lines that fit ``room`` at the font size ``size``, both in the same unit."""
     columns = max(8, int(room / (GLYPH * size)))
-    return "\n".join(textwrap.fill(paragraph, columns) for paragraph in printable_lines(text).splitlines())
+    formulas: list[str] = []
+
+    def hide(formula: re.Match[str]) -> str:
+        """Return as many characters as a formula has symbols, which lines do not break."""
+        formulas.append(formula[0])
+        return "\0" * len(re.sub(r"\\[A-Za-z]+|[^\\{}^_$]", "x", formula[0]).replace("\\", "")) + "\1"
+
+    lines = []
+    for paragraph in printable_lines(text).splitlines():
+        lines.append(textwrap.fill(MATH.sub(hide, paragraph), columns, break_long_words=not formulas))
+    return re.sub("\0*\1", lambda _: formulas.pop(0), "\n".join(lines))
 
 
 def count_lines(text: str) -> int:

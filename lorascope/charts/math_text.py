@@ -1,0 +1,105 @@
+"""Math between dollar signs in the titles and labels of a figure, and its form without a typesetter of TeX.
+
+Only texts that an author writes for a figure contain math: titles, and labels of axes, color bars and rules. Names from
+data do not, since a dollar sign in the name of a file has no meaning.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from html import escape
+
+# As in pandoc, so that "$5 to $6" is not math: no space inside the dollar signs, and no digit after them.
+MATH = re.compile(r"\$(?!\s)([^$\n]{1,200}?)(?<!\s)\$(?!\d)")
+_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|.")
+_SYMBOLS = {
+    **{"|": "‖", "cdot": "·", "times": "×", "pm": "±", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠"},
+    **{"approx": "≈", "sim": "∼", "propto": "∝", "infty": "∞", "sum": "∑", "prod": "∏", "partial": "∂", "nabla": "∇"},
+    **{"top": "⊤", "to": "→", "in": "∈", "ell": "ℓ", "odot": "⊙", "otimes": "⊗", "ldots": "…", "dots": "…", "%": "%"},
+    **{
+        "epsilon": "ϵ",
+        "varepsilon": "ε",
+        "phi": "ϕ",
+        "varphi": "φ",
+        "quad": " ",
+        ",": " ",
+        " ": " ",
+        "{": "{",
+        "}": "}",
+    },
+    **{name: name for name in ("log", "exp", "min", "max", "dim", "ln", "det", "tr")},
+}
+_FONTS = {"mathrm": "", "text": "", "operatorname": "", "mathbf": "b", "mathit": "i"}
+_ACCENTS = {"hat": "\u0302", "bar": "\u0304", "tilde": "\u0303"}
+_SCRIPTS = {"^": "sup", "_": "sub"}
+
+
+def replace_math(text: str, of_text: Callable[[str], str], of_math: Callable[[str], str]) -> str:
+    """Return a text with its math and the text around it replaced; math that ``of_math`` rejects is text."""
+    plain, *rest = MATH.split(text)
+    replaced = of_text(plain)
+    for math, plain in zip(rest[::2], rest[1::2], strict=True):
+        try:
+            replaced += of_math(math)
+        except (ValueError, RecursionError):
+            replaced += of_text(f"${math}$")
+        replaced += of_text(plain)
+    return replaced
+
+
+def tags_of_math(math: str) -> str:
+    """Return math with the tags i, b, sub and sup.
+
+    Raises
+    ------
+    ValueError
+        It contains a command that has no such form, such as a fraction, or braces that do not match.
+    """
+    tokens = _TOKEN.findall(math)[::-1]
+    tagged = []
+    while tokens:
+        tagged.append(_tag_next(tokens))
+    return "".join(tagged)
+
+
+def _tag_next(tokens: list[str], tag: str = "i") -> str:
+    """Return the next symbol or group with tags, and remove it from the end of ``tokens``; ``tag`` is of letters."""
+    if not tokens:
+        raise ValueError("math must not end here")
+    token = tokens.pop()
+    name = token.removeprefix("\\")
+    if token in _SCRIPTS:
+        return f"<{_SCRIPTS[token]}>{_tag_next(tokens, tag)}</{_SCRIPTS[token]}>"
+    if token == "{":
+        inner = ""
+        while tokens and tokens[-1] != "}":
+            inner += _tag_next(tokens, tag)
+        if not tokens:
+            raise ValueError("braces of math must match")
+        tokens.pop()
+        return inner
+    if token == "}":
+        raise ValueError("braces of math must match")
+    if not token.startswith("\\"):
+        if token.isalpha() and tag:
+            return f"<{tag}>{escape(token)}</{tag}>"
+        return escape(token.strip().replace("-", "−"))
+    if name in _SYMBOLS:
+        return _SYMBOLS[name]
+    if name in _FONTS:
+        return _tag_next(tokens, _FONTS[name])
+    if name in _ACCENTS:
+        accented = _tag_next(tokens, "")
+        return f"<i>{accented}{_ACCENTS[name]}</i>"
+    return _greek_letter(name)
+
+
+def _greek_letter(name: str) -> str:
+    """Return the Greek letter of a command. Raise ValueError if there is none."""
+    case = "CAPITAL" if name[:1].isupper() else "SMALL"
+    try:
+        return unicodedata.lookup(f"GREEK {case} LETTER {name.replace('ambda', 'amda')}")  # spelled so in Unicode
+    except KeyError:
+        raise ValueError(f"unknown command of math: {name}") from None

@@ -35,7 +35,7 @@ def test_completion_offers_only_what_a_user_calls(name: str) -> None:
 def test_completion_of_plots_offers_the_figures() -> None:
     # Four figures are drawn from other data than runs, and are not in the registry.
     others = {"against_truth", "agreement", "frequency_bias", "head_choice"}
-    assert set(dir(plots)) == {"FIGURES", "Figure", "available", *others, *plots.FIGURES}
+    assert set(dir(plots)) == {"FIGURES", "Figure", "available", "by_paper", *others, *plots.FIGURES}
 
 
 @pytest.mark.parametrize("name", ["lora", "full", "adapter"])

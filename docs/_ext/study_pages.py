@@ -50,6 +50,7 @@ CHANGES = {
     "Adapprox": ("inconclusive", "second moments of known rank; no loss is printed, so 0.02 nats was arbitrary"),
 }
 """Verdict of edition 1 on the paper's main claim, and what edition 2 does about its cause."""
+PAPER_FIGURES = "paper-figures.csv"
 _ORDER = ("as claimed", "not only there", "not even there", "gain", "gain below m", "no gain", "loss", "no cost",
           "cost below d", "cost", "open", NO_HEADROOM, NOT_LEARNED, NOT_RUN)  # fmt: skip
 _UNITS = {
@@ -64,6 +65,16 @@ _ALIKE = {
     r"(tweets|movies|products), order \d": "one domain",
     r"third \d, order \d": "a random third",
 }
+
+
+def find_states(root: Path) -> pd.DataFrame:
+    """Return the figures of the papers, with their states from the images of a clone."""
+    table = pd.read_csv(root / "data" / PAPER_FIGURES, dtype=str, keep_default_na=False)
+    images = {file.stem for file in (root / "figures").glob("*.png")}
+    is_drawn = table["image"].map(lambda names: not images.isdisjoint(names.split()))
+    is_planned = table["state"].isin(["done", "runs open"])
+    table["state"] = table["state"].mask(is_planned & is_drawn, "done").mask(is_planned & ~is_drawn, "runs open")
+    return table
 
 
 def study_blocks(root: Path) -> dict[str, str]:
@@ -122,21 +133,23 @@ class StudyPages:
         return {f"{name}-figure": "\n".join(lines[:1]), f"{name}-figures": " ".join(lines[1:]) or NO_FIGURES}
 
     def paper_figures(self) -> str:
-        """Return which figures and tables of the papers are drawn, with the reasons for the others."""
-        table = pd.read_csv(self.data / "paper-figures.csv", keep_default_na=False)
-        counts, rows = Counter(table["state"]), []
-        for paper, item, shows, figures, state, note in table.to_numpy():
-            links = [f"[{name}](../figures/{name}.png)" for name in figures.split() if self.is_drawn(name)]
-            if state == "done" and not links:
-                state = "runs open"
-            rows.append((paper, item, shows, state, ", ".join(links), note))
-        waiting = sum(row[3] == "runs open" for row in rows)
-        sentence = (
-            f"{len(rows)} items: {counts['done']} have a figure with the same quantity and axes, and {waiting} of them "
-            f"wait for runs; {counts['claim']} are claims on another ground; {counts['missing']} are missing."
-        )
-        header = ("paper", "item", "shows", "state", "figures", "departure or reason")
-        return f"{sentence}\n\n{format_table(header, rows)}"
+        """Return the figures and tables of each paper, what draws them, and the reasons for the others."""
+        table = find_states(self.data.parent)
+        counts = Counter(table["state"])
+        sections = [
+            f"{len(table)} items: {counts['done']} are drawn with the same quantity and axes, {counts['runs open']} "
+            f"wait for runs, {counts['claim']} are claims on another ground, and {counts['missing']} are missing."
+        ]
+        for (paper, arxiv), items in table.groupby(["paper", "arxiv"], sort=False):
+            rows = []
+            for _, _, item, shows, functions, names, state, note in items.to_numpy():
+                code = ", ".join(f"`{name}`" for name in functions.split())
+                links = [f"[{name}](../figures/{name}.png)" for name in names.split() if self.is_drawn(name)]
+                rows.append((item, shows, state, code, ", ".join(links), note))
+            header = ("item", "shows", "state", "`ls.plots`", "image", "departure or reason")
+            heading = f"## {paper}: [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})"
+            sections += [heading, format_table(header, rows)]
+        return "\n\n".join(sections)
 
     def is_drawn(self, name: str) -> bool:
         """Return whether the folder of figures has an image."""

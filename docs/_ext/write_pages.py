@@ -38,9 +38,15 @@ def find_differences(root: Path, write: bool) -> Iterator[str]:
     """Yield one line per block that differs; write the blocks first."""
     blocks = edition_1.blocks(root / "data") | study_pages.study_blocks(root)
     blocks = {name: f"\n{text}\n\n" for name, text in blocks.items()}
+    # The installed package reads the states of the papers' figures without the images.
+    states, file = study_pages.find_states(root), root / "data" / study_pages.PAPER_FIGURES
+    text = states.to_csv(index=False, lineterminator="\n")
     if write:
+        file.write_text(text, encoding="utf-8")
         for page in pages(root):
             page_blocks.write(page, blocks)
+    if file.read_text(encoding="utf-8") != text:
+        yield f"data/{file.name}: states differ from the images in figures"
     yield from page_blocks.differences(pages(root), blocks)
 
 

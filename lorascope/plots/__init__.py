@@ -1,7 +1,8 @@
 """Figures of runs: each function takes runs and returns a chart.
 
 Pass a Run, a list of runs (runs of one recipe count as its seeds) or a dict label -> run or runs. ``FIGURES`` lists all
-figures with how to read them; ``available(run)`` lists those that a run has the records for.
+figures with how to read them; ``available(run)`` lists those that a run has the records for, and ``by_paper(id)`` those
+that a paper has.
 """
 
 from types import FunctionType
@@ -40,6 +41,7 @@ from lorascope.plots.optimizer_moments import factor_rank as factor_rank
 from lorascope.plots.optimizer_moments import factorization_methods as factorization_methods
 from lorascope.plots.optimizer_moments import moment_error as moment_error
 from lorascope.plots.optimizer_moments import second_moments as second_moments
+from lorascope.plots.paper_figures import by_paper as by_paper
 from lorascope.plots.rank_allocations import adapted_types as adapted_types
 from lorascope.plots.rank_allocations import planted as planted
 from lorascope.plots.rank_allocations import rank_allocation as rank_allocation

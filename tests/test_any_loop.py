@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import os
@@ -86,25 +87,38 @@ def train(model, optimizer, rows, record=lambda **values: None, accumulate=1, cl
         optimizer.zero_grad()
 
 
-def small():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+class Loop:
+    """Small model that is trained in a loop and recorded in a folder."""
+
+    def __init__(self, folder):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.folder = folder
+
+    def record(self, observe=None, **settings):
+        return ls.record(self.model, self.optimizer, self.folder, observe, **settings)
+
+    def step(self):
+        data = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+        self.optimizer.zero_grad()
+        loss = self.model(data).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def step_and_record(self, recorder):
+        loss = self.step()
+        recorder.step(loss=loss)
+        return loss.item()
+
+    def read(self):
+        return ls.load(self.folder)
 
 
-def small_step(model, optimizer, seed=0):
-    data = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
-    optimizer.zero_grad()
-    loss = model(data).square().mean()
-    loss.backward()
-    optimizer.step()
-    return loss
-
-
-def small_step_and_record(model, optimizer, recorder):
-    loss = small_step(model, optimizer)
-    recorder.step(loss=loss)
-    return loss.item()
+@pytest.fixture
+def loop(tmp_path):
+    return Loop(tmp_path / "run")
 
 
 def last(run, quantity, module):
@@ -158,82 +172,76 @@ def test_weights_and_generators_are_bitwise_equal_with_and_without_the_recorder(
     assert torch.equal(*states)
 
 
-def test_run_of_a_plain_model_is_readable(tmp_path):
-    model, optimizer = small()
-    before = model[0].weight.detach().clone()
-    recorder = ls.record(model, optimizer, tmp_path / "run", seed=3, task="noise")
-    losses = [small_step_and_record(model, optimizer, recorder) for _ in range(3)]
+def test_run_of_a_plain_model_is_readable(loop):
+    before = loop.model[0].weight.detach().clone()
+    recorder = loop.record(seed=3, task="noise")
+    losses = [loop.step_and_record(recorder) for _ in range(3)]
     recorder.evaluate(loss=0.5, metric=torch.tensor(0.75))
     run = recorder.close()
     assert recorder.close() is None
     assert (run.seed, run.task, run.label, run.meta.settings["steps"]) == (3, "noise", "PyTorch loop, SGD", 3)
-    read = ls.load(tmp_path / "run")
+    read = loop.read()
     table = read.table.set_index("quantity")["value"]
     assert table["loss"].tolist() == losses
     assert (table["eval_loss"], table["eval_metric"]) == (0.5, 0.75)
-    change = float((model[0].weight.detach() - before).norm())
+    change = float((loop.model[0].weight.detach() - before).norm())
     assert last(read, "update_norm", "0") == pytest.approx(change, rel=1e-6)
     assert "steps   3\n" in repr(read)
 
 
-def test_unknown_seed_and_task_are_omitted_from_descriptions(tmp_path, capsys):
-    model, optimizer = small()
-    run = ls.record(model, optimizer, tmp_path / "run").close()
-    main(["inspect", str(tmp_path / "run")])
+def test_unknown_seed_and_task_are_omitted_from_descriptions(loop, capsys):
+    run = loop.record().close()
+    main(["inspect", str(loop.folder)])
     shown = repr(run) + capsys.readouterr().out
     assert shown.count("PyTorch loop, SGD") == shown.count("Sequential") == 2
     assert "None" not in shown
 
 
-def test_call_without_an_optimizer_step_records_nothing(tmp_path):
-    model, optimizer = small()
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+def test_call_without_an_optimizer_step_records_nothing(loop):
+    with loop.record() as recorder:
         recorder.step(loss=1.0)
-        small_step_and_record(model, optimizer, recorder)
+        loop.step_and_record(recorder)
         recorder.step(loss=2.0)
-    assert ls.load(tmp_path / "run").table["step"].max() == 1
+    assert loop.read().table["step"].max() == 1
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_step_that_grad_scaler_skips_is_not_recorded(fused, tmp_path):
-    model, _ = small()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+def test_step_that_grad_scaler_skips_is_not_recorded(fused, loop):
+    loop.optimizer = torch.optim.AdamW(loop.model.parameters(), lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    with ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms(every=1)]) as recorder:
+    with loop.record([ls.observe.norms(every=1)]) as recorder:
         for factor in (1.0, torch.inf, 2.0):
-            optimizer.zero_grad()
-            loss = model(torch.ones(2, 4)).square().mean() * factor
+            loop.optimizer.zero_grad()
+            loss = loop.model(torch.ones(2, 4)).square().mean() * factor
             scaler.scale(loss).backward()
-            before = model[0].weight.detach().clone()
-            scaler.step(optimizer)
+            before = loop.model[0].weight.detach().clone()
+            scaler.step(loop.optimizer)
             scaler.update()
-            assert torch.equal(before, model[0].weight) == (factor == torch.inf)
+            assert torch.equal(before, loop.model[0].weight) == (factor == torch.inf)
             recorder.step(loss=loss)
-    table = ls.load(tmp_path / "run").table
+    table = loop.read().table
     losses = table[table["quantity"] == "loss"]
     assert losses["step"].tolist() == [1, 2]
     assert np.isfinite(losses["value"]).all()
     assert (table[table["quantity"] == "step_norm"]["value"] > 0).all()
 
 
-def test_learning_rate_equals_that_of_the_step_regardless_of_the_scheduler(tmp_path):
-    model, optimizer = small()
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+def test_learning_rate_equals_that_of_the_step_regardless_of_the_scheduler(loop):
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(loop.optimizer, 0.5)
+    with loop.record() as recorder:
         for _ in range(3):
-            loss = small_step(model, optimizer)
+            loss = loop.step()
             scheduler.step()
             recorder.step(loss=loss)
-    table = ls.load(tmp_path / "run").table
+    table = loop.read().table
     assert table[table["quantity"] == "lr"]["value"].tolist() == [0.1, 0.05, 0.025]
 
 
-def test_steps_beyond_the_planned_ones_are_recorded(tmp_path):
-    model, optimizer = small()
-    with ls.record(model, optimizer, tmp_path / "run", steps=2) as recorder:
+def test_steps_beyond_the_planned_ones_are_recorded(loop):
+    with loop.record(steps=2) as recorder:
         for _ in range(3):
-            small_step_and_record(model, optimizer, recorder)
-    run = ls.load(tmp_path / "run")
+            loop.step_and_record(recorder)
+    run = loop.read()
     assert (run.meta.states["last"].step, run.meta.settings["steps"]) == (3, 3)
     assert run.table.query("quantity == 'update_norm' and module == '0'")["step"].tolist() == [0, 2, 3]
 
@@ -296,69 +304,64 @@ def test_frozen_base_weights_in_the_optimizer_are_neither_copied_nor_recorded(be
     assert set(run.summary()["module"]) == {*dict(delta.deltas(model)), "classifier"}
 
 
-def test_parameters_that_are_unfrozen_later_are_recorded(tmp_path):
-    model, optimizer = small()
-    model[0].requires_grad_(False)
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
-        small_step_and_record(model, optimizer, recorder)
-        model[0].requires_grad_(True)
-        small_step_and_record(model, optimizer, recorder)
-    assert last(ls.load(tmp_path / "run"), "update_norm", "0") > 0
+def test_parameters_that_are_unfrozen_later_are_recorded(loop):
+    loop.model[0].requires_grad_(False)
+    with loop.record() as recorder:
+        loop.step_and_record(recorder)
+        loop.model[0].requires_grad_(True)
+        loop.step_and_record(recorder)
+    assert last(loop.read(), "update_norm", "0") > 0
 
 
 def test_wrapped_models_are_recorded_under_their_own_names(tmp_path):
     for number, wrap in enumerate([nn.DataParallel, lambda model: torch.compile(model, backend="eager")]):
-        model, optimizer = small()
-        with ls.record(wrap(model), optimizer, tmp_path / str(number)) as recorder:
-            small_step_and_record(model, optimizer, recorder)
-        assert set(ls.load(tmp_path / str(number)).summary()["module"]) == {"0", "2"}
+        loop = Loop(tmp_path / str(number))
+        with ls.record(wrap(loop.model), loop.optimizer, loop.folder) as recorder:
+            loop.step_and_record(recorder)
+        assert set(loop.read().summary()["module"]) == {"0", "2"}
 
 
-def test_only_the_first_process_of_ddp_writes(tmp_path, monkeypatch):
+def test_only_the_first_process_of_ddp_writes(loop, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    model, optimizer = small()
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
-        small_step_and_record(model, optimizer, recorder)
+    with loop.record() as recorder:
+        loop.step_and_record(recorder)
         recorder.evaluate(loss=1.0)
-    assert not (tmp_path / "run").exists()
+    assert not loop.folder.exists()
 
 
-def test_exception_marks_the_run_as_broken_and_keeps_its_rows(tmp_path):
-    model, optimizer = small()
+def test_exception_marks_the_run_as_broken_and_keeps_its_rows(loop):
 
     def fail():
-        with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        with loop.record() as recorder:
             for _ in range(3):
-                small_step_and_record(model, optimizer, recorder)
+                loop.step_and_record(recorder)
             raise RuntimeError("out of memory\nat step 4")
 
     with pytest.raises(RuntimeError, match="out of memory"):
         fail()
-    run = ls.load(tmp_path / "run")
+    run = loop.read()
     assert (run.meta.status, run.meta.error) == ("broken", "RuntimeError: out of memory")
     assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3]
     assert not run.meta.states
 
 
-def test_run_that_is_not_closed_stays_running_with_all_rows(tmp_path):
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run")
-    small_step_and_record(model, optimizer, recorder)
-    assert ls.load(tmp_path / "run").meta.status == "running"
+def test_run_that_is_not_closed_stays_running_with_all_rows(loop):
+    recorder = loop.record()
+    loop.step_and_record(recorder)
+    assert loop.read().meta.status == "running"
     del recorder
     gc.collect()
-    run = ls.load(tmp_path / "run")
+    run = loop.read()
     assert (run.meta.status, run.meta.error, run.table["step"].max()) == ("running", None, 1)
 
 
-def test_another_run_in_the_folder_is_moved_aside(tmp_path):
-    model, optimizer = small()
-    first = ls.record(model, optimizer, tmp_path / "run").close()
-    open_recorder = ls.record(model, optimizer, tmp_path / "run")
-    small_step_and_record(model, optimizer, open_recorder)
-    last = ls.record(model, optimizer, tmp_path / "run").close()
-    assert ls.load(tmp_path / "run").id == last.id
+def test_another_run_in_the_folder_is_moved_aside(loop, tmp_path):
+    first = loop.record().close()
+    open_recorder = loop.record()
+    loop.step_and_record(open_recorder)
+    last = loop.record().close()
+    assert loop.read().id == last.id
     assert ls.load(tmp_path / f"run-{first.id}").finished
     assert sum(ls.load(path).table["step"].max() for path in tmp_path.iterdir()) == 1
 
@@ -391,22 +394,20 @@ def test_killed_process_leaves_a_readable_run(tmp_path):
     assert run.meta.settings["steps"] == 5
 
 
-def test_run_can_be_read_during_training(tmp_path, monkeypatch):
+def test_run_can_be_read_during_training(loop, monkeypatch):
     monkeypatch.setattr(run_folder, "FLUSH_SECONDS", 0.0)
-    model, optimizer = small()
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+    with loop.record() as recorder:
         for step in (1, 2):
-            small_step_and_record(model, optimizer, recorder)
-            run = ls.load(tmp_path / "run")
+            loop.step_and_record(recorder)
+            run = loop.read()
             assert (run.meta.status, run.table["step"].max()) == ("running", step)
 
 
 @pytest.mark.parametrize(("took", "flushes"), [(0.1, 33), (0.3, 33), (3.0, 3)])
-def test_writing_takes_at_most_one_percent_of_a_long_training(took, flushes, tmp_path, monkeypatch):
+def test_writing_takes_at_most_one_percent_of_a_long_training(took, flushes, loop, monkeypatch):
     now = 0.0
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run")
+    recorder = loop.record()
     written = []
 
     def flush():
@@ -417,48 +418,43 @@ def test_writing_takes_at_most_one_percent_of_a_long_training(took, flushes, tmp
     monkeypatch.setattr(recorder._recording.writer, "flush", flush)
     for _ in range(1000):
         now += 1.0
-        small_step_and_record(model, optimizer, recorder)
+        loop.step_and_record(recorder)
     assert len(written) == pytest.approx(flushes, abs=1)
 
 
-def test_full_disk_does_not_stop_training(tmp_path, monkeypatch):
-    model, optimizer = small()
+def test_full_disk_does_not_stop_training(loop, monkeypatch):
 
     def fail(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.factors()])
-    small_step_and_record(model, optimizer, recorder)
+    recorder = loop.record([ls.observe.factors()])
+    loop.step_and_record(recorder)
     monkeypatch.setattr(os, "fsync", fail)
-    small_step_and_record(model, optimizer, recorder)
+    loop.step_and_record(recorder)
     with pytest.warns(UserWarning, match="No space left"):
         assert recorder.close() is None
     monkeypatch.undo()
-    assert ls.load(tmp_path / "run").meta.status == "running"
+    assert loop.read().meta.status == "running"
 
 
 @unchecked
-def test_invalid_arguments_are_rejected_in_one_line(tmp_path):
-    model, optimizer = small()
-    other, _ = small()
+def test_invalid_arguments_are_rejected_in_one_line(loop, tmp_path):
+    other = copy.deepcopy(loop.model)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/notes.txt").touch()
     cases = [
-        (lambda: ls.record(other, optimizer, tmp_path / "run"), "trains no parameter of the model"),
-        (lambda: ls.record(model, "adam", tmp_path / "run"), r"optimizer must be a torch\.optim\.Optimizer, got str"),
-        (
-            lambda: ls.record(model, optimizer, tmp_path / "run", steps=0),
-            "steps must be an integer >= 1 or None, got 0",
-        ),
-        (lambda: ls.record(model, optimizer, tmp_path / "foreign"), "contains files but no run"),
-        (lambda: ls.record(model, optimizer, tmp_path / "run", [ls.observe.utilization()]), "held-out text in your"),
-        (lambda: ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms]), "observe must be a list of observ"),
-        (lambda: ls.record(model, optimizer, tmp_path / "run", ls.observe.norms()), "observe must be a list of observ"),
-        (lambda: ls.record(model, optimizer, tmp_path / "run", seed="x"), "seed must be an integer or None, got 'x'"),
-        (lambda: ls.record(model, optimizer, tmp_path / "run", seed=1.0), "seed must be an integer or None, got 1.0"),
-        (lambda: ls.record(model, optimizer, tmp_path / "run", task=3), "task must be a string or None, got 3"),
-        (lambda: ls.record(model, optimizer, tmp_path / "run", steps=2.5), "steps must be an integer >= 1 or None"),
-        (lambda: ls.record(model, optimizer, tmp_path / "run", report_to=3), "report_to must be .* got 3"),
+        (lambda: ls.record(other, loop.optimizer, loop.folder), "trains no parameter of the model"),
+        (lambda: ls.record(loop.model, "adam", loop.folder), r"optimizer must be a torch\.optim\.Optimizer, got str"),
+        (lambda: loop.record(steps=0), "steps must be an integer >= 1 or None, got 0"),
+        (lambda: ls.record(loop.model, loop.optimizer, tmp_path / "foreign"), "contains files but no run"),
+        (lambda: loop.record([ls.observe.utilization()]), "held-out text in your"),
+        (lambda: loop.record([ls.observe.norms]), "observe must be a list of observ"),
+        (lambda: loop.record(ls.observe.norms()), "observe must be a list of observ"),
+        (lambda: loop.record(seed="x"), "seed must be an integer or None, got 'x'"),
+        (lambda: loop.record(seed=1.0), "seed must be an integer or None, got 1.0"),
+        (lambda: loop.record(task=3), "task must be a string or None, got 3"),
+        (lambda: loop.record(steps=2.5), "steps must be an integer >= 1 or None"),
+        (lambda: loop.record(report_to=3), "report_to must be .* got 3"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
@@ -466,32 +462,29 @@ def test_invalid_arguments_are_rejected_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_rejected_recorder_leaves_no_hook_on_the_optimizer(tmp_path):
-    model, optimizer = small()
+def test_rejected_recorder_leaves_no_hook_on_the_optimizer(loop, tmp_path):
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="contains files but no run"):
-        ls.record(model, optimizer, tmp_path)
-    assert not optimizer._optimizer_step_post_hooks
+        ls.record(loop.model, loop.optimizer, tmp_path)
+    assert not loop.optimizer._optimizer_step_post_hooks
 
 
-def test_optimizer_that_was_replaced_is_named_at_its_first_step(tmp_path):
-    model, optimizer = small()
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
-        small_step_and_record(model, optimizer, recorder)
-        other = torch.optim.SGD(model.parameters(), lr=0.1)
+def test_optimizer_that_was_replaced_is_named_at_its_first_step(loop):
+    with loop.record() as recorder:
+        loop.step_and_record(recorder)
+        loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
         with pytest.warns(UserWarning, match="has not stepped in the last call of recorder.step"):
-            small_step_and_record(model, other, recorder)
-        small_step_and_record(model, other, recorder)  # warned once
-    assert ls.load(tmp_path / "run").table["step"].max() == 1
+            loop.step_and_record(recorder)
+        loop.step_and_record(recorder)  # warned once
+    assert loop.read().table["step"].max() == 1
 
 
-def test_optimizer_that_never_steps_is_named_at_the_end_or_after_many_calls(tmp_path):
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run")
+def test_optimizer_that_never_steps_is_named_at_the_end_or_after_many_calls(loop):
+    recorder = loop.record()
     recorder.step(loss=1.0)
     with pytest.warns(UserWarning, match="has not stepped in the last call"):
         recorder.close()
-    recorder = ls.record(model, optimizer, tmp_path / "run")
+    recorder = loop.record()
     for _ in range(UNSTEPPED - 1):
         recorder.step(loss=1.0)
     with pytest.warns(UserWarning, match=f"has not stepped in the last {UNSTEPPED} calls"):
@@ -499,56 +492,52 @@ def test_optimizer_that_never_steps_is_named_at_the_end_or_after_many_calls(tmp_
     recorder.close()  # warned once
 
 
-def test_accumulation_before_the_first_step_is_no_unused_optimizer(tmp_path):
-    model, optimizer = small()
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+def test_accumulation_before_the_first_step_is_no_unused_optimizer(loop):
+    with loop.record() as recorder:
         for _ in range(3):
             recorder.step(loss=1.0)
-        small_step_and_record(model, optimizer, recorder)
+        loop.step_and_record(recorder)
 
 
 @pytest.mark.parametrize("end", [False, True])
-def test_steps_between_two_calls_are_counted_and_named(end, tmp_path):
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run")
-    small_step_and_record(model, optimizer, recorder)
+def test_steps_between_two_calls_are_counted_and_named(end, loop):
+    recorder = loop.record()
+    loop.step_and_record(recorder)
     for _ in range(2):
-        small_step(model, optimizer)
+        loop.step()
     with pytest.warns(UserWarning, match="the optimizer has stepped 2 times since the last call"):
         recorder.close() if end else recorder.step()
     recorder.close()
-    assert ls.load(tmp_path / "run").table["step"].max() == (1 if end else 2)
+    assert loop.read().table["step"].max() == (1 if end else 2)
 
 
-def test_closed_recorder_says_so_once(tmp_path):
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run")
+def test_closed_recorder_says_so_once(loop):
+    recorder = loop.record()
     recorder.close()
     with pytest.warns(UserWarning, match="the recorder is closed"):
-        small_step_and_record(model, optimizer, recorder)
+        loop.step_and_record(recorder)
     recorder.evaluate(loss=1.0)
     with pytest.raises(ValueError, match="the recorder is closed"), recorder:
         pass
-    assert ls.load(tmp_path / "run").table["step"].max() == 0
+    assert loop.read().table["step"].max() == 0
 
 
-def test_recorder_whose_folder_another_one_has_taken_writes_no_more(tmp_path):
-    model, optimizer = small()
-    first = ls.record(model, optimizer, tmp_path / "run")
-    small_step_and_record(model, optimizer, first)
-    second = ls.record(model, optimizer, tmp_path / "run")
-    loss = small_step(model, optimizer)
+def test_recorder_whose_folder_another_one_has_taken_writes_no_more(loop, tmp_path):
+    first = loop.record()
+    loop.step_and_record(first)
+    second = loop.record()
+    loss = loop.step()
     with pytest.warns(UserWarning, match="another recorder writes to .*run: pass it another out"):
         first.step(loss=loss)
     second.step(loss=loss)
-    loss = small_step(model, optimizer)
+    loss = loop.step()
     first.step(loss=loss)
     second.step(loss=loss)
     first.evaluate(loss=1.0)
     assert first.close() is None
     second.evaluate(loss=2.0)
     run = second.close()
-    found = ls.load(tmp_path / "run")
+    found = loop.read()
     assert (found.id, found.meta.status, found.table["step"].max()) == (run.id, "done", 2)
     assert found.table.query("quantity == 'eval_loss'")["value"].tolist() == [2.0]
     (aside,) = (path for path in tmp_path.iterdir() if path.name != "run")
@@ -556,18 +545,16 @@ def test_recorder_whose_folder_another_one_has_taken_writes_no_more(tmp_path):
 
 
 @unchecked
-def test_seed_may_be_an_integer_of_numpy(tmp_path):
-    model, optimizer = small()
-    assert ls.record(model, optimizer, tmp_path / "run", seed=np.int64(3)).close().seed == 3
+def test_seed_may_be_an_integer_of_numpy(loop):
+    assert loop.record(seed=np.int64(3)).close().seed == 3
 
 
 @unchecked
 @pytest.mark.parametrize("value", ["x", {"loss": 1.0}, [1.0, 2.0], 1j, torch.ones(2)])
-def test_values_that_are_no_number_are_rejected_when_they_are_passed(value, tmp_path):
-    model, optimizer = small()
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
-        small_step_and_record(model, optimizer, recorder)
-        small_step(model, optimizer)
+def test_values_that_are_no_number_are_rejected_when_they_are_passed(value, loop):
+    with loop.record() as recorder:
+        loop.step_and_record(recorder)
+        loop.step()
         for name, call in {
             "loss": lambda: recorder.step(loss=value),
             "grad_norm": lambda: recorder.step(grad_norm=value),
@@ -577,17 +564,17 @@ def test_values_that_are_no_number_are_rejected_when_they_are_passed(value, tmp_
                 call()
             assert "\n" not in str(caught.value)
         recorder.step(loss=np.float32(2.0), grad_norm=3)
-    losses = ls.load(tmp_path / "run").table.query("quantity == 'loss'")
+    losses = loop.read().table.query("quantity == 'loss'")
     assert losses["step"].tolist() == [1, 2]
     assert losses["value"].iloc[-1] == 2.0
 
 
-def test_loss_of_a_step_is_the_mean_over_the_micro_batches_of_accelerate(bert, task, rows, tmp_path):
+def test_loss_of_a_step_is_the_mean_over_the_micro_batches_of_accelerate(loop):
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer = accelerator.prepare(*small())
+    model, optimizer = accelerator.prepare(loop.model, loop.optimizer)
     found = []
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+    with ls.record(model, optimizer, loop.folder) as recorder:
         for factor in (1.0, 3.0, 5.0, 7.0):
             with accelerator.accumulate(model):
                 loss = model(torch.ones(2, 4)).square().mean() * factor
@@ -598,30 +585,29 @@ def test_loss_of_a_step_is_the_mean_over_the_micro_batches_of_accelerate(bert, t
                 optimizer.zero_grad()
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    losses = ls.load(tmp_path / "run").table.query("quantity == 'loss'")["value"]
+    losses = loop.read().table.query("quantity == 'loss'")["value"]
     assert losses.tolist() == [(found[0] + found[1]) / 2, (found[2] + found[3]) / 2]
 
 
-def test_losses_of_a_step_that_was_skipped_are_not_those_of_the_next(tmp_path):
-    model, optimizer = small()
+def test_losses_of_a_step_that_was_skipped_are_not_those_of_the_next(loop):
     state = SimpleNamespace(sync_gradients=False)
-    with ls.record(model, SimpleNamespace(optimizer=optimizer, gradient_state=state), tmp_path / "run") as recorder:
+    prepared = SimpleNamespace(optimizer=loop.optimizer, gradient_state=state)
+    with ls.record(loop.model, prepared, loop.folder) as recorder:
         for loss, state.sync_gradients, steps in [(1.0, False, 0), (9.0, True, 0), (3.0, False, 0), (5.0, True, 1)]:
             if steps:
-                small_step(model, optimizer)
+                loop.step()
             recorder.step(loss=loss)
-    assert ls.load(tmp_path / "run").table.query("quantity == 'loss'")["value"].tolist() == [4.0]
+    assert loop.read().table.query("quantity == 'loss'")["value"].tolist() == [4.0]
 
 
-def test_parameters_that_join_the_optimizer_later_are_named(tmp_path):
-    model, _ = small()
-    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
-        small_step_and_record(model, optimizer, recorder)
-        optimizer.add_param_group({"params": model[2].parameters()})
+def test_parameters_that_join_the_optimizer_later_are_named(loop):
+    loop.optimizer = torch.optim.SGD(loop.model[0].parameters(), lr=0.1)
+    with loop.record() as recorder:
+        loop.step_and_record(recorder)
+        loop.optimizer.add_param_group({"params": loop.model[2].parameters()})
         with pytest.warns(UserWarning, match="2 parameters have joined the optimizer since ls.record"):
-            small_step_and_record(model, optimizer, recorder)
-        small_step_and_record(model, optimizer, recorder)
+            loop.step_and_record(recorder)
+        loop.step_and_record(recorder)
 
 
 def with_two_adapters(bert, task):
@@ -696,27 +682,23 @@ def test_observers_of_a_recorder_copy_each_trained_parameter_once_per_step(bert,
         assert {copied[place] for place in places} == {STEPS}
 
 
-def test_two_observers_of_one_kind_record_each_value_once(tmp_path):
-    model, optimizer = small()
-    with ls.record(
-        model, optimizer, tmp_path / "run", [ls.observe.norms(every=3), ls.observe.norms(every=2)]
-    ) as recorder:
+def test_two_observers_of_one_kind_record_each_value_once(loop):
+    with loop.record([ls.observe.norms(every=3), ls.observe.norms(every=2)]) as recorder:
         for _ in range(6):
-            small_step_and_record(model, optimizer, recorder)
-    table = ls.load(tmp_path / "run").table
+            loop.step_and_record(recorder)
+    table = loop.read().table
     norms = table[(table["quantity"] == "update_norm") & (table["module"] == "0")]
     assert norms["step"].tolist() == [0, 2, 3, 4, 6]
 
 
-def test_run_stays_in_its_folder_if_the_program_changes_its_directory(tmp_path, monkeypatch):
+def test_run_stays_in_its_folder_if_the_program_changes_its_directory(loop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, "run")
+    recorder = ls.record(loop.model, loop.optimizer, "run")
     monkeypatch.chdir(tmp_path / "other")
-    small_step_and_record(model, optimizer, recorder)
+    loop.step_and_record(recorder)
     recorder.close()
-    assert ls.load(tmp_path / "run").finished
+    assert loop.read().finished
     assert list((tmp_path / "other").iterdir()) == []
 
 
@@ -726,12 +708,11 @@ def test_version_of_peft_is_not_part_of_the_recipe(bert, task, tmp_path):
     assert "peft_version" not in recorder.close().meta.recipe
 
 
-def test_file_that_was_replaced_after_it_was_opened_is_not_read(tmp_path, monkeypatch):
+def test_file_that_was_replaced_after_it_was_opened_is_not_read(loop, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "FLUSH_SECONDS", 0)
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms(every=1, spectra_every=1)])
-    small_step_and_record(model, optimizer, recorder)
-    live = ls.load(tmp_path / "run")
+    recorder = loop.record([ls.observe.norms(every=1, spectra_every=1)])
+    loop.step_and_record(recorder)
+    live = loop.read()
     before = live.snapshot("0/singular_values", 1)["value"].tolist()
     recorder.close()
     (file,) = tmp_path.glob("run/snapshots/step-*1.safetensors")
@@ -739,13 +720,12 @@ def test_file_that_was_replaced_after_it_was_opened_is_not_read(tmp_path, monkey
     file.with_suffix(".new").replace(file)  # as the recorder replaces it when it adds arrays
     with pytest.raises(ValueError, match="it was replaced or changed after it was opened; open it again"):
         live.snapshot("2/singular_values", 1)
-    assert ls.load(tmp_path / "run").snapshot("0/singular_values", 1)["value"].tolist() == before
+    assert loop.read().snapshot("0/singular_values", 1)["value"].tolist() == before
 
 
 @unchecked  # a check adds frames
-def test_warnings_name_the_line_of_the_call(tmp_path):
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run")
+def test_warnings_name_the_line_of_the_call(loop):
+    recorder = loop.record()
     recorder.close()
     with pytest.warns(UserWarning, match="the recorder is closed") as caught:
         recorder.step(loss=1.0)
@@ -764,25 +744,22 @@ def test_start_that_changes_the_base_is_not_exported(bert, task, rows, tmp_path)
     assert not (tmp_path / "peft").exists()
 
 
-def test_recording_of_full_fine_tuning_has_no_weights_to_restore(tmp_path):
-    model, optimizer = small()
-    ls.record(model, optimizer, tmp_path / "run").close()
-    run = ls.load(tmp_path / "run")
+def test_recording_of_full_fine_tuning_has_no_weights_to_restore(loop):
+    loop.record().close()
+    run = loop.read()
     assert not run.restorable
-    with pytest.raises(
-        FileNotFoundError, match=r"; a recording stores only the weights of adapters that are matrices$"
-    ):
+    reason = r"; a recording stores only the weights of adapters that are matrices$"
+    with pytest.raises(FileNotFoundError, match=reason):
         run.tensors()
 
 
-def test_rejected_observer_leaves_the_run_of_the_folder(tmp_path):
-    model, optimizer = small()
-    first = ls.record(model, optimizer, tmp_path / "run").close()
+def test_rejected_observer_leaves_the_run_of_the_folder(loop, tmp_path):
+    first = loop.record().close()
     for _ in range(2):
         with pytest.raises(ValueError, match="held-out text in your"):
-            ls.record(model, optimizer, tmp_path / "run", [ls.observe.utilization()])
+            loop.record([ls.observe.utilization()])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert ls.load(tmp_path / "run").id == first.id
-    assert ls.load(tmp_path / "run").finished
-    small_step_and_record(model, optimizer, recorder := ls.record(model, optimizer, tmp_path / "next"))
+    assert loop.read().id == first.id
+    assert loop.read().finished
+    loop.step_and_record(recorder := ls.record(loop.model, loop.optimizer, tmp_path / "next"))
     assert recorder.close().table["step"].max() == 1

@@ -31,40 +31,29 @@ def saved_too_early(bench: Bench) -> ls.Run:
 
 
 def without_alpha(bench: Bench) -> ls.Run:
-    model = bench.peft(lora_alpha=0)
-    bench.trained(model)
-    return bench.saved(model)
+    return bench.trained_and_saved(bench.peft(lora_alpha=0))
 
 
 def alpha_for_scale(bench: Bench) -> ls.Run:
-    model = bench.peft(lora_alpha=4000)
-    bench.trained(model)
-    return bench.saved(model, base=True)
+    return bench.trained_and_saved(bench.peft(lora_alpha=4000), base=True)
 
 
 def alpha_pattern_forgotten(bench: Bench) -> ls.Run:
     ranks, alphas = {"query": 2, "value": 16}, {"query": 4}
     model = bench.peft(target_modules=["query", "key", "value"], rank_pattern=ranks, alpha_pattern=alphas)
-    bench.trained(model)
-    return bench.saved(model)
+    return bench.trained_and_saved(model)
 
 
 def misspelt(bench: Bench) -> ls.Run:
-    model = bench.peft(target_modules=["query", "valeu"])
-    bench.trained(model)
-    return bench.saved(model)
+    return bench.trained_and_saved(bench.peft(target_modules=["query", "valeu"]))
 
 
 def allocator_not_called(bench: Bench) -> ls.Run:
-    model = bench.peft(adalora(total_step=6, tinit=1, tfinal=2))
-    bench.trained(model)
-    return bench.saved(model)
+    return bench.trained_and_saved(bench.peft(adalora(total_step=6, tinit=1, tfinal=2)))
 
 
 def schedule_too_long(bench: Bench) -> ls.Run:
-    model = bench.peft(adalora(total_step=60))
-    bench.trained(model, others=[Allocating()])
-    return bench.saved(model)
+    return bench.trained_and_saved(bench.peft(adalora(total_step=60)), others=[Allocating()])
 
 
 def first_layer_frozen(bench: Bench) -> ls.Run:
@@ -130,9 +119,7 @@ def training_rows_again(bench: Bench) -> ls.Run:
 
 
 def misspelt_pattern(bench: Bench) -> ls.Run:
-    model = bench.peft(rank_pattern={"valeu": 2})
-    bench.trained(model)
-    return bench.saved(model)
+    return bench.trained_and_saved(bench.peft(rank_pattern={"valeu": 2}))
 
 
 def compiled_too_early(bench: Bench) -> ls.Run:
@@ -143,9 +130,7 @@ def compiled_too_early(bench: Bench) -> ls.Run:
 
 
 def heads_not_gathered(bench: Bench) -> ls.Run:
-    model = bench.peft()
-    bench.trained(model)
-    bench.saved(model)
+    bench.trained_and_saved(bench.peft())
     file = bench.out / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     file.write_bytes(save({name: array[:0] if "classifier" in name else array for name, array in tensors.items()}))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_any_loop import small, small_step_and_record
+from test_any_loop import Loop
 from test_folders import tree
 
 import lorascope as ls
@@ -99,8 +99,7 @@ def make_foreign_run(folder: Path) -> None:
 
 
 def record_another(folder: Path) -> None:
-    model, optimizer = small()
-    ls.record(model, optimizer, folder).close()
+    Loop(folder).record().close()
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, make_anew, make_foreign_run, record_another])
@@ -108,16 +107,16 @@ def test_recorder_writes_nothing_into_a_folder_that_replaces_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
 ) -> None:
     monkeypatch.setattr(run_folder, "FLUSH_SECONDS", 0.0)
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.factors(every=1)])
-    small_step_and_record(model, optimizer, recorder)
+    loop = Loop(tmp_path / "run")
+    recorder = loop.record([ls.observe.factors(every=1)])
+    loop.step_and_record(recorder)
     (tmp_path / "run").rename(tmp_path / "moved")
     code = f"import sys; sys.path[:0] = {sys.path!r}\nfrom pathlib import Path\nimport test_folders_in_use as test\n"
     code += "Path.mkdir" if make is Path.mkdir else f"test.{make.__name__}"
     subprocess.run([sys.executable, "-c", f"{code}(Path({str(tmp_path / 'run')!r}))"], check=True)
     before = tree(tmp_path / "run")
     with pytest.warns(UserWarning, match=re.escape(f"{tmp_path / 'run'}: another folder has taken its place")):
-        small_step_and_record(model, optimizer, recorder)
+        loop.step_and_record(recorder)
     assert recorder.close() is None
     assert tree(tmp_path / "run") == before
     assert ls.load(tmp_path / "moved").table["step"].max() == 1
@@ -128,25 +127,25 @@ def test_recorder_writes_nothing_into_a_folder_that_replaces_its_folder(
 
 def test_recorder_resumes_when_its_folder_is_moved_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "FLUSH_SECONDS", 0.0)
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.factors(every=1)])
+    loop = Loop(tmp_path / "run")
+    recorder = loop.record([ls.observe.factors(every=1)])
     (tmp_path / "run").rename(tmp_path / "moved")
     make_anew(tmp_path / "run")
     with pytest.warns(UserWarning, match="another folder has taken its place"):
-        small_step_and_record(model, optimizer, recorder)
+        loop.step_and_record(recorder)
     (tmp_path / "run").rename(tmp_path / "other")
     (tmp_path / "moved").rename(tmp_path / "run")
-    small_step_and_record(model, optimizer, recorder)
+    loop.step_and_record(recorder)
     run = recorder.close()
     assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2]
     assert run.finished
 
 
 def test_recorder_keeps_all_rows_if_its_folder_is_removed(tmp_path: Path) -> None:
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run")
+    loop = Loop(tmp_path / "run")
+    recorder = loop.record()
     (tmp_path / "run").rename(tmp_path / "moved")
-    small_step_and_record(model, optimizer, recorder)
+    loop.step_and_record(recorder)
     assert recorder.close().table.query("quantity == 'loss'")["step"].tolist() == [1]
     meta = ls.load(tmp_path / "run").meta
     assert (meta.status, meta.error) == ("broken", "its folder was removed during training")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hostile import command, lora, outcome
 from PIL import Image
-from test_any_loop import small, small_step_and_record
+from test_any_loop import Loop
 
 import lorascope as ls
 from lorascope.experiments import grid
@@ -45,8 +45,7 @@ def test_image_of_many_pixels_is_not_decoded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("digits", [400, 5000])
 def test_loss_beyond_the_range_of_floats_raises(tmp_path: Path, digits: int) -> None:
-    model, optimizer = small()
-    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+    with Loop(tmp_path / "run").record() as recorder:
         for call in (recorder.step, recorder.evaluate):
             with pytest.raises(ValueError, match=r"loss must be <= 1.8e\+308, got an integer of \d+ bits"):
                 call(loss=10**digits)
@@ -83,9 +82,8 @@ def test_removed_working_directory_is_one_line(tmp_path: Path) -> None:
 def test_output_that_is_a_dangling_link_raises(tmp_path: Path, fresh_bert, task) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "missing")
-    model, optimizer = small()
     for act in (
-        lambda: ls.record(model, optimizer, link),
+        Loop(link).record,
         lambda: ls.train(fresh_bert, task, ls.LoRA(), steps=1, out=link),
     ):
         reason = f"it is a symbolic link to {tmp_path}/missing, which does not exist"
@@ -95,16 +93,16 @@ def test_output_that_is_a_dangling_link_raises(tmp_path: Path, fresh_bert, task)
 @pytest.mark.parametrize("shape", [(4, 4), (3, 6), (2, 2)])
 @pytest.mark.parametrize("every", [1, 3])
 def test_weight_that_is_resized_while_it_is_recorded_raises(tmp_path: Path, shape: tuple[int, int], every: int) -> None:
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms(every=every)])
+    loop = Loop(tmp_path / "run")
+    recorder = loop.record([ls.observe.norms(every=every)])
     for _ in range(every):
-        small_step_and_record(model, optimizer, recorder)
-    model[0].weight.grad = None
-    model[0].weight.data = torch.randn(shape)
+        loop.step_and_record(recorder)
+    loop.model[0].weight.grad = None
+    loop.model[0].weight.data = torch.randn(shape)
 
     def step_and_record() -> None:
         for _ in range(every):
-            optimizer.step()
+            loop.optimizer.step()
             recorder.step(loss=1.0)
 
     reason = f"cannot record a weight that was resized from (3, 4) to {shape}: call ls.record again"
@@ -112,12 +110,12 @@ def test_weight_that_is_resized_while_it_is_recorded_raises(tmp_path: Path, shap
 
 
 def test_run_whose_folder_was_removed_is_broken(tmp_path: Path) -> None:
-    model, optimizer = small()
-    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms(every=1, spectra_every=1)])
+    loop = Loop(tmp_path / "run")
+    recorder = loop.record([ls.observe.norms(every=1, spectra_every=1)])
     for _ in range(3):
-        small_step_and_record(model, optimizer, recorder)
+        loop.step_and_record(recorder)
     shutil.rmtree(tmp_path / "run")
-    small_step_and_record(model, optimizer, recorder)
+    loop.step_and_record(recorder)
     run = recorder.close()
     assert (run.meta.status, run.meta.error) == ("broken", "its folder was removed during training")
     assert ls.load(tmp_path / "run").meta.status == "broken"

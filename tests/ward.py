@@ -48,6 +48,10 @@ class Bench:
         model.unload().save_pretrained(self.out / "base")
         return ls.load(self.out / "adapter", self.out / "base")
 
+    def trained_and_saved(self, model: Any, base: bool = False, **settings: Any) -> ls.Run:
+        self.trained(model, **settings)
+        return self.saved(model, base)
+
     def by_train(self, method: Any, **settings: Any) -> ls.Run:
         """Return a run of ``train``."""
         settings = SETTINGS | {"observe": self.observe} | settings

@@ -46,6 +46,12 @@ def case(layers: str, config: str, **settings: Any) -> list[Any]:
     return [pytest.param(layer, config, settings, id=f"{config} {words} {layer}") for layer in layers.split(", ")]
 
 
+def write(folder: Path, config: str, settings: dict[str, Any], layers: dict[str, nn.Module] | None = None) -> Any:
+    """Write an adapter and its base with PEFT, and return the updates of PEFT's merge."""
+    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
+    return write_with_peft(folder / "adapter", chosen, layers or {M: nn.Linear(4, 6)}, folder / "base")
+
+
 CASES = [
     *case("linear, conv, small conv, line", "LoHaConfig", r=1, alpha=3),
     *case("linear, conv", "LoHaConfig", r=3, alpha=1),
@@ -122,8 +128,7 @@ CASES = [
 )
 def test_random_factors_are_drawn_for_the_largest_sides(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
     layers = {"model.layers.0.dense": nn.Linear(40, 9), "model.layers.1.dense": nn.Linear(11, 30)}
-    chosen = getattr(peft, config)(target_modules=["dense"], r=4, save_projection=False, **settings)
-    expected = write_with_peft(tmp_path / "adapter", chosen, layers, tmp_path / "base")
+    expected = write(tmp_path, config, settings | {"r": 4, "save_projection": False}, layers)
     updates = ls.load(tmp_path / "adapter", tmp_path / "base").updates()
     assert set(updates) == set(expected) == set(layers)
     for module, update in updates.items():
@@ -132,9 +137,7 @@ def test_random_factors_are_drawn_for_the_largest_sides(config: str, settings: d
 
 @pytest.mark.parametrize(("layer", "config", "settings"), CASES)
 def test_update_equals_the_merge_by_peft(layer: str, config: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
-    layers = {M: LAYERS[layer](), "model.layers.1.other": nn.Linear(5, 3)}
-    expected = write_with_peft(tmp_path / "adapter", chosen, layers, tmp_path / "base")[M]
+    expected = write(tmp_path, config, settings, {M: LAYERS[layer](), "model.layers.1.other": nn.Linear(5, 3)})[M]
     adapter = ls.load(tmp_path / "adapter", tmp_path / "base")
     assert list(adapter.updates()) == [M]
     update, size = adapter.updates()[M], np.linalg.norm(expected)
@@ -188,8 +191,7 @@ def test_number_of_parameters_is_that_of_peft(
 def test_inspect_shows_the_alpha_that_the_kind_has(
     config: str, settings: dict[str, Any], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
-    write_with_peft(tmp_path / "adapter", chosen, {M: nn.Linear(4, 6)}, tmp_path / "base")
+    write(tmp_path, config, settings)
     assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 0
     assert f" {shown}\n" in capsys.readouterr().out
 
@@ -213,106 +215,79 @@ def test_change_of_the_base_requires_the_base(
     assert capsys.readouterr().err == f"lorascope: cannot read {tmp_path}: {line}\n"
 
 
-SPOILED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
-    # kind of configuration, its settings, changed settings, changed tensors, message
-    "rank": ("LoHaConfig", {"r": 2}, {"r": 3}, {}, r"hada_w1_a of .*dense must have shape \(6, 3\), got \(6, 2\)"),
-    "side": (
-        "LoHaConfig",
-        {"r": 2},
-        {},
-        {"hada_w2_b": (2, 5)},
-        r"hada_w2_b of .* must have shape \(2, 4\), got \(2, 5\)",
-    ),
-    "dimensions": (
-        "LoKrConfig",
-        {"r": 9},
-        {},
-        {"lokr_w1": (6,)},
-        r"lokr_w1 of .* must have shape \(6, b\), got \(6,\)",
-    ),
-    "base": ("HRAConfig", {"r": 2}, {}, {"hra_u": (5, 2)}, "must fit its base weight, 6 x 4, got 6 x 5"),
-    "triangle": ("OFTConfig", {"oft_block_size": 2}, {}, {"oft_R.weight": (2, 2)}, r"oft_R of .* got shape \(2, 2\)"),
-    "terms": ("OFTConfig", {"oft_block_size": 2}, {"num_cayley_neumann_terms": 10**9}, {}, "num_cayley_neumann_terms"),
-    "group": ("RoadConfig", {"group_size": 2}, {"group_size": 4}, {}, "group_size must be even and divide 6, .* got 4"),
-    "variant": ("RoadConfig", {"group_size": 2}, {"variant": "road_3"}, {}, "road_3"),
-    "topk": (
-        "VBLoRAConfig",
-        {"r": 2, "num_vectors": 5, "vector_length": 2},
-        {"topk": 6},
-        {},
-        "topk must be <= 5, .* got 6",
-    ),
-    "many": (
+def spoiled(
+    config: str,
+    settings: dict[str, Any],
+    message: str,
+    changed: dict[str, Any] | None = None,
+    tensors: dict[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """Return an adapter, its error and what spoils it: changed settings, and tensors of a shape or full of a number."""
+    return config, settings, message, changed or {}, tensors or {}
+
+
+def outside(config: str, settings: dict[str, Any], name: str) -> tuple[Any, ...]:
+    return spoiled(
+        config, settings, rf"{name} of {M} must be integers from 0 to below [\d and]+, got 99$", tensors={name: 99}
+    )
+
+
+RANK, BLOCK, PAIR = {"r": 2}, {"oft_block_size": 2}, {"group_size": 2}
+BANK = {"r": 2, "num_vectors": 5, "vector_length": 2}
+SPOILED = [
+    spoiled("LoHaConfig", RANK, r"hada_w1_a of .*dense must have shape \(6, 3\), got \(6, 2\)", changed={"r": 3}),
+    spoiled("LoHaConfig", RANK, r"hada_w2_b of .* shape \(2, 4\), got \(2, 5\)", tensors={"hada_w2_b": (2, 5)}),
+    spoiled("LoKrConfig", {"r": 9}, r"lokr_w1 of .* shape \(6, b\), got \(6,\)", tensors={"lokr_w1": (6,)}),
+    spoiled("HRAConfig", RANK, "must fit its base weight, 6 x 4, got 6 x 5", tensors={"hra_u": (5, 2)}),
+    spoiled("OFTConfig", BLOCK, r"oft_R of .* got shape \(2, 2\)", tensors={"oft_R.weight": (2, 2)}),
+    spoiled("OFTConfig", BLOCK, "num_cayley_neumann_terms", changed={"num_cayley_neumann_terms": 10**9}),
+    spoiled("RoadConfig", PAIR, "group_size must be even and divide 6, .* got 4", changed={"group_size": 4}),
+    spoiled("RoadConfig", PAIR, "road_3", changed={"variant": "road_3"}),
+    spoiled("VBLoRAConfig", BANK, "topk must be <= 5, .* got 6", changed={"topk": 6}),
+    spoiled(
         "WaveFTConfig",
         {"n_frequency": 4},
-        {"n_frequency": 25},
-        {"waveft_spectrum": (25,)},
         "1 to 6 x 4 coefficients",
+        changed={"n_frequency": 25},
+        tensors={"waveft_spectrum": (25,)},
     ),
-    "grid": ("GraloraConfig", {"r": 2, "gralora_k": 2}, {"r": 3}, {}, "r must be a multiple of gralora_k, got 3 and 2"),
-    "pattern": (
-        "DeloraConfig",
-        {"r": 2},
-        {"rank_pattern": {"(": 3}},
-        {},
-        "rank_pattern of .* must be a regular expression",
+    spoiled(
+        "GraloraConfig", RANK | {"gralora_k": 2}, "r must be a multiple of gralora_k, got 3 and 2", changed={"r": 3}
     ),
-    "memory": (
-        "C3AConfig",
-        {"block_size": 2},
-        {},
-        {"c3a_kernel": (1, 1, 2**16)},
-        "updates must have <= .* 65536 x 65536",
-    ),
-    "parts": ("GloraConfig", {"r": 2}, {"config_A_B": "constant"}, {}, r"dense has no glora_A\.X"),
-}
+    spoiled("DeloraConfig", RANK, "rank_pattern .* must be a regular expression", changed={"rank_pattern": {"(": 3}}),
+    spoiled("C3AConfig", {"block_size": 2}, "must have <= .* 65536 x 65536", tensors={"c3a_kernel": (1, 1, 2**16)}),
+    spoiled("GloraConfig", RANK, r"dense has no glora_A\.X", changed={"config_A_B": "constant"}),
+    outside("ShiraConfig", {"r": 1}, "shira_indices"),
+    outside("SupertuningConfig", {"sparsity": 0.5}, "supertuning_indices"),
+    outside("UniLoraConfig", {"r": 2, "theta_d_length": 8, "save_indices": True}, "unilora_indices_B"),
+    outside("VBLoRAConfig", BANK | {"save_only_topk_weights": True}, "vblora_logits_A_topk_indices"),
+]
 
 
-@pytest.mark.parametrize("spoiled", SPOILED)
+@pytest.mark.parametrize(("config", "settings", "message", "changed", "replaced"), SPOILED)
 def test_spoiled_adapter_is_refused_in_one_line(
-    spoiled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: str,
+    settings: dict[str, Any],
+    message: str,
+    changed: dict[str, Any],
+    replaced: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config, settings, changed, shapes, message = SPOILED[spoiled]
-    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
-    write_with_peft(tmp_path / "adapter", chosen, {M: nn.Linear(4, 6)}, tmp_path / "base")
+    write(tmp_path, config, settings)
     file, weights = tmp_path / "adapter" / "adapter_config.json", tmp_path / "adapter" / "adapter_model.safetensors"
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changed), encoding="utf-8")
     tensors = load_file(weights)
-    replaced = {f"base_model.model.{M}.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
-    assert replaced.keys() <= tensors.keys()
-    weights.write_bytes(save(tensors | replaced))
+    for name, value in replaced.items():
+        key = f"base_model.model.{M}.{name}"
+        assert key in tensors
+        is_shape = isinstance(value, tuple)
+        tensors[key] = np.ones(value, np.float32) if is_shape else np.full_like(tensors[key], value)
+    weights.write_bytes(save(tensors))
     assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert re.search(message, line)
-
-
-@pytest.mark.parametrize(
-    ("config", "settings", "name"),
-    [
-        ("ShiraConfig", {"r": 1}, "shira_indices"),
-        ("SupertuningConfig", {"sparsity": 0.5}, "supertuning_indices"),
-        ("UniLoraConfig", {"r": 2, "theta_d_length": 8, "save_indices": True}, "unilora_indices_B"),
-        (
-            "VBLoRAConfig",
-            {"r": 2, "num_vectors": 5, "vector_length": 2, "save_only_topk_weights": True},
-            "vblora_logits_A_topk_indices",
-        ),
-    ],
-)
-def test_index_outside_is_refused_in_one_line(
-    config: str, settings: dict[str, Any], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
-    write_with_peft(tmp_path / "adapter", chosen, {M: nn.Linear(4, 6)}, tmp_path / "base")
-    weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    key = f"base_model.model.{M}.{name}"
-    weights.write_bytes(save(tensors | {key: np.full_like(tensors[key], 99)}))
-    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert re.search(rf"{name} of {M} must be integers from 0 to below [\d and]+, got 99$", line)
 
 
 def test_shira_draws_its_indices_if_they_are_missing(tmp_path: Path) -> None:

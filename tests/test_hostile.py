@@ -78,6 +78,10 @@ def stored(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Spoil:
     return lambda folder: (folder / WEIGHTS).write_bytes(save(change(load_file(folder / WEIGHTS))))
 
 
+def ones(name: str, *shape: int) -> Spoil:
+    return stored(lambda tensors: tensors | {f"{NAME}.{name}": np.ones(shape, "f4")})
+
+
 def renamed(old: str, new: str) -> Spoil:
     return stored(lambda tensors: {name.replace(old, new): array for name, array in tensors.items()})
 
@@ -167,8 +171,8 @@ ADAPTERS: dict[str, tuple[str, Spoil, str]] = {
     "shape of any length": ("lora", entry(shape=[1] * 100_000), "shape"),
     "dtype of a number": ("lora", entry(dtype=32), "dtype"),
     "entry of null": ("lora", raw_header(b'{"a": null}'), "entry for a"),
-    "scalar factor": ("lora", stored(lambda t: t | {f"{NAME}.lora_A.weight": np.ones((), "f4")}), "lora_A.*shape"),
-    "empty factor": ("lora", stored(lambda t: t | {f"{NAME}.lora_A.weight": np.ones((0, 5), "f4")}), "one rank, got 0"),
+    "scalar factor": ("lora", ones("lora_A.weight"), "lora_A.*shape"),
+    "empty factor": ("lora", ones("lora_A.weight", 0, 5), "one rank, got 0"),
     "long name": ("lora", renamed("q_proj", "q." * 2000), "characters, got 4[0-9]{3}"),
     "header of 100 MB": ("lora", replaced(WEIGHTS, lambda f: sparse(f, 2**28, 10**8)), "got 100000000"),
     "sparse header of 20 GB": ("lora", replaced(WEIGHTS, lambda f: sparse(f, 20 * 2**30, 20 * 2**30 - 8)), "bytes"),
@@ -195,12 +199,8 @@ ADAPTERS: dict[str, tuple[str, Spoil, str]] = {
         )
     },
     "control character": ("lora", renamed("lora_A.weight", "lora_\x1b[2J\n\u202ex"), r"lora_\\x1b"),
-    "short magnitude": (
-        "dora",
-        stored(lambda t: t | {f"{NAME}.lora_magnitude_vector": np.ones(5, "f4")}),
-        "magnitude_vector.* 6 values",
-    ),
-    "diagonal of another rank": ("adalora", stored(lambda t: t | {f"{NAME}.lora_E": np.ones((3, 1), "f4")}), "lora_E"),
+    "short magnitude": ("dora", ones("lora_magnitude_vector", 5), "magnitude_vector.* 6 values"),
+    "diagonal of another rank": ("adalora", ones("lora_E", 3, 1), "lora_E"),
     "mask of numbers": ("adalora", config(rank_pattern={f"{Q}.lora_E": [1, 0, 1]}), "rank_pattern"),
     "number for a mask": ("adalora", config(rank_pattern={f"{Q}.lora_E": 8}), "rank_pattern"),
     "mask of text": ("adalora", config(rank_pattern={f"{Q}.lora_E": ["x"]}), "rank_pattern"),
@@ -218,24 +218,13 @@ ADAPTERS: dict[str, tuple[str, Spoil, str]] = {
     "more coefficients than stored": ("fourier", config(n_frequency=10**12), "1000000000000 coefficients"),
     "more coefficients than places": (
         "fourier",
-        lambda f: (
-            config(n_frequency=31)(f),
-            stored(lambda t: t | {f"{NAME}.fourierft_spectrum": np.ones(31, "f4")})(f),
-        ),
+        lambda f: (config(n_frequency=31)(f), ones("fourierft_spectrum", 31)(f)),
         "<= 6 x 5 coefficients .*, got 31",
     ),
     "huge number of a head": ("hydra", renamed("lora_B2.", "lora_B99999999999."), "no lora_B2"),
     "number of a head without end": ("hydra", renamed("lora_B2.", f"lora_B{'9' * 500}."), "no lora_B2"),
-    "heads of two shapes": (
-        "hydra",
-        stored(lambda t: t | {f"{NAME}.lora_B1.weight": np.ones((5, 2), "f4")}),
-        "experts of one shape",
-    ),
-    "router of another width": (
-        "hydra",
-        stored(lambda t: t | {f"{NAME}.lora_route.weight": np.ones((3, 4), "f4")}),
-        "router as wide",
-    ),
+    "heads of two shapes": ("hydra", ones("lora_B1.weight", 5, 2), "experts of one shape"),
+    "router of another width": ("hydra", ones("lora_route.weight", 3, 4), "router as wide"),
     "no module of the heads": ("hydra", renamed(f"{NAME}.", ""), "must include lora_A and lora_B"),
     "loralib r of text": ("loralib", config(r="2"), r"\.r"),
     "loralib r 0": ("loralib", config(r=0), r"\.r"),

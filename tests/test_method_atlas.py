@@ -217,3 +217,26 @@ def test_chance_angle_with_many_draws_is_that_of_two_drawn_subspaces(
     angles = np.degrees(np.arccos(np.minimum(cosines, 1))).mean(1)
     error = angles.std() * (2 / draws) ** 0.5
     assert leading_directions.chance_angle.__wrapped__(dim, k) == pytest.approx(angles.mean(), abs=4 * error)
+
+
+def test_atlas_has_the_profiles_of_neurons_of_runs_that_recorded_them(write: Any) -> None:
+    sizes = np.linspace(1.0, 5.0, 6)
+    recorded: Values = {}
+    for module in ("h.0.q", "h.1.q"):
+        recorded["sensitivity_out", module] = {9: sizes}
+        recorded["shuffled_sensitivity_out", module] = {9: np.full(6, 2.0)}
+    for module in ("h.0.q", "h.1.q", "h.0.up"):
+        recorded["sensitivity_in", module] = {9: sizes}
+    one = write("a", values=NORMS | recorded, label="one", factors={"h.0.q": along(0, 0)})
+    two = write("b", label="two", factors={"h.0.q": along(1, 0)})
+    drawn = plots.atlas([one, two])
+    assert [len(row) for row in drawn.rows()] == [2, 2]
+    profile = drawn.rows()[1][1]
+    assert profile.title == "Sorted neurons"
+    assert set(profile.data["recipe"]) == {"one"}
+    assert profile.data["value"].max() == pytest.approx(np.quantile(sizes, 0.99) / 3)
+    null = profile.marks[0].data
+    assert set(null["recipe"]) == {"gradients shuffled"}
+    assert null["value"].to_list() == pytest.approx([1.0] * len(null))
+    assert "Neurons" in profile.caption
+    assert len(plots.atlas([two, write("c", label="three", factors={"h.0.q": along(0, 0)})]).rows()[1]) == 1

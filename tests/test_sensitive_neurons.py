@@ -65,13 +65,27 @@ def test_planted_neurons_are_the_most_sensitive_tenth(run: Run) -> None:
 
 
 def test_planted_neurons_are_above_the_null_of_shuffled_gradients(run: Run) -> None:
-    profile = panel(plots.neuron_sensitivity(run), "Sorted neurons").data
-    cells = profile[profile["role"] == "ffn_in"].set_index(["gradients", "percent"])["value"]
-    assert cells["recorded"].iloc[0] > 3
-    assert cells["recorded"].iloc[-1] < 1e-2
+    chart = panel(plots.neuron_sensitivity(run), "Sorted neurons")
+    cells = chart.data[chart.data["role"] == "ffn_in"].set_index("percent")["value"]
+    assert cells.iloc[0] > 3
+    assert cells.iloc[-1] < 1e-2
     # Rows of equal size are equally sensitive if their gradients are shuffled.
-    assert cells["gradients shuffled"].max() < 1.5
-    assert cells["gradients shuffled"].min() > 0.5
+    profiles = analysis.sort_profiles(analysis.list_sensitivities(run)).set_index(["gradients", "role"])["value"]
+    assert profiles["gradients shuffled", "ffn_in"].max() < 1.5
+    assert profiles["gradients shuffled", "ffn_in"].min() > 0.5
+
+
+def test_null_of_the_profiles_has_a_band_over_the_modules(run: Run) -> None:
+    chart = panel(plots.neuron_sensitivity(run), "Sorted neurons")
+    assert [mark.kind for mark in chart.marks] == ["band", "line", "line"]
+    null = chart.marks[0].data.set_index("percent")
+    assert set(null["role"]) == {"gradients shuffled"}
+    heights = []
+    for _, module in analysis.list_sensitivities(run).groupby("module"):
+        heights.append(np.quantile(module["shuffled"], 1 - null.index.to_numpy() / 100) / module["shuffled"].mean())
+    for column, over_modules in (("low", np.min), ("value", np.mean), ("high", np.max)):
+        assert list(null[column]) == pytest.approx(list(over_modules(heights, axis=0)))
+    assert (null["low"] < null["high"]).any()
 
 
 def test_null_is_the_mean_over_shuffled_gradients(trained: tuple[Run, Any]) -> None:
@@ -110,7 +124,8 @@ def test_both_renderers_show_the_numbers_of_the_tables(run: Run) -> None:
         assert set(mpl.heat(number)[0]) - {None} == {round(value, 9) for value in table["value"]}
     drawn = [(xs, ys) for xs, ys, _ in mpl.lines(1) if xs]  # without the entries of the legend
     assert drawn == [line[:2] for line in plotly.lines(1)]
-    lines = profile.groupby(["role", "gradients"], sort=False)["value"]
+    null = figure.charts()[1].marks[1].data
+    lines = pd.concat([null, profile]).groupby("role", sort=False)["value"]
     assert sorted(ys for _, ys in drawn) == sorted([round(value, 9) for value in ys] for _, ys in lines)
 
 
@@ -137,7 +152,7 @@ def test_overlap_between_seeds_and_tasks_with_its_random_baseline(tmp_path: Path
     assert "mean 0.10 (line), 95th percentile 0.27" in figure.charts()[0].caption
     assert "Null" not in figure.charts()[0].caption
     profile = panel(figure, "tweets: sorted neurons").data
-    assert set(profile["gradients"]) == {"recorded"}
+    assert "gradients shuffled" not in set(profile["role"])
     heights = np.quantile(np.array([9.0, 8.0, *np.linspace(1, 2, 18)]) / 44 * 20, 1 - profile["percent"].unique() / 100)
     assert list(profile.loc[profile["role"] == "ffn_out", "value"]) == pytest.approx(list(heights))
 

@@ -69,23 +69,22 @@ def name_neurons(neurons: pd.DataFrame) -> pd.Series:
 
 
 def sort_profiles(neurons: pd.DataFrame) -> pd.DataFrame:
-    """Sort the neurons of each module, and average their sensitivities over the modules of a role.
+    """Sort the neurons of each module by sensitivity.
 
     Returns
     -------
     DataFrame
-        ``run, role, gradients, percent, value``: the sensitivity that ``percent`` of the neurons of a module reach, as
-        a multiple of the mean of the module, from recorded and from shuffled gradients.
+        ``run, module, role, gradients, percent, value``: the sensitivity that ``percent`` of the neurons of a module
+        reach, as a multiple of the mean of the module, from recorded and from shuffled gradients.
     """
     tables = []
-    for (id, role, _), module in neurons.groupby(["run", "role", "module"], observed=True, sort=False):
+    for (id, role, name), module in neurons.groupby(["run", "role", "module"], observed=True, sort=False):
         for column, gradients in GRADIENTS.items():
             sizes = module[column].to_numpy(np.float64)
             heights = np.quantile(sizes, 1 - _PERCENTS / 100) / sizes.mean()
-            columns = {"run": id, "role": role, "gradients": gradients, "percent": _PERCENTS, "value": heights}
-            tables.append(pd.DataFrame(columns))
-    keys = ["run", "role", "gradients", "percent"]
-    return pd.concat(tables).dropna().groupby(keys, sort=False)["value"].mean().reset_index()
+            columns = {"run": id, "module": name, "role": role, "gradients": gradients}
+            tables.append(pd.DataFrame(columns | {"percent": _PERCENTS, "value": heights}))
+    return pd.concat(tables, ignore_index=True).dropna()
 
 
 def most_sensitive(neurons: pd.DataFrame, score: str = "value") -> pd.DataFrame:

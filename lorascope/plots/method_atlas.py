@@ -13,12 +13,13 @@ from lorascope.analysis import leading_directions as analysis
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.spectra import added_values
 from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
-from lorascope.charts.marks import Axis, Heat, Text
+from lorascope.charts.marks import Axis, Band, Heat, Text
 from lorascope.plots.builders import curves, pair_heat
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.norms import update_profile
 from lorascope.plots.requirements import SPECTRA
 from lorascope.plots.run_groups import Cohort, Runs, common_names, define, require_counts
+from lorascope.plots.sensitive_neurons import NULL, profiles_by_recipe
 from lorascope.runs.result import Result
 
 
@@ -34,10 +35,10 @@ from lorascope.runs.result import Result
     "compare different seeds and methods.",
 )
 def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k: int = 8) -> Panels:
-    """Plot an atlas of methods on one task: spectra, norms by layer, and angles between their learned updates.
+    """Plot an atlas of methods on one task: spectra, norms by layer, angles between learned updates, and neurons.
 
     The learned update of a run is ΔW − ΔW₀. If an update depends on the input (HydraLoRA), it is evaluated at the gate
-    weights that the caption names.
+    weights that the caption names. Runs with ``observe.neurons()`` also show the sorted sensitivities of their neurons.
 
     Parameters
     ----------
@@ -65,6 +66,12 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     cohort.require_same("task", "model")
     spectrum, modules = _spectrum(cohort, module)
     heat, notes = _angles(cohort, k)
+    panels: list[Chart] = [heat]
+    if (profiles := profiles_by_recipe(cohort)) is not None:
+        panels.append(profiles)
+        notes.append("Neurons: sensitivity |w ∂L/∂w| over the mean of the module, mean over modules.")
+        if profiles.marks_of(Band):
+            notes.append(NULL)
     caption = cohort.caption(
         f"Singular values of ΔW − ΔW₀: {modules}. {define('learned_norm')} Angles: principal angles between the first "
         f"{k} singular vectors (fewer if an update has fewer), averaged over outputs, inputs, the modules that both "
@@ -73,7 +80,7 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
         *cohort.missing_initial_updates(),
     )
     norms = update_profile(cohort, "learned_norm", "Learned update by layer", log=True)
-    return cohort.complete(stack_vertically(set_side_by_side(spectrum, norms), heat), caption)
+    return cohort.complete(stack_vertically(set_side_by_side(spectrum, norms), set_side_by_side(*panels)), caption)
 
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
@@ -10,12 +12,15 @@ from lorascope.analysis import sensitive_neurons as analysis
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.selected_neurons import Neurons, compare_all_selections
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically
-from lorascope.charts.marks import Axis, Heat, Line, Point, Rule
-from lorascope.plots.builders import heat_by_role, ticks_at, used_roles
-from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point, Rule
+from lorascope.plots.builders import heat_by_role, mean_over_modules, ticks_at, used_roles
+from lorascope.plots.figure_registry import FIGURES, figure, gather_runs
+from lorascope.plots.requirements import missing_reason
 from lorascope.plots.run_groups import Cohort, Runs, require_counts
 
 _MULTIPLE = "sensitivity / mean"
+NULL = "Null: expected sensitivity if the gradients are shuffled within the module; band: range over modules and runs."
+"""Sentence of captions."""
 
 
 @figure(
@@ -66,7 +71,7 @@ def neuron_sensitivity(runs: Runs, control: Runs | None = None, k: int = 8) -> P
         "percentage of the neurons of a module reaches, over the mean of the module; mean over modules and runs."
     ]
     if neurons["shuffled"].notna().all():
-        sentences.append("Null: expected sensitivity if the gradients are shuffled within the module.")
+        sentences.append(NULL)
     heats, profiles, courses = _share_heats(cohort, neurons), _profiles(cohort, neurons), _courses(cohort, k)
     rows: list[Drawable] = [set_side_by_side(*charts) for charts in zip(heats, profiles, *courses, strict=True)]
     if courses:
@@ -97,24 +102,44 @@ def _share_heats(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:
 
 
 def _profiles(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:
-    """Plot the sorted sensitivities by role, from recorded and shuffled gradients, one chart per label."""
-    profiles = band(cohort.label(analysis.sort_profiles(neurons)), ["recipe", "role", "gradients", "percent"])
-    dash = None
-    if profiles["gradients"].nunique() > 1:
-        dash = "gradients"
+    """Plot the sorted sensitivities by role, and those from shuffled gradients, one chart per label."""
+    profiles = cohort.label(analysis.sort_profiles(neurons))
     charts = []
     for label, rows in cohort.split(profiles):
-        charts.append(
-            Chart(
-                rows,
-                [Line("percent", "value", "role", dash)],
-                title=_title(cohort, label, "Sorted neurons"),
-                x=Axis(label="top % of neurons", log=True, ticks=ticks_at((1, 10, 100))),
-                y=Axis(label=_MULTIPLE, log=True),
-                colors=used_roles(neurons),
-            )
-        )
+        title = _title(cohort, label, "Sorted neurons")
+        charts.append(_profile_chart(rows, "role", used_roles(neurons), title=title))
     return charts
+
+
+def profiles_by_recipe(cohort: Cohort) -> Chart | None:
+    """Plot the sorted sensitivities by recipe, mean over modules, for the runs with records; None if there are none."""
+    tables = []
+    for run in cohort.runs:
+        if not any(missing_reason(run, need) for need in FIGURES["neuron_sensitivity"].needs):
+            tables.append(analysis.sort_profiles(analysis.list_sensitivities(run)))
+    if not tables:
+        return None
+    rows = cohort.label(pd.concat(tables))
+    return _profile_chart(rows, "recipe", cohort.labels, title="Sorted neurons")
+
+
+def _profile_chart(rows: pd.DataFrame, color: str, colors: Sequence[str], **settings: Any) -> Chart:
+    """Plot the sorted sensitivities of modules by a column, with mean and range over modules of their null."""
+    recorded, shuffled = analysis.GRADIENTS.values()
+    values = rows[rows["gradients"] == shuffled].groupby("percent")["value"]
+    null = values.agg(value="mean", low="min", high="max").reset_index().assign(**{color: shuffled})
+    means = mean_over_modules(rows[rows["gradients"] == recorded], *{color, "percent"} - {"recipe"})
+    marks: list[Mark] = [Line("percent", "value", color)]
+    if len(null):
+        marks = [Band("percent", "low", "high", color, data=null), Line("percent", "value", color, data=null), *marks]
+    return Chart(
+        band(means, [*dict.fromkeys(("recipe", color)), "percent"]),
+        marks,
+        x=Axis(label="top % of neurons", log=True, ticks=ticks_at((1, 10, 100))),
+        y=Axis(label=_MULTIPLE, log=True),
+        colors=[*colors, shuffled],
+        **settings,
+    )
 
 
 def _courses(cohort: Cohort, k: int) -> list[list[Chart]]:

@@ -20,8 +20,8 @@ def recovered_ranks(run: Result) -> pd.DataFrame:
     truth = run.table[run.table["quantity"] == "planted_rank"]
     modules = truth["module"].astype("str")
     ranks = run.ranks()
-    found = [ranks.get(module, 0) for module in modules]  # a method may remove the adapter of a module
-    return pd.DataFrame({"run": run.id, "module": modules, "planted": truth["value"], "found": found})
+    adapted = [ranks.get(module, 0) for module in modules]  # a method may remove the adapter of a module
+    return pd.DataFrame({"run": run.id, "module": modules, "planted": truth["value"], "found": adapted})
 
 
 def rank_correlation(ranks: pd.DataFrame) -> float:

@@ -170,10 +170,10 @@ class Drawable:
         return _import_backend("save").save(self, path, theme=theme, palette=palette, **texts, **size)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        shown = _import_backend("plotly_backend").bundle(self)
-        if "text/html" not in shown:  # nbconvert, GitHub and others do not show the form of plotly
-            shown["image/png"] = base64.b64encode(_import_backend("save").png_preview(self)).decode()
-        return {**shown, "text/plain": repr(self)}
+        forms = _import_backend("plotly_backend").bundle(self)
+        if "text/html" not in forms:  # nbconvert, GitHub and others do not show the form of plotly
+            forms["image/png"] = base64.b64encode(_import_backend("save").png_preview(self)).decode()
+        return {**forms, "text/plain": repr(self)}
 
 
 def _import_backend(name: str) -> Any:

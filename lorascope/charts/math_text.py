@@ -18,17 +18,9 @@ _SYMBOLS = {
     **{"|": "‖", "cdot": "·", "times": "×", "pm": "±", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠"},
     **{"approx": "≈", "sim": "∼", "propto": "∝", "infty": "∞", "sum": "∑", "prod": "∏", "partial": "∂", "nabla": "∇"},
     **{"top": "⊤", "to": "→", "in": "∈", "ell": "ℓ", "odot": "⊙", "otimes": "⊗", "ldots": "…", "dots": "…", "%": "%"},
-    **{
-        "epsilon": "ϵ",
-        "varepsilon": "ε",
-        "phi": "ϕ",
-        "varphi": "φ",
-        "quad": " ",
-        ",": " ",
-        " ": " ",
-        "{": "{",
-        "}": "}",
-    },
+    # The letters of Unicode have the form of varepsilon and varphi.
+    **{"epsilon": "ϵ", "varepsilon": "ε", "phi": "ϕ", "varphi": "φ"},
+    **{"quad": " ", ",": " ", " ": " ", "{": "{", "}": "}"},
     **{name: name for name in ("log", "exp", "min", "max", "dim", "ln", "det", "tr")},
 }
 _FONTS = {"mathrm": "", "text": "", "operatorname": "", "mathbf": "b", "mathit": "i"}
@@ -38,12 +30,12 @@ _SCRIPTS = {"^": "sup", "_": "sub"}
 
 def replace_math(text: str, of_text: Callable[[str], str], of_math: Callable[[str], str]) -> str:
     """Return a text with its math and the text around it replaced; math that ``of_math`` rejects is text."""
-    plain, *rest = MATH.split(text)
+    plain, *pieces = MATH.split(text)
     replaced = of_text(plain)
-    for math, plain in zip(rest[::2], rest[1::2], strict=True):
+    for math, plain in zip(pieces[::2], pieces[1::2], strict=True):
         try:
             replaced += of_math(math)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # braces may be nested without end
             replaced += of_text(f"${math}$")
         replaced += of_text(plain)
     return replaced

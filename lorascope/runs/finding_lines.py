@@ -37,6 +37,7 @@ def describe_findings(modules: pd.DataFrame, missing: Sequence[str], recorded: s
     norms = modules["update_norm"].to_numpy(np.float64)
     call = f"ls.plots.available({kind})"
     lines: Lines = []
+    # The doctor explains an update that is zero or not finite, of which figures show nothing.
     if not np.isfinite(norms).all():
         next_call = f"ls.diagnose({kind})"
         lines.append(("largest", f"|dW| is not finite in {np.count_nonzero(~np.isfinite(norms))} modules"))
@@ -57,8 +58,8 @@ def _describe_largest(modules: pd.DataFrame, norms: np.ndarray) -> str:
     """Describe the layer, the role and the module with the most energy, the squared norm of the update."""
     energies = (norms / norms.max()) ** 2  # a square of a large norm itself would be infinite
     shares = []
-    for places in (_name_layers(modules), "role " + modules["role"]):
-        sums = pd.Series(energies).groupby(places.to_numpy()).sum()
+    for locations in (_name_layers(modules), "role " + modules["role"]):
+        sums = pd.Series(energies).groupby(locations.to_numpy()).sum()
         shares.append((sums.idxmax(), sums.max() / energies.sum()))
     (layer, of_layer), (role, of_role) = shares
     largest = modules["module"].iloc[int(energies.argmax())]
@@ -67,8 +68,8 @@ def _describe_largest(modules: pd.DataFrame, norms: np.ndarray) -> str:
 
 def _name_layers(modules: pd.DataFrame) -> pd.Series:
     """Name the layer of every module; outside of layers, its role."""
-    named = (modules["stack"] + " layer " + modules["layer"].astype(str)).str.strip()
-    return named.where(modules["layer"].notna(), modules["role"])
+    layers = (modules["stack"] + " layer " + modules["layer"].astype(str)).str.strip()
+    return layers.where(modules["layer"].notna(), modules["role"])
 
 
 def _describe_ranks(modules: pd.DataFrame) -> Lines:
@@ -87,6 +88,7 @@ def _describe_ranks(modules: pd.DataFrame) -> Lines:
 
 def _choose_figure(modules: pd.DataFrame, recorded: set[str], kind: str) -> str:
     """Return the call of the figure that shows most of a result, "" if none of these can be drawn."""
+    # Equal ranks say nothing, unlike norms by layer.
     if "rank" in recorded and modules["rank"].nunique() > 1:
         return f"ls.plots.rank_allocation({kind})"
     if "update_norm" in recorded and modules["layer"].notna().any():

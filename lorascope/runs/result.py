@@ -181,8 +181,8 @@ class Result(ABC):
         frame = frame.join(measures.reindex(index=frame.index, columns=list(MEASURES)))
         updates = self.updates(state=state)
         # Recorded values take precedence, because they include a weight that trains below its adapter.
-        whole = updates.keys() - self.incomplete_updates(state=state)
-        unmeasured = [name for name in frame.index[frame["stable_rank"].isna()] if name in whole]
+        complete = updates.keys() - self.incomplete_updates(state=state)
+        unmeasured = [name for name in frame.index[frame["stable_rank"].isna()] if name in complete]
         if unmeasured:
             measured = [
                 [float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)]

@@ -22,7 +22,7 @@ def shown_lines(run: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_largest_layer_and_role_are_those_of_the_summary(name):
+def test_largest_layer_and_role_agree_with_the_summary(name):
     run = ls.example(name)
     modules = run.summary()
     energy = modules["update_norm"] ** 2
@@ -94,7 +94,7 @@ def test_shares_of_large_norms_are_finite(write: Any):
 
 
 @pytest.mark.parametrize(("norm", "words"), [(0.0, "zero in all 4 modules"), (np.inf, "not finite in 4 modules")])
-def test_update_that_is_zero_or_not_finite_is_to_be_diagnosed(write: Any, norm: float, words: str):
+def test_zero_or_infinite_update_has_diagnose_as_its_next_call(write: Any, norm: float, words: str):
     modules = ("h.0.q", "h.0.up", "h.1.q", "h.1.up")
     run = write("a", {("update_norm", module): {9: norm} for module in modules})
     assert words in shown_lines(run)["largest"]

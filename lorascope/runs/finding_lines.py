@@ -21,7 +21,7 @@ Lines = list[tuple[str, str]]
 
 
 def describe_findings(modules: pd.DataFrame, missing: Sequence[str], recorded: set[str], kind: str) -> Lines:
-    """Return lines with their keys: the largest update, the used rank, what is missing, and a call to go on with.
+    """Return lines with their keys: the largest update, the used rank, what is missing, and a next call.
 
     Parameters
     ----------

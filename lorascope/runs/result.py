@@ -299,7 +299,7 @@ class Result(ABC):
         return lines + self._finding_lines()
 
     def _finding_lines(self) -> Lines:
-        """Return the lines of what the result shows, and how to go on."""
+        """Return the lines about the update, the missing records and the next call."""
         recorded = set(self.table["quantity"].cat.categories)
         return describe_findings(self.summary(), self._missing(recorded), recorded, self.kind)
 

@@ -17,10 +17,10 @@ from lorascope.charts import matplotlib_backend
 from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.geometry import Curve, build
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Rule, Text
-from lorascope.charts.theme import OKABE_ITO, contrast
+from lorascope.charts.theme import ON_LIGHT, contrast
 
 both = pytest.mark.parametrize("reader", [Mpl, Plotly])
-BLUE, VERMILLION, GREEN = OKABE_ITO[:3]
+BLUE, VERMILLION, GREEN = ON_LIGHT[:3]
 
 
 def table(columns: str, *rows: tuple) -> pd.DataFrame:

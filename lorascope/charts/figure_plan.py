@@ -30,20 +30,25 @@ from lorascope.charts.theme import RED_BLUE, VIRIDIS, Theme
 from lorascope.files.printable import short_name
 
 PAD = 0.04  # fraction of the range left free at each end of a numeric axis
-LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape")}  # kind of legend symbol, and its style
+# Kind of legend symbol, and its style.
+LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape"), "bar": ("patch", "hatch")}
 SYMBOLS = ("line", "dot", "patch")  # a symbol replaces those after it, which show less
 RAMPS = {"sequence": VIRIDIS, "diverging": RED_BLUE}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Legend entry in the plan of a figure; ``style`` names a dash pattern or the shape of a dot, "" for a patch."""
+    """Legend entry in the plan of a figure; ``style`` names a dash pattern, the shape of a dot or a hatch.
+
+    A line whose dots have the same entry has their shape as ``marker``.
+    """
 
     label: str
     color: str
     kind: str
     style: str
     group: str
+    marker: str = ""
 
 
 @dataclass(frozen=True)
@@ -232,9 +237,11 @@ def _merge_entries(entries: Iterable[Entry]) -> list[Entry]:
     """Merge entries with equal name, color and group."""
     best: dict[tuple[str, str, str], Entry] = {}
     for entry in entries:
-        old = best.setdefault((entry.label, entry.color, entry.group), entry)
-        if SYMBOLS.index(entry.kind) < SYMBOLS.index(old.kind):
-            best[entry.label, entry.color, entry.group] = entry
+        key = entry.label, entry.color, entry.group
+        first, second = sorted((best.get(key, entry), entry), key=lambda entry: SYMBOLS.index(entry.kind))
+        if (first.kind, second.kind) == ("line", "dot"):
+            first = replace(first, marker=second.style)
+        best[key] = first
     return list(best.values())
 
 

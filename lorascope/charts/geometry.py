@@ -94,13 +94,14 @@ class Dots(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Bars(Shape):
-    """Geometry of bars from ``base`` to ``top`` at ``position``, horizontal if ``lying``."""
+    """Geometry of bars from ``base`` to ``top`` at ``position``, horizontal if ``lying``; ``hatch`` is "" for none."""
 
     position: Numbers
     base: Numbers
     top: Numbers
     width: float
     color: str
+    hatch: str
     errors: Errors | None
     lying: bool
     group: str
@@ -205,7 +206,7 @@ class Panel:
         return self.colors[column].of(key[column], self.theme)
 
     def style(self, mark: Mark, encoding: str, key: Mapping[str, Any]) -> str:
-        """Return the name of its "dash" pattern or "shape", "" for other encodings.
+        """Return the name of its "dash" pattern, "shape" or "hatch", "" for other encodings.
 
         Without a separate column, they differ by color, so that a gray print is readable.
         """
@@ -320,7 +321,8 @@ def _(mark: Bar, panel: Panel, frame: Any) -> Iterator[Bars]:
                 reached[center, piece < 0] = base[index] + piece
         centers = centers + offset
         errors = panel.errors(mark, rows, centers, [panel.theme.ink] * len(rows), base)
-        yield Bars(centers, base, base + length, width, panel.color(mark, key), errors, lying, group(key))
+        color, hatch = panel.color(mark, key), panel.style(mark, "hatch", key)
+        yield Bars(centers, base, base + length, width, color, hatch, errors, lying, group(key))
 
 
 @build.register

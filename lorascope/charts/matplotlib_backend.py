@@ -21,26 +21,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.text import Text
-from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from lorascope.array_types import Bool
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, panel_entries, plan_figure
 from lorascope.charts.figure_style import Palette, figure_theme
-from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
+from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Ruler, Shape, Words
 from lorascope.charts.marks import Heat
-from lorascope.charts.matplotlib_labels import BETWEEN, is_short, label_categories, size_in_points
+from lorascope.charts.matplotlib_labels import BETWEEN, break_lines, is_short, label_categories, size_in_points
 from lorascope.charts.matplotlib_style import caller_theme, escape_dollar, keep_math, style
-from lorascope.charts.scales import Ramp
+from lorascope.charts.scales import Limits, Ramp
 from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
 from lorascope.charts.theme import FAINT, MUTED, STYLES, Theme, readable_ink, width_in_inches
-from lorascope.files.printable import printable_lines
 
 _PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
 DASHES: dict[str, Any] = dict(zip(STYLES["dash"], _PATTERNS, strict=True))
@@ -273,7 +271,7 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
         drawn_figure.suptitle(keep_math(title), x=0.01, ha="left")
     # Wrapped here, because matplotlib wraps differently at every resolution.
     foot: list[Any] = []
-    if caption := escape_dollar(_break_lines(settled.caption, 0.98 * 72 * width, size)):
+    if caption := escape_dollar(break_lines(settled.caption, 0.96 * 72 * width, size)):
         foot.append(drawn_figure.text(0.01, 0.0, caption, ha="left", va="bottom", in_layout=False))
     if settled.entries:
         foot.append(_draw_legend(drawn_figure, settled, width))
@@ -340,9 +338,10 @@ def _handle(entry: Entry) -> Line2D | Patch:
     """Return the legend symbol of an entry."""
     label = escape_dollar(entry.label)
     if entry.kind == "patch":
-        return Patch(color=entry.color, label=label, linewidth=0)
+        return Patch(label=label, **_fill(entry.color, entry.style))
     if entry.kind == "line":
-        return Line2D([], [], color=entry.color, label=label, linestyle=DASHES[entry.style])
+        marker = {"marker": MARKERS.get(entry.marker), "markersize": DOT}
+        return Line2D([], [], color=entry.color, label=label, linestyle=DASHES[entry.style], **marker)
     look: dict[str, Any] = {"marker": MARKERS.get(entry.style), "markersize": DOT, "linestyle": ""}
     if entry.style == "circle-open":
         look["fillstyle"] = "none"
@@ -405,22 +404,6 @@ def _text_size(ax: Axes) -> float:
     return 0.9 * float(ax.xaxis.label.get_fontsize())
 
 
-def _break_lines(text: str, room: float, size: float) -> str:
-    """Break text into lines of at most ``room`` points at a font size; a longer word gets its own line."""
-    font = FontProperties(size=size)
-    lines = []
-    for paragraph in printable_lines(text).splitlines():
-        line = ""
-        for word in paragraph.split():
-            longer = f"{line} {word}".lstrip()
-            if line and text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] > room:
-                lines.append(line)
-                longer = word
-            line = longer
-        lines.append(line)
-    return "\n".join(lines)
-
-
 def _color_scale(ramp: Ramp) -> ScalarMappable:
     """Return the mapping of values to the colors of a color bar, transparent for missing values."""
     colors = LinearSegmentedColormap.from_list(ramp.label or "ramp", ramp.colors).with_extremes(bad=(0, 0, 0, 0))
@@ -430,6 +413,16 @@ def _color_scale(ramp: Ramp) -> ScalarMappable:
 def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
     """Write text centered at a position."""
     ax.text(x, y, escape_dollar(text), ha="center", va="center", **style)
+
+
+def _fill(color: str, hatch: str) -> dict[str, Any]:
+    """Return the settings of a bar, whose hatch distinguishes it in gray."""
+    return {"facecolor": color, "edgecolor": matplotlib.rcParams["axes.facecolor"], "hatch": 2 * hatch, "linewidth": 0}
+
+
+def _are_between(values: Numbers, limits: Limits) -> Bool[np.ndarray, "n"]:
+    low, high = sorted(limits)
+    return np.isnan(values) | ((low <= values) & (values <= high))
 
 
 def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> Any:
@@ -456,10 +449,13 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> Any:
                 look |= {"c": panel.theme.background, "edgecolors": shape.colors, "linewidths": 0.9}
             elif shape.symbol == "line-ns-open":  # it is as high as two dots, and has no edge
                 look, areas = {"c": shape.colors, "linewidths": 1.2}, 4 * areas
-            return ax.scatter(shape.x, shape.y, areas, marker=MARKERS[shape.symbol], zorder=zorder, **look)
+            # A dot on the edge of the axes is drawn whole.
+            is_inside = _are_between(shape.x, panel.x.limits) & _are_between(shape.y, panel.y.limits)
+            look |= {"marker": MARKERS[shape.symbol], "zorder": zorder, "clip_on": not is_inside.all()}
+            return ax.scatter(shape.x, shape.y, areas, **look)
         case Bars():
             bars, start = (ax.barh, "left") if shape.lying else (ax.bar, "bottom")
-            look = {start: shape.base, "color": shape.color}
+            look = {start: shape.base, **_fill(shape.color, shape.hatch)}
             if shape.errors:
                 _draw_shape(ax, shape.errors, panel, zorder)
             return bars(shape.position, shape.top - shape.base, shape.width, zorder=zorder, **look)

@@ -1,4 +1,4 @@
-"""Names of categories and labels of logarithmic axes in matplotlib, as many as have room."""
+"""Names of categories and labels of logarithmic axes in matplotlib, as many as have room, and lines of text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, NullLocator
 
 from lorascope.array_types import Float
 from lorascope.charts.geometry import Panel
 from lorascope.charts.matplotlib_style import escape_dollar
-from lorascope.charts.scales import Scale
+from lorascope.charts.scales import Scale, is_digits
 from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
+from lorascope.files.printable import printable_lines
 
 FEW = 200  # a logarithmic axis whose ends have a smaller ratio needs ticks between powers of ten
 # Multiples of powers of ten for these ticks, from most to fewest; all are for axes with fewer than two of the first.
@@ -36,10 +39,12 @@ def label_categories(ax: Axes, panel: Panel) -> float:
             if axis.axis_name == "y":
                 width = 72 * ax.figure.bbox.width / ax.figure.dpi
                 labels = [_fit_beside(name, _NAMES_SHARE * width, room / len(labels), size) for name in labels]
-            rotation = 0
+            axis.set_ticks(ticks.positions, map(escape_dollar, labels), rotation=0)
             if ticks.turned:
-                rotation, depth = 90, max(map(len, ticks.names)) * GLYPH * size
-            axis.set_ticks(ticks.positions, map(escape_dollar, labels), rotation=rotation)
+                depth = max(map(len, ticks.names)) * GLYPH * size
+                for tick, name in zip(axis.get_major_ticks(), ticks.names, strict=True):
+                    if not is_digits(name):
+                        tick.label1.set_rotation(90)
         elif is_short(scale):
             _thin_ticks(axis, room, size)
     return depth
@@ -91,3 +96,19 @@ def _log_ticks(low: float, high: float, subs: Sequence[int]) -> Float[np.ndarray
     decades = 10.0 ** np.arange(math.floor(low / math.log(10)), math.ceil(high / math.log(10)))
     ticks = np.outer(decades, subs).ravel()
     return ticks[(low <= np.log(ticks)) & (np.log(ticks) <= high)]
+
+
+def break_lines(text: str, room: float, size: float) -> str:
+    """Break text into lines of at most ``room`` points at a font size; a longer word gets its own line."""
+    font = FontProperties(size=size)
+    lines = []
+    for paragraph in printable_lines(text).splitlines():
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".lstrip()
+            if line and text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] > room:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return "\n".join(lines)

@@ -13,7 +13,7 @@ from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.figure_style import Palette, figure_theme
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Shape, Words
 from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout, math_to_tags
-from lorascope.charts.theme import FAINT, MUTED, readable_ink
+from lorascope.charts.theme import FAINT, MUTED, Theme, readable_ink
 
 DOT = 7.0  # diameter of a dot in pixels
 LARGEST = 18.0  # diameter in pixels of the largest dot, if the area shows a column
@@ -44,7 +44,7 @@ def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
         drawn_figure.add_traces(traces(panel, (settled.frames or [None])[-1]))
         if panel in framed:
             moving += range(start, len(drawn_figure.data))
-    drawn_figure.add_traces(list(map(_legend_sample, settled.entries)))
+    drawn_figure.add_traces([_legend_sample(entry, settled.theme) for entry in settled.entries])
     for ramp in settled.ramps:
         # Without a trace, plotly omits the color bar.
         marker = {"color": [ramp.limits[0]], "coloraxis": f"coloraxis{axis_suffix(ramp.number)}", "opacity": 0}
@@ -86,17 +86,22 @@ def bundle(drawable: Drawable) -> dict[str, Any]:
     return mime_bundle or {"application/vnd.plotly.v1+json": {**drawn_figure.to_plotly_json(), "config": CONFIG}}
 
 
-def _legend_sample(entry: Entry) -> go.Scatter:
+def _legend_sample(entry: Entry, theme: Theme) -> Any:
     """Return an empty trace for a legend entry; a click on it hides its whole group."""
-    if entry.kind == "line":
-        look: dict[str, Any] = {"mode": "lines", "line": {"color": entry.color, "dash": entry.style, "width": 2}}
-    else:
-        symbol, size = "square", 12
-        if entry.kind == "dot":
-            symbol, size = entry.style, 8
-        look = {"mode": "markers", "marker": {"color": entry.color, "symbol": symbol, "size": size}}
     fields = {"name": escape_tags(entry.label), "legendgroup": escape_tags(entry.group), "showlegend": True}
-    return go.Scatter(x=[None], y=[None], **fields, **look)
+    if entry.kind == "patch":
+        return go.Bar(x=[None], y=[None], marker=_fill(entry.color, entry.style, theme), **fields)
+    mode, shape, dash = "markers", entry.style, None
+    if entry.kind == "line":
+        mode, shape, dash = "lines+markers" if entry.marker else "lines", entry.marker or None, entry.style
+    marker, line = {"color": entry.color, "symbol": shape, "size": 8}, {"color": entry.color, "dash": dash, "width": 2}
+    return go.Scatter(x=[None], y=[None], mode=mode, marker=marker, line=line, **fields)
+
+
+def _fill(color: str, hatch: str, theme: Theme) -> dict[str, Any]:
+    """Return the marker of bars, whose hatch distinguishes them in gray."""
+    pattern = {"shape": hatch, "size": 6, "solidity": 0.15, "fgcolor": theme.background, "fillmode": "overlay"}
+    return {"color": color, "line": {"width": 0}, "pattern": pattern if hatch else {}}
 
 
 def traces(panel: Panel, frame: Any = None) -> list[Any]:
@@ -175,7 +180,7 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
             base: Any = shape.base
             if getattr(panel, spelled).log:  # it has no zero to start from
                 base = None
-            look = {"width": shape.width, "marker": {"color": shape.color, "line": {"width": 0}}}
+            look = {"width": shape.width, "marker": _fill(shape.color, shape.hatch, panel.theme)}
             errors = _error_fields(shape.errors, shape.top, panel)
             fields = _group_fields(panel, shape.group, x, y, spelled)  # plotly would show the top, not the length
             yield go.Bar(x=x, y=y, base=base, orientation=orientation, **look, **errors, **fields)

@@ -28,7 +28,7 @@ from lorascope import __version__
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import join_captions
 from lorascope.charts.figure_style import Palette, figure_theme
-from lorascope.charts.theme import OKABE_ITO
+from lorascope.charts.theme import ON_LIGHT
 from lorascope.files.printable import printable, printable_lines
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.seals import seal, write_table
@@ -109,7 +109,7 @@ def save_small(drawable: Drawable, path: Path) -> Path:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        save(drawable, path, width="page", theme="light", palette=OKABE_ITO)
+        save(drawable, path, width="page", theme="light", palette=ON_LIGHT)
     with Image.open(path) as image:
         title, small = image.info["Title"], _reduce_colors(image)
     text_chunks, buffer = PngInfo(), io.BytesIO()

@@ -125,19 +125,29 @@ class Scale:
         lengths = widths / cell
         if across or turned:
             lengths[:] = 1.25 * size / cell  # across its axis, a name takes the height of a line
-        indices = _spread_names(names, lengths)
+        wanted = _wanted_names(names, lengths)
+        indices = _fitting_names(wanted, lengths)
+        if not across and not turned and len(indices) < len(wanted):
+            # Words cover the numbers next to them, such as "embed" the first layer. Numbers stay upright.
+            turned = True
+            lengths = np.where(_are_counted(names), lengths, 1.25 * size / cell)
+            indices = _fitting_names(_wanted_names(names, lengths), lengths)
         return Ticks(list(map(float, indices)), [names[index] for index in indices], turned)
+
+
+def is_digits(name: str) -> bool:
+    return name.lstrip("-").replace(".", "", 1).isdigit()
 
 
 def _are_counted(names: Sequence[str]) -> Bool[np.ndarray, "n"]:
     """Return which names are numbers, if these are evenly spaced, so that some of them imply the others."""
-    is_number = np.array([name.lstrip("-").replace(".", "", 1).isdigit() for name in names], dtype=bool)
+    is_number = np.array(list(map(is_digits, names)), dtype=bool)
     steps = np.diff(np.array(names)[is_number].astype(float))
     return is_number & np.allclose(steps, steps[:1])
 
 
-def _spread_names(names: Sequence[str], lengths: Float[np.ndarray, "n"]) -> list[int]:
-    """Return indices of names to write, of ``lengths`` in cells: words that fit, numbers at round steps."""
+def _wanted_names(names: Sequence[str], lengths: Float[np.ndarray, "n"]) -> list[int]:
+    """Return indices of names to write, of ``lengths`` in cells: first words, then numbers at round steps."""
     is_number = _are_counted(names)
     words, numbers = np.flatnonzero(~is_number).tolist(), np.flatnonzero(is_number).tolist()
     if not numbers:
@@ -146,9 +156,13 @@ def _spread_names(names: Sequence[str], lengths: Float[np.ndarray, "n"]) -> list
         return words[:: int(np.ceil(lengths.max()))]
     longest = lengths[is_number].max()
     step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step >= longest), 1000)
+    return words + numbers[::step]
+
+
+def _fitting_names(wanted: Sequence[int], lengths: Float[np.ndarray, "n"]) -> list[int]:
+    """Return the wanted names that overlap none of those before them, in the order of the axis."""
     written: list[int] = []
-    # Words come first, and numbers fill the gaps.
-    for index in words + numbers[::step]:
+    for index in wanted:
         if all(abs(index - other) >= (lengths[index] + lengths[other]) / 2 for other in written):
             written.append(index)
     return sorted(written)

@@ -1,8 +1,9 @@
 """Colors and sizes, the same for both renderers.
 
-Categories use the palette of Okabe and Ito (Color Universal Design, 2008), ordered so that the color with the least
-contrast to the background comes last. Quantities use viridis. Signed quantities use ColorBrewer's RdBu, reversed and
-centered at zero.
+Categories use the hues of Okabe and Ito (Color Universal Design, 2008). The lightness of the first four differs by ten
+or more, so that they are distinguished in gray, and every color has a contrast of at least 3 to the background, which
+lines and dots need. Quantities use viridis. Signed quantities use ColorBrewer's RdBu,
+reversed and centered at zero.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass, field
 VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"]
 RED_BLUE = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7"]
 RED_BLUE += ["#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"]
-OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442"]
-ON_DARK = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#ffffff", "#0072b2"]
+ON_LIGHT = ["#0072b2", "#e2640b", "#006045", "#641a55", "#d3609f", "#858585", "#000000", "#8f8500"]
+ON_DARK = ["#56b4e9", "#ffbc47", "#009e73", "#aa4a82", "#f0e442", "#e8641a", "#ffffff", "#9a9a9a"]
 
 FAINT = 0.18  # opacity of bands
-MUTED = 0.55  # opacity of gray text
+MUTED = 0.65  # opacity of gray text; its contrast is at least 4.5
 # Inches: one column and, with "-page", the full width of a page with two columns, as in the template of each venue.
 WIDTHS = {
     "column": 3.3,
@@ -39,10 +40,11 @@ WIDTHS = {
     "nature-page": 18.3 / 2.54,
 }
 MIN_WIDTH, MAX_WIDTH = 1.0, 40.0  # inches
-# Dash patterns and shapes of dots, by plotly's names.
+# Dash patterns, shapes of dots and hatches of bars, by plotly's names.
 STYLES = {
     "dash": ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"],
     "shape": ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"],
+    "hatch": ["", "", "", "", "/", ".", "", "x"],  # of colors as light as others
 }
 
 
@@ -59,8 +61,8 @@ class Theme:
     missing: str
     hatch: str
     size: float
-    palette: list[str] = field(default_factory=lambda: OKABE_ITO)
-    reach: tuple[float, float] = (0.0, 0.92)
+    palette: list[str] = field(default_factory=lambda: ON_LIGHT)
+    reach: tuple[float, float] = (0.0, 0.59)
     by_label: Mapping[str, str] = field(default_factory=dict)
 
     def category(self, index: int, count: int) -> str:
@@ -82,10 +84,10 @@ class Theme:
 
 THEMES = {
     "light": Theme("#ffffff", "#222222", "#e4e4e4", "#f7f7f7", "#c4c4c4", 8.0),
-    "dark": Theme("#16181d", "#e6e6e6", "#363a43", "#1d2026", "#4a4f5a", 8.0, ON_DARK, (0.25, 1.0)),
+    "dark": Theme("#16181d", "#e6e6e6", "#363a43", "#1d2026", "#4a4f5a", 8.0, ON_DARK, (0.35, 1.0)),
     "paper": Theme("#ffffff", "#000000", "#e4e4e4", "#f7f7f7", "#c4c4c4", 7.5),
 }
-PALETTE_SIZE = len(OKABE_ITO)
+PALETTE_SIZE = len(ON_LIGHT)
 
 
 def theme(name: str) -> Theme:

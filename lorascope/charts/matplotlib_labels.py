@@ -43,7 +43,7 @@ def label_categories(ax: Axes, panel: Panel) -> float:
             if ticks.turned:
                 depth = max(map(len, ticks.names)) * GLYPH * size
                 for tick, name in zip(axis.get_major_ticks(), ticks.names, strict=True):
-                    if not is_digits(name):
+                    if scale.is_wordy or not is_digits(name):
                         tick.label1.set_rotation(90)
         elif is_short(scale):
             _thin_ticks(axis, room, size)

@@ -125,13 +125,13 @@ class Scale:
         lengths = widths / cell
         if across or turned:
             lengths[:] = 1.25 * size / cell  # across its axis, a name takes the height of a line
-        wanted = _wanted_names(names, lengths)
-        indices = _fitting_names(wanted, lengths)
-        if not across and not turned and len(indices) < len(wanted):
+        candidates = _candidate_names(names, lengths)
+        indices = _fitting_names(candidates, lengths)
+        if not across and not turned and len(indices) < len(candidates):
             # Words cover the numbers next to them, such as "embed" the first layer. Numbers stay upright.
             turned = True
             lengths = np.where(_are_counted(names), lengths, 1.25 * size / cell)
-            indices = _fitting_names(_wanted_names(names, lengths), lengths)
+            indices = _fitting_names(_candidate_names(names, lengths), lengths)
         return Ticks(list(map(float, indices)), [names[index] for index in indices], turned)
 
 
@@ -146,7 +146,7 @@ def _are_counted(names: Sequence[str]) -> Bool[np.ndarray, "n"]:
     return is_number & np.allclose(steps, steps[:1])
 
 
-def _wanted_names(names: Sequence[str], lengths: Float[np.ndarray, "n"]) -> list[int]:
+def _candidate_names(names: Sequence[str], lengths: Float[np.ndarray, "n"]) -> list[int]:
     """Return indices of names to write, of ``lengths`` in cells: first words, then numbers at round steps."""
     is_number = _are_counted(names)
     words, numbers = np.flatnonzero(~is_number).tolist(), np.flatnonzero(is_number).tolist()
@@ -159,10 +159,10 @@ def _wanted_names(names: Sequence[str], lengths: Float[np.ndarray, "n"]) -> list
     return words + numbers[::step]
 
 
-def _fitting_names(wanted: Sequence[int], lengths: Float[np.ndarray, "n"]) -> list[int]:
-    """Return the wanted names that overlap none of those before them, in the order of the axis."""
+def _fitting_names(candidates: Sequence[int], lengths: Float[np.ndarray, "n"]) -> list[int]:
+    """Return the candidates names that overlap none of those before them, in the order of the axis."""
     written: list[int] = []
-    for index in wanted:
+    for index in candidates:
         if all(abs(index - other) >= (lengths[index] + lengths[other]) / 2 for other in written):
             written.append(index)
     return sorted(written)

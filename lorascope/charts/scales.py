@@ -160,7 +160,7 @@ def _candidate_names(names: Sequence[str], lengths: Float[np.ndarray, "n"]) -> l
 
 
 def _fitting_names(candidates: Sequence[int], lengths: Float[np.ndarray, "n"]) -> list[int]:
-    """Return the candidates names that overlap none of those before them, in the order of the axis."""
+    """Return the candidates that overlap none of those before them, in the order of the axis."""
     written: list[int] = []
     for index in candidates:
         if all(abs(index - other) >= (lengths[index] + lengths[other]) / 2 for other in written):

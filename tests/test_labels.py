@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import lorascope
 from lorascope.analysis.recipe_tests import name_recipes
 from lorascope.experiments.sweep import Job, SweepResult
 from lorascope.inputs import models
@@ -19,6 +23,7 @@ from lorascope.schema.labels import to_words
 
 NAMES = tuple(f"model.layers.{layer}.self_attn.{leaf}" for layer in range(18) for leaf in ("q_proj", "v_proj"))
 LISTED = [name for name, method in METHODS.items() if "targets" in method.__dataclass_fields__ and name != "neft"]
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 def student() -> None:
@@ -118,3 +123,17 @@ def test_recipes_with_long_fields_are_short_and_distinct() -> None:
         'LoRA, rank {"q": 1}',
         'LoRA, rank {"q": 2}',
     ]
+
+
+@pytest.mark.parametrize("folder", ["plots", "papers", "schema", "observe"])
+def test_labels_and_captions_write_the_update_as_the_glossary(folder: str) -> None:
+    """W − W₀, and ΔW only with ΔW₀, where it is the learned update; formulas of docstrings may have W_0."""
+    texts = []
+    for file in sorted((Path(lorascope.__file__).parent / folder).rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in docstrings:
+                texts.append((file.name, node.value))
+    wrong = [(file, text) for file, text in texts if re.search(r"W_0|\|dW\||ΔW(?! [−=]|₀)|W - W", text)]
+    assert wrong == []

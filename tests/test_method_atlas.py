@@ -143,6 +143,24 @@ def test_atlas_names_the_gates_of_input_dependent_updates(tmp_path: Path, write:
     assert "gates" not in panels(plots.atlas([plain, other]))[0].caption
 
 
+@pytest.mark.parametrize(("first", "is_learned"), [(0.27, False), (0.4, True)])
+@pytest.mark.parametrize("figure", ["atlas", "adapter_pairs"])
+def test_unlearned_mixtures_are_named(tmp_path: Path, write: Any, figure: str, first: float, is_learned: bool) -> None:
+    B, A = along(0, 0)
+    named = {"id": "h", "label": "Hydra", "seed": 0, "modules": MODULES, "recipe": {"name": "hydralora"}}
+    named["states"] = {"last": {"step": 9, "ranks": {"h.0.q": 1}}}
+    writer = RunWriter(tmp_path / "h", manifest(**COMMON | named))
+    gates = np.array([first, 0.25, 0.25, 0.5 - first])
+    arrays = {"B": np.stack([B] * 4), "A": A, "gates": gates}
+    norms = [Record(quantity, 1.0, "h.0.q") for quantity in ("learned_norm", "update_norm")]
+    writer.collect(9, [*norms, Factors("h.0.q", arrays, 1.0, exact=False)])
+    writer.finish("done")
+    plain = write("a", values={("update_norm", "h.0.q"): {9: 1.0}} | NORMS, label="LoRA", factors={"h.0.q": (B, A)})
+    caption = panels(plots.FIGURES[figure].draw([Run.read(tmp_path / "h"), plain]))[0].caption
+    assert "Updates of Hydra at mean gates." in caption
+    assert ("The gates of Hydra are within 10% of uniform" in caption) != is_learned
+
+
 @pytest.mark.parametrize(("key", "one", "two"), [("task", "t", "poems"), ("model", "m", "gpt")])
 def test_atlas_with_different_tasks_or_models_raises(write: Any, key: str, one: str, two: str) -> None:
     runs = [

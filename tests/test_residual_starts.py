@@ -133,7 +133,7 @@ def test_embedding_of_pissa_is_plain_lora(tmp_path: Path) -> None:
     assert checked(tmp_path).findings == ()
 
 
-@pytest.mark.parametrize("start", ["pissa_niter_4", "loftq", "corda"])
+@pytest.mark.parametrize("start", ["pissa_niter_4", "loftq", "corda", "lora_ga"])
 def test_start_that_cannot_be_repeated_is_not_compared(start: str, tmp_path: Path) -> None:
     write(tmp_path, *CASES["PiSSA"])
     config = tmp_path / "adapter" / "adapter_config.json"

@@ -131,7 +131,7 @@ def change_from_original_base(
 
 def has_unknown_start(config: Config) -> bool:
     """Return whether PEFT changes the base weights in a way that does not follow from them."""
-    return str(config.get("init_lora_weights")).lower().startswith(("pissa_niter", "corda", "loftq"))
+    return str(config.get("init_lora_weights")).lower().startswith(("pissa_niter", "corda", "loftq", "lora_ga"))
 
 
 def residual_kind(config: Config) -> Literal["pissa", "olora"] | None:

@@ -27,7 +27,7 @@ from lorascope.schema.records import Quantity, Record, register
 
 register(
     "train with observe=[ls.observe.neurons()]",
-    neuron_update=Quantity("‖w − w₀‖", "", "neuron", "norm", "displacement of a neuron's weights from W_0 (norm)"),
+    neuron_update=Quantity("‖w − w₀‖", "", "neuron", "norm", "displacement of a neuron's weights from W₀ (norm)"),
 )
 register(
     "train FourierFT with observe=[ls.observe.coefficients()]",

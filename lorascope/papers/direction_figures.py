@@ -106,7 +106,7 @@ def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
     cells = pd.concat(means)
     excess = (cells["phi"] - at_random(cells)).groupby(level=0).mean()
     caption = (
-        f"Overlap of the first i input directions of W_q, of {WIDTH}, with the first j of its update, layer 2, mean "
+        f"Overlap of the first i input directions of W of q, of {WIDTH}, with the first j of its update, layer 2, mean "
         f"over seeds. Difference from random: {excess['rank 8']:+.3f} for rank 8, {excess['rank 64']:+.3f} for 64. "
         "The paper finds that the update avoids the top directions of W."
     )
@@ -132,13 +132,13 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     names = {"its own top": "W's own"}
     printed = printed.assign(name=printed["kind"].replace(names), rank="rank " + printed["rank"])
     caption = (
-        "Norm of W_q between the left and right directions of the update, as many of W's, and random ones; dots "
+        "Norm of W of q between the left and right directions of the update, as many of W's, and random ones; dots "
         "are layers, means over seeds. Amplification: norm of the update over that of W along it, "
         f"{factors['rank 8']:.1f} for rank 8, {factors['rank 64']:.1f} for rank 64; printed 21.5 for rank 4, "
         "about 2 for rank 64."
     )
     y = Axis(order=kinds.values(), compact=True)
-    x = Axis(label="norm of W_q along directions", log=True)
+    x = Axis(label="norm of W along directions", log=True)
     left = Chart(measured, [Point("value", "name", "rank")], title="Measured", x=x, y=y, caption=caption)
     return set_side_by_side(
         left, replace(left, data=printed, title="LoRA, table 7", x=replace(x, label="printed norm"))

@@ -72,8 +72,8 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
         mark = Heat("other", "one", value, label, numbers, **settings)
         return pair_heat(cells, mark, list(labeled), title=title, caption=caption)
 
-    norm = heat("‖ΔW‖, row / column", ratios, "log_ratio", "log₂ ratio", ".1f", scale="diverging", words="words")
-    cosine = heat("Cosine of ΔW", table, "cosine", "cosine", ".2f", scale="diverging", limits=(-1, 1))
+    norm = heat("‖W − W₀‖, row / column", ratios, "log_ratio", "log₂ ratio", ".1f", scale="diverging", words="words")
+    cosine = heat("Cosine of W − W₀", table, "cosine", "cosine", ".2f", scale="diverging", limits=(-1, 1))
     angle = heat("Mean principal angle", angles, "angle", "degrees", ".0f", limits=(0, 90), words="words")
     rank = heat("Rank in different modules", table, "rank_moved", "fraction", ".2f", limits=(0, 1))
     return cohort.complete(stack_vertically(set_side_by_side(norm, cosine), set_side_by_side(angle, rank)))

@@ -62,8 +62,8 @@ def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHO
             Axis(label="settled at step", limits=(0, 1.04 * ends[-1])),  # room for markers at the last step
             title="Step at which each layer settled",
             caption=cohort.caption(
-                f"First stored step from which on ‖ΔWₜ − ΔW_T‖ ≤ {threshold:.3g} ‖ΔW_T‖ for all matrices of a layer "
-                f"together; the last step T is {' or '.join(map(str, ends))}."
+                f"First stored step from which on ‖Wₜ − W‖ ≤ {threshold:.3g} ‖W − W₀‖ for all matrices of a layer "
+                f"together, with W of the last step, {' or '.join(map(str, ends))}."
             ),
         )
     )

@@ -111,7 +111,7 @@ def update_image(
         run = group.runs[0]
         shown_updates[group.label] = initial_update.learned_updates(run) if added else run.updates()
     module = cohort.common_module(list(shown_updates.values()), module)
-    symbol, notes = "ΔW", list[str]()
+    symbol, notes = "W − W₀", list[str]()
     if added:
         symbol, notes = "ΔW − ΔW₀", cohort.missing_initial_updates()
     panels = []
@@ -129,7 +129,16 @@ def update_image(
         panels.append(
             Chart(
                 pd.DataFrame({"row": row, "column": column, "value": image.reshape(-1)}),
-                [Heat("column", "row", "value", "ΔW / root mean square", scale="diverging", limits=(-_REACH, _REACH))],
+                [
+                    Heat(
+                        "column",
+                        "row",
+                        "value",
+                        "entry / root mean square",
+                        scale="diverging",
+                        limits=(-_REACH, _REACH),
+                    )
+                ],
                 title=label,
                 x=Axis(label="input"),
                 y=Axis(label="output"),

@@ -16,7 +16,7 @@ from lorascope.analysis import initial_update, norms
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.files.printable import count_phrase
 from lorascope.plots.requirements import OF_UPDATES, STEPS, UPDATES, missing_reason
-from lorascope.runs.gated_run import gate_description
+from lorascope.runs.gated_run import UNIFORM, gate_description, has_nearly_uniform_gates
 from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.schema.records import QUANTITIES
@@ -26,7 +26,7 @@ Kind: TypeAlias = Literal["run", "control"]
 AnyDrawable = TypeVar("AnyDrawable", bound=Drawable)
 
 INTERVAL = "95% t-interval over seeds"
-MIXTURES, DIRECTIONS = "mixtures", "directions"
+MIXTURES, UNLEARNED, DIRECTIONS = "mixtures", "unlearned_mixtures", "directions"
 """Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
 # Keys of ``Run.meta`` in which the seeds of one recipe agree.
 _SAME = ("model", "task", "recipe", "settings")
@@ -119,6 +119,8 @@ class Cohort:
             for group in self.groups:
                 if gates := _describe_gates(group):
                     meta.setdefault(MIXTURES, {})[group.label] = gates
+                    if gates == "mean gates" and all(map(has_nearly_uniform_gates, group.runs)):
+                        meta.setdefault(UNLEARNED, []).append(group.label)
                 if any(_shows_direction(run, self.needs) for run in group.runs):
                     meta.setdefault(DIRECTIONS, []).append(group.label)
         return meta
@@ -255,6 +257,11 @@ class Cohort:
             # A chart of another cohort, such as separate panels of the controls, has the meta of its runs.
             mixtures |= (self.meta | dict(chart.meta)).get(MIXTURES, {})
         sentences = mixture_sentences(mixtures)
+        if labels := self.meta.get(UNLEARNED):
+            sentences.append(
+                f"The gates of {', '.join(labels)} are within {100 * UNIFORM:.0f}% of uniform, so this is an average of "
+                "experts and no learned mixture."
+            )
         if labels := self.meta.get(DIRECTIONS):
             sentences.append(f"Updates of {', '.join(labels)} without W₀: only s B A, without the magnitudes.")
 
@@ -263,7 +270,7 @@ class Cohort:
             return replace(chart, caption=" ".join([text, *sentences]), meta=self.meta | dict(chart.meta))
 
         rows = tuple(tuple(map(complete_chart, row)) for row in drawable.rows())
-        return cast("AnyDrawable", Panels(rows) if isinstance(drawable, Panels) else rows[0][0])
+        return cast("AnyDrawable", replace(drawable, grid=rows) if isinstance(drawable, Panels) else rows[0][0])
 
     def method_notes(self) -> list[str]:
         """Return the sentences that the methods of the runs add to captions, such as which moments are not factored."""

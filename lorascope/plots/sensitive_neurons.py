@@ -27,7 +27,7 @@ NULL = "Null: expected sensitivity if the gradients are shuffled within the modu
     topic="neurons",
     needs=("sensitivity_out", "sensitivity_in"),
     reads="Cells are the percentage of a module's sensitivity in its top tenth of neurons (10: all equal); profiles "
-    "above the dashed null are more concentrated than with shuffled gradients. Overlaps above the random baseline mean "
+    "above the null are more concentrated than with shuffled gradients. Overlaps above the random baseline mean "
     "that runs agree on these neurons.",
     misleads="Sensitivity is first-order and measured on a few batches, and large weights raise it for any gradient: "
     "compare with the null. Runs share the sensitive neurons of their base model: compare tasks with seeds of one "

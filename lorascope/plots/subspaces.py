@@ -56,7 +56,7 @@ def spectrum(
     >>> ls.plots.spectrum({"full fine-tuning": ls.example("full"), "LoRA": ls.example("lora")})
     """
     cohort = gather_runs("spectrum", runs, control)
-    values_of, symbol = spectra.singular_values, "ΔW"
+    values_of, symbol = spectra.singular_values, "W − W₀"
     notes: list[str] = []
     if added:
         values_of, symbol, notes = spectra.added_values, "ΔW − ΔW₀", cohort.missing_initial_updates()

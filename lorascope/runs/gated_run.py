@@ -17,6 +17,8 @@ from lorascope.runs.result import Result, is_at_step
 from lorascope.schema.records import validate
 from lorascope.updates import Update, effective_rank, from_factors, stable_rank
 
+UNIFORM = 0.1
+"""Largest relative difference from uniform of the mean gates of an unlearned mixture."""
 _SIZES = ("update_norm", "learned_norm", "relative_update")
 _SHAPES = {"stable_rank": stable_rank, "effective_rank": effective_rank}
 # weight_norm requires W₀, and step_norm the previous gate weights.
@@ -83,6 +85,16 @@ def gate_description(run: Result) -> str:
         return run.gates_label
     gates = run.factors()[min(routed)].get("gates")
     return "mean gates" if gates is None or np.ptp(gates) else "uniform gates"
+
+
+def has_nearly_uniform_gates(run: Result) -> bool:
+    """Return whether all mean gates of a run are within 10% of uniform, as those of a router that learned nothing."""
+    factors = run.factors()
+    for module in run.input_dependent_modules():
+        gates = factors[module].get("gates")
+        if gates is None or np.abs(len(gates) * gates - 1).max() > UNIFORM:
+            return False
+    return True
 
 
 class GatedRun(Result):

@@ -210,9 +210,11 @@ register(
     weight_norm=Quantity(
         "‖W‖", pool="norm", definition="Frobenius norm of the effective weight", source="LISA, section 3.1"
     ),
-    update_norm=Quantity("‖W − W₀‖", pool="norm", definition="Frobenius norm of the update W - W_0"),
-    learned_norm=Quantity("‖ΔW − ΔW₀‖", pool="norm", definition="Frobenius norm of the learned update ΔW - ΔW₀"),
-    relative_update=Quantity("‖W − W₀‖ / ‖W₀‖", pool="mean", definition="update_norm divided by the norm of W_0"),
+    update_norm=Quantity("‖W − W₀‖", pool="norm", definition="Frobenius norm of the update W − W₀"),
+    learned_norm=Quantity(
+        "‖ΔW − ΔW₀‖", pool="norm", definition="Frobenius norm of the learned update, with ΔW = W − W₀"
+    ),
+    relative_update=Quantity("‖W − W₀‖ / ‖W₀‖", pool="mean", definition="norm of W − W₀ over that of W₀"),
     step_norm=Quantity("‖Wₜ − Wₜ₋₁‖", pool="norm", definition="Frobenius norm of the change in one step"),
     adapter_norm=Quantity("√(‖A‖² + ‖B‖²)", pool="norm", definition="joint Frobenius norm of all trained factors"),
     factor_change=Quantity(
@@ -223,7 +225,7 @@ register(
 )
 register(
     "train adapters with observe=[ls.observe.norms()]",
-    stable_rank=Quantity("stable rank", definition="|dW|_F^2 / sigma_1^2"),
+    stable_rank=Quantity("stable rank", definition="‖W − W₀‖² / σ₁²"),
     effective_rank=Quantity("effective rank", definition="exp of the entropy of sigma / sum(sigma)"),
     rank=Quantity("rank", pool="sum", definition="number of components of the update in use"),
 )

@@ -203,7 +203,9 @@ def _name_dots(chart: Chart) -> Chart:
     rise = _NAME_OFFSET * chart.data["y"].abs().max()
     names["y"] += rise
     chart = replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)])
+    assert chart.y.limits is not None
     low, high = chart.y.limits
+    assert high is not None
     return replace(chart, y=replace(chart.y, limits=(low, high + 1.5 * rise)))  # room for the name of the highest dot
 
 

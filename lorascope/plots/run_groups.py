@@ -259,8 +259,8 @@ class Cohort:
         sentences = mixture_sentences(mixtures)
         if labels := self.meta.get(UNLEARNED):
             sentences.append(
-                f"The gates of {', '.join(labels)} are within {100 * UNIFORM:.0f}% of uniform, so this is an average of "
-                "experts and no learned mixture."
+                f"The gates of {', '.join(labels)} are within {100 * UNIFORM:.0f}% of uniform: an average of experts, "
+                "no learned mixture."
             )
         if labels := self.meta.get(DIRECTIONS):
             sentences.append(f"Updates of {', '.join(labels)} without W₀: only s B A, without the magnitudes.")

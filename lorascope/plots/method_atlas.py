@@ -74,8 +74,9 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
             notes.append(NULL)
     caption = cohort.caption(
         f"Singular values of the learned update ΔW − ΔW₀: {modules}. {define('learned_norm')}",
-        f"Angles: principal angles between the first {k} singular vectors (fewer if an update has fewer), averaged over "
-        "outputs, inputs, the modules that both runs have and pairs of runs; in brackets, the same for random directions.",
+        f"Angles: principal angles between the first {k} singular vectors (fewer if an update has fewer), averaged "
+        "over outputs, inputs, the modules that both runs have and pairs of runs; in brackets, the same for random "
+        "directions.",
         *notes,
         *cohort.missing_initial_updates(),
     )

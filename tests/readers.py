@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import FillBetweenPolyCollection, LineCollection, PathCollection
+from matplotlib.collections import FillBetweenPolyCollection, LineCollection, PathCollection, QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.plotly_layout import WIDTH
@@ -105,7 +106,7 @@ class Mpl:
         return groups
 
     def heat(self, panel: int = 0) -> tuple[list, tuple[float, float]]:
-        image = self.axes[panel].images[0]
+        (image,) = self.axes[panel].findobj(lambda artist: isinstance(artist, AxesImage | QuadMesh))
         return numbers(np.ma.filled(image.get_array().astype(float), np.nan)), tuple(numbers(image.get_clim()))
 
     def hatched(self, panel: int = 0) -> bool:

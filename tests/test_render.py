@@ -323,9 +323,9 @@ def test_numbers_in_cells_have_a_contrast_of_4_5(scale) -> None:
     data = pd.DataFrame({"x": range(64), "y": 0, "value": np.linspace(-1, 1, 64)})
     chart = Chart(data, [Heat("x", "y", "value", text=".0f", scale=scale, limits=(-1, 1))])
     figure = chart.mpl(width="page")
-    image, texts = figure.axes[0].images[0], figure.axes[0].texts
+    (mesh,), texts = figure.axes[0].collections, figure.axes[0].texts
     assert len(texts) == 64
-    cells = [to_hex(image.cmap(image.norm(value))) for value in data["value"]]
+    cells = [to_hex(mesh.cmap(mesh.norm(value))) for value in data["value"]]
     assert min(map(contrast, cells, (text.get_color() for text in texts))) >= 4.5
     inks = [re.search("#[0-9a-f]{6}", text)[0] for text in chart.plotly().data[0].text[0]]
     assert min(map(contrast, cells, inks)) >= 4.5

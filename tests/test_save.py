@@ -38,6 +38,7 @@ from lorascope.charts.scales import Scale
 from lorascope.charts.theme import WIDTHS
 from lorascope.files.seals import require_own
 
+SVG = "{http://www.w3.org/2000/svg}"
 META = {"runs": ["0123456789ab", "ba9876543210"], "claim": 'norms grow <fast> & "far"'}
 
 
@@ -175,7 +176,7 @@ def test_vector_file_has_the_requested_size(chart, heat, tmp_path, kind) -> None
 def test_svg_has_text_elements(chart, heat, tmp_path) -> None:
     figure = set_side_by_side(chart, heat)
     root = ElementTree.parse(figure.save(tmp_path / "norms.svg")).getroot()
-    texts = ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    texts = ["".join(element.itertext()).strip() for element in root.iter(f"{SVG}text")]
     drawn = figure.mpl(theme="paper", caption=False)
     expected = ["final phase", "step", "‖ΔW‖", "role", "q", "v", chart.title, heat.title, "embed"]
     expected += [label.get_text() for label in drawn.axes[1].get_yticklabels()]
@@ -214,10 +215,29 @@ def test_title_is_replaced_or_omitted(chart, tmp_path) -> None:
     assert Page(chart.save(tmp_path / "a.html", title="Mine").read_text(encoding="utf-8")).title == "Mine"
 
 
-def test_heat_map_as_pgf_is_rejected(heat, tmp_path) -> None:
-    with pytest.raises(ValueError, match="cannot save a heat map as pgf"):
-        heat.save(tmp_path / "heat.pgf")
+def test_image_as_pgf_is_rejected(tmp_path) -> None:
+    with pytest.raises(ValueError, match="cannot save a heat map of more than 1000 cells as pgf"):
+        square(32).save(tmp_path / "heat.pgf")
     assert list(tmp_path.iterdir()) == []
+
+
+def square(side: int) -> Chart:
+    """Build a heat map with one missing cell."""
+    cells = [(x, y, float(x * y)) for x in range(side) for y in range(side)]
+    return Chart(pd.DataFrame(cells[1:], columns=["x", "y", "v"]), [Heat("x", "y", "v", "value")])
+
+
+@pytest.mark.parametrize(("side", "images"), [(4, 0), (31, 0), (32, 1)])
+def test_cells_of_a_moderate_heat_map_are_vectors(side, images, tmp_path) -> None:
+    path = square(side).save(tmp_path / "heat.svg")
+    root = ElementTree.parse(path).getroot()
+    assert len(list(root.iter(f"{SVG}image"))) == images
+    assert (len(pypdf.PdfReader(square(side).save(tmp_path / "heat.pdf")).pages[0].images) > 0) == bool(images)
+    if not images:
+        (mesh,) = [group for group in root.iter(f"{SVG}g") if group.get("id") == "QuadMesh_1"]
+        filled = [path for path in mesh.iter(f"{SVG}path") if "fill: #" in path.get("style", "")]
+        assert len(filled) == side**2 - 1
+        assert path.stat().st_size < 400_000
 
 
 @pytest.mark.skipif(shutil.which("xelatex") is not None, reason="LaTeX is installed")
@@ -227,7 +247,7 @@ def test_pgf_without_latex_names_the_program(chart, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pgf_has_text_provenance_and_a_seal(chart, tmp_path, monkeypatch) -> None:
+def test_pgf_has_text_provenance_and_a_seal(chart, heat, tmp_path, monkeypatch) -> None:
     class Latex:
         def get_width_height_descent(self, text, font):
             return 0.5 * len(text) * font.get_size(), font.get_size(), 0.0
@@ -241,6 +261,7 @@ def test_pgf_has_text_provenance_and_a_seal(chart, tmp_path, monkeypatch) -> Non
     assert "final phase" in text
     assert "t-interval" not in text
     require_own(path)
+    assert "pgfimage" not in heat.save(tmp_path / "heat.pgf").read_text(encoding="utf-8")
 
 
 def test_html_page_is_self_contained(chart, tmp_path) -> None:

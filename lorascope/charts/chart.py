@@ -145,7 +145,8 @@ class Drawable:
         ----------
         path : str or Path
             The extension selects the format: pdf, svg, pgf, png (matplotlib), html (plotly, self-contained) or csv
-            (data). Missing folders are created. pgf requires LaTeX and cannot contain heat maps.
+            (data). Missing folders are created. Cells of heat maps are vectors, or an image if there are more than
+            1000. pgf requires LaTeX and cannot contain such an image.
         width, steps, height, title, legend, palette
             See :meth:`mpl`; html and csv have no size.
         theme : {"light", "dark", "paper"}, optional

@@ -20,7 +20,8 @@ _SYMBOLS = {
     **{"top": "⊤", "to": "→", "in": "∈", "ell": "ℓ", "odot": "⊙", "otimes": "⊗", "ldots": "…", "dots": "…", "%": "%"},
     # The letters of Unicode have the form of varepsilon and varphi.
     **{"epsilon": "ϵ", "varepsilon": "ε", "phi": "ϕ", "varphi": "φ"},
-    **{"quad": " ", ",": " ", " ": " ", "{": "{", "}": "}"},
+    **{"quad": " ", ",": " ", " ": " ", "}": "}"},
+    **{"{": "&#123;"},  # plotly replaces what follows "%{"
     **{name: name for name in ("log", "exp", "min", "max", "dim", "ln", "det", "tr")},
 }
 _FONTS = {"mathrm": "", "text": "", "operatorname": "", "mathbf": "b", "mathit": "i"}

@@ -18,35 +18,37 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lorascope.array_types import Bool
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, panel_entries, plan_figure
 from lorascope.charts.figure_style import Palette, figure_theme
-from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Ruler, Shape, Words
-from lorascope.charts.marks import Heat
+from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Panel
 from lorascope.charts.matplotlib_labels import BETWEEN, break_lines, is_short, label_categories, size_in_points
+from lorascope.charts.matplotlib_shapes import (
+    DASHES,
+    DOT,
+    MARKERS,
+    MOST_CELLS,
+    SEAM,
+    color_scale,
+    draw_shape,
+    fill_settings,
+    text_size,
+    write_text,
+)
 from lorascope.charts.matplotlib_style import caller_theme, escape_dollar, keep_math, style
-from lorascope.charts.scales import Limits, Ramp
 from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
-from lorascope.charts.theme import FAINT, MUTED, STYLES, Theme, readable_ink, width_in_inches
+from lorascope.charts.theme import Theme, readable_ink, width_in_inches
 
-_PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
-DASHES: dict[str, Any] = dict(zip(STYLES["dash"], _PATTERNS, strict=True))
-MARKERS = dict(zip(STYLES["shape"], "os^DvPX", strict=True))
-MARKERS |= {"circle-open": "o", "line-ns-open": "|"}
 _SYMBOL_SHAPES = {"line": Curve, "dot": Dots, "patch": Bars | Area}
-DOT = 4.0  # diameter of a dot in points
-LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a column
 SMALLEST_TEXT = 4.0  # points; numbers that only fit at a smaller size are omitted
 SMALLEST_WORDS = 5.0  # points; words that only fit at a smaller size are replaced by the numbers
 FRAMES = 8  # maximum number of small multiples
@@ -112,8 +114,8 @@ def write(
         drawn_figure.set_size_inches(width + 1e-9, height + 1e-9)
         settings: dict[str, Any] = {"metadata": metadata}
         if kind == "pgf":  # it has no metadata
-            if any(chart.marks_of(Heat) for chart in drawable.charts()):
-                raise ValueError("cannot save a heat map as pgf, which contains no images: save it as pdf")
+            if any(ax.images for ax in drawn_figure.axes):
+                raise ValueError(f"cannot save a heat map of more than {MOST_CELLS} cells as pgf: save it as pdf")
             _require_latex()
             settings = {}
         drawn_figure.savefig(file, format=kind, dpi=dpi, **settings)
@@ -161,7 +163,7 @@ def draw_onto(
         all_axes[0].legend(handles=list(map(_handle, settled.entries)), title=keep_math(settled.legend_title))
     for ramp in settled.ramps:
         painted = [ax for ax, (panel, _) in zip(all_axes, subplots, strict=True) if panel.number in ramp.views]
-        painted[0].figure.colorbar(_color_scale(ramp), ax=painted, label=keep_math(ramp.label))
+        painted[0].figure.colorbar(color_scale(ramp), ax=painted, label=keep_math(ramp.label))
     for ax, (panel, frame) in zip(all_axes, subplots, strict=True):
         label_categories(ax, panel)
         _write_cell_texts(ax, panel, frame)
@@ -262,9 +264,11 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
                 ax.tick_params(labelleft=False)
     for ramp in settled.ramps:
         painted = [ax for cell, ax, _ in panels if cell.panel in ramp.views]
-        bar = drawn_figure.colorbar(_color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
+        bar = drawn_figure.colorbar(color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
         bar.set_label(keep_math(wrap_text(ramp.label, 72 * 0.8 * sum(heights), size)))
         bar.outline.set_linewidth(0.4)
+        solids: Any = bar.solids
+        solids.set(rasterized=False, edgecolor="face", linewidth=3 * SEAM)  # vectors, as the cells, and narrower
         bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # no steps of 2.5: ranks and counts are integers
     title = wrap_text(settled.title, 72 * width, 1.1 * size)
     if title:
@@ -338,7 +342,7 @@ def _handle(entry: Entry) -> Line2D | Patch:
     """Return the legend symbol of an entry."""
     label = escape_dollar(entry.label)
     if entry.kind == "patch":
-        return Patch(label=label, **_fill(entry.color, entry.style))
+        return Patch(label=label, **fill_settings(entry.color, entry.style))
     if entry.kind == "line":
         marker = {"marker": MARKERS.get(entry.marker), "markersize": DOT}
         return Line2D([], [], color=entry.color, label=label, linestyle=DASHES[entry.style], **marker)
@@ -353,7 +357,7 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
     artists = []
     for layer, shape in enumerate(panel.shapes(frame)):
         # Above the grid, and in the order of the marks.
-        artists.append((shape, _draw_shape(ax, shape, panel, 2 + layer / 1000)))
+        artists.append((shape, draw_shape(ax, shape, panel, 2 + layer / 1000)))
     for entry in panel_entries(panel):
         matching = [(shape, artist) for shape, artist in artists if getattr(shape, "group", None) == entry.group]
         if matching:
@@ -387,103 +391,13 @@ def _write_cell_texts(ax: Axes, panel: Panel, frame: Any = None) -> None:
         if not isinstance(cells, Cells) or cells.mark.text is None or not cells.texts:
             continue
         (rows, columns), (width, height) = cells.values.shape, size_in_points(ax)
-        colors = _color_scale(cells.ramp)
+        colors = color_scale(cells.ramp)
         words = {cell: cells.words.get(cell, number) for cell, number in cells.texts.items()}
         for texts, smallest in ((words, SMALLEST_WORDS), (cells.texts, SMALLEST_TEXT)):
             longest = max(map(len, texts.values()))
-            size = min(_text_size(ax), 0.9 * width / columns / (longest * GLYPH), 0.7 * height / rows)
+            size = min(text_size(ax), 0.9 * width / columns / (longest * GLYPH), 0.7 * height / rows)
             if size >= smallest:
                 for (row, column), text in texts.items():
                     color: Any = colors.cmap(colors.norm(cells.values[row, column]))
-                    _write(ax, column, row, text, size=size, color=readable_ink(to_hex(color)), zorder=3)
+                    write_text(ax, column, row, text, size=size, color=readable_ink(to_hex(color)), zorder=3)
                 break
-
-
-def _text_size(ax: Axes) -> float:
-    """Return the font size of text inside axes, slightly smaller than that of the axis labels."""
-    return 0.9 * float(ax.xaxis.label.get_fontsize())
-
-
-def _color_scale(ramp: Ramp) -> ScalarMappable:
-    """Return the mapping of values to the colors of a color bar, transparent for missing values."""
-    colors = LinearSegmentedColormap.from_list(ramp.label or "ramp", ramp.colors).with_extremes(bad=(0, 0, 0, 0))
-    return ScalarMappable(Normalize(*ramp.limits), colors)
-
-
-def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
-    """Write text centered at a position."""
-    ax.text(x, y, escape_dollar(text), ha="center", va="center", **style)
-
-
-def _fill(color: str, hatch: str) -> dict[str, Any]:
-    """Return the settings of a bar, whose hatch distinguishes it in gray."""
-    return {"facecolor": color, "edgecolor": matplotlib.rcParams["axes.facecolor"], "hatch": 2 * hatch, "linewidth": 0}
-
-
-def _are_between(values: Numbers, limits: Limits) -> Bool[np.ndarray, "n"]:
-    low, high = sorted(limits)
-    return np.isnan(values) | ((low <= values) & (values <= high))
-
-
-def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> Any:
-    """Draw one shape; return its artist if a legend can list it."""
-    look: dict[str, Any]
-    match shape:
-        case Curve():
-            return ax.plot(shape.x, shape.y, color=shape.color, linestyle=DASHES[shape.dash], zorder=zorder)[0]
-        case Area():
-            look = {"color": shape.color, "alpha": FAINT, "linewidth": 0, "zorder": zorder}
-            return ax.fill_between(shape.x, shape.low, shape.high, **look)
-        case Errors():
-            # From low to high, which need not contain the value.
-            lines = ax.hlines if shape.lying else ax.vlines
-            lines(shape.position, shape.low, shape.high, colors=shape.colors, linewidth=0.9, zorder=zorder)
-        case Dots():
-            if shape.errors:
-                _draw_shape(ax, shape.errors, panel, zorder)
-            areas: Any = DOT**2
-            if shape.share is not None:
-                areas = LARGEST**2 * shape.share
-            look = {"c": shape.colors, "edgecolors": panel.theme.background, "linewidths": 0.3}
-            if shape.symbol == "circle-open":  # it covers its error bar
-                look |= {"c": panel.theme.background, "edgecolors": shape.colors, "linewidths": 0.9}
-            elif shape.symbol == "line-ns-open":  # it is as high as two dots, and has no edge
-                look, areas = {"c": shape.colors, "linewidths": 1.2}, 4 * areas
-            # A dot on the edge of the axes is drawn whole.
-            is_inside = _are_between(shape.x, panel.x.limits) & _are_between(shape.y, panel.y.limits)
-            look |= {"marker": MARKERS[shape.symbol], "zorder": zorder, "clip_on": not is_inside.all()}
-            return ax.scatter(shape.x, shape.y, areas, **look)
-        case Bars():
-            bars, start = (ax.barh, "left") if shape.lying else (ax.bar, "bottom")
-            look = {start: shape.base, **_fill(shape.color, shape.hatch)}
-            if shape.errors:
-                _draw_shape(ax, shape.errors, panel, zorder)
-            return bars(shape.position, shape.top - shape.base, shape.width, zorder=zorder, **look)
-        case Cells() if shape.values.size:
-            if np.isnan(shape.values).any():
-                rows, columns = shape.values.shape
-                look = {"facecolor": panel.theme.missing, "edgecolor": panel.theme.hatch, "hatch": "////////"}
-                ax.add_patch(Rectangle((-0.5, -0.5), columns, rows, linewidth=0, zorder=zorder, **look))
-            colors = _color_scale(shape.ramp)
-            look = {"cmap": colors.cmap, "norm": colors.norm, "aspect": "auto", "interpolation": "nearest"}
-            ax.imshow(shape.values, zorder=zorder, **look)
-        case Ruler():
-            look = {"color": panel.theme.ink, "linewidth": 0.8, "linestyle": (0, (4, 2))}
-            note: dict[str, Any] = {"size": _text_size(ax), "zorder": 4, "textcoords": "offset points"}
-            text = keep_math(shape.label)
-            if shape.y is not None:
-                ax.axhline(shape.y, zorder=zorder, **look)
-                anchor, axis = (0.99, shape.y), ax.get_yaxis_transform()
-                ax.annotate(text, anchor, (-2, 1), axis, ha="right", va="bottom", **note)
-            if shape.x is not None:
-                ax.axvline(shape.x, zorder=zorder, **look)
-                across, shift = "left", 2
-                if shape.x > np.mean(panel.x.limits):  # in the right half, the label extends to the left
-                    across, shift = "right", -2
-                anchor, axis = (shape.x, 0.98), ax.get_xaxis_transform()
-                ax.annotate(text, anchor, (shift, -1), axis, ha=across, va="top", rotation=90, **note)
-        case Words():
-            for x, y, text in zip(shape.x, shape.y, shape.text, strict=True):
-                if np.isfinite(x) and np.isfinite(y):
-                    _write(ax, x, y, text, size=_text_size(ax), zorder=zorder, alpha=MUTED if shape.muted else 1.0)
-    return None

@@ -344,7 +344,7 @@ def _handle(entry: Entry) -> Line2D | Patch:
     if entry.kind == "patch":
         return Patch(label=label, **fill_settings(entry.color, entry.style))
     if entry.kind == "line":
-        marker = {"marker": MARKERS.get(entry.marker), "markersize": DOT}
+        marker: dict[str, Any] = {"marker": MARKERS.get(entry.marker), "markersize": DOT}
         return Line2D([], [], color=entry.color, label=label, linestyle=DASHES[entry.style], **marker)
     look: dict[str, Any] = {"marker": MARKERS.get(entry.style), "markersize": DOT, "linestyle": ""}
     if entry.style == "circle-open":

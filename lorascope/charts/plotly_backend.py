@@ -91,7 +91,9 @@ def _legend_sample(entry: Entry, theme: Theme) -> Any:
     fields = {"name": escape_tags(entry.label), "legendgroup": escape_tags(entry.group), "showlegend": True}
     if entry.kind == "patch":
         return go.Bar(x=[None], y=[None], marker=_fill(entry.color, entry.style, theme), **fields)
-    mode, shape, dash = "markers", entry.style, None
+    mode = "markers"
+    shape: str | None = entry.style
+    dash: str | None = None
     if entry.kind == "line":
         mode, shape, dash = "lines+markers" if entry.marker else "lines", entry.marker or None, entry.style
     marker, line = {"color": entry.color, "symbol": shape, "size": 8}, {"color": entry.color, "dash": dash, "width": 2}

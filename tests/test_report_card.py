@@ -98,11 +98,11 @@ def figure_names(run: Result) -> list[str]:
     return [figure["name"] for figure in collect([run]).document["figures"]]
 
 
-def test_figures_answer_how_well_before_where_and_those_of_one_value_are_last(train_once: Any, adapter: Path):
+def test_card_begins_with_where_update_and_rank_went_and_ends_with_figures_of_one_value(train_once: Any, adapter: Path):
     trained, _ = train_once("lora", ls.LoRA(rank=2))
     names = figure_names(trained)
-    assert names[:3] == ["training_curves", "update_norm_heat", "update_norm"]
-    assert figure_names(load(adapter))[:2] == ["update_norm_heat", "update_norm"]
+    assert names[:3] == ["update_norm_heat", "rank_allocation", "update_norm"]
+    assert figure_names(load(adapter))[:3] == ["update_norm_heat", "rank_allocation", "update_norm"]
     card = collect([trained])
     longest = [max(len(card.table(name)) for name in figure["tables"]) for figure in card.document["figures"]]
     of_one_value = [length <= 1 for length in longest]

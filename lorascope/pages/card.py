@@ -29,14 +29,14 @@ from lorascope.runs.result import Result
 MAX_ROWS = 2**18
 """Maximum rows of a table of a card: enough for two adapters with 100,000 modules each."""
 _MOST_VALUES = 20_000  # in a table of a figure; more do not fit into a page of 6 MiB
-# Figures that show how well a run trained, and then where its update is; the others follow by topic.
+# Figures that show where update and rank of a run went, and then how well it trained; the others follow by topic.
 _FIRST = (
-    "training_curves",
-    "accuracy_by_parameters",
     "update_norm_heat",
+    "rank_allocation",
     "update_norm",
     "norm_over_steps",
-    "rank_allocation",
+    "training_curves",
+    "accuracy_by_parameters",
 )
 # Findings and the other figures are sorted as these types list their values.
 _SEVERITIES, _TOPICS = get_args(Severity), get_args(Topic)

@@ -46,7 +46,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"index": [], "glossary": [], "changelog": []}
+html_sidebars = {"index": [], "cheat-sheet": [], "glossary": [], "changelog": []}
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -186,10 +186,10 @@ def test_cheat_sheet_is_one_page_of_the_functions_that_users_call(generated: Mod
     import function_lists
 
     sheet = function_lists.cheat_sheet()
-    shown = re.findall(r"^- `(ls\.[\w.]+)`", sheet, re.MULTILINE)
+    shown = re.findall(r"^- `(ls\.[\w.]+)` \w", sheet, re.MULTILINE)
     low_level = ("analysis", "baseline_ranks", "component_importance", "module_table", "updates")
     assert set(shown) == {name for name in public_calls if name.split(".")[1] not in low_level}
-    assert set(re.findall(r"^- `lorascope (\w+)`", sheet, re.MULTILINE)) == set(COMMANDS)
+    assert set(re.findall(r"^- `lorascope (\w+)` \w", sheet, re.MULTILINE)) == set(COMMANDS)
     assert blocks("python")[0] in sheet
 
 

@@ -90,6 +90,15 @@ def list_analysis() -> dict[str, list[Entry]]:
     return sections
 
 
+def shorten(summary: str) -> str:
+    """Return a summary up to its first semicolon, bracket or colon, but no title of one or two words."""
+    text = re.split(r"[;(]", summary)[0].strip()
+    start = text.partition(": ")[0]
+    if start.count(" ") > 1:
+        return start
+    return text
+
+
 def read_opening() -> tuple[str, str]:
     """Return the first sentence and the first lines of code of the README."""
     _, sentence, *_ = README.split("\n\n")
@@ -97,18 +106,18 @@ def read_opening() -> tuple[str, str]:
 
 
 def cheat_sheet() -> str:
-    """Return the page of all functions that a user calls first, as cards."""
+    """Return the page of all functions that a user calls first, in columns."""
     sentence, code = read_opening()
-    cards = []
+    sections = {}
     for title, entries in list_public().items():
         if title.removeprefix("ls.") not in _NOT_FIRST:
-            lines = [f"- `{entry.name}`: {generated_pages.escape_cell(entry.summary)}" for entry in entries]
-            cards.append("\n".join([f":::{{grid-item-card}} {title}\n", *lines, ":::\n"]))
-    commands = [f"- `lorascope {name}`: {summary}" for name, summary in COMMANDS.items()]
-    cards.append("\n".join([":::{grid-item-card} Commands\n", *commands, ":::\n"]))
-    grid = "\n".join(cards)
+            sections[title] = [f"- `{entry.name}` {shorten(entry.summary)}" for entry in entries]
+    sections["Commands"] = [f"- `lorascope {name}` {summary}" for name, summary in COMMANDS.items()]
+    columns = "\n\n".join("\n".join([f"**{title}**\n", *lines]) for title, lines in sections.items())
     return (
-        f"# Cheat sheet\n\n{sentence}\n\n```python\n{code}```\n\n::::{{grid}} 1 1 2 2\n:gutter: 2\n\n{grid}\n::::\n\n"
+        "---\nhtml_theme.sidebar_secondary.remove: true\n---\n\n"
+        f"# Cheat sheet\n\n{sentence}\n\n```python\n{code}```\n\n"
+        f":::{{container}} cheat-sheet\n\n{columns}\n:::\n\n"
         "The [reference](reference/index.rst) lists all names, and so does `llms.txt` at the root of the site.\n"
     )
 

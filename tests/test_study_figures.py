@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import msgspec
@@ -12,8 +13,12 @@ import pytest
 from made_up_study import around, made_up, registration
 from scipy.stats import spearmanr
 
+from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart, Drawable, Panels
+from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Line, Point, Text
+from lorascope.charts.theme import theme
+from lorascope.pages.embedded_charts import NARROW
 from lorascope.papers import registry
 from lorascope.papers.figures import forest as forest_plot
 from lorascope.papers.figures.first_edition import stored_figures
@@ -165,6 +170,21 @@ def test_axes_have_the_unit_of_their_rows() -> None:
     low, _ = bottom.x.limits or (None, None)
     assert low is not None
     assert low < -60  # the positive control
+
+
+def test_stacked_panels_of_the_forest_keep_the_names_of_methods() -> None:
+    """On a narrow screen, the panels are below each other, each with its ground and the names of its rows."""
+    figure = forest(results_of(adalora=8.0), REGISTERED, EARLIER)
+    plan = plan_figure(figure, theme("light"))
+    stacked = replace(plan, rows=[[number] for number in range(len(plan.panels))])
+    layout = plotly_backend.ground(stacked, NARROW).layout
+    for number, (methods, ground) in enumerate(product(forest_plot.ROWS, (forest_plot.TEXT, forest_plot.TRUTH))):
+        axis = layout[f"yaxis{number + 1}" if number else "yaxis"]
+        assert list(axis.ticktext) == list(methods)
+        assert axis.showticklabels is not False
+        assert figure.charts()[number].title == ground
+    wide = figure.plotly().layout
+    assert wide.yaxis2.showticklabels is False  # the panel on the left has them
 
 
 def test_pairs_have_a_dot_per_seed() -> None:

@@ -134,8 +134,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
             order += [method, f"{method}, other"]
         names = dict(zip(methods, methods, strict=True))
         charts: list[Chart] = []
-        # The panels on the right have the same rows.
-        for ground, unit, ticks in zip((TEXT, TRUTH), units, (names, {}), strict=True):
+        for ground, unit in zip((TEXT, TRUTH), units, strict=True):
             rows = table[table["method"].isin(methods) & (table["ground"] == ground)]
             low, high = limits[unit]
             side = low
@@ -144,14 +143,12 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
                 side = high
             words = rows[rows["word"] != ""].assign(x=side / 2)
             marks = [Rule(x=0), *_effect_marks(rows, ground_of_bound), Text("x", "row", "word", muted=True, data=words)]
-            x, y = Axis(label=unit, limits=(low, high)), Axis(order=order, ticks=ticks, compact=True)
+            x, y = Axis(label=unit, limits=(low, high)), Axis(order=order, ticks=names, compact=True)
             if rows["effect"].isna().all():  # words only
                 x = replace(x, ticks={})
-            charts.append(Chart(rows, marks, x=x, y=y))
+            charts.append(Chart(rows, marks, title=ground, x=x, y=y, caption=_CAPTION))
         grid.append(tuple(charts))
-    left, right = grid[0]
-    left = replace(left, title=f"{TEXT}, {_ACCURACY}", caption=_CAPTION)
-    return Panels(((left, replace(right, title=f"{TRUTH}, {_GAP}")), *grid[1:]))
+    return Panels(tuple(grid))
 
 
 def _effect_marks(rows: pd.DataFrame, ground_of_bound: str) -> list[Mark]:

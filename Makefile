@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 CHECKED := --jaxtyping-packages="lorascope,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
-.PHONY: reproduce full test test-all lint types tests slow numbers docs gpu clean
+.PHONY: reproduce full test test-all lint types tests slow numbers docs notebooks gpu clean
 
 reproduce: .venv/installed
 	$(BIN)/lorascope reproduce -o $(OUT)
@@ -53,6 +53,10 @@ docs: .venv/installed
 	$(BIN)/python docs/_ext/update_readme.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
 	@echo "the site: docs/_build/html/index.html"
+
+# Runs the notebooks and stores their outputs in them; `make docs` runs them again and compares.
+notebooks: .venv/installed
+	$(BIN)/python docs/_ext/notebook_outputs.py
 
 gpu: .venv/installed
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \

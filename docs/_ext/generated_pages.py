@@ -17,10 +17,12 @@ from unittest import mock
 
 import gallery
 import myst_nb.core.render
+import notebook_outputs
 import plotly
 from nbformat import NotebookNode
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.errors import SphinxError
 
 import lorascope
 from lorascope.cli.main import COMMANDS, main
@@ -288,7 +290,7 @@ def write_pages(app: Sphinx, config: Config) -> None:
     source = Path(app.srcdir)
     pages = method_pages() | reference_pages() | kind_pages() | gallery.draw_pages(source)
     pages |= {"quantities.md": quantities_page(), "formats.md": formats_page(), "cli.md": commands_page()}
-    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+    for notebook in notebook_outputs.notebooks():
         pages[f"tutorials/{notebook.name}"] = notebook.read_text(encoding="utf-8")
     for name, text in pages.items():
         write_if_changed(source / name, text)
@@ -306,6 +308,15 @@ def copy_plotly(app: Sphinx, error: Exception | None) -> None:
     """Copy plotly.js next to the other static files of the site."""
     if error is None and app.builder.format == "html":
         shutil.copyfile(PLOTLY_JS, Path(app.outdir) / "_static" / PLOTLY_JS.name)
+
+
+def compare_notebooks(app: Sphinx, error: Exception | None) -> None:
+    """Fail if a notebook that the build ran has outputs of another structure than the stored ones."""
+    if error is None and app.builder.format == "html":
+        # myst-nb writes each notebook that it has run to this folder.
+        differences = notebook_outputs.compare_all(Path(app.outdir).parent / "jupyter_execute" / "tutorials")
+        if differences:
+            raise SphinxError("\n".join(["outputs of notebooks differ: run `make notebooks`", *differences]))
 
 
 def join_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
@@ -331,4 +342,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", write_pages)
     app.connect("html-page-context", use_local_plotly)
     app.connect("build-finished", copy_plotly)
+    app.connect("build-finished", compare_notebooks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -300,10 +300,9 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
     assert [len(row) for row in panels.rows()] == [4, 4, 4]
     for row, chance in zip(panels.rows(), (8, 17, 17), strict=True):
         assert [chart.title for chart in row] == [
-            f"{factor}, {start}: 50%, spaces 50% (chance {chance}%)"
-            for factor in "AB"
-            for start in ("separate starts", "shared start")
+            f"{factor}, {start}\n50%, spaces 50%" for factor in "AB" for start in ("separate starts", "shared start")
         ]
+        assert row[0].y.label.endswith(f" (chance {chance}%)")
     for chart in panels.charts():
         assert chart.square
         assert set(chart.data["seed"]) == {200}

@@ -271,13 +271,15 @@ def factors_figure(table: pd.DataFrame) -> Panels:
 
     The dots are of the first seed, and the shared fractions in the titles of all seeds.
     """
-    # A dot below a smaller one remains visible as a ring.
-    sizes = dict(zip((*DOMAINS, *TASKS), (1.0, 0.55, 0.2, 1.0, 0.6, 0.3, 0.1), strict=True))
+    tasks = (*TASKS, *DOMAINS)
+    # On text, A's from one start coincide: a dot below a smaller one remains visible.
+    sizes = dict(zip(DOMAINS, (1.0, 0.55, 0.2), strict=True))
     rows = []
     for ground, (*names, chance) in _ROWS.items():
         if not set(names).issubset(table["set"]):  # the runs on text are trained first
             continue
         charts: list[Chart] = []
+        size = "size" if ground == "text" else None
         for factor in ("A", "B"):
             for name, start in zip(names, (SEPARATE, SHARED), strict=True):
                 of_set = table[(table["set"] == name) & (table["factor"] == factor)]
@@ -286,17 +288,16 @@ def factors_figure(table: pd.DataFrame) -> Panels:
                 # A plane has neither an origin nor a unit.
                 low, high = dots[["x", "y"]].min(), dots[["x", "y"]].max()
                 scaled = (dots[["x", "y"]] - (low + high) / 2) / (high - low).max()
-                title = f"{factor}, {start}: {raw:.0f}%, spaces {space:.0f}% (chance {chance:.0f}%)"
+                title = f"{factor}, {start}\n{raw:.0f}%, spaces {space:.0f}%"
                 x = Axis(ticks={}, limits=(-0.6, 0.6))
-                y = replace(x, label="" if charts else ground)
+                y = replace(x, label="" if charts else f"{ground} (chance {chance:.0f}%)")
                 dots = dots.assign(x=scaled["x"], y=scaled["y"], size=dots["task"].map(sizes))
-                mark = Point("x", "y", "task", size="size")
-                charts.append(Chart(dots, [mark], title=title, x=x, y=y, colors=sizes, square=True))
+                mark = Point("x", "y", "task", size=size)
+                charts.append(Chart(dots, [mark], title=title, x=x, y=y, colors=tasks, square=True))
         rows.append(tuple(charts))
     caption = (
-        "Each dot is the A or B of one module in one run, placed by t-SNE; dots in one place appear as rings. "
-        "Titles: factors whose nearest factor in another task belongs to the same module, by the cosine of arrays and "
-        "by the overlap of spaces, over all seeds."
+        "Each dot is the A or B of one module in one run, placed by t-SNE. Titles: factors whose nearest factor in "
+        "another task belongs to the same module, by the cosine of arrays and by the overlap of spaces, over all seeds."
     )
     rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
     return Panels(tuple(rows))

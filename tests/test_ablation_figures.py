@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from planted import SHAPE, C, lookup, plant, plant_fourier
 
@@ -14,7 +13,6 @@ from lorascope import plots
 from lorascope.runs.run import Run
 
 FOUND = {"h.0.q": {9: C}}
-T2 = 12.706204736432095 / math.sqrt(2)  # half the t-interval of two values, in standard deviations
 
 
 @pytest.fixture
@@ -38,40 +36,39 @@ def bands(run: Any) -> dict[str, list[Run]]:
     }
 
 
-def test_bias_curve_plots_metric_by_center_with_seed_interval(run: Any) -> None:
-    chart = plots.bias_curve(bands(run))
+def test_bias_curve_plots_metric_by_center_with_its_seeds(run: Any) -> None:
+    chart = plots.bias_curve(bands(run)).charts()[0]
     own = chart.data[chart.data["series"] == "width 3"]
     assert own["center"].tolist() == [0, 2]
     assert own["value"].tolist() == pytest.approx([0.72, 0.82])
-    for row, deviation in zip(own.itertuples(), (0.04, 0.02), strict=True):
-        assert (row.high - row.low) / 2 == pytest.approx(T2 * deviation / math.sqrt(2))
+    assert own[["smaller", "larger"]].to_numpy().tolist() == [[0.70, 0.74], [0.81, 0.83]]
 
 
 def test_bias_curve_draws_the_uniform_draw_from_frequency_zero_to_the_highest(run: Any) -> None:
-    chart = plots.bias_curve(bands(run))
+    chart = plots.bias_curve(bands(run)).charts()[0]
     uniform = chart.data[chart.data["series"] == "uniform draw"]
     corner = math.hypot(SHAPE[0] // 2, SHAPE[1] // 2)
     assert uniform["center"].tolist() == pytest.approx([0, corner])
-    assert uniform["value"].tolist() == uniform["low"].tolist() == pytest.approx([0.80, 0.80])
+    assert uniform["value"].tolist() == uniform["smaller"].tolist() == pytest.approx([0.80, 0.80])
     assert chart.x.limits[0] < 0
-    assert chart.x.limits[1] == pytest.approx(corner)
-    points = next(mark for mark in chart.marks if mark.kind == "point")
-    assert set(chart.table(points)["series"]) == {"width 3"}
+    assert chart.x.limits[1] > corner  # no dot is cut
 
 
-def test_bias_curve_caption_pairs_each_band_with_the_uniform_draw_by_seed(run: Any) -> None:
-    caption = plots.bias_curve(bands(run)).caption
-    assert f"band 0: -0.080 [{-0.08 - T2 * 0.04 / 2**0.5:.3f}, {-0.08 + T2 * 0.04 / 2**0.5:.3f}]" in caption
-    assert "band 2: 0.020 [" in caption
-    assert "2 seeds (0, 1)" in caption
+def test_bias_curve_pairs_each_band_with_the_uniform_draw_by_seed(run: Any) -> None:
+    metric, paired = plots.bias_curve(bands(run)).charts()
+    assert paired.x == metric.x
+    assert lookup(paired, "center") == pytest.approx({0: -0.08, 2: 0.02})
+    assert paired.data[["smaller", "larger"]].iloc[0].tolist() == pytest.approx([-0.10, -0.06])
+    assert paired.y.label == "test metric − band None"
+    assert "2 seeds (0, 1)" in paired.caption
 
 
 def test_bias_curve_has_one_curve_per_width_and_accepts_the_uniform_draw_as_control(run: Any) -> None:
     narrow, wide = (run(0.5, label=f"width {width}", center=1, width=width) for width in (1, 4))
-    chart = plots.bias_curve([wide, narrow], run(0.6, label="even", center=None, width=9))
+    chart = plots.bias_curve([wide, narrow], run(0.6, label="even", center=None, width=9)).charts()[0]
     assert lookup(chart, "series", "center")["width 1", 1] == 0.5
     assert list(dict.fromkeys(chart.data["series"])) == ["width 1", "width 4", "uniform draw"]
-    only_bands = plots.bias_curve([wide, narrow])
+    only_bands = plots.bias_curve([wide, narrow]).charts()[0]
     assert "uniform draw" not in set(only_bands.data["series"])
     assert "no interval" in only_bands.caption
 
@@ -100,17 +97,14 @@ def three(run: Any) -> list[Run]:
     ]
 
 
-def test_basis_ablation_plots_each_basis_with_its_seeds_and_interval(run: Any) -> None:
-    chart = plots.basis_ablation(three(run))
-    assert chart.x.order == ("Fourier", "random", "orthogonal")
-    assert lookup(chart, "basis") == pytest.approx({"Fourier": 0.85, "random": 0.74, "orthogonal": 0.85})
-    half = (chart.data["high"] - chart.data["low"]) / 2
-    assert half.to_numpy() == pytest.approx(T2 * np.array([0.1, 0.08, 0.02]) / math.sqrt(2))
-    seeds = chart.table(chart.marks[0])
-    assert seeds["value"].tolist() == [0.80, 0.90, 0.70, 0.78, 0.84, 0.86]
-    assert seeds["basis"].tolist() == ["Fourier"] * 2 + ["random"] * 2 + ["orthogonal"] * 2
-    assert "FourierFT, basis random: -0.110 [" in chart.caption
-    assert "paired by seed" in chart.caption
+def test_basis_ablation_plots_each_basis_with_its_seeds(run: Any) -> None:
+    chart, paired = plots.basis_ablation(three(run)).charts()
+    assert chart.y.order == paired.y.order
+    assert set(chart.y.order[:2]) == {"Fourier", "orthogonal"}
+    assert lookup(chart, "recipe") == pytest.approx({"Fourier": 0.85, "random": 0.74, "orthogonal": 0.85})
+    seeds = chart.data.set_index("recipe")[["smaller", "larger"]]
+    assert seeds.loc[["Fourier", "random"]].to_numpy().tolist() == [[0.80, 0.90], [0.70, 0.78]]
+    assert lookup(paired, "recipe") == pytest.approx({"random": -0.11, "orthogonal": 0.0})
 
 
 def test_basis_ablation_with_different_numbers_of_coefficients_raises(run: Any) -> None:
@@ -132,5 +126,5 @@ def test_metric_axis_has_the_name_of_the_metric_if_all_runs_share_it(tmp_path: P
         plant(tmp_path, str(number), reached, test={"name": name, "metric": 0.5, "loss": 0.7})
         for number, name in enumerate(("accuracy", "accuracy", "perplexity"))
     )
-    assert plots.ablations({"one": one, "two": two}).y.label == "test accuracy"
-    assert plots.ablations({"one": one, "other": other}).y.label == "test metric"
+    assert plots.ablations({"one": one, "two": two}).charts()[0].x.label == "test accuracy"
+    assert plots.ablations({"one": one, "other": other}).charts()[0].x.label == "test metric"

@@ -134,7 +134,7 @@ def test_panels_are_arranged_in_rows(table) -> None:
         set_side_by_side(stack_vertically(a, b), c)
     assert titles(wrap([a, b, c], 2)) == [["a", "b"], ["c"]]
     assert titles(wrap([a, b], 0)) == [["a"], ["b"]]
-    assert wrap([a], 2) is a
+    assert wrap([a], 2).title == a.title
 
 
 def test_flat_contains_the_data_of_all_panels_and_marks(table) -> None:

@@ -10,15 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import lookup, plant
+from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from test_hydralora import corpus
 
 from lorascope import plots
 from lorascope.analysis.head_count import DENSITY, KMEANS, cluster_selection, density_clusters, repeated_selection
-from lorascope.charts.marks import Rule
+from lorascope.charts.marks import Band, Rule
 from lorascope.runs.run import Run
 
-T2 = 12.706204736432095 / math.sqrt(2)  # half the t-interval of two values, in standard deviations
+T3 = 4.302652729911275 / math.sqrt(3)  # half the t-interval of three values, in standard deviations
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 3])
@@ -61,8 +62,8 @@ def test_head_choice_plots_relative_error_and_counts_elbows() -> None:
     found = selection({0: (2, 1), 1: (3, 1)}, ((10.0, 4.0, 2.0), (20.0, 12.0, 5.0)))
     error, number = plots.head_choice(found, static=4).rows()[0]
     assert lookup(error, "k") == pytest.approx({1: 1.0, 2: 0.5, 3: 0.225})
-    width = error.data.set_index("k").eval("high - low")
-    assert width[2] / 2 == pytest.approx(T2 * abs(0.4 - 0.6) / math.sqrt(2))
+    assert not error.marks_of(Band)
+    assert "interval" not in error.caption
     elbows = next(error.table(mark) for mark in error.marks if mark.kind == "text")
     assert dict(zip(elbows["k"], elbows["words"], strict=True)) == {2: "1×", 3: "1×"}
     assert lookup(number, "algorithm", "sample", value="k") == {
@@ -70,6 +71,14 @@ def test_head_choice_plots_relative_error_and_counts_elbows() -> None:
     }  # fmt: skip
     assert [mark.y for mark in number.marks if isinstance(mark, Rule)] == [4]
     assert "k-means 2.5 (2–3); DBSCAN 1.0 (1–1). 2 samples of 1,000 texts" in error.caption
+
+
+def test_head_choice_of_three_samples_has_a_band() -> None:
+    errors = ((10.0, 4.0), (20.0, 12.0), (10.0, 5.0))
+    error, _ = plots.head_choice(selection(dict.fromkeys(range(3), (2, 1)), errors)).rows()[0]
+    low, high = stats.t.interval(0.95, 2, 0.5, stats.sem([0.4, 0.6, 0.5]))
+    assert error.data.loc[error.data["k"] == 2, ["low", "high"]].to_numpy()[0] == pytest.approx([low, high])
+    assert "Band: 95% t-interval over samples" in error.caption
 
 
 def test_head_choice_of_one_sample_has_no_band(tmp_path: Path) -> None:
@@ -96,34 +105,33 @@ def run(tmp_path: Path) -> Any:
 
 
 def by_number(run: Any) -> dict[str, list[Run]]:
-    reached = {4: (0.81, 0.83), 1: (0.70, 0.74), 8: (0.80, 0.80)}
+    reached = {4: (0.81, 0.83, 0.82), 1: (0.70, 0.74, 0.72), 8: (0.80, 0.80, 0.80)}
     return {
-        f"{n} experts": [run(metric, seed, f"{n} experts", num_experts=n) for seed, metric in enumerate(two)]
-        for n, two in reached.items()
+        f"{n} experts": [run(metric, seed, f"{n} experts", num_experts=n) for seed, metric in enumerate(metrics)]
+        for n, metrics in reached.items()
     }
 
 
 def test_number_of_experts_plots_metric_by_number_with_seed_interval(run: Any) -> None:
-    chart = plots.number_of_experts(by_number(run))
+    chart, paired = plots.number_of_experts(by_number(run)).charts()
     assert chart.data["number"].tolist() == [1, 4, 8]
     assert chart.data["value"].tolist() == pytest.approx([0.72, 0.82, 0.80])
     half = (chart.data["high"] - chart.data["low"]) / 2
-    assert half.to_numpy() == pytest.approx(T2 * np.array([0.04, 0.02, 0]) / math.sqrt(2), rel=1e-9)
+    assert half.to_numpy() == pytest.approx(T3 * np.array([0.02, 0.01, 0]), rel=1e-9)
     assert chart.x.ticks == {1: "1", 4: "4", 8: "8"}
-    assert "Difference from 4 experts" in chart.caption
-    assert "1 experts: -0.100 [" in chart.caption
+    assert lookup(paired, "number") == pytest.approx({1: -0.10, 8: -0.02})
+    assert paired.data["high"].tolist() == pytest.approx([-0.10 + T3 * 0.01, -0.02 + T3 * 0.01])
+    assert paired.y.label == "test metric − 4 experts"
     assert "Trained parameters: 4 experts: 1,000; 1 experts: 1,000; 8 experts: 1,000." in chart.caption
 
 
 def test_number_of_experts_draws_controls_as_horizontal_lines(run: Any) -> None:
     lora = {"LoRA": [run(metric, seed, "LoRA", name="lora", rank=9) for seed, metric in enumerate((0.7, 0.8))]}
-    chart = plots.number_of_experts(by_number(run), lora)
+    chart = plots.number_of_experts(by_number(run), lora).charts()[0]
     level = chart.data[chart.data["series"] == "LoRA"]
     assert level["number"].tolist() == [1, 8]
     assert level["value"].tolist() == pytest.approx([0.75, 0.75])
     assert chart.colors == ("HydraLoRA", "LoRA")
-    points = next(chart.table(mark) for mark in chart.marks if mark.kind == "point")
-    assert set(points["series"]) == {"HydraLoRA"}
 
 
 def test_number_of_experts_without_experts_or_with_other_differences_raises(run: Any) -> None:
@@ -134,15 +142,14 @@ def test_number_of_experts_without_experts_or_with_other_differences_raises(run:
         plots.number_of_experts([one, two])
 
 
-def test_ablations_draw_one_bar_per_variant(run: Any) -> None:
+def test_ablations_draw_one_row_per_variant(run: Any) -> None:
     reached = {"full": (0.80, 0.90), "uniform gates": (0.70, 0.78)}
     runs = {name: [run(m, seed, name, num_experts=seed) for seed, m in enumerate(two)] for name, two in reached.items()}
-    chart = plots.ablations(runs, start=0.5)
+    chart, paired = plots.ablations(runs).charts()
     assert lookup(chart, "recipe") == pytest.approx({"full": 0.85, "uniform gates": 0.74})
-    assert lookup(chart, "recipe", value="words") == {"full": "0.850", "uniform gates": "0.740"}
-    assert (chart.x.order, chart.y.limits) == (("full", "uniform gates"), (0.5, None))
-    assert "Difference from full" in chart.caption
-    assert "uniform gates: -0.110 [" in chart.caption
+    assert chart.y.order == ("full", "uniform gates")
+    assert lookup(paired, "recipe") == pytest.approx({"uniform gates": -0.11})
+    assert paired.data[["smaller", "larger"]].iloc[0].tolist() == pytest.approx([-0.12, -0.10])
 
 
 def test_ablations_with_two_tasks_raises(run: Any) -> None:

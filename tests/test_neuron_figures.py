@@ -78,7 +78,7 @@ def test_neurons_have_one_baseline_per_projection_of_unequal_size(tmp_path):
     assert "from the top ffn_in, ffn_out." in chart.caption
     wide = [row | {side: 32 for side in ("out_features", "in_features") if row[side] == 16} for row in MODULES[2:]]
     chart = plots.neurons(planted(tmp_path, "b", places=[*MODULES[:2], *wide]))
-    (line,) = (mark for mark in chart.marks if isinstance(mark, Line))
+    (line,) = (mark for mark in chart.marks if isinstance(mark, Line) and mark.data is not None)
     by_layer = line.data.set_index(["place", "role"])["chance"].to_dict()
     assert by_layer == {(layer, role): 1 + (layer == "1") for layer in "01" for role in ("ffn_in", "ffn_out")}
 

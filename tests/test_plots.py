@@ -88,7 +88,7 @@ def test_update_norm_heat_splits_blocks_by_role_and_omits_the_whole_block(write:
     chart = plots.update_norm_heat(write("a", values))
     assert lookup(chart, "place", "role") == {("0", "q"): 3, ("0", "ffn_in"): 4, ("1", "q"): 1.5, ("1", "ffn_in"): 2}
     assert (chart.x.order, chart.y.order) == (("0", "1"), ("q", "ffn_in"))
-    assert chart.marks[0].limits == (0.0, 4.0)
+    assert chart.marks[0].limits == (0.0, None)
 
 
 @pytest.mark.parametrize(("top", "text"), [(4.0, ".2f"), (40.0, ".1f"), (4000.0, ".0f"), (0.04, ".4f"), (0.0, None)])
@@ -101,7 +101,7 @@ def test_update_norm_heat_of_several_recipes_shares_one_scale_and_states_the_wid
     small = [write(f"s{seed}", profile(1, q, 4), seed=seed) for seed, q in enumerate((2.0, 3.0, 4.0))]
     panels = plots.update_norm_heat([*small, write("b", profile(1, 3, 40), "big")])
     first, second = panels.rows()[0]
-    assert first.marks[0].limits == second.marks[0].limits == (0.0, 40.0)
+    assert first.marks[0].limits == second.marks[0].limits == (0.0, None)
     half = stats.t.ppf(0.975, 2) / np.sqrt(3) / 3
     assert f"±{half:.0%}" in first.caption
 
@@ -162,14 +162,14 @@ def test_spectrum_default_module_has_the_largest_update_and_caption_has_effectiv
     }
     runs = [
         write(f"s{seed}", sizes, seed=seed, factors={"h.0.q": low_rank(9, 0), "h.1.q": low_rank(*sigma)})
-        for seed, sigma in enumerate([(10.0, 10.0), (12.0, 8.0)])
+        for seed, sigma in enumerate([(10.0, 10.0), (12.0, 8.0), (11.0, 9.0)])
     ]
     chart = plots.spectrum(runs)
     assert chart.meta["module"] == "h.1.q"
     assert lookup(chart, "component") == pytest.approx({1: 11.0, 2: 9.0})
-    shares = np.array([0.6, 0.4])
-    ranks = [2.0, np.exp(-(shares * np.log(shares)).sum())]
-    low, high = stats.t.interval(0.95, 1, np.mean(ranks), stats.sem(ranks))
+    shares = np.array([[0.5, 0.5], [0.6, 0.4], [0.55, 0.45]])
+    ranks = np.exp(-(shares * np.log(shares)).sum(axis=1))
+    low, high = stats.t.interval(0.95, 2, np.mean(ranks), stats.sem(ranks))
     assert f"LoRA rank 2 {np.mean(ranks):.1f} [{low:.1f}, {high:.1f}]" in chart.caption
     assert lookup(plots.spectrum(runs, module="h.0.q"), "component") == pytest.approx({1: 9.0, 2: 0.0})
     with pytest.raises(ValueError, match=r"module.*got 'words'; expected one of h\.0\.q, h\.1\.q"):
@@ -191,19 +191,45 @@ def test_spectrum_draws_dense_and_factored_updates_together(write: Any) -> None:
         plots.subspace_similarity([lora, full])
 
 
-def test_subspace_similarity_of_a_hand_example_and_its_random_baseline(write: Any) -> None:
+def test_subspace_similarity_of_a_hand_example_is_minus_its_random_baseline(write: Any) -> None:
     B = np.eye(4)[:, :2]
     one = write("a", profile(1, 1, 1), factors={"h.0.q": (B, [[2, 0, 0], [0, 1, 0]])})
     two = write("b", profile(1, 1, 1), seed=1, factors={"h.0.q": (B, [[1, 0, 0], [0, 0, 3]])})
     panels = plots.subspace_similarity([one, two])
-    seeds, chance = panels.rows()[0]
-    assert lookup(seeds, "i", "j", value="phi") == pytest.approx({(1, 1): 0, (1, 2): 1, (2, 1): 0, (2, 2): 0.5})
-    assert lookup(chance, "i", "j", value="phi_random") == pytest.approx(
-        {(1, 1): 1 / 3, (1, 2): 2 / 3, (2, 1): 2 / 3, (2, 2): 2 / 3}
+    (seeds,) = panels.charts()
+    phi, chance = {(1, 1): 0, (1, 2): 1, (2, 1): 0, (2, 2): 0.5}, {(1, 1): 1 / 3, (1, 2): 2 / 3, (2, 1): 2 / 3}
+    assert lookup(seeds, "i", "j", value="phi") == pytest.approx(phi)
+    assert lookup(seeds, "i", "j", value="excess") == pytest.approx(
+        {cell: value - chance.get(cell, 2 / 3) for cell, value in phi.items()}
     )
-    assert [chart.marks[0].value for chart in (seeds, chance)] == ["phi", "phi_random"]
-    assert seeds.marks[0].limits == chance.marks[0].limits
+    assert (seeds.marks[0].value, seeds.marks[0].scale) == ("excess", "diverging")
     assert "φ(1, 1) = 0.00, random 0.33; φ(2, 2) = 0.50, random 0.67" in seeds.caption
+    assert "one pair of runs" in seeds.caption
+
+
+def test_subspace_similarity_shows_queries_and_values_of_the_block_whose_queries_changed_most(write: Any) -> None:
+    def run(seed: int) -> Run:
+        sizes = {"h.0.q": (1, 1), "h.0.v": (9, 9), "h.1.q": (3, 3), "h.1.v": (2, 2), "h.2.q": (9, 9)}
+        modules = [{"module": name, "stack": "", "layer": int(name[2]), "role": name[-1]} for name in sizes]
+        return write(f"s{seed}", {}, seed=seed, modules=modules, factors={n: low_rank(*s) for n, s in sizes.items()})
+
+    panels = plots.subspace_similarity({"one": run(0), "two": run(1)}, control={"a": run(2), "b": run(3)})
+    titles = [[chart.title for chart in row] for row in panels.rows()]
+    both, control = "one against two", "control: a against b"
+    assert titles == [[f"{both}, q", f"{both}, v"], [f"{control}, q", f"{control}, v"]]
+    assert "A in h.1.q and h.1.v, minus" in panels.charts()[0].caption
+    assert panels.title == "Subspace similarity minus chance"
+
+
+def test_subspace_similarity_of_two_labels_leaves_out_pairs_of_one_seed(write: Any) -> None:
+    B, axes = np.eye(4)[:, :1], np.eye(3)
+    one, two = (
+        [write(f"{label}{n}", {}, label, n, factors={"h.0.q": (B, axes[[n]])}) for n in range(2)] for label in "ab"
+    )
+    (chart,) = plots.subspace_similarity({"a": one, "b": two}, module="h.0.q").charts()
+    assert chart.data["phi"].tolist() == [0.0]
+    (same,) = plots.subspace_similarity({"a": one[0], "b": two[0]}, module="h.0.q").charts()
+    assert same.data["phi"].tolist() == [1.0]
 
 
 def test_subspace_similarity_compares_all_pairs_of_seeds_or_all_pairs_of_two_labels(write: Any) -> None:

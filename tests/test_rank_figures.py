@@ -269,14 +269,12 @@ def test_adapted_types_compare_test_metrics_at_stated_parameters(write: Any) -> 
 
     queries = [trained(f"q{seed}", "q", 5.0, metric, seed) for seed, metric in enumerate((0.5, 0.6, 0.7))]
     inner = trained("f", "ffn_in", 2.0, 0.8, 0)
-    chart = plots.adapted_types({"W_q": queries, "W_f1": inner})
+    chart = plots.adapted_types({"W_q": queries, "W_f1": inner})  # of other seeds, so without differences
     assert lookup(chart, "recipe") == pytest.approx({"W_q": 0.6, "W_f1": 0.8})
     low, high = stats.t.interval(0.95, 2, 0.6, stats.sem([0.5, 0.6, 0.7]))
-    assert chart.data[["low", "high"]].iloc[0].tolist() == pytest.approx([low, high])
-    assert chart.data["words"].tolist() == ["0.600", "0.800"]
-    assert chart.x.order == ("W_q", "W_f1")
+    assert chart.data[["low", "high"]].iloc[1].tolist() == pytest.approx([low, high])
+    assert chart.y.order == ("W_f1", "W_q")
     assert "Adapter parameters: 200 each." in chart.caption  # 2 modules: 5 (10 + 10) and 2 (40 + 10)
-    assert chart.y.limits == (0.0, None)
     more = plots.adapted_types({"W_q": queries, "W_f1": trained("g", "ffn_in", 3.0, 0.8, 0)})
     assert "Adapter parameters: W_q: 200; W_f1: 300." in more.caption
 

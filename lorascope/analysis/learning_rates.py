@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from lorascope.analysis.norms import last_recorded
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 
 
 def average_losses_by_rate(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:
@@ -23,7 +23,7 @@ def average_losses_by_rate(table: pd.DataFrame, rate: Mapping[str, float]) -> di
     Returns
     -------
     dict quantity -> DataFrame
-        For ``eval_loss`` and ``test_loss``: ``method, lr``, and the mean and interval of ``seed_intervals.band``.
+        For ``eval_loss`` and ``test_loss``: ``method, lr``, and the mean and interval of ``seed_intervals.seed_cells``.
     """
     names = table["recipe"].astype("str")
     methods = names.str.rpartition(" at ")[0]  # recipes of this study are named "METHOD at LEARNING RATE"
@@ -31,7 +31,7 @@ def average_losses_by_rate(table: pd.DataFrame, rate: Mapping[str, float]) -> di
     losses = {}
     for quantity in ("eval_loss", "test_loss"):
         rows = last_recorded(table[table["quantity"] == quantity])
-        cells = band(rows.assign(lr=rows["run"].astype("str").map(rate)), ["method", "lr"])
+        cells = seed_cells(rows.assign(lr=rows["run"].astype("str").map(rate)), ["method", "lr"])
         by_rate = [
             method_cells.sort_values("lr", kind="stable") for _, method_cells in cells.groupby("method", sort=False)
         ]

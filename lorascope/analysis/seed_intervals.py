@@ -13,6 +13,7 @@ from lorascope.array_types import Float, Int
 from lorascope.files.lazy_scipy import stdtr, stdtrit
 
 CONFIDENCE = 0.95
+MINIMUM_SEEDS = 3  # of an interval that is drawn: with two, it reaches 12.7 standard errors to each side
 
 
 class Interval(NamedTuple):
@@ -202,3 +203,21 @@ def band(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     half = stdtrit(degrees, 0.5 + CONFIDENCE / 2) * statistics["deviation"].to_numpy(np.float64) / np.sqrt(n)
     bounds = statistics.assign(low=statistics["value"] - half, high=statistics["value"] + half)
     return bounds[[*by, "value", "low", "high", "n"]]
+
+
+def seed_cells(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Compute what figures draw of the seeds of every cell: mean and 95% t-interval, or two seeds without interval.
+
+    Returns
+    -------
+    DataFrame
+        As `band`, with NaN in ``low`` and ``high`` below ``MINIMUM_SEEDS`` seeds. Two seeds are in ``smaller`` and
+        ``larger``, which are NaN in other cells.
+    """
+    cells = band(table, columns)
+    is_pair = cells["n"] == 2
+    ends = (
+        table.groupby(list(columns), observed=True, dropna=False, sort=False)["value"].agg(["min", "max"]).reset_index()
+    )
+    bounds = cells[["low", "high"]].where(cells["n"] >= MINIMUM_SEEDS)
+    return cells.assign(smaller=ends["min"].where(is_pair), larger=ends["max"].where(is_pair), **bounds)

@@ -335,13 +335,14 @@ class Chart(Drawable):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Panels(Drawable):
-    """Charts in rows, with one legend, one slider and one caption.
+    """Charts in rows, with one legend, one slider and one caption, below a ``title``.
 
     In print, a row has at least ``columns`` places of equal width, and fewer charts leave the last ones empty.
     """
 
     grid: tuple[tuple[Chart, ...], ...]
     columns: int = 0
+    title: str = ""
 
     def __repr__(self) -> str:
         return f"Panels({' / '.join(' | '.join(map(repr, row)) for row in self.grid)})"
@@ -407,9 +408,9 @@ def stack_vertically(*drawables: Drawable) -> Panels:
     return Panels(sum((drawable.rows() for drawable in drawables), ()))
 
 
-def wrap(charts: Sequence[Chart], row: int) -> Drawable:
-    """Arrange charts in rows of ``row`` charts, at least one; a single chart is returned unchanged."""
+def wrap(charts: Sequence[Chart], row: int, title: str = "") -> Drawable:
+    """Arrange charts in rows of ``row`` charts, at least one, below a title, which a single chart has as well."""
     if len(charts) == 1:
-        return charts[0]
+        return replace(charts[0], title=f"{title}: {charts[0].title}".removeprefix(": ").removesuffix(": "))
     row = max(row, 1)
-    return Panels(tuple(tuple(charts[start : start + row]) for start in range(0, len(charts), row)))
+    return Panels(tuple(tuple(charts[start : start + row]) for start in range(0, len(charts), row)), title=title)

@@ -18,16 +18,16 @@ from lorascope.charts.scales import (
     Limits,
     Ramp,
     Scale,
+    bulk_limits,
     categories,
     color_columns,
-    color_limits,
     encoded,
     scale,
     style_columns,
     to_floats,
 )
 from lorascope.charts.theme import RED_BLUE, VIRIDIS, Theme
-from lorascope.files.printable import short_name
+from lorascope.files.printable import number_text, short_name
 
 PAD = 0.04  # fraction of the range left free at each end of a numeric axis
 # Kind of legend symbol, and its style.
@@ -97,7 +97,8 @@ def plan_figure(
     legend_titles = set(map(attrgetter("color_label"), charts))
     entries = _merge_entries(chain.from_iterable(map(panel_entries, panels)))
     if title is None:
-        title = charts[0].title if len(charts) == 1 else ""  # panels have their own titles
+        # Panels have their own titles as well.
+        title = drawable.title if isinstance(drawable, Panels) else charts[0].title
     return FigurePlan(
         panels=_set_limits(panels, frames),
         rows=[list(islice(numbers, len(row))) for row in drawable.rows()],
@@ -208,7 +209,7 @@ def _entries(panel: Panel) -> Iterator[Entry]:
         rows = panel.chart.table(point)
         if point.label and len(rows):
             color = panel.color(point, dict(rows.iloc[0]))
-            yield Entry(point.label, color, "dot", point.symbol or "circle", point.label)
+            yield Entry(point.label, color, "dot", panel.style(point, "shape", {}), point.label)
             labeled_columns.add(point.color)
     for column, uses in encoded([panel.chart], "color").items():
         colors = panel.colors[column]
@@ -223,7 +224,7 @@ def _entries(panel: Panel) -> Iterator[Entry]:
             for _, mark in uses:
                 if (panel.chart.table(mark)[column] == value).any():
                     kind, encoding = LOOKS.get(mark.kind, ("patch", ""))
-                    style = getattr(mark, "symbol", "") or panel.style(mark, encoding, key)
+                    style = panel.style(mark, encoding, key)
                     yield Entry(short_name(value), colors.of(value, panel.theme), kind, style, group(key))
     for kind, encoding in LOOKS.values():
         for column, ((_, mark), *_) in encoded([panel.chart], encoding).items():
@@ -257,17 +258,44 @@ def _heat_ramps(charts: Sequence[Chart]) -> list[Ramp]:
     for number, uses in enumerate(shared.values()):
         views, heats = zip(*uses, strict=True)
         values = np.concatenate([to_floats(charts[view].table(heat)[heat.value]) for view, heat in uses])
+        values = values[np.isfinite(values)]
         limits = _heat_limits(heats[0], values)
-        ramps.append(Ramp(number, heats[0].label, RAMPS[heats[0].scale], limits, list(views)))
+        label, beyond = _label_outside(heats[0].label, values, limits)
+        ramps.append(Ramp(number, label, RAMPS[heats[0].scale], limits, list(views), beyond))
     return ramps
+
+
+def _label_outside(label: str, numbers: Float[np.ndarray, "n"], limits: Limits) -> tuple[str, str]:
+    """Return the label of a color scale with the ends of numbers outside its limits, and at which ends these are."""
+    low, high = min(numbers, default=limits[0]), max(numbers, default=limits[1])
+    room = 1e-9 * (limits[1] - limits[0])  # rounding errors of limits that were computed from the numbers
+    sides = {}
+    if low < limits[0] - room:
+        sides["min"] = f"down to {number_text(low, '.3g')}"
+    if high > limits[1] + room:
+        sides["max"] = f"up to {number_text(high, '.3g')}"
+    if not sides:
+        return label, "neither"
+    beyond, *other_sides = sides
+    if other_sides:
+        beyond = "both"
+    return f"{label} (values {', '.join(sides.values())})".strip(), beyond
 
 
 def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
     """Return the values at both ends of a color scale."""
-    if mark.limits is not None:
-        return float(mark.limits[0]), float(mark.limits[1])
+    start, stop = mark.limits or (None, None)
+    low, high = 1.0, 10.0
     if mark.scale == "diverging":
         # Equal distances from zero keep zero at the neutral color.
-        far = float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0)) or 1.0
-        return -far, far
-    return color_limits(numbers, default=(1.0, 10.0))
+        far = (numbers.size and bulk_limits(np.abs(numbers))[1]) or 1.0
+        low, high = -far, far
+    elif numbers.size:
+        low, high = bulk_limits(numbers)
+    if start is not None:
+        low = float(start)
+    if stop is not None:
+        high = float(stop)
+    if high <= low:
+        high = low + 1.0
+    return low, high

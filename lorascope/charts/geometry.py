@@ -21,6 +21,7 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Band, Bar, Heat, Line, Mark, Point, Rule, Text
 from lorascope.charts.scales import Colors, Ramp, Scale, to_floats
 from lorascope.charts.theme import STYLES, Theme
+from lorascope.files.printable import number_text
 
 Numbers = Float[np.ndarray, "n"]
 CROWD = 60.0  # area of all dots over that of the largest; with more of it each shrinks, so that the panel is readable
@@ -218,7 +219,10 @@ class Panel:
             index = self.styles[column].index(key[column])
         elif not column and color in key and color not in mark.distinct_columns("x", "y"):
             index = self.colors[color].categories.index(key[color])
-        return STYLES[encoding][index % len(STYLES[encoding])]
+        style = STYLES[encoding][index % len(STYLES[encoding])]
+        if isinstance(mark, Point):
+            style = (mark.symbol or style) + "-open" * mark.hollow
+        return style
 
     def positions(self, mark: Any, rows: pd.DataFrame) -> tuple[Numbers, Numbers]:
         """Return the positions of rows on x and y."""
@@ -251,18 +255,26 @@ def build(mark: Any, panel: Panel, frame: Any) -> Iterator[Shape]:
 @build.register
 def _(mark: Line, panel: Panel, frame: Any) -> Iterator[Curve]:
     for rows, key in panel.split(mark, frame, "color", "dash"):
-        x, y = panel.positions(mark, rows)
-        order = np.argsort(x, kind="stable")
-        yield Curve(x[order], y[order], panel.color(mark, key), panel.style(mark, "dash", key), group(key))
+        x, y = _split_stretches(mark, rows, *panel.positions(mark, rows))
+        yield Curve(x, y, panel.color(mark, key), panel.style(mark, "dash", key), group(key))
 
 
 @build.register
 def _(mark: Band, panel: Panel, frame: Any) -> Iterator[Area]:
     for rows, key in panel.split(mark, frame, "color"):
-        x = panel.x.to_positions(rows[mark.x])
-        order = np.argsort(x, kind="stable")
-        low, high = panel.y.to_positions(rows[mark.low]), panel.y.to_positions(rows[mark.high])
-        yield Area(x[order], low[order], high[order], panel.color(mark, key), group(key))
+        x, low, high = panel.x.to_positions(rows[mark.x]), *map(panel.y.to_positions, (rows[mark.low], rows[mark.high]))
+        x, low, high = _split_stretches(mark, rows, x, low, high)
+        yield Area(x, low, high, panel.color(mark, key), group(key))
+
+
+def _split_stretches(mark: Line | Band, rows: pd.DataFrame, *positions: Numbers) -> list[Numbers]:
+    """Return positions in the order of the first ones, with NaN, which is a gap, between the stretches of a mark."""
+    order = np.argsort(positions[0], kind="stable")
+    gaps: Any = []
+    if mark.stretch is not None and len(rows):
+        stretches = rows[mark.stretch].to_numpy()[order]
+        gaps = 1 + np.flatnonzero(stretches[1:] != stretches[:-1])
+    return [np.insert(values[order], gaps, np.nan) for values in positions]
 
 
 @build.register
@@ -288,7 +300,7 @@ def _(mark: Point, panel: Panel, frame: Any) -> Iterator[Dots]:
             share = np.nan_to_num(to_floats(rows[mark.size])) / max(areas.max() or 1.0, crowd)
         x, y = panel.positions(mark, rows)
         errors = panel.errors(mark, rows, y if panel.chart.is_lying else x, colors)
-        symbol = mark.symbol or panel.style(mark, "shape", key)
+        symbol = panel.style(mark, "shape", key)
         yield Dots(x, y, colors, symbol, share, errors, mark.label or group(key))
 
 
@@ -336,7 +348,8 @@ def _(mark: Heat, panel: Panel, frame: Any) -> Iterator[Cells]:
     if mark.words is not None:
         cells = zip(y.tolist(), x.tolist(), strict=True)
         words = dict(zip(cells, map(str, rows[mark.words]), strict=True))
-    texts = {cell: format(value, mark.text or ".4g") for cell, value in np.ndenumerate(values) if np.isfinite(value)}
+    spec = mark.text or ".4g"
+    texts = {cell: number_text(value, spec) for cell, value in np.ndenumerate(values) if np.isfinite(value)}
     yield Cells(values, mark, panel.ramp, texts, words)
 
 

@@ -104,6 +104,8 @@ class Line(Mark):
         Column of the categories that colors and dash patterns distinguish.
     dash : str, optional
         Column of the categories that dash patterns distinguish. Default: that of ``color``.
+    stretch : str, optional
+        Column of stretches: rows of different ones are not joined.
     data : DataFrame, optional
         Table of this mark. Default: the table of the chart.
 
@@ -112,11 +114,12 @@ class Line(Mark):
     >>> ls.Chart(table, [ls.Line("step", "loss", "recipe")]).save("loss.pdf", width="icml")
     """
 
-    encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "dash")
+    encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "dash", "stretch")
     x: str
     y: str
     color: str | None = None
     dash: str | None = None
+    stretch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,15 +132,18 @@ class Band(Mark):
         Columns of the positions and of the lower and upper ends.
     color : str, optional
         Column of the categories that colors distinguish.
+    stretch : str, optional
+        Column of stretches: rows of different ones are not joined.
     data : DataFrame, optional
         Table of this mark. Default: the table of the chart.
     """
 
-    encodings: ClassVar[tuple[str, ...]] = ("x", "low", "high", "color")
+    encodings: ClassVar[tuple[str, ...]] = ("x", "low", "high", "color", "stretch")
     x: str
     low: str
     high: str
     color: str | None = None
+    stretch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,8 @@ class Point(Mark):
         Shape of all dots. Default "": by ``shape`` or ``color``.
     label : str
         Legend entry of all dots, which replaces those of their colors. Default "".
+    hollow : bool
+        Whether dots are outlines. Default False.
     data : DataFrame, optional
         Table of this mark. Default: the table of the chart.
     """
@@ -177,6 +185,7 @@ class Point(Mark):
     high: str | None = None
     symbol: str = ""
     label: str = ""
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,8 @@ class Heat(Mark):
     scale : {"sequence", "diverging"}
         Colors. The diverging ones are centered at zero. Default "sequence".
     limits : (low, high), optional
-        Ends of the color scale. Default: those of the numbers.
+        Ends of the color scale; None at either end takes it from the numbers. An outlier that would take more than
+        half of the scale is beyond its end, as the label of the color bar says.
     words : str, optional
         Column that replaces the number of a cell: in print if ``text`` is set and the words fit, on a screen when
         hovering.
@@ -241,7 +251,7 @@ class Heat(Mark):
     label: str = ""
     text: str | None = None
     scale: str = "sequence"
-    limits: Sequence[float] | None = None
+    limits: Sequence[float | None] | None = None
     words: str | None = None
 
 

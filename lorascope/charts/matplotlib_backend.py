@@ -347,7 +347,7 @@ def _handle(entry: Entry) -> Line2D | Patch:
         marker: dict[str, Any] = {"marker": MARKERS.get(entry.marker), "markersize": DOT}
         return Line2D([], [], color=entry.color, label=label, linestyle=DASHES[entry.style], **marker)
     look: dict[str, Any] = {"marker": MARKERS.get(entry.style), "markersize": DOT, "linestyle": ""}
-    if entry.style == "circle-open":
+    if entry.style.endswith("-open") and entry.style != "line-ns-open":
         look["fillstyle"] = "none"
     return Line2D([], [], color=entry.color, label=label, **look)
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from lorascope.array_types import Float
 from lorascope.charts.geometry import Panel
@@ -23,6 +23,7 @@ FEW = 200  # a logarithmic axis whose ends have a smaller ratio needs ticks betw
 # Multiples of powers of ten for these ticks, from most to fewest; all are for axes with fewer than two of the first.
 BETWEEN, ALL = ((1, 2, 5), (1, 3), (1,)), tuple(range(1, 10))
 _NAMES_SHARE = 0.4  # of the width of a figure: room for the names on a vertical axis
+_TICK = 3.0  # points between ticks without names
 _LINE = 1.2  # height of a line of text, in font sizes
 
 
@@ -34,7 +35,10 @@ def label_categories(ax: Axes, panel: Panel) -> float:
         size = float(axis.get_major_ticks(1)[0].label1.get_fontsize())
         ticks = scale.ticks(room, size, across=axis.axis_name == "y")
         if ticks is not None:
-            axis.set_minor_locator(NullLocator())
+            # Every category has a tick, also one whose name has no room, unless there are very many.
+            unnamed = sorted({*range(len(scale.names))}.difference(ticks.positions))
+            has_room = scale.axis.ticks is None and room >= _TICK * len(scale.names)
+            axis.set_minor_locator(FixedLocator(unnamed) if has_room else NullLocator())
             labels = ticks.names
             if axis.axis_name == "y":
                 width = 72 * ax.figure.bbox.width / ax.figure.dpi

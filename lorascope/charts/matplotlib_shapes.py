@@ -20,7 +20,7 @@ from lorascope.charts.theme import FAINT, MUTED, STYLES
 _PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
 DASHES: dict[str, Any] = dict(zip(STYLES["dash"], _PATTERNS, strict=True))
 MARKERS = dict(zip(STYLES["shape"], "os^DvPX", strict=True))
-MARKERS |= {"circle-open": "o", "line-ns-open": "|"}
+MARKERS |= {f"{shape}-open": marker for shape, marker in MARKERS.items()} | {"line-ns-open": "|"}
 DOT = 4.0  # diameter of a dot in points
 LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a column
 # Vector cells can be edited and have no blur, but take 0.2 kB each; more of them are an image.
@@ -48,10 +48,10 @@ def draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> Any:
             if shape.share is not None:
                 areas = LARGEST**2 * shape.share
             look = {"c": shape.colors, "edgecolors": panel.theme.background, "linewidths": 0.3}
-            if shape.symbol == "circle-open":  # it covers its error bar
-                look |= {"c": panel.theme.background, "edgecolors": shape.colors, "linewidths": 0.9}
-            elif shape.symbol == "line-ns-open":  # it is as high as two dots, and has no edge
+            if shape.symbol == "line-ns-open":  # it is as high as two dots, and has no edge
                 look, areas = {"c": shape.colors, "linewidths": 1.2}, 4 * areas
+            elif shape.symbol.endswith("-open"):  # it covers its error bar
+                look |= {"c": panel.theme.background, "edgecolors": shape.colors, "linewidths": 0.9}
             # A dot on the edge of the axes is drawn whole.
             is_inside = _are_between(shape.x, panel.x.limits) & _are_between(shape.y, panel.y.limits)
             look |= {"marker": MARKERS[shape.symbol], "zorder": zorder, "clip_on": not is_inside.all()}
@@ -104,7 +104,9 @@ def text_size(ax: Axes) -> float:
 
 def color_scale(ramp: Ramp) -> ScalarMappable:
     """Return the mapping of values to the colors of a color bar, transparent for missing values."""
-    colors = LinearSegmentedColormap.from_list(ramp.label or "ramp", ramp.colors).with_extremes(bad=(0, 0, 0, 0))
+    colors: Any = LinearSegmentedColormap.from_list(ramp.label or "ramp", ramp.colors)
+    colors = colors.with_extremes(bad=(0, 0, 0, 0))
+    colors.colorbar_extend = ramp.beyond
     return ScalarMappable(Normalize(*ramp.limits), colors)
 
 

@@ -21,6 +21,7 @@ from lorascope.charts.theme import PALETTE_SIZE, Theme, mix_colors
 from lorascope.files.printable import short_name
 
 _LARGEST = 1e200
+_BULK = 0.95  # smallest fraction of values that color limits without outliers contain
 
 Limits = tuple[float, float]
 
@@ -187,13 +188,17 @@ class Colors:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Color bar of a scale; ``number`` is its place in the figure, ``views`` the indices of the panels with it."""
+    """Color bar of a scale; ``number`` is its place in the figure, ``views`` the indices of the panels with it.
+
+    ``beyond`` is "min", "max" or "both" if values are outside the limits there.
+    """
 
     number: int
     label: str
     colors: list[str]
     limits: Limits
     views: list[int]
+    beyond: str = "neither"
 
     def color_of(self, value: float) -> str:
         """Return the color of a value, at the nearest end if it is outside the limits."""
@@ -263,6 +268,20 @@ def color_limits(numbers: Float[np.ndarray, "n"], default: Limits) -> Limits:
     if low == high:
         high = low + 1.0
     return low, high
+
+
+def bulk_limits(numbers: Float[np.ndarray, "n"]) -> Limits:
+    """Return the ends of a color scale of finite numbers without the few outliers that would take more than half of it.
+
+    Outliers are beyond the outer fences of Tukey (1977), three times the distance of the quartiles from them.
+    """
+    low, high = float(numbers.min()), float(numbers.max())
+    first, third = np.quantile(numbers, (0.25, 0.75))
+    reach = 3 * (third - first)
+    bulk = numbers[(numbers >= first - reach) & (numbers <= third + reach)]
+    if bulk.size < _BULK * numbers.size or not 0 < bulk.max() - bulk.min() < (high - low) / 2:
+        return low, high
+    return float(bulk.min()), float(bulk.max())
 
 
 def style_columns(charts: Sequence[Chart]) -> dict[str, tuple[Any, ...]]:

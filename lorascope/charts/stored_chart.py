@@ -41,7 +41,10 @@ def pack(drawable: Drawable) -> tuple[dict[str, Any], list[pd.DataFrame]]:
     rows = [list(map(pack_chart, row)) for row in drawable.rows()]
     # Number of columns of panels, 1 if the rows determine it; 0 for a chart.
     columns = max(drawable.columns, 1) if isinstance(drawable, Panels) else 0
-    return {"panels": columns, "rows": rows}, tables
+    packed = {"panels": columns, "rows": rows}
+    if isinstance(drawable, Panels) and drawable.title:
+        packed["title"] = drawable.title
+    return packed, tables
 
 
 def unpack(packed: Mapping[str, Any], tables: Sequence[pd.DataFrame]) -> Drawable:
@@ -67,7 +70,7 @@ def unpack(packed: Mapping[str, Any], tables: Sequence[pd.DataFrame]) -> Drawabl
 
     grid = tuple(tuple(map(unpack_chart, row)) for row in packed["rows"])
     if packed["panels"]:
-        return Panels(grid, packed["panels"])
+        return Panels(grid, packed["panels"], packed.get("title", ""))
     return grid[0][0]
 
 

@@ -48,6 +48,12 @@ def first_of(names: Sequence[str]) -> str:
     return f"{printable(names[0])} and {len(names) - 1} more" if len(names) > 1 else printable(names[0])
 
 
+def number_text(number: float, spec: str) -> str:
+    """Format a number to be printed, without a minus sign if it rounds to zero: 0.00 for -0.001."""
+    sign = "+" * spec.startswith("+")
+    return format(float(number), f"{sign}z{spec.removeprefix('+')}")
+
+
 def count_phrase(number: int, noun: str) -> str:
     """Return a printable number with its noun, such as ``1 run`` or ``1,200 runs``."""
     return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis.neuron_utilization import average_shifts, compute_rank_shift, count_shifts
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Band, Bar, Line, Mark, Point
 from lorascope.papers import adalora, fourierft, lisa, neft, variants
@@ -212,7 +212,7 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
                     moved = shift_table(evidence, arm, reference, seed)["d_rank"].abs().mean()
                     rows.append((panel, recipe, number, 100 * moved / _ROLE_RANKS))
     table = pd.DataFrame(rows, columns=["panel", "recipe", "number", "value"])
-    cells = band(
+    cells = seed_cells(
         table[(table["panel"] == "a") | (table["number"] < variants.MORE_NEURONS[-1])], ["panel", "recipe", "number"]
     )
     caption = (

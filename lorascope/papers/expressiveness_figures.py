@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.marks import Axis, Heat, Point
@@ -53,7 +53,7 @@ def accuracy_curves(by_run: Courses) -> Chart:
         extended = accuracy + [accuracy[-1]] * (longest - len(accuracy))
         sampled = {"epoch": range(0, longest, _EVERY), "value": extended[::_EVERY]}
         tables.append(pd.DataFrame(sampled | {"run": seed, "recipe": label, "kind": "run"}))
-    cells = band(pd.concat(tables), ["recipe", "kind", "epoch"])
+    cells = seed_cells(pd.concat(tables), ["recipe", "kind", "epoch"])
     return builders.curves(
         cells,
         "epoch",

@@ -39,7 +39,7 @@ from lorascope.papers.judging.study_statistics import Comparison, OfTable, pair
 from lorascope.papers.lora import FULL
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import planted_arms
-from lorascope.plots.builders import curves
+from lorascope.plots.builders import block_stretches, curves
 from lorascope.runs.run import Run
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -147,9 +147,6 @@ KEPT_TABLES: dict[str, list[KeptTable]] = {
 }
 
 
-_MOST_TICKS = 10  # blocks that all have a tick
-
-
 def norms_figure(table: pd.DataFrame) -> Panels:
     """Draw the norms by layer from the kept table ``norms``, the decoder above the encoder, one panel per reading."""
     rows = []
@@ -160,25 +157,28 @@ def norms_figure(table: pd.DataFrame) -> Panels:
         layers = table[table["arm"].isin(labels) & (table["block"] | table["place"].isin(["embed", "head"]))]
         by_cell = layers.assign(method=layers["arm"].map(labels)).groupby(["method", "reading", "place"], sort=False)
         cells = by_cell["value"].agg(value="mean", low="min", high="max").reset_index()
-        blocks = sorted(set(layers.loc[layers["block"], "place"]), key=int)
-        x = Axis(label=f"layer of {model}", order=["embed", *blocks, "head"])
-        if len(blocks) > _MOST_TICKS:
-            x = replace(x, ticks={layer: layer for layer in ("embed", *blocks[10::10], "head")})
+        layer_order = ["embed", *sorted(set(layers.loc[layers["block"], "place"]), key=int), "head"]
+        # A block that LISA never drew gets a row without a value, where the line has a gap.
+        lines = cells[["method", "reading"]].drop_duplicates().merge(pd.DataFrame({"place": layer_order}), how="cross")
+        cells = lines.merge(cells, how="left").assign(stretch=lambda rows: block_stretches(rows["place"]))
+        x = Axis(label=f"layer of {model}", order=layer_order)
         charts: list[Chart] = []
         for reading in READINGS:
             of_reading = cells[cells["reading"] == reading]
-            # The paper's claim is about the ends of the axis, and LISA's lines have gaps at blocks that it never drew.
+            # A block between two gaps has no line.
             is_dot = of_reading["place"].isin(["embed", "head"])
             if reading == "update":
                 is_dot |= of_reading["method"] == "LISA"
-            dots = Point("place", "value", "method", data=of_reading[is_dot])
+            dots = Point("place", "value", "method", low="low", high="high", data=of_reading[is_dot])
             # Without a label, the axes of panels have different limits.
             y = Axis(label="" if charts else f"norm, {model}", log=reading != "weight")
-            chart = curves(of_reading, "place", (x, y), dots, color="method", points=False, colors=arms)
+            chart = curves(
+                of_reading, "place", (x, y), dots, color="method", points=False, stretch="stretch", colors=arms
+            )  # fmt: skip
             charts.append(replace(chart, title=reading))
         rows.append(tuple(charts))
     caption = (
-        "Norm of every layer, mean over the recorded steps after step 0. Lines are means and bands ranges over seeds. "
+        "Norm of every layer, mean over the recorded steps after step 0, and over seeds; bands and bars: their range. "
         "Weights hardly change, so their lines coincide. Blocks that LISA never drew have no update. The head of "
         "SmolLM2 is tied to its embedding: only LoRA has a second norm there. "
         f"Number of seeds per arm: at most {table['seed'].nunique()}."

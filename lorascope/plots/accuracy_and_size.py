@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import fourier
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis, Line, Point, Text
-from lorascope.plots.builders import ends
+from lorascope.charts.marks import Axis, Line, Text
+from lorascope.plots.builders import dots
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import INTERVAL, Group, Runs
 
@@ -46,14 +46,14 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
     cohort = gather_runs("accuracy_by_parameters", runs, control)
     cohort.require_same("task")
     sizes = pd.DataFrame(map(_recipe_size, cohort.groups))
-    cells = band(cohort.scores(), ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
+    cells = seed_cells(cohort.scores(), ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
     cells = cells.assign(**_label_offsets(cells))
     return cohort.complete(
         Chart(
             cells,
             [
                 Line("parameters", "value", "family"),
-                Point("parameters", "value", "family", **ends(cells)),
+                *dots(cells, "parameters", color="family"),
                 Text("right", "above", "size"),
             ],
             title="Test metric by trained parameters",
@@ -73,7 +73,7 @@ def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
 
     Among points with similar numbers of parameters, only the highest has its label above; the others have it below.
     """
-    high, low = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
+    high, low = cells[["high", "larger", "value"]].max(axis=1), cells[["low", "smaller", "value"]].min(axis=1)
     # A logarithmic axis of one value shows about a factor of 2.
     wide = max(cells["parameters"].max() / cells["parameters"].min(), 2.0)
     # Texts are centered, so a longer one starts further to the right.

@@ -1,25 +1,42 @@
-"""Builders of charts that several figures share: lines over layers, steps or components, cells by role, and bars.
+"""Builders of charts that several figures share: lines over layers, steps or components, cells by role, and dots.
 
-Their tables come from ``analysis.seed_intervals.band``: ``value`` with ``low`` and ``high``, and ``recipe``, the label.
+Their tables come from ``analysis.seed_intervals.seed_cells``: ``value`` with ``low`` and ``high``, or two seeds, and
+``recipe``, the label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
-from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Text
+from lorascope.analysis.seed_intervals import seed_cells
+from lorascope.charts.chart import Chart, Drawable, set_side_by_side
+from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Rule
 from lorascope.plots.run_groups import INTERVAL, Cohort
 from lorascope.schema.module_roles import ROLES
 
 
 def ends(cells: pd.DataFrame) -> dict[str, Any]:
-    """Return the columns of ``band`` that a built chart shows as error bars; none if no recipe has several seeds."""
+    """Return the columns that a built chart shows as error bars; none if no recipe has enough seeds."""
     return {"low": "low", "high": "high"} if cells["low"].notna().any() else {}
+
+
+def dots(
+    cells: pd.DataFrame, x: str, y: str = "value", color: str | None = None, whiskers: bool = True, **settings: Any
+) -> list[Mark]:
+    """Return the marks of means over seeds: dots with their intervals, below them two seeds as hollow dots."""
+    mean = Point(x, y, color, **settings)
+    marks: list[Mark] = []
+    if "smaller" in cells and cells["smaller"].notna().any():
+        for column in ("smaller", "larger"):
+            seed_x, seed_y = (column if name == "value" else name for name in (x, y))
+            marks.append(replace(mean, x=seed_x, y=seed_y, hollow=True))
+    if whiskers:
+        mean = replace(mean, **ends(cells))
+    return [*marks, mean]
 
 
 def used_places(cells: pd.DataFrame) -> list[str]:
@@ -51,22 +68,27 @@ def curves(
     *marks: Mark,
     color: str = "recipe",
     points: bool = True,
+    spread: bool = True,
     whiskers: bool = True,
+    stretch: str | None = None,
     **settings: Any,
 ) -> Chart:
     """Build a chart with one line per recipe over the column ``x``, with a band and error bars for several seeds.
 
     ``labels`` are the axes or their labels, and ``color`` is the column that distinguishes the lines. Every value has a
-    dot if ``points`` is set, and every dot an error bar if ``whiskers`` is set. ``marks`` are drawn on top.
+    dot if ``points`` is set, and every dot an error bar if ``whiskers`` is set. Without ``spread``, only means are
+    drawn. Lines join the rows with equal values of ``stretch``. ``marks`` are drawn on top.
     """
     along, up = map(_to_axis, labels)
     # With a single kind, an entry of the legend would distinguish nothing.
     dash = "kind" if "kind" in cells and cells["kind"].nunique() > 1 else None
-    lines: list[Mark] = [Line(x, "value", color, dash)]
-    if ends(cells):
-        lines.insert(0, Band(x, "low", "high", color))
-    if points:
-        lines.append(Point(x, "value", color, **(ends(cells) if whiskers else {})))
+    lines: list[Mark] = [Line(x, "value", color, dash, stretch)]
+    if ends(cells) and spread:
+        lines.insert(0, Band(x, "low", "high", color, stretch))
+    if points and spread:
+        lines += dots(cells, x, color=color, whiskers=whiskers)
+    elif points:
+        lines.append(Point(x, "value", color))
     return Chart(cells, [*lines, *marks], x=along, y=up, **settings)
 
 
@@ -74,13 +96,13 @@ def _to_axis(label: Axis | str) -> Axis:
     return Axis(label=label) if isinstance(label, str) else label
 
 
-def course(cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:
+def course(cells: pd.DataFrame, y: Axis | str, *marks: Mark, **settings: Any) -> Chart:
     """Build a chart with one line per recipe over the steps; for the arguments see `curves`."""
-    return curves(cells, "step", ("step", y), **settings)
+    return curves(cells, "step", ("step", y), *marks, **settings)
 
 
 def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:
-    """Build a chart with one line per recipe over layers (per ``step``, if a column), with gaps for missing records."""
+    """Build a chart over layers (per ``step``, if a column): lines over blocks, with gaps, dots of other modules."""
     order = used_places(cells)
     rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
     # With other categories, the merge would lose the order of the layers.
@@ -88,7 +110,15 @@ def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any)
     # A missing layer gets a row without a value, where the line has a gap.
     full = rows.merge(pd.DataFrame({"place": positions}), how="cross").merge(cells, how="left")
     full = full.fillna({"n": 0}).astype({"n": "int64"})  # the gaps made n a float
-    return curves(full, "place", (Axis(label="layer", order=order), y), colors=cohort.labels, **settings)
+    full = full.assign(stretch=block_stretches(full["place"]))
+    axes = Axis(label="layer", order=order), y
+    return curves(full, "place", axes, stretch="stretch", colors=cohort.labels, **settings)
+
+
+def block_stretches(layers: pd.Series) -> pd.Series:
+    """Return what the lines of a built chart join on the layer axis: the blocks of a stack, and no other module."""
+    names = layers.astype("str")
+    return names.mask(names.str.fullmatch(r"(.* )?\d+"), "blocks " + names.str.rpartition(" ")[0])
 
 
 def heat_by_role(
@@ -113,35 +143,38 @@ def pair_heat(cells: pd.DataFrame, mark: Heat, order: Sequence[str], *marks: Mar
     return Chart(cells, [mark, *marks], x=Axis(order=order), y=Axis(order=order), **settings)
 
 
-def bars(
-    cells: pd.DataFrame,
-    x: str,
-    axes: tuple[Axis, Axis | str],
-    *marks: Mark,
-    color: str | None = None,
-    **settings: Any,
-) -> Chart:
-    """Build a chart of bars from zero with their intervals."""
-    along, up = axes
-    if isinstance(up, str):
-        up = Axis(label=up, limits=(0, None))
-    return Chart(cells, [Bar(x, "value", color, **ends(cells)), *marks], x=along, y=up, **settings)
+def metric_dots(cohort: Cohort, *sentences: str) -> Drawable:
+    """Build a chart of the final test metric, best recipe first, and one of the differences from the first recipe."""
+    scores = cohort.scores()
+    cells = seed_cells(scores, ["recipe", "kind"]).sort_values("value", ascending=False, kind="stable")
+    caption = cohort.caption(*filter(None, sentences), interval=f"bars: {INTERVAL}")
+    y = Axis(order=list(cells["recipe"]), compact=True)
+    x, title = Axis(label=cohort.metric), cohort.metric.capitalize()
+    metric = Chart(cells, dots(cells, "value", "recipe"), title=title, x=x, y=y, caption=caption)
+    # The first recipe is the one that the caller compares the others with.
+    base = cohort.labels[0]
+    differences = paired_differences(cohort, scores, base)
+    if differences.empty:
+        return metric
+    x, marks = Axis(label=f"{cohort.metric} − {base}"), [Rule(x=0), *dots(differences, "value", "recipe")]
+    paired = Chart(differences, marks, title="Difference, paired by seed", x=x, y=y, caption=caption)
+    return set_side_by_side(metric, paired)
 
 
-def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], title: str) -> Chart:
-    """Build a bar chart of the final test metric, one bar per recipe with interval and number, from ``start``."""
-    cells = band(cohort.scores(), ["recipe", "kind"])
-    top = cells["high"].fillna(cells["value"])
-    # The numbers are above the error bars, with a little room.
-    cells = cells.assign(words=cells["value"].map("{:#.3g}".format), above=top + 0.04 * (top.max() - start))
-    return bars(
-        cells,
-        "recipe",
-        (Axis(label=x, order=cohort.labels), Axis(label=cohort.metric, limits=(start, None))),
-        Text("recipe", "above", "words"),
-        title=title,
-        caption=cohort.caption(*filter(None, sentences), interval=f"bars: {INTERVAL}"),
-    )
+def paired_differences(cohort: Cohort, scores: pd.DataFrame, base: str) -> pd.DataFrame:
+    """Tabulate the difference of every recipe of a built chart from ``base``, paired by seed, if their seeds are equal.
+
+    Pairs of one seed share data order and initialization, so their difference varies less.
+    """
+    seeds = {run.id: run.meta.seed for run in cohort.runs}
+    values = scores.assign(seed=scores["run"].astype("str").map(seeds)).set_index("seed")
+    by_label = {label: rows["value"].sort_index() for label, rows in values.groupby("recipe", sort=False)}
+    tables = [pd.DataFrame(columns=["recipe", "value"]).astype({"value": "float64"})]
+    for label in cohort.labels:
+        index = by_label[label].index
+        if label != base and index.is_unique and index.equals(by_label[base].index):
+            tables.append(pd.DataFrame({"recipe": label, "value": by_label[label] - by_label[base]}))
+    return seed_cells(pd.concat(tables[1:] or tables), ["recipe"])
 
 
 def stacked_bars(

@@ -1,17 +1,22 @@
-"""Figures of ablations: test metric by one setting of a method, and without one of its components."""
+"""Figures of ablations: test metric by one setting of a method, and without one of its components.
+
+The differences from one recipe, paired by seed, are in a second panel.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
 from lorascope.analysis import fourier as analysis
-from lorascope.analysis.seed_intervals import band, t_interval
-from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Text
-from lorascope.plots.builders import ends, metric_bars, ticks_at
+from lorascope.analysis.seed_intervals import seed_cells
+from lorascope.charts.chart import Chart, Drawable, set_side_by_side
+from lorascope.charts.marks import Axis, Line, Mark, Rule
+from lorascope.plots.builders import dots, metric_dots, paired_differences, ticks_at
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import BASIS, FREQUENCIES, HEADS
 from lorascope.plots.run_groups import INTERVAL, Cohort, Runs
@@ -19,8 +24,7 @@ from lorascope.plots.run_groups import INTERVAL, Cohort, Runs
 _UNIFORM = "uniform draw"
 _BASES = {"fourier": "Fourier", "random": "random", "orthogonal": "orthogonal"}
 _HYDRA = "HydraLoRA"
-_MEAN, _SEED = "mean", "one seed"
-_LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
+_MARGIN = 0.04  # room for dots at frequency zero and at the highest one
 
 
 @figure(
@@ -28,11 +32,11 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
     needs=(FREQUENCIES, "test_metric"),
     runs=2,
     reads="Each point is the test metric when entries are drawn around that distance from frequency zero; the "
-    "horizontal line is the uniform draw. A band helps where its seed-paired difference in the caption excludes zero.",
+    "horizontal line is the uniform draw. A band helps where its seed-paired difference, on the right, excludes zero.",
     misleads="The best of several bands beats the line by chance: choose the band on some seeds and evaluate it on "
     "others. A high frequency is not a fine detail, because rows and columns of a weight have no order.",
 )
-def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
+def bias_curve(runs: Runs, control: Runs | None = None) -> Drawable:
     """Plot an ablation of the frequency bias: test metric against the center of the band (FourierFT, Fig. 5).
 
     Parameters
@@ -57,7 +61,7 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     return cohort.complete(metric_by_band(cohort, highest))
 
 
-def metric_by_band(cohort: Cohort, highest: float) -> Chart:
+def metric_by_band(cohort: Cohort, highest: float) -> Drawable:
     """Plot an ablation of a cohort's frequency band: test metric against its center, up to the highest frequency."""
     cohort.require_differ_only_in("center", "width")
     uniform, bands = [], []
@@ -72,9 +76,8 @@ def metric_by_band(cohort: Cohort, highest: float) -> Chart:
         bands.append(settings)
     if len(uniform) == len(bands):
         raise ValueError("bias_curve needs a run with a frequency band, got none: train FourierFT with center=")
-    rows = cohort.scores()
-    series = rows.merge(pd.DataFrame(bands), on="recipe")
-    cells = band(series, ["series", "width", "center"]).sort_values(["width", "center"])
+    series = cohort.scores().merge(pd.DataFrame(bands), on="recipe")
+    cells = seed_cells(series, ["recipe", "series", "width", "center"]).sort_values(["width", "center"])
     curves = cells.dropna(subset="center")
     return _curve_and_level(
         cohort,
@@ -82,10 +85,9 @@ def metric_by_band(cohort: Cohort, highest: float) -> Chart:
         curves,
         # A level needs two points: the ends of the axis.
         pd.concat(cells[cells["center"].isna()].assign(center=end) for end in (0.0, highest)),
-        Axis(label="band center (distance from zero)", limits=(-_LEFT_MARGIN * highest, highest)),
-        "Test metric by frequency band",
+        Axis(label="band center (distance from zero)", limits=(-_MARGIN * highest, (1 + _MARGIN) * highest)),
+        (uniform or cohort.labels)[0],
         "Entries are drawn around one distance from frequency zero (Eq. 5); the axis ends at the highest.",
-        *_differences(cohort, rows, uniform),
         colors=[*dict.fromkeys(curves["series"]), _UNIFORM],
     )
 
@@ -94,12 +96,12 @@ def metric_by_band(cohort: Cohort, highest: float) -> Chart:
     topic="updates",
     needs=(BASIS, "test_metric"),
     runs=2,
-    reads="Each dot with a bar is the mean test metric on one basis, surrounded by its seeds; all bases have the same "
-    "number of coefficients. The basis matters where the seed-paired difference in the caption excludes zero.",
+    reads="Each dot is the mean test metric on one basis; all bases have the same number of coefficients. The basis "
+    "matters where the seed-paired difference, on the right, excludes zero.",
     misleads="All bases share the learning rate and alpha, which may suit some better: tune them per basis. Equal "
     "results mean that the number of coefficients matters, not that any basis would work.",
 )
-def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
+def basis_ablation(runs: Runs, control: Runs | None = None) -> Drawable:
     """Plot an ablation of the basis: test metric by the basis of the coefficients (FourierFT, Table 6).
 
     Parameters
@@ -120,31 +122,11 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather_runs("basis_ablation", runs, control)
     cohort.require_differ_only_in("basis")
-    names = {group.label: _BASES[analysis.basis_setting(group.runs[0])["basis"]] for group in cohort.groups}
-    rows = cohort.scores()
-    rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
-    cells = band(rows, ["basis"]).assign(what=_MEAN)
-    top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
-    above = top + 0.06 * (top.max() - bottom.min())  # room for half the height of a number
-    cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=above)
-    marks: list[Mark] = [Point("basis", "value", "what", **ends(cells)), Text("basis", "above", "words")]
-    if ends(cells):  # several seeds, below their mean
-        marks.insert(0, Point("basis", "value", "what", data=rows))
-    return cohort.complete(
-        Chart(
-            cells,
-            marks,
-            title="Test metric by basis",
-            x=Axis(label="basis", order=dict.fromkeys(names.values())),
-            y=Axis(label=cohort.metric),
-            caption=cohort.caption(
-                "All bases are scaled to the expected norm of the initial update on the Fourier basis.",
-                *_differences(cohort, rows, cohort.labels[:1]),
-                interval=f"bars: {INTERVAL}",
-            ),
-            colors=(_MEAN, _SEED),
-        )
-    )
+    groups = []
+    for group in cohort.groups:
+        groups.append(replace(group, label=_BASES[analysis.basis_setting(group.runs[0])["basis"]]))
+    sentence = "All bases are scaled to the expected norm of the initial update on the Fourier basis."
+    return cohort.complete(metric_dots(replace(cohort, groups=tuple(groups)), sentence))
 
 
 @figure(
@@ -152,12 +134,12 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     needs=(HEADS, "test_metric"),
     runs=2,
     reads="Each point is the test metric with that many experts; overlapping bars mean that the seeds do not "
-    "distinguish the numbers. A flat line means that the number matters little; the caption has seed-paired "
-    "differences.",
+    "distinguish the numbers. A flat line means that the number matters little; seed-paired differences are on the "
+    "right.",
     misleads="Each expert adds parameters (see the caption), so a rise may come from size: add a LoRA of equal size as "
     "control. The best of several numbers also wins by chance.",
 )
-def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
+def number_of_experts(runs: Runs, control: Runs | None = None) -> Drawable:
     """Plot an ablation of the number of experts: test metric against this number (HydraLoRA, Fig. 8).
 
     Parameters
@@ -184,14 +166,13 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     return cohort.complete(metric_by_experts(cohort))
 
 
-def metric_by_experts(cohort: Cohort) -> Chart:
+def metric_by_experts(cohort: Cohort) -> Drawable:
     """Plot an ablation of a cohort's number of experts: test metric against this number."""
     hydras = cohort.without_controls()
     hydras.require_differ_only_in("num_experts")
     cohort.require_same("model", "task")
     numbers = {group.label: group.runs[0].meta.recipe["num_experts"] for group in hydras.groups}
-    rows = cohort.scores()
-    cells = band(rows, ["recipe", "kind"])
+    cells = seed_cells(cohort.scores(), ["recipe", "kind"])
     curve = cells[cells["kind"] == "run"]
     curve = curve.assign(number=curve["recipe"].map(numbers), series=_HYDRA).sort_values("number")
     # A single side if all runs have the same number, because one point must not be drawn twice.
@@ -203,9 +184,8 @@ def metric_by_experts(cohort: Cohort) -> Chart:
         curve,
         pd.concat(controls.assign(number=end, series=controls["recipe"]) for end in sides),
         Axis(label="experts", ticks=ticks_at(numbers.values())),
-        "Test metric by number of experts",
+        hydras.labels[0],
         _parameter_counts(cohort),
-        *_differences(hydras, rows, hydras.labels[:1]),
         colors=[_HYDRA, *dict.fromkeys(controls["recipe"])],
     )
 
@@ -214,20 +194,18 @@ def metric_by_experts(cohort: Cohort) -> Chart:
     topic="routers",
     needs=("test_metric",),
     runs=2,
-    reads="Each bar is the test metric of one variant: the full method first, then the method without one component. A "
-    "component helps where removing it lowers the metric: its seed-paired interval in the caption is below zero.",
+    reads="Each dot is the mean test metric of one variant, the best one on top. A component helps where removing it "
+    "lowers the metric: its seed-paired difference from the full method, on the right, is below zero.",
     misleads="Removing a component also changes the number of trained parameters (see the caption) and the best "
     "learning rate. Components that replace each other all look useless one at a time: remove them together.",
 )
-def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
-    """Plot test metric of a method and its component ablations, one bar per label (HydraLoRA, Fig. 6).
+def ablations(runs: Runs, control: Runs | None = None) -> Drawable:
+    """Plot test metric of a method and its component ablations, one row per label (HydraLoRA, Fig. 6).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs on one task; the first label is the full method, with which the others are compared.
-    start : float
-        Lower end of the metric axis; above 0, small differences look large.
 
     Raises
     ------
@@ -242,8 +220,7 @@ def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Ch
     """
     cohort = gather_runs("ablations", runs, control)
     cohort.require_same("model", "task")
-    sentences = [_parameter_counts(cohort), *_differences(cohort, cohort.scores(), cohort.labels[:1])]
-    return cohort.complete(metric_bars(cohort, start, "", sentences, "Ablations"))
+    return cohort.complete(metric_dots(cohort, _parameter_counts(cohort)))
 
 
 def _curve_and_level(
@@ -252,43 +229,26 @@ def _curve_and_level(
     curve: pd.DataFrame,
     level: pd.DataFrame,
     x: Axis,
-    title: str,
+    base: str,
     *sentences: str,
     colors: Sequence[str],
-) -> Chart:
-    """Plot the test metric over a setting, and as horizontal lines the recipes without it."""
+) -> Drawable:
+    """Plot the test metric over a setting, with lines across for recipes without it, and differences from ``base``."""
     cells = pd.concat([curve, level])
-    marks: list[Mark] = [Line(along, "value", "series"), Point(along, "value", "series", **ends(cells), data=curve)]
-    if ends(cells) and len(level):
-        marks.insert(0, Band(along, "low", "high", "series", data=level))
-    return Chart(
-        cells,
-        marks,
-        title=title,
-        x=x,
-        y=Axis(label=cohort.metric),
-        caption=cohort.caption(*sentences, interval=f"bars and band: {INTERVAL}"),
-        colors=colors,
-    )
+    caption = cohort.caption(*filter(None, sentences), interval=f"bars: {INTERVAL}")
+    settings: dict[str, Any] = {"x": x, "caption": caption, "colors": colors}
+    marks: list[Mark] = [Line(along, "value", "series"), *dots(cells, along, color="series")]
+    metric = Chart(cells, marks, title=cohort.metric.capitalize(), y=Axis(label=cohort.metric), **settings)
+    differences = paired_differences(cohort, cohort.scores(), base)
+    differences = differences.merge(curve[["recipe", along, "series"]], on="recipe").sort_values(["series", along])
+    if differences.empty:
+        return metric
+    marks = [Rule(y=0), Line(along, "value", "series"), *dots(differences, along, color="series")]
+    y = Axis(label=f"{cohort.metric} − {base}")
+    return set_side_by_side(metric, Chart(differences, marks, title="Difference, paired by seed", y=y, **settings))
 
 
 def _parameter_counts(cohort: Cohort) -> str:
     """Return the trained parameters of every recipe, including the classifier head, as a sentence."""
     counts = (f"{group.label}: {group.runs[0].meta.parameters.trained:,}" for group in cohort.groups)
     return f"Trained parameters: {'; '.join(counts)}."
-
-
-def _differences(cohort: Cohort, rows: pd.DataFrame, bases: list[str]) -> list[str]:
-    """Describe the difference of every recipe from the first of ``bases``, paired by seed, if they have equal seeds."""
-    seeds = {run.id: run.meta.seed for run in cohort.runs}
-    values = rows.assign(seed=rows["run"].astype("str").map(seeds)).set_index("seed")
-    by_label = {label: values["value"][values["recipe"] == label].sort_index() for label in cohort.labels}
-    differences = []
-    for label, scores in by_label.items():
-        if bases and label not in bases and len(scores) > 1 and scores.index.equals(by_label[bases[0]].index):
-            # Pairs of one seed share data order and initialization, so their difference varies less.
-            mean, low, high, _ = t_interval((scores - by_label[bases[0]]).to_numpy())
-            differences.append(f"{label}: {mean:z.3f} [{low:z.3f}, {high:z.3f}]")
-    if not differences:
-        return []
-    return [f"Difference from {bases[0]}, paired by seed [95% t-interval]: {'; '.join(differences)}."]

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lorascope.analysis import norms
 from lorascope.analysis.adapter_similarity import DIRECTIONS
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.settling import THRESHOLD, settling_steps
 from lorascope.analysis.subspace_rotation import AGAINST, SPACES, rotations
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
@@ -58,7 +58,7 @@ def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHO
     return cohort.complete(
         profile(
             cohort,
-            band(cohort.label(layers), ["recipe", "kind", "place"]),
+            seed_cells(cohort.label(layers), ["recipe", "kind", "place"]),
             Axis(label="settled at step", limits=(0, 1.04 * ends[-1])),  # room for markers at the last step
             title="Step at which each layer settled",
             caption=cohort.caption(
@@ -131,7 +131,7 @@ def rotation(
 def _angle_course(cohort: Cohort, rows: pd.DataFrame, random: pd.DataFrame, against: str, caption: str) -> Chart:
     angles = rows[rows["against"] == against]
     return curves(
-        band(mean_over_modules(angles), ["recipe", "kind", "step"]),
+        seed_cells(mean_over_modules(angles), ["recipe", "kind", "step"]),
         "step",
         ("step", Axis(label="angle (degrees)", limits=(0, None))),
         # The first stored step has no previous one, and the last one is not compared with itself.

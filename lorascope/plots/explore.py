@@ -14,7 +14,7 @@ from anywidget import AnyWidget
 from plotly.offline import get_plotlyjs
 
 from lorascope.analysis.norms import layer_places
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.sensitive_neurons import name_neurons
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart
@@ -169,7 +169,7 @@ class Explorer(AnyWidget):
         steps = sorted(map(int, rows["step"].fillna(UNSTEPPED).unique()))
         step = min(steps, key=lambda recorded: abs(recorded - step))
         self.rows = self._cohort.table.loc[_at_step(rows, step).index]
-        self.chart = _chart(self._cohort, quantity, band(rows, _VALUE), step)
+        self.chart = _chart(self._cohort, quantity, seed_cells(rows, _VALUE), step)
         # Number of the drawn value of each row: `band` numbers them in order of first appearance, too.
         cells = rows.groupby(_VALUE, observed=True, dropna=False, sort=False).ngroup()
         self._cells = cells[cells.isin(self.chart.data.index)]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.plots.builders import curves
@@ -65,7 +65,7 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     planes = [_frequency_plane(group, update, caption) for group in cohort.groups]
     rows = pd.concat(analysis.radial_profile(coefficients).assign(run=run) for run, coefficients in update.items())
     by_radius = curves(
-        band(cohort.label(rows), ["recipe", "kind", "radius"]),
+        seed_cells(cohort.label(rows), ["recipe", "kind", "radius"]),
         "radius",
         (Axis(label="radius of the frequency", limits=(0, None)), Axis(label="root mean square", limits=(0, None))),
         points=False,

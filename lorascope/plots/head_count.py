@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule, Text
+from lorascope.plots.builders import ends
 from lorascope.plots.figure_registry import document_result
 
 _KMEANS = "k-means"
@@ -39,7 +40,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     # Only k-means has an error for every K; the other algorithm finds the number of clusters itself.
     curves = found[found["algorithm"] == _KMEANS]
     start = curves.groupby("seed")["sse"].transform("first")  # K = 1
-    cells = band(curves.assign(value=curves["sse"] / start), ["algorithm", "k"])
+    cells = seed_cells(curves.assign(value=curves["sse"] / start), ["algorithm", "k"])
     selected = found[found["chosen"]]
     number, texts = found["seed"].nunique(), found["texts"].max()
     spread = selected.groupby("algorithm", sort=False)["k"].agg(["mean", "min", "max"])
@@ -48,7 +49,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     samples = f"One sample of {texts:,} texts."
     if number > 1:
         elbow += ", with the number of samples that choose it"
-        samples = f"{number} samples of {texts:,} texts each. Band: 95% t-interval over samples."
+        samples = f"{number} samples of {texts:,} texts each."
     caption = (
         f"TF-IDF vectors. Error: sum of squared distances to the centers, relative to K = 1. Dots: {elbow}. "
         f"Clusters, mean (min–max): {'; '.join(clusters)}. {samples}"
@@ -58,7 +59,10 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     elbows = elbows.assign(words=elbows["votes"].map("{:.0f}×".format), above=elbows["value"] + 0.06)
     marks: list[Mark] = [Line("k", "value", "algorithm"), Point("k", "value", "algorithm", data=elbows)]
     if number > 1:
-        marks = [Band("k", "low", "high", "algorithm"), *marks, Text("k", "above", "words", data=elbows)]
+        marks.append(Text("k", "above", "words", data=elbows))
+    if ends(cells):
+        marks.insert(0, Band("k", "low", "high", "algorithm"))
+        caption += " Band: 95% t-interval over samples."
     error = Chart(
         cells,
         marks,

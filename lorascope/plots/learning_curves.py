@@ -7,20 +7,20 @@ import math
 import pandas as pd
 
 from lorascope.analysis.learning_rates import average_losses_by_rate, best_rates
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
-from lorascope.charts.marks import Axis, Line, Point
-from lorascope.plots.builders import course, ends, mean_over_modules
+from lorascope.charts.marks import Axis, Line
+from lorascope.plots.builders import course, dots, mean_over_modules
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import INTERVAL, Cohort, Runs, axis_label, require_counts
+from lorascope.plots.run_groups import INTERVAL, PAIR, Cohort, Runs, axis_label, require_counts
 
 
 @figure(
     topic="schedules",
     needs=("loss",),
     history=True,
-    reads="Lower losses and higher accuracies are better; where the bands of two recipes overlap, these seeds do not "
-    "order them. A falling training loss with a growing validation loss means overfitting.",
+    reads="Lower losses and higher accuracies are better; where the bars of two recipes at the last step overlap, the "
+    "seeds do not order them. A falling training loss with a growing validation loss means overfitting.",
     misleads="The training loss is averaged over windows of steps, so it lags and hides spikes: use more windows. The "
     "best state is chosen on validation, so its validation score is optimistic: judge runs on the test split.",
 )
@@ -113,7 +113,7 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     best = best_rates(cells["eval_loss"])
     methods = list(dict.fromkeys(cells["eval_loss"]["method"]))
     tested = cells["test_loss"].merge(best, on=["method", "lr"])
-    tested = tested.assign(at=tested["method"])
+    tested = tested.assign(at=tested["method"]).sort_values("value", kind="stable")
     listed_rates = "; ".join(best["method"] + best["lr"].map(" {:.3g}".format))
     caption = cohort.caption(
         f"Best learning rates by mean final validation loss: {listed_rates}.",
@@ -122,8 +122,8 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     )
     by_rate = Chart(
         cells["eval_loss"],
-        [Line("lr", "value", "method"), Point("lr", "value", "method", **ends(cells["eval_loss"]))],
-        title="by learning rate",
+        [Line("lr", "value", "method"), *dots(cells["eval_loss"], "lr", color="method")],
+        title="Validation loss by learning rate",
         x=Axis(label="learning rate", log=True),
         y=Axis(label=axis_label("eval_loss")),
         caption=caption,
@@ -131,10 +131,10 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     )
     at_best = Chart(
         tested,
-        [Point("at", "value", "method", **ends(tested))],
-        title="at the best rate",
-        x=Axis(order=methods),
-        y=Axis(label=axis_label("test_loss")),
+        dots(tested, "value", "at", "method"),
+        title="Test loss at the best rate",
+        x=Axis(label=axis_label("test_loss")),
+        y=Axis(order=tested["at"], compact=True),
         caption=caption,
         colors=methods,
     )
@@ -142,11 +142,16 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
 
 
 def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:
+    """Draw the means of recipes over the steps, with the spread of their seeds at the last step of each."""
+    cells = seed_cells(rows, ["recipe", "kind", "step"]).assign(quantity=quantity)
+    last = cells[cells["step"] == cells.groupby("recipe")["step"].transform("max")]
     return course(
-        band(rows, ["recipe", "kind", "step"]).assign(quantity=quantity),
+        cells,
         axis_label(quantity),
+        *dots(last, "step", color="recipe", data=last),
         points=quantity != "loss",  # its dots would hide the line
-        caption=cohort.caption(averaged, *cohort.method_notes()),
+        spread=False,  # bands of several recipes would cover each other
+        caption=cohort.caption(averaged, *cohort.method_notes(), interval=f"bars: {INTERVAL}", pair=PAIR),
         colors=cohort.labels,
     )
 

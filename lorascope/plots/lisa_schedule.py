@@ -5,12 +5,12 @@ from __future__ import annotations
 import pandas as pd
 
 from lorascope.analysis import lisa_schedule
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Heat, Line
-from lorascope.plots.builders import bars, course
+from lorascope.plots.builders import course, dots
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import INTERVAL, Runs, axis_label
+from lorascope.plots.run_groups import INTERVAL, PAIR_IN_DATA, Runs, axis_label
 
 
 @figure(
@@ -59,7 +59,7 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
         counts = coverages[coverages["recipe"] == label]
         series = pd.concat([counts, counts.assign(value=counts["expected"], recipe=expected)])
         coverage = course(
-            band(series, ["recipe", "kind", "step"]),
+            seed_cells(series, ["recipe", "kind", "step"]),
             Axis(label=axis_label("coverage"), limits=(0, None)),
             points=False,
             caption=caption,
@@ -72,9 +72,9 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
 @figure(
     topic="schedules",
     needs=("active", "draw_probability"),
-    reads="Bars are the fraction of draws that include a block, the line is its draw probability. Bars scatter around "
+    reads="Dots are the fraction of draws that include a block, the line is its draw probability. Dots scatter around "
     "the line by chance; an interval over many seeds that excludes the line contradicts the probability.",
-    misleads="Few draws scatter widely, and blocks of one draw exclude others, so one high bar lowers the rest: add "
+    misleads="Few draws scatter widely, and blocks of one draw exclude others, so one high dot lowers the rest: add "
     "seeds. The frequency does not show how far a block moved: check update_norm.",
 )
 def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
@@ -98,18 +98,19 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
     )
     panels = []
     for label, frequencies in cohort.split(visits):
-        cells = band(frequencies, ["place"]).assign(what="drawn")
+        cells = seed_cells(frequencies, ["place"]).assign(what="drawn")
         probabilities = frequencies.groupby("place", observed=True)["expected"].mean()
         cells["expected"] = probabilities.reindex(cells["place"]).to_numpy()
+        marks = dots(cells, "place", color="what")
         panels.append(
-            bars(
+            Chart(
                 cells,
-                "place",
-                (Axis(label="block", order=cells["place"].cat.categories), "fraction of draws"),
-                Line("place", "expected", "what", data=cells.assign(what="probability")),
-                color="what",
+                [Line("place", "expected", "what", data=cells.assign(what="probability")), *marks],
                 title=label,
+                x=Axis(label="block", order=cells["place"].cat.categories),
+                y=Axis(label="fraction of draws"),
                 caption=caption,
+                colors=("drawn", "probability"),
             )
         )
     return cohort.complete(wrap(panels, len(panels)))
@@ -154,7 +155,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
                 f"draw_grid needs one label per cell, got {' and '.join(labels)} for n_active {blocks} and interval "
                 f"{steps}"
             )
-    cells = band(rows, ["blocks", "steps"])
+    cells = seed_cells(rows, ["blocks", "steps"])
     half: float = ((cells["high"] - cells["low"]) / 2).max()
     widest = "" if pd.isna(half) else f" Widest interval of a cell: ±{half:.3f}."
     blocks_order, steps_order = (list(map(str, sorted(set(cells[name])))) for name in ("blocks", "steps"))
@@ -168,6 +169,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
             caption=cohort.caption(
                 f"Test metric after the last step; a run that is no longer than the interval draws once.{widest}",
                 interval="95% t-intervals are in the data",
+                pair=PAIR_IN_DATA,
             ),
         )
     )

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lorascope.analysis import initial_update
 from lorascope.analysis import leading_directions as analysis
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.spectra import added_values
 from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Band, Heat, Text
@@ -90,7 +90,7 @@ def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
     pools, description = _pools(cohort, spectra, module)
     values = pd.concat(analysis.pool_spectra(spectra[run], names).assign(run=run) for run, names in pools.items())
     chart = curves(
-        band(cohort.label(values), ["recipe", "kind", "component"]),
+        seed_cells(cohort.label(values), ["recipe", "kind", "component"]),
         "component",
         (Axis(label="component", log=True), Axis(label="singular value", log=True)),
         points=False,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 
 from lorascope.analysis import norms
 from lorascope.analysis.even_spacing import select_steps
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Heat
 from lorascope.charts.scales import to_floats
 from lorascope.plots.builders import heat_by_role, profile
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import Cohort, Runs, axis_label, define, require_counts
+from lorascope.plots.run_groups import PAIR_IN_DATA, Cohort, Runs, axis_label, define, require_counts
 from lorascope.schema.records import QUANTITIES
 
 _CELL = ["recipe", "kind", "place"]
@@ -61,7 +62,9 @@ def update_profile(cohort: Cohort, quantity: str, title: str, log: bool = False)
     """Plot the norm, or another quantity, of modules at the last step, pooled by layer, one line per recipe."""
     cells = cohort.label(norms.last_recorded(_layers(cohort, quantity)))
     caption = cohort.caption(f"{define(quantity)} {_step_phrase(cells)}")
-    return profile(cohort, band(cells, _CELL), Axis(label=axis_label(quantity), log=log), title=title, caption=caption)
+    return profile(
+        cohort, seed_cells(cells, _CELL), Axis(label=axis_label(quantity), log=log), title=title, caption=caption
+    )
 
 
 @figure(
@@ -94,22 +97,23 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     if inside.empty:
         raise ValueError(f"{cohort.name} needs {quantity} of modules inside blocks, got none")
     pooled = norms.last_recorded(norms.pool_modules(inside, by=("place", "role")))
-    cells = band(cohort.label(pooled), [*_CELL, "role"])
+    cells = seed_cells(cohort.label(pooled), [*_CELL, "role"])
     largest = float(pd.Series(to_floats(cells["value"])).max())
     half: float = ((cells["high"] - cells["low"]) / 2 / cells["value"]).max()
     sentences = f"{define(quantity)} {_step_phrase(pooled)}"
     if math.isfinite(half):  # a cell of zeros has no relative width
         sentences += f" Widest interval of a cell: ±{half:.0%}."
-    caption = cohort.caption(sentences, interval="95% t-intervals are in the data")
-    text = limits = None
+    caption = cohort.caption(sentences, interval="95% t-intervals are in the data", pair=PAIR_IN_DATA)
+    text: str | None = None
+    limits: Any = None
     if largest > 0:
-        limits = (0.0, largest)
+        limits = (0.0, None)
         if len(cells[["recipe", "place"]].drop_duplicates()) <= _MOST_LABELED:
             digits = 2 - math.floor(math.log10(largest))  # three digits for the largest
             text = f".{max(0, digits)}f" if abs(digits) < _MOST_DIGITS else ".2e"
     heat = Heat("place", "role", "value", axis_label(quantity), text, limits=limits)
     panels = heat_by_role(cells, cohort.labels, lambda _: heat, "block", caption)
-    return cohort.complete(wrap(panels, len(panels)))
+    return cohort.complete(wrap(panels, len(panels), _title(quantity).replace("layer", "block and role")))
 
 
 @figure(
@@ -140,7 +144,7 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     cohort = gather_runs("norm_over_steps", runs, control, check=False)
     require_counts(frames=frames)
     rows = cohort.label(select_steps(_layers(cohort, quantity, history=True), frames))
-    cells, caption = band(rows, ["step", *_CELL]), cohort.caption(define(quantity))
+    cells, caption = seed_cells(rows, ["step", *_CELL]), cohort.caption(define(quantity))
     return cohort.complete(
         profile(cohort, cells, axis_label(quantity), title=_title(quantity), caption=caption, frame="step")
     )
@@ -193,7 +197,7 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
     panels = []
     for name, rows in layers.items():
         # Mean over the steps first, then mean and band over seeds.
-        cells = band(cohort.label(norms.mean_over_steps(rows)), _CELL).assign(metric=name)
+        cells = seed_cells(cohort.label(norms.mean_over_steps(rows)), _CELL).assign(metric=name)
         if name == _SINCE_START:  # differences may be negative, so the axis is linear
             y = Axis(label=f"{axis_label('adapter_norm')} − step 0")
         else:

@@ -9,12 +9,12 @@ import pandas as pd
 
 from lorascope.analysis import norms, optimizer_moments
 from lorascope.analysis.even_spacing import evenly_spaced
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Heat, Line
 from lorascope.plots.builders import course, curves, mean_over_modules, ticks_at, used_places
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import Runs, axis_label
+from lorascope.plots.run_groups import PAIR_IN_DATA, Runs, axis_label
 from lorascope.schema.module_roles import ROLES
 
 _SHUFFLED = "shuffled"
@@ -74,6 +74,7 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
         f"{axis_label('moment_sigma')} of V, mean over {matrices}, at the last recorded step. Shuffled: the ratio of V "
         "to the product of its row and column sums, permuted over all entries and rescaled to the same sums.",
         interval="intervals are in the data",
+        pair=PAIR_IN_DATA,
     )
     panels = []
     for label in cohort.labels:
@@ -83,7 +84,7 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
                 raise ValueError(f"second_moments needs a role with second moments, got {role!r} (label {label!r})")
             # A place outside the blocks, such as "embed", is not a number and stays.
             layers = rows["place"].str.replace(r"^(\d+)$", r"layer \1", regex=True)
-            cells = band(rows.assign(layer=layers), ["recipe", "kind", "layer", "index"])
+            cells = seed_cells(rows.assign(layer=layers), ["recipe", "kind", "layer", "index"])
             panels.append(
                 Chart(
                     cells,
@@ -136,7 +137,7 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
         is_flat = errors["index"].isna()  # an error without a rank is drawn at both ends
         ranks = pd.DataFrame({"index": [errors["index"].min(), errors["index"].max()]})
         at_ends = errors[is_flat].drop(columns="index").merge(ranks, how="cross")
-        cells = band(pd.concat([errors[~is_flat], at_ends]).astype({"index": int}), ["measure", "index"])
+        cells = seed_cells(pd.concat([errors[~is_flat], at_ends]).astype({"index": int}), ["measure", "index"])
         y = Axis(label=axis_label("moment_error"), limits=(0, None))
         panels.append(_by_rank(cells, y, cohort.title(label), caption, _ERRORS.values()))
     return cohort.complete(wrap(panels, len(panels)))
@@ -175,7 +176,7 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
     for label, table in cohort.split(cohort.label(cohort.table)):
         factorings = optimizer_moments.compare_factorings(table, _WAYS)
         for column, y in y_axes.items():
-            cells = band(factorings.assign(value=factorings[column]), ["measure", "index"])
+            cells = seed_cells(factorings.assign(value=factorings[column]), ["measure", "index"])
             panels.append(_by_rank(cells, y, cohort.title(label), caption, _WAYS.values()))
     return cohort.complete(set_side_by_side(*panels))
 
@@ -220,7 +221,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     keys = ["recipe", "kind", "role", "place", "step"]
     rows = rows.astype({"role": "str", "place": "str"})
     caps = rows.groupby(keys, observed=True)[["share", "cap"]].mean().reset_index()
-    cells = band(rows, keys).merge(caps, on=keys)
+    cells = seed_cells(rows, keys).merge(caps, on=keys)
     cells["words"] = cells["value"].map("{:.4g}/".format) + cells["cap"].map("{:.4g}".format)
     # Frames follow the order of the roles in a block.
     cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
@@ -232,6 +233,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
         f"k_max: {by_cap}. At k_max: {100 * (cells['share'] == 1).mean():.0f}% of the cells.",
         *cohort.method_notes(),
         interval="intervals of k are in the data",
+        pair=PAIR_IN_DATA,
     )
     heat = Heat("step", "place", "share", "k / k_max", ".2f", limits=(0.0, 1.0), words="words")
     settings: dict[str, Any] = {
@@ -270,7 +272,7 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
     cohort = gather_runs("factor_error", runs, control)
     rows = cohort.select(*_COURSES).dropna(subset="layer").astype({"quantity": "str"})
     means = mean_over_modules(rows, "quantity")
-    cells = band(means.assign(measure=means["quantity"].map(_COURSES)), ["recipe", "measure", "step"])
+    cells = seed_cells(means.assign(measure=means["quantity"].map(_COURSES)), ["recipe", "measure", "step"])
     caption = cohort.caption(
         "Relative errors in Frobenius norm, mean over the factored matrices in blocks.", *cohort.method_notes()
     )

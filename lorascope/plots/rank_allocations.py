@@ -9,10 +9,10 @@ import pandas as pd
 
 from lorascope.analysis import norms, rank_allocations
 from lorascope.analysis.planted_ranks import recovered_ranks
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point
-from lorascope.plots.builders import curves, heat_by_role, metric_bars, ticks_at
+from lorascope.plots.builders import curves, heat_by_role, metric_dots, ticks_at
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import Cohort, Group, Runs, define, join_by_label, require_counts
 
@@ -53,7 +53,7 @@ def planted(runs: Runs, control: Runs | None = None) -> Chart:
 def found_by_planted(cohort: Cohort, ranks: pd.DataFrame) -> Chart:
     """Plot rank allocations against planted ranks, from ``run, planted, found`` of a cohort, one line per recipe."""
     means = ranks.groupby(["run", "planted"], sort=True)["found"].mean().rename("value").reset_index()
-    cells = band(cohort.label(means), ["recipe", "kind", "planted"])
+    cells = seed_cells(cohort.label(means), ["recipe", "kind", "planted"])
     truth = pd.DataFrame({"planted": sorted(set(means["planted"]))}).assign(recipe=_TRUTH)
     return curves(
         cells,
@@ -119,7 +119,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
         ranks = pd.concat(allocations)
         sentences.append(f"Random: the same budget; {join_by_label(assumptions)}.")
     cells = _rank_cells(ranks, ["recipe", "kind"])
-    caption = cohort.caption(*sentences, interval=_SPREAD)
+    caption = cohort.caption(*sentences, interval=_SPREAD, pair=_SPREAD)
     panels = _rank_heats(cells, list(dict.fromkeys(ranks["recipe"])), caption)
     return cohort.complete(wrap(panels, _MOST_COLUMNS // cells["place"].nunique()))
 
@@ -154,7 +154,9 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     ranks = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
     cells = _rank_cells(ranks, ["recipe", "kind", "step"])
     event = "decided" if (table["quantity"] == "budget").any() else "recorded"
-    caption = cohort.caption(f"{define('rank')} Steps are those at which ranks were {event}.", interval=_SPREAD)
+    caption = cohort.caption(
+        f"{define('rank')} Steps are those at which ranks were {event}.", interval=_SPREAD, pair=_SPREAD
+    )
     heats = _rank_heats(cells, cohort.labels, caption, frame="step")
     courses = [_rank_course(cohort, ranks, label, caption) for label in cohort.labels]
     return cohort.complete(stack_vertically(*map(set_side_by_side, heats, courses)))
@@ -163,20 +165,18 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
 @figure(
     topic="ranks",
     needs=("test_metric",),
-    reads="Each bar is the test metric when only this type of weight, or these layers, are trained. Bars are "
-    "comparable at equal parameters (see the caption); overlapping intervals mean that the seeds do not order them.",
+    reads="Each dot is the mean test metric when only this type of weight, or these layers, are trained. Dots are "
+    "comparable at equal parameters (see the caption); the differences on the right are paired by seed.",
     misleads="A type that does well on its own may add nothing to the others: also train combinations. Types with "
-    "larger matrices may need another learning rate, or else the bars compare rates: tune it per type.",
+    "larger matrices may need another learning rate, or else the dots compare rates: tune it per type.",
 )
-def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
-    """Plot test metric by the weights to which rank is allocated, one bar per label (AdaLoRA, Fig. 1).
+def adapted_types(runs: Runs, control: Runs | None = None) -> Drawable:
+    """Plot test metric by the weights to which rank is allocated, one row per label (AdaLoRA, Fig. 1).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs labeled by role or by group of layers; ``ls.baseline_ranks.equal_parameters`` computes their ranks.
-    start : float
-        Lower end of the metric axis; above 0, small differences look large.
 
     Examples
     --------
@@ -185,8 +185,7 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
     >>> ls.plots.adapted_types(types)
     """
     cohort = gather_runs("adapted_types", runs, control)
-    title = "Test metric by adapted weights"
-    return cohort.complete(metric_bars(cohort, start, "adapted weights", [_spent_parameters(cohort)], title))
+    return cohort.complete(metric_dots(cohort, _spent_parameters(cohort)))
 
 
 def _rank_cells(ranks: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -216,9 +215,9 @@ def _rank_course(cohort: Cohort, ranks: pd.DataFrame, label: str, caption: str) 
     """Plot budget, phases and total rank of one recipe over the steps, once for all frames."""
     of_recipe = ranks[ranks["recipe"] == label].groupby(["run", "recipe", "kind", "step"], observed=True)
     totals = of_recipe["value"].sum().reset_index()
-    sums = band(totals, ["recipe", "step"]).assign(series=_SUM)
+    sums = seed_cells(totals, ["recipe", "step"]).assign(series=_SUM)
     rows = cohort.select("budget")
-    budget = band(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")
+    budget = seed_cells(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")
     stairs = rank_allocations.step_corners(budget).assign(series="budget")
     top = 1.06 * float(pd.concat([stairs, sums])["value"].max())  # room for the dot at the largest total
     marks: list[Mark] = [Point("step", "value", "series")]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from lorascope.analysis import norms
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Heat, Rule
 from lorascope.plots.builders import course, mean_over_modules, used_roles
@@ -131,7 +131,7 @@ def _gates_by_group(run: Result, step: int | None) -> pd.DataFrame:
 
 def _module_means(cohort: Cohort, quantity: str) -> pd.DataFrame:
     """Average a quantity over modules, then return mean and band over seeds by recipe and step."""
-    return band(mean_over_modules(cohort.select(quantity)), ["recipe", "kind", "step"])
+    return seed_cells(mean_over_modules(cohort.select(quantity)), ["recipe", "kind", "step"])
 
 
 def _course_chart(cohort: Cohort, quantity: str, cells: pd.DataFrame, *rules: Rule) -> Chart:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import initial_update, norms
+from lorascope.analysis.seed_intervals import MINIMUM_SEEDS
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.files.printable import count_phrase
 from lorascope.plots.requirements import OF_UPDATES, STEPS, UPDATES, missing_reason
@@ -26,6 +27,8 @@ Kind: TypeAlias = Literal["run", "control"]
 AnyDrawable = TypeVar("AnyDrawable", bound=Drawable)
 
 INTERVAL = "95% t-interval over seeds"
+PAIR, PAIR_IN_DATA = "hollow dots: both seeds", "both seeds are in the data"
+"""Sentences of captions on two seeds, which are too few for an interval."""
 MIXTURES, UNLEARNED, DIRECTIONS = "mixtures", "unlearned_mixtures", "directions"
 """Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
 # Keys of ``Run.meta`` in which the seeds of one recipe agree.
@@ -238,14 +241,23 @@ class Cohort:
         """Return the title of the panel of one label: none if it is the only one."""
         return label if len(self.groups) > 1 else ""
 
-    def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}") -> str:
-        """Return the sentences of a caption, followed by the number of runs, their seeds and the kind of interval."""
+    def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}", pair: str = PAIR) -> str:
+        """Return the sentences of a caption, followed by the number of runs, their seeds and the kind of interval.
+
+        ``pair`` says how two seeds are shown, which have no interval.
+        """
+        sizes = {len(group.runs) for group in self.groups}
         # One run per label has no spread.
-        if len(self.runs) == len(self.groups):
+        if sizes == {1}:
             return " ".join([*sentences, f"{self.sample}, so no interval."])
         equal = len({group.sample for group in self.groups}) == 1
         mean = "Mean of" if equal else "Mean over seeds:"
-        return " ".join([*sentences, f"{mean} {self.sample}; {interval}."])
+        spread = {pair: 2 in sizes, interval: max(sizes) >= MINIMUM_SEEDS}
+        # Two seeds have a range as well.
+        if pair == interval:
+            spread = {pair: True}
+        spreads = "; ".join(text for text, is_drawn in spread.items() if is_drawn)
+        return " ".join([*sentences, f"{mean} {self.sample}; {spreads}."])
 
     def complete(self, drawable: AnyDrawable, caption: str | None = None) -> AnyDrawable:
         """Add the origin of the figure to its charts, and the gates of input-dependent updates to every caption.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import MINIMUM_SEEDS, seed_cells
 from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis, Heat, Point, Rule
-from lorascope.plots.builders import pair_heat
+from lorascope.charts.marks import Axis, Heat, Rule
+from lorascope.plots.builders import dots, pair_heat
 from lorascope.plots.figure_registry import document_result
-from lorascope.plots.run_groups import INTERVAL
+from lorascope.plots.run_groups import INTERVAL, PAIR
 
 
 @document_result
@@ -52,23 +52,23 @@ def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
     means = _mean_cells(with_truth).sort_values("value", ascending=False)
     return Chart(
         means,
-        [Rule(x=0), Point("value", "first", low="low", high="high")],  # no agreement
+        [Rule(x=0), *dots(means, "value", "first")],  # no agreement
         title=f"Agreement with the {truth} ({level})",
         x=Axis(label=f"Spearman correlation with the {truth}", limits=(-1, 1)),
         y=Axis(order=means["first"]),
-        caption=f"Rank correlation over {level}. {sample}; bars: {interval}.",
+        caption=f"Rank correlation over {level}. {sample}; {interval}.",
         meta={"figure": "against_truth", "runs": list(dict.fromkeys(cells["run"]))},
     )
 
 
 def _mean_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """Return the cells of one run with their intervals over modules, or the mean of several with one over seeds."""
-    return cells if cells["run"].nunique() == 1 else band(cells, ["first", "second"])
+    return cells if cells["run"].nunique() == 1 else seed_cells(cells, ["first", "second"])
 
 
 def _describe_runs(cells: pd.DataFrame) -> tuple[str, str]:
-    """Return what is shown, and its interval."""
+    """Return what is shown, and how its spread is."""
     number = cells["run"].nunique()
     if number == 1:
-        return "One run", "95% bootstrap interval over modules"
-    return f"Mean of {number} seeds", INTERVAL
+        return "One run", "bars: 95% bootstrap interval over modules"
+    return f"Mean of {number} seeds", f"bars: {INTERVAL}" if number >= MINIMUM_SEEDS else PAIR

@@ -12,12 +12,12 @@ import pandas as pd
 
 from lorascope.analysis import neuron_utilization, selected_neurons
 from lorascope.analysis.norms import layer_places
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Rule
-from lorascope.plots.builders import bars, pair_heat, used_roles
+from lorascope.plots.builders import block_stretches, curves, dots, pair_heat, used_roles
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, axis_label, list_runs, require_counts
+from lorascope.plots.run_groups import Cohort, Group, Runs, axis_label, list_runs, require_counts
 from lorascope.runs.result import Result
 from lorascope.schema.records import QUANTITIES
 
@@ -28,8 +28,8 @@ _KINDS = ("strong", "suppressed", "indirect")
 @figure(
     topic="neurons",
     needs=("selected",),
-    reads="Each bar is the number of trained neurons of one projection in one layer: rows of ffn_in and ffn_gate, "
-    "columns of ffn_out. Bars above the line, the expectation for a random selection of the same size, are preferred "
+    reads="Each dot is the number of trained neurons of one projection in one layer: rows of ffn_in and ffn_gate, "
+    "columns of ffn_out. Dots above the line, the expectation for a random selection of the same size, are preferred "
     "layers.",
     misleads="One threshold for all layers prefers small weights and large gradients, regardless of function: compare "
     "with select_by='random'. A pattern that repeats over seeds may reflect depth, not the task: compare tasks.",
@@ -49,21 +49,22 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     cohort = gather_runs("neurons", runs, control)
     counts = cohort.label(pd.concat(map(selected_neurons.count_by_layer, cohort.runs), ignore_index=True))
     counts["place"] = layer_places(counts)
-    cells = band(counts, ["recipe", "place", "role"])
+    cells = seed_cells(counts, ["recipe", "place", "role"])
     chance = counts.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
     panels = []
     for label, rows in cohort.split(cells):
         marks, meaning = _random_marks(chance[chance["recipe"] == label])
         sentence = f"Number of trained neurons by layer and projection; {meaning}."
         panels.append(
-            bars(
-                rows,
+            curves(
+                rows.assign(stretch=block_stretches(rows["place"])),
                 "place",
                 (Axis(label="layer", order=rows["place"].cat.categories), "selected neurons"),
                 *marks,
                 color="role",
+                stretch="stretch",
                 title=label,
-                caption=cohort.caption(sentence, interval=f"bars: {INTERVAL}"),
+                caption=cohort.caption(sentence),
                 colors=used_roles(cells),
             )
         )
@@ -226,15 +227,18 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     order = list(dict.fromkeys(moved.sort_values(["low", "high"])["bucket"]))
     order.append(order.pop(order.index("all")))  # after the percentiles
     settings: dict[str, Any] = {
-        "color": "recipe",
-        "caption": cohort.caption(caption, interval=f"bars: {INTERVAL}"),
+        "caption": cohort.caption(caption),
         "colors": cohort.labels,
         "meta": compared.meta,
     }
-    by_bucket = band(cohort.label(moved), ["recipe", "bucket"])
-    by_kind = band(cohort.label(pd.DataFrame(kinds)), ["recipe", "category"])
-    shift = bars(by_bucket, "bucket", (Axis(label=order_label, order=order), "mean shift (ranks)"), **settings)
-    number = bars(by_kind, "category", (Axis(order=_KINDS), "neurons"), **settings)
+    by_bucket = seed_cells(cohort.label(moved), ["recipe", "bucket"])
+    by_kind = seed_cells(cohort.label(pd.DataFrame(kinds)), ["recipe", "category"])
+    axes = Axis(label=order_label, order=order), "mean shift (ranks)"
+    # A line does not continue from the percentiles to the mean over all.
+    by_bucket = by_bucket.assign(is_all=by_bucket["bucket"] == "all")
+    shift = curves(by_bucket, "bucket", axes, stretch="is_all", title="Shift by percentile", **settings)
+    marks, x = dots(by_kind, "value", "category", "recipe"), Axis(label="neurons")
+    number = Chart(by_kind, marks, title="Neurons by kind of shift", x=x, y=Axis(order=_KINDS), **settings)
     return cohort.complete(set_side_by_side(shift, number))
 
 

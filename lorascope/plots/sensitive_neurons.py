@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis import sensitive_neurons as analysis
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.selected_neurons import Neurons, compare_all_selections
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point, Rule
@@ -90,7 +90,7 @@ def _share_heats(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:
     """Plot the percentage of the sensitivity in the most sensitive tenth by layer and role, one chart per label."""
     shares = analysis.top_shares(neurons)
     shares["value"] *= 100
-    cells = band(cohort.label(shares), ["recipe", "place", "role"])
+    cells = seed_cells(cohort.label(shares), ["recipe", "place", "role"])
     # The scale begins at equal neurons, and is not so narrow that noise takes all of it.
     limits = (100 * analysis.TOP, max(float(cells["value"].max()), 200 * analysis.TOP))
 
@@ -133,7 +133,7 @@ def _profile_chart(rows: pd.DataFrame, color: str, colors: Sequence[str], **sett
     if len(null):
         marks = [Band("percent", "low", "high", color, data=null), Line("percent", "value", color, data=null), *marks]
     return Chart(
-        band(means, [*dict.fromkeys(("recipe", color)), "percent"]),
+        seed_cells(means, [*dict.fromkeys(("recipe", color)), "percent"]),
         marks,
         x=Axis(label="top % of neurons", log=True, ticks=ticks_at((1, 10, 100))),
         y=Axis(label=_MULTIPLE, log=True),

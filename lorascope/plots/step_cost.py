@@ -162,6 +162,7 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
         f"Medians over the steps after step {step_time.WARM}: {'; '.join(_batch_phrase(cohort))}.",
         f"Half the interquartile range of the steps: at most {spread:.0%} of their median.",
         interval=_COUNTS,
+        pair=_COUNTS,
     )
     colors, label = list(step_time.COMPONENTS.values()), "time per step (ms)"
     return cohort.complete(stacked_bars(cells, cohort.labels, label, colors, title="Time per step", caption=caption))

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, product
 
 import pandas as pd
 
 from lorascope.analysis import spectra
 from lorascope.analysis import subspace_similarity as subspace
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.subspace_similarity import Side
-from lorascope.charts.chart import Chart, Panels, set_side_by_side
+from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import curves
 from lorascope.plots.figure_registry import figure, gather_apart, gather_runs
 from lorascope.plots.requirements import SPECTRA, UPDATES
-from lorascope.plots.run_groups import Cohort, Runs, require_choices
+from lorascope.plots.run_groups import Cohort, Runs, common_names, join_by_label, require_choices
 from lorascope.runs.result import Result
 
 _MOST_DOTS = 64  # largest number of components with a dot each
+_ROLES = ("q", "v")  # whose similarity LoRA's paper shows
 _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
 
 
@@ -66,9 +68,9 @@ def spectrum(
     sigmas = {run: spectra.above_rounding(by_module[module]) for run, by_module in by_run.items()}
     values = spectra.tabulate_spectra(sigmas).rename(columns={"module": "run", "sigma": "value"})
     ranks = spectra.rank_definitions(sigmas).rename(columns={"module": "run", "effective_rank": "value"})
-    cells = band(cohort.label(values), ["recipe", "kind", "component"])
+    cells = seed_cells(cohort.label(values), ["recipe", "kind", "component"])
     effective = []
-    for row in band(cohort.label(ranks), ["recipe"]).to_dict("records"):
+    for row in seed_cells(cohort.label(ranks), ["recipe"]).to_dict("records"):
         text = f"{row['recipe']} {row['value']:.1f}"
         if pd.notna(row["low"]):
             text += f" [{row['low']:.1f}, {row['high']:.1f}]"
@@ -91,23 +93,25 @@ def spectrum(
     topic="updates",
     needs=(UPDATES,),
     runs=2,
-    reads="Cell (i, j) is the overlap of the first i directions of one run with the first j of another: 1 if "
-    "contained, 0 if orthogonal. Only what is brighter than the same cell of the random panel is shared.",
+    reads="Cell (i, j) is the overlap of the first i directions of one run with the first j of another, minus that of "
+    "random directions. Red: more is shared than at random; white: as much.",
     misleads="Runs with the same random initial A are similar before they learn anything: use different seeds. In "
-    "narrow models, or for large i or j, the random baseline itself is close to 1.",
+    "narrow models, or for large i or j, the random baseline itself is close to 1, and hides what is shared.",
 )
 def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | None = None, side: Side = "A") -> Panels:
-    """Plot LoRA's subspace similarity φ between runs, next to a random baseline (section 7.2, Figs. 3 and 4).
+    """Plot LoRA's subspace similarity φ between runs minus its random baseline (section 7.2, Figs. 3 and 4).
 
     Parameters
     ----------
     runs : sequence of Run, or mapping label -> run or runs
         At least two runs. Runs of one label: mean over all pairs (two seeds, Fig. 4). Two labels: every run of the
-        first, on the vertical axis, with every run of the second (two ranks, Fig. 3).
+        first, on the vertical axis, with every run of the second (two ranks, Fig. 3), without pairs of one seed if
+        there are others.
     control : as ``runs``, optional
-        Runs for another panel, such as runs on another task.
+        Runs for another row of panels, such as runs on another task.
     module : str, optional
-        Adapted module; by default the one with the largest update.
+        Adapted module; by default the queries and the values of the block whose queries changed most, as in the paper,
+        or without them the module with the largest update.
     side : {"A", "B", "update"}
         Directions of A (as in the paper), of B, or of the inputs of the update, which do not depend on how the update
         was factored.
@@ -123,29 +127,57 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     """
     cohorts = gather_apart("subspace_similarity", runs, control)
     require_choices(side=(side, _SIDES))
-    updates = [run.updates() for cohort in cohorts.values() for run in cohort.runs]
-    # Panels of the control show the same module, so that they can be compared.
-    module = cohorts[""].common_module(updates, module)
-    panels: list[Chart] = []
+    # Panels of the control show the same modules, so that they can be compared.
+    modules = _compared_modules(cohorts[""], [run for cohort in cohorts.values() for run in cohort.runs], module)
+    rows, values, samples = [], [], {}
     for prefix, cohort in cohorts.items():
-        title, pairs = _similarity_pairs(cohort)
-        tables = [subspace.similarity_of_runs(a.updates(), b.updates(), module, side) for a, b in pairs]
-        over_pairs = pd.concat(tables).groupby(["i", "j"], as_index=False)
-        # The random baseline depends only on i, j and the width of the module.
-        cells = over_pairs.agg(
-            phi=("phi", "mean"), least=("phi", "min"), most=("phi", "max"), phi_random=("phi_random", "first")
-        )
-        caption = _phi_caption(cells, len(pairs), module, side)
-        panels.append(_phi_heat(cells, "phi", prefix + title, caption, cohort))
-    random = _phi_heat(panels[0].data, "phi_random", "random subspaces", panels[0].caption, cohorts[""])
-    return cohorts[""].complete(set_side_by_side(*panels, random))
+        label, pairs = _similarity_pairs(cohort)
+        row = []
+        for name, role in modules.items():
+            title = ", ".join(filter(None, (prefix + label, role)))
+            tables = [subspace.similarity_of_runs(a.updates(), b.updates(), name, side) for a, b in pairs]
+            # The random baseline depends only on i, j and the width of the module.
+            cells = pd.concat(tables).groupby(["i", "j"], as_index=False).agg(
+                phi=("phi", "mean"), least=("phi", "min"), most=("phi", "max"), phi_random=("phi_random", "first")
+            )  # fmt: skip
+            samples[title] = f"mean of {len(pairs)} pairs that share runs, so no interval"
+            if len(pairs) == 1:
+                samples[title] = "one pair of runs"
+            values.append(f"{title}: {_corner_values(cells)}.")
+            row.append(_excess_heat(cells, title, cohort))
+        rows.append(tuple(row))
+    caption = (
+        f"φ(i, j) = ‖U₁ᵀU₂‖² / min(i, j) of the top i and j directions of {_SIDES[side]} in {' and '.join(modules)}, "
+        f"minus the random baseline, max(i, j) / dimension; {join_by_label(samples)}. {' '.join(values)}"
+    )
+    return cohorts[""].complete(Panels(tuple(rows), title="Subspace similarity minus chance"), caption)
+
+
+def _compared_modules(cohort: Cohort, runs: Sequence[Result], module: str | None) -> dict[str, str]:
+    """Return the modules to compare and their roles: those of the paper in one block, or one module without a role."""
+    updates = [run.updates() for run in runs]
+    candidates: dict[str, str] = {}
+    if module is None:
+        described = runs[0].modules
+        is_shown = described["module"].isin(common_names(updates)) & described["role"].isin(_ROLES)
+        for _, block in described[is_shown].groupby(["stack", "layer"]):
+            if set(block["role"]) == set(_ROLES):
+                names = dict(zip(block["role"], block["module"], strict=True))
+                candidates[names["q"]] = names["v"]
+        if candidates:
+            query = cohort.common_module([{name: update[name] for name in candidates} for update in updates], None)
+            return {query: "q", candidates[query]: "v"}
+    return {cohort.common_module(updates, module): ""}
 
 
 def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]:
     """Return a title and the pairs of runs to compare."""
     if len(cohort.groups) == 2:
         first, second = cohort.groups
-        return f"{first.label} against {second.label}", list(product(first.runs, second.runs))
+        pairs = list(product(first.runs, second.runs))
+        # Runs of one seed can share their initial A.
+        of_two_seeds = [(a, b) for a, b in pairs if a.meta.seed != b.meta.seed]
+        return f"{first.label} against {second.label}", of_two_seeds or pairs
     pairs = list(combinations(cohort.runs, 2))
     if len(cohort.groups) > 2 or not pairs:
         raise ValueError(
@@ -155,26 +187,23 @@ def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]
     return f"{cohort.labels[0]}, between seeds", pairs
 
 
-def _phi_caption(cells: pd.DataFrame, pairs: int, module: str, side: Side) -> str:
-    """Return the caption: definition of φ, and its value in opposite corners with the random baseline."""
-    sample = "One pair of runs" if pairs == 1 else f"Mean of {pairs} pairs that share runs, so no interval"
+def _corner_values(cells: pd.DataFrame) -> str:
+    """Return the value of φ in opposite corners as text, with its range over pairs and the random baseline."""
     values = []
-    for cell in cells.iloc[[0, -1]].itertuples():  # smallest and largest i and j
-        spread = f" ({cell.least:.2f} to {cell.most:.2f})" if pairs > 1 else ""
-        values.append(f"φ({cell.i}, {cell.j}) = {cell.phi:.2f}{spread}, random {cell.phi_random:.2f}")
-    return (
-        f"φ(i, j) = ‖U₁ᵀU₂‖² / min(i, j) of the top i and j directions of {_SIDES[side]} in {module}. {sample}. "
-        f"{'; '.join(values)}. Random baseline: max(i, j) / dimension."
-    )
+    for cell in cells.iloc[[0, -1]].to_dict("records"):  # smallest and largest i and j
+        text = f"φ({cell['i']}, {cell['j']}) = {cell['phi']:.2f}"
+        if cell["least"] < cell["most"]:
+            text += f" ({cell['least']:.2f} to {cell['most']:.2f})"
+        values.append(f"{text}, random {cell['phi_random']:.2f}")
+    return "; ".join(values)
 
 
-def _phi_heat(cells: pd.DataFrame, value: str, title: str, caption: str, cohort: Cohort) -> Chart:
+def _excess_heat(cells: pd.DataFrame, title: str, cohort: Cohort) -> Chart:
     return Chart(
-        cells,
-        [Heat("j", "i", value, "φ(i, j)", limits=(0, 1))],
+        cells.assign(excess=cells["phi"] - cells["phi_random"]),
+        [Heat("j", "i", "excess", "φ(i, j) − chance", scale="diverging")],
         title=title,
         x=Axis(label="j"),
         y=Axis(label="i"),
-        caption=caption,
         meta=cohort.meta,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Panels
 from lorascope.charts.marks import Axis, Line, Mark, Rule
 from lorascope.papers.figures.study_marks import write_word
@@ -55,7 +55,7 @@ def _of_arms(table: pd.DataFrame, arms: Mapping[str, str]) -> pd.DataFrame:
 
 
 def _over_seeds(modules: pd.DataFrame) -> pd.DataFrame:
-    cells = band(modules.groupby(_KEYS)["value"].mean().reset_index(), ["recipe", "planted"])
+    cells = seed_cells(modules.groupby(_KEYS)["value"].mean().reset_index(), ["recipe", "planted"])
     return cells.astype(dict.fromkeys(["planted", "value", "low", "high"], "float64"))
 
 

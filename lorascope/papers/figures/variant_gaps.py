@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.marks import Axis, Mark, Point, Rule
 from lorascope.papers.judging.kept_study import StudyEvidence
@@ -130,7 +130,7 @@ def gaps_by_number(
         closed = variant_gap_table(evidence, {name: arm})
         marks.append(Rule(y=closed.loc[closed["seed"].isin(seeds), "value"].mean(), label=name))
     return curves(
-        band(table, ["recipe", "number"]),
+        seed_cells(table, ["recipe", "number"]),
         "number",
         (Axis(label=x, log=log, ticks=ticks_at(sorted(set(table["number"])))), CLOSED),
         *marks,

@@ -228,6 +228,7 @@ def test_figure_shows_the_matrix(three: dict[str, Adapter]) -> None:
     charts = [chart for row in plots.adapter_pairs(three).rows() for chart in row]
     table = adapter_similarity.compare_adapters(three, adapter_similarity.compare_modules(three))
     ratio, cosine, angles, moved = charts
+    assert ratio.marks[0].limits[1] == pytest.approx(max(1, ratio.data["log_ratio"].abs().max()))
     assert ratio.data["log_ratio"].tolist() == pytest.approx(np.log2(table["norm_ratio"]).tolist())
     assert cosine.data["cosine"].tolist() == table["cosine"].tolist()
     assert angles.data["words"].tolist()[1].startswith(f"{table['angle'][1]:.0f}° (")

@@ -465,10 +465,10 @@ def test_figure_shows_a_beside_b_by_tsne_and_pca_with_their_shared_fractions(dom
     (cloud,) = build_factor_sets(updates, RUNS, ("B",))
     shared = factor_sharing.sharedness([cloud])["sharedness"]
     titles = ["A, 2 × 12: 100% (chance 17%)", f"B, 2 × 12: {100 * shared:.0f}% (chance 17%)"]
-    assert [[chart.title for chart in row] for row in panels.rows()] == 3 * [titles]
-    assert [row[0].y.label for row in panels.rows()[:2]] == [f"t-SNE, perplexity {size}" for size in (12, 4)]
+    assert [[chart.title for chart in row] for row in panels.rows()] == 2 * [titles]
+    assert panels.rows()[0][0].y.label == "t-SNE, perplexity 12"
     assert all(chart.square for chart in panels.charts())
-    chart = panels.rows()[2][1]
+    chart = panels.rows()[1][1]
     np.testing.assert_allclose(chart.data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
     assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]
     assert chart.data["role"].tolist() == [("q", "v")[int(name[2]) % 2] for name in chart.data["module"]]
@@ -491,11 +491,23 @@ def test_figure_shows_a_beside_b_by_tsne_and_pca_with_their_shared_fractions(dom
     assert np.abs(panels.rows()[0][0].data[["x", "y"]].to_numpy()).max() == 1
     assert panels.rows()[0][0].data["start"].unique().tolist() == ["from PCA"]
     (of_a,) = build_factor_sets(updates, RUNS, ("A",))
-    for (chart, _), perplexity in zip(panels.rows(), (12, 4), strict=False):
-        plane = factor_embeddings.tsne(of_a, perplexity)
-        np.testing.assert_allclose(chart.data[["x", "y"]], plane / np.abs(plane).max())
+    plane = factor_embeddings.tsne(of_a, 12)
+    np.testing.assert_allclose(panels.rows()[0][0].data[["x", "y"]], plane / np.abs(plane).max())
     assert "film: 2 seeds (0, 1)" in chart.caption.lower()
     assert "another domain is from the same module" in chart.caption
+
+
+@pytest.mark.parametrize(("modules", "sizes"), [(7, ["14"]), (8, ["16", "5.33"])])
+def test_figure_of_enough_points_has_a_second_perplexity(tmp_path, modules, sizes):
+    """A t-SNE of fewer than five neighbors falls apart, so that of a third of the usual number needs 45 points."""
+    places = [{"module": f"h.{m}.q", "stack": "", "layer": m, "role": "q"} for m in range(modules)]
+    runs = {}
+    for seed, (run, held) in enumerate(scattered(0, modules=modules).items()):
+        factors = {name: (update.B, update.A) for name, update in held.items()}
+        planted_run = plant(tmp_path, run, {("loss", ""): {9: 1.0}}, "LoRA", seed, factors, modules=places)
+        runs.setdefault(RUNS[run], []).append(planted_run)
+    labels = [row[0].y.label for row in plots.factor_embedding(runs).rows()]
+    assert labels[:-1] == [f"t-SNE, perplexity {size}" for size in sizes]
 
 
 def test_figure_with_a_control_and_seeds_has_columns_and_frames_for_them(domains):

@@ -65,6 +65,8 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
     with np.errstate(divide="ignore"):
         ratios = table.assign(log_ratio=np.log2(table["norm_ratio"]), words=table["norm_ratio"].map(_format_ratio))
     ratios = ratios.replace({"log_ratio": {-np.inf: np.nan}})
+    # At least twice and half the norm, so that a difference of a few percent does not look like one.
+    reach = max(1.0, float(ratios["log_ratio"].abs().max()))
     chance = table["chance"].map(" ({:.0f}°)".format).where(table["chance"].notna(), "")
     angles = table.assign(words=table["angle"].map("{:.0f}°".format) + chance)
 
@@ -72,7 +74,8 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
         mark = Heat("other", "one", value, label, numbers, **settings)
         return pair_heat(cells, mark, list(labeled), title=title, caption=caption)
 
-    norm = heat("‖W − W₀‖, row / column", ratios, "log_ratio", "log₂ ratio", ".1f", scale="diverging", words="words")
+    scale: dict[str, Any] = {"scale": "diverging", "limits": (-reach, reach)}
+    norm = heat("‖W − W₀‖, row / column", ratios, "log_ratio", "log₂ ratio", ".1f", words="words", **scale)
     cosine = heat("Cosine of W − W₀", table, "cosine", "cosine", ".2f", scale="diverging", limits=(-1, 1))
     angle = heat("Mean principal angle", angles, "angle", "degrees", ".0f", limits=(0, 90), words="words")
     rank = heat("Rank in different modules", table, "rank_moved", "fraction", ".2f", limits=(0, 1))

@@ -27,6 +27,7 @@ _VIEWS = {
 }
 _SAME_PLACE = 0.3  # fraction of the largest coordinate within which dots of one module share a name
 _MOST_NAMED = 12  # largest number of modules whose names are legible
+_LEAST_PERPLEXITY = 5  # with fewer neighbors, t-SNE tears groups apart
 _EDGE = 1.15  # end of the axes over the largest coordinate, so that no dot is cut
 _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the height
 
@@ -71,7 +72,7 @@ def factor_embedding(
         Step with a snapshot; by default the last step.
     perplexity : float or sequence of float, optional
         Perplexity of each t-SNE panel. By default 30 as in the paper (a third of the points if these are few), and a
-        third of that.
+        third of that if it is at least 5 in all panels: structure in both does not depend on the choice.
     seeds : sequence of int
         Seeds of random t-SNE initializations, on a slider after the initialization by PCA.
     modules : sequence of str
@@ -99,8 +100,7 @@ def factor_embedding(
     )
     if any(len(cohort.groups) > 1 for cohort in cohorts.values()):
         caption += " Titles: factors whose nearest factor of another domain is from the same module."
-    # A row of panels has one shape of each factor in one plane, so that A is next to B, and runs next to their control.
-    rows: dict[tuple[int, int], list[Chart]] = defaultdict(list)
+    planes = []
     for prefix, cohort in cohorts.items():
         cohort.require_runs(2)
         factored = {run.id: factor_embeddings.factored_updates(run.updates(step)) for run in cohort.runs}
@@ -115,14 +115,23 @@ def factor_embedding(
         caption += f" {sample[0].upper()}{sample[1:]}"
         for selected in [factors] if together else [(factor,) for factor in factors]:
             clouds = factor_embeddings.build_factor_sets(updates, cohort.label_of_run, selected, view)
-            for shape, cloud in enumerate(clouds):
-                title = _title(cloud, cohort, prefix)
-                charts = [_tsne(cloud, cohort, title, size, seeds) for size in _perplexities(cloud, perplexity)]
-                charts.append(_pca(cloud, cohort, title))
-                if 0 < len(modules) <= _MOST_NAMED:
-                    charts = list(map(_name_dots, charts))
-                for plane, chart in enumerate(charts):
-                    rows[shape, plane].append(chart)
+            planes += [(shape, cloud, cohort, _title(cloud, cohort, prefix)) for shape, cloud in enumerate(clouds)]
+    usual = [factor_embeddings.default_perplexity(len(cloud.flat)) for _, cloud, _, _ in planes]
+    has_second = min(usual) / 3 >= _LEAST_PERPLEXITY
+    # A row of panels has one shape of each factor in one plane, so that A is next to B, and runs next to their control.
+    rows: dict[tuple[int, int], list[Chart]] = defaultdict(list)
+    for (shape, cloud, cohort, title), size in zip(planes, usual, strict=True):
+        sizes = [size]
+        if perplexity is not None:
+            sizes = list(np.atleast_1d(perplexity))
+        elif has_second:
+            sizes.append(size / 3)
+        charts = [_tsne(cloud, cohort, title, size, seeds) for size in sizes]
+        charts.append(_pca(cloud, cohort, title))
+        if 0 < len(modules) <= _MOST_NAMED:
+            charts = list(map(_name_dots, charts))
+        for plane, chart in enumerate(charts):
+            rows[shape, plane].append(chart)
     grid = tuple(tuple(rows[key]) for key in sorted(rows))
     return cohorts[""].complete(Panels(grid, columns=max(map(len, grid))), caption)
 
@@ -134,15 +143,6 @@ def _title(cloud: FactorSet, cohort: Cohort, prefix: str) -> str:
         return title
     shared = factor_sharing.sharedness([cloud])
     return f"{title}: {100 * shared['sharedness']:.0f}% (chance {100 * shared['sharedness_chance']:.0f}%)"
-
-
-def _perplexities(cloud: FactorSet, perplexity: float | Sequence[float] | None) -> Sequence[float]:
-    if perplexity is None:
-        usual = factor_embeddings.default_perplexity(len(cloud.flat))
-        return usual, usual / 3  # structure in both does not depend on the choice
-    if isinstance(perplexity, Sequence):
-        return perplexity
-    return [perplexity]
 
 
 def _tsne(cloud: FactorSet, cohort: Cohort, title: str, perplexity: float, seeds: Sequence[int]) -> Chart:

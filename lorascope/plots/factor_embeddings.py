@@ -151,8 +151,9 @@ def _tsne(cloud: FactorSet, cohort: Cohort, title: str, perplexity: float, seeds
         planes[f"from seed {seed}"] = factor_embeddings.tsne(cloud, perplexity, seed)
     points = []
     for start, plane in planes.items():
-        # The plane has no unit, so its largest coordinate is scaled to 1.
-        scaled = plane / (np.abs(plane).max() or 1.0)  # equal factors are all at zero
+        # The plane has neither an origin nor a unit.
+        centered = plane - (plane.min(axis=0) + plane.max(axis=0)) / 2
+        scaled = centered / (np.abs(centered).max() or 1.0)  # equal factors are all at zero
         points.append(_place_points(cloud, cohort, scaled).assign(start=start))
     labels = ("", f"t-SNE, perplexity {perplexity:.3g}")
     axes = [Axis(label=label, ticks={}, limits=(-_EDGE, _EDGE)) for label in labels]

@@ -92,6 +92,13 @@ def test_public_name_without_its_extra_raises_an_import_error(name: str, call: s
     assert done.stderr.splitlines()[-1] == last
 
 
+def test_run_without_pyarrow_names_the_extra_that_reads_its_records() -> None:
+    code = f"{installation.hide(['pyarrow'])}\nimport lorascope as ls\nprint(ls.example('lora'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = "ModuleNotFoundError: a Parquet table requires pyarrow: pip install 'lorascope[runs]'"
+    assert done.stderr.splitlines()[-1] == last
+
+
 def test_missing_module_of_no_extra_is_an_error_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lorascope.cli.survey", None)
     with pytest.raises(ModuleNotFoundError, match="survey"):

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from lorascope.extras import requirement
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import require_small
@@ -40,8 +41,9 @@ def read_table(file: Path | Any, name: object, max_rows: int = MAX_ROWS) -> pd.D
         # pyarrow cannot open every valid file name.
         with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
             return _decode_table(stream, max_rows).to_pandas()
-    except ModuleNotFoundError:
-        raise
+    except ModuleNotFoundError as error:
+        # Tables are read on access, so a user of Python sees this error, not only the command line.
+        raise ModuleNotFoundError(f"a Parquet table {requirement(error)}", name=error.name) from None
     except Exception as error:  # broken files raise KeyError, TypeError, ArrowException and others
         reason = " ".join(printable(error).split())[:300]
         raise ValueError(f"cannot read {printable(name)} as a Parquet table: {reason}") from error

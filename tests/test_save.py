@@ -271,7 +271,7 @@ def test_html_page_is_self_contained(chart, tmp_path) -> None:
     assert page.title == chart.title
     assert "plotly.js v" in text
     assert '"showSendToCloud": false' in text or '"showSendToCloud":false' in text
-    assert ".then(function(){" not in text.split("Plotly.newPlot(")[-1]  # no animation starts automatically
+    assert "Plotly.animate(" not in text.split("Plotly.newPlot(")[-1]  # none starts automatically
 
 
 def test_csv_contains_only_the_data(chart, tmp_path) -> None:

@@ -138,13 +138,14 @@ class Drawable:
         legend: bool = True,
         dpi: float = 300,
         palette: Palette | None = None,
+        include_js: str = "inline",
     ) -> Path:
         """Write the figure and its provenance to a file, completely or not at all; equal charts give equal bytes.
 
         Parameters
         ----------
         path : str or Path
-            The extension selects the format: pdf, svg, pgf, png (matplotlib), html (plotly, self-contained) or csv
+            The extension selects the format: pdf, svg, pgf, png (matplotlib), html (plotly) or csv
             (data). Missing folders are created. Cells of heat maps are vectors, or an image if there are more than
             1000. pgf requires LaTeX and cannot contain such an image.
         width, steps, height, title, legend, palette
@@ -156,6 +157,9 @@ class Drawable:
             paper; it is in the metadata, and in the file ``x.pdf-caption.txt`` next to ``x.pdf``.
         dpi : float
             Pixels per inch of a png, default 300.
+        include_js : {"inline", "file", "cdn"}
+            How an html page gets plotly.js (4.6 MiB): contained in it, in a file next to it that all pages of a folder
+            share, or from the network. Default "inline".
 
         Returns
         -------
@@ -168,7 +172,9 @@ class Drawable:
         """
         size: dict[str, Any] = {"width": width, "height": height, "dpi": dpi, "steps": steps}
         texts: dict[str, Any] = {"title": title, "caption": caption, "legend": legend}
-        return _import_backend("save").save(self, path, theme=theme, palette=palette, **texts, **size)
+        return _import_backend("save").save(
+            self, path, theme=theme, palette=palette, include_js=include_js, **texts, **size
+        )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         forms = _import_backend("plotly_backend").bundle(self)

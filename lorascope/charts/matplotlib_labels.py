@@ -16,7 +16,7 @@ from lorascope.array_types import Float
 from lorascope.charts.geometry import Panel
 from lorascope.charts.matplotlib_style import escape_dollar
 from lorascope.charts.scales import Scale, is_digits
-from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
+from lorascope.charts.text_wrapping import GLYPH, count_lines, cut_name, wrap_text
 from lorascope.files.printable import printable_lines
 
 FEW = 200  # a logarithmic axis whose ends have a smaller ratio needs ticks between powers of ten
@@ -69,10 +69,7 @@ def _fit_beside(name: str, width: float, height: float, size: float) -> str:
     folded = wrap_text(name, width, size)
     if count_lines(folded) * _LINE * size <= max(height, _LINE * size):
         return folded
-    length = max(8, int(width / (GLYPH * size))) - 1
-    if len(name) <= length:
-        return name
-    return f"{name[: length - length // 2]}…{name[-(length // 2) :]}"
+    return cut_name(name, width, size)
 
 
 def _thin_ticks(axis: Any, room: float, size: float) -> None:

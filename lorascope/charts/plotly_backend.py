@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,19 @@ from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Nu
 from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout, math_to_tags
 from lorascope.charts.theme import FAINT, MUTED, Theme, readable_ink
 
+NARROW = 358.0  # pixels: width of a figure on a phone
+# Plotly keeps the data and the frames.
+_ARRANGE = """
+const chart = document.getElementById("{plot_id}"), phone = matchMedia("(max-width: 47rem)");
+const wide = chart.layout, narrow = NARROW_LAYOUT;
+const arrange = () => {
+  const layout = phone.matches ? narrow : wide;
+  chart.style.height = `${layout.height}px`;
+  Plotly.react(chart, chart.data, layout);
+};
+phone.addEventListener("change", arrange);
+if (phone.matches) arrange();
+"""
 DOT = 7.0  # diameter of a dot in pixels
 LARGEST = 18.0  # diameter in pixels of the largest dot, if the area shows a column
 CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}  # no button sends data anywhere
@@ -67,16 +82,36 @@ def ground(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
     return go.Figure(layout=layout(settled, width))
 
 
-def fragment(drawable: Drawable, div_id: str, name: str | None = None, **texts: Any) -> str:
-    """Draw as an HTML fragment that contains plotly.js (4.6 MiB); ``div_id`` must be unique on the page."""
-    drawn_figure = to_plotly(drawable, name, **texts)
+def narrow_layout(settled: FigurePlan) -> dict[str, Any]:
+    """Return the layout of a planned plotly figure on a phone, as JSON values: its panels are stacked."""
+    stacked = replace(settled, rows=[[view] for view in range(len(settled.panels))])
+    return dict(json.loads(ground(stacked, NARROW).to_json())["layout"])
+
+
+def fragment(
+    drawable: Drawable,
+    div_id: str,
+    look: Theme,
+    plotly_js: str | bool,
+    title: str | None,
+    caption: bool,
+    legend: bool,
+) -> str:
+    """Draw as an HTML fragment with its layout for a phone; ``div_id`` must be unique on the page.
+
+    ``plotly_js`` is True to contain plotly.js (4.6 MiB), "cdn", or the name of its file.
+    """
+    settled = plan_figure(drawable, look, title, caption, legend)
+    drawn_figure = draw(settled)
+    narrow = json.dumps({**narrow_layout(settled), "dragmode": False}).replace("<", "\\u003c")
     options = {
         "full_html": False,
         "auto_play": False,
         "config": CONFIG,
         "default_height": f"{drawn_figure.layout.height}px",
+        "post_script": _ARRANGE.replace("NARROW_LAYOUT", narrow),
     }
-    return str(drawn_figure.to_html(include_plotlyjs=True, div_id=div_id, **options))
+    return str(drawn_figure.to_html(include_plotlyjs=plotly_js, div_id=div_id, **options))
 
 
 def bundle(drawable: Drawable) -> dict[str, Any]:

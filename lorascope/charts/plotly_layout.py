@@ -18,17 +18,20 @@ from lorascope.charts.figure_plan import FigurePlan
 from lorascope.charts.geometry import Panel, Ruler
 from lorascope.charts.math_text import replace_math, tags_of_math
 from lorascope.charts.scales import Limits, Ramp, Scale, Ticks
-from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
+from lorascope.charts.text_wrapping import GLYPH, count_lines, cut_name, wrap_text
 from lorascope.charts.theme import channels
 from lorascope.files.printable import printable_lines, short_name
 
 WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # default width of a figure, distance from its edges, distance of panels
 FONT, TITLE, SMALL, NOTE = 12.0, 15.0, 0.92 * 12.0, 11  # font sizes; the last of text inside a panel
 PANEL, ROW = 290.0, 22.0  # height of a panel, and of a row with a name
-TICKS, LINE = 24.0, 18.0  # height of tick labels, and of a line of text
+TICKS, LINE, ENTRY = 24.0, 18.0, 19.0  # height of tick labels, of a line of text, and of a line of the legend
 NUMBERS = 42.0  # width of the numbers on a vertical axis
 TOOLS = 22.0  # height of plotly's own buttons at the top, which cover text
 SLIDER, BAR = 90.0, 88.0  # height of the slider, width of a color bar with its title
+SMALLEST = 8.0  # font size of names that have to be cut
+NAMES = 0.3  # of the width of a figure: most room for the names on a vertical axis
+SAMPLE = 48.0  # width of an entry of the legend without its text
 BUTTONS = 100.0  # width of the buttons to the left of the slider
 COLOR_BAR: dict[str, Any] = {"xanchor": "left", "thickness": 12, "xpad": 0, "ypad": 0, "outlinewidth": 0}
 PAPER: dict[str, Any] = {"showarrow": False, "align": "left", "xref": "paper", "xanchor": "left", "yref": "paper"}
@@ -63,6 +66,10 @@ def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
     head = {"x": EDGE / room.width, "xanchor": "left", "y": 1 - EDGE / room.height, **top}
     below = 1 - (EDGE + 1.4 * TITLE * count_lines(room.title)) / room.height
     legend = {"x": 0, "y": below, "bgcolor": "rgba(0, 0, 0, 0)", "tracegroupgap": 0, **top}
+    longest = max((len(entry.label) for entry in settled.entries), default=0)
+    if SAMPLE + GLYPH * FONT * longest > room.plot:  # it needs the whole width
+        fitting_size = (room.width - 2 * EDGE - SAMPLE) / (GLYPH * longest)
+        legend |= {"x": EDGE / room.width, "xref": "container", "font": {"size": min(FONT, fitting_size)}}
     annotations = []
     for text, domain in zip(room.titles, room.domains, strict=True):
         if text:
@@ -105,7 +112,7 @@ def _sized_text(text: str, size: float) -> dict[str, Any]:
 def _measure(settled: FigurePlan, width: float) -> _Space:
     """Compute margins, and the room of each panel."""
     panels, rows = settled.panels, settled.rows
-    shared, before = set(), [_names_width(panel.y) for panel in panels]
+    shared, before = set(), [_names_width(panel.y, NAMES * width) for panel in panels]
     for view, neighbor in chain.from_iterable(map(pairwise, rows)):
         if panels[view].y == panels[neighbor].y:
             shared.add(neighbor)
@@ -158,17 +165,20 @@ def _measure(settled: FigurePlan, width: float) -> _Space:
                 low = max(high - side / inner, low)
             stop = min((starts[view] + side) / plot, 1.0)  # rounding may exceed 1
             domains.append({"x": (starts[view] / plot, stop), "y": (low, high)})
-            ticks.append({"x": below[view], "y": panels[view].y.ticks(heights[row], FONT, across=True)})
+            names = panels[view].y.ticks(heights[row], FONT, across=True)
+            if names is not None:
+                names = names._replace(names=[cut_name(name, NAMES * width, SMALLEST) for name in names.names])
+            ticks.append({"x": below[view], "y": names})
     height = top + inner + bottom
     return _Space(width, plot, height, margin, depths[-1], domains, ticks, shared, titles, title, caption)
 
 
-def _names_width(scale: Scale) -> float:
-    """Return the width of the names and the label to the left of a panel."""
+def _names_width(scale: Scale, max_width: float) -> float:
+    """Return the width of the names, up to ``max_width``, and of the label to the left of a panel."""
     names = scale.names
     if scale.axis.ticks is not None:
         names = list(map(short_name, scale.axis.ticks.values()))
-    width = max(NUMBERS, GLYPH * FONT * max(map(len, names), default=0) + 10)
+    width = max(NUMBERS, min(GLYPH * FONT * max(map(len, names), default=0), max_width) + 10)
     if scale.axis.label:
         width += LINE + 4
     return width
@@ -184,14 +194,14 @@ def _depth(scale: Scale, ticks: Ticks | None, width: float) -> float:
 
 def _legend_height(settled: FigurePlan, plot: float) -> float:
     """Return the height of the legend; plotly uses columns of the widest entry if one line is too short."""
-    widths = [GLYPH * FONT * len(entry.label) + 48 for entry in settled.entries]
+    widths = [GLYPH * FONT * len(entry.label) + SAMPLE for entry in settled.entries]
     if not widths:
         return 0.0
     room = plot - GLYPH * FONT * len(settled.legend_title)
     lines = 1
     if sum(widths) > room:
         lines = math.ceil(len(widths) / max(1, room // max(widths)))
-    return LINE * lines + 14
+    return ENTRY * lines + 14
 
 
 def _axis_layout(panel: Panel, letter: str, room: _Space) -> dict[str, Any]:
@@ -210,6 +220,9 @@ def _axis_layout(panel: Panel, letter: str, room: _Space) -> dict[str, Any]:
         names = list(map(escape_tags, ticks.names))
         axis |= {"tickmode": "array", "tickvals": ticks.positions, "ticktext": names}
         axis |= {"tickangle": -90 if ticks.turned else 0}
+        longest = max(map(len, ticks.names), default=0)
+        if letter == "y" and GLYPH * FONT * longest > NAMES * room.width:
+            axis["tickfont"] = {"size": NAMES * room.width / (GLYPH * longest)}
     elif scale.is_integer and not scale.log and abs(scale.limits[1] - scale.limits[0]) < 8:
         axis |= {"dtick": 1}
     if letter == "y" and panel.number in room.shared:
@@ -242,6 +255,8 @@ def _slider(settled: FigurePlan, room: _Space) -> dict[str, Any]:
     names = map(escape_tags, map(str, settled.frames))
     steps = [{"label": name, "method": "animate", "args": [[name], still]} for name in names]
     look, start = settled.theme, BUTTONS / room.plot
+    if room.plot < 2 * BUTTONS:  # on a phone, names and color bars may leave room for the slider only
+        start = 0.0
     common = {"y": 0, "yanchor": "top", "xanchor": "left", "bgcolor": look.missing, "bordercolor": look.hatch}
     # The slider opens at the last frame, which shows the result; playing from there restarts it.
     slider = {"steps": steps, "active": len(steps) - 1, "x": start, "len": 1 - start, "pad": {"t": room.foot + 4}}
@@ -252,7 +267,8 @@ def _slider(settled: FigurePlan, room: _Space) -> dict[str, Any]:
         {"label": "❚❚", "method": "animate", "args": [[None], still]},
     ]
     position = {"type": "buttons", "direction": "left", "x": 0, "pad": {"t": room.foot + 22}, "showactive": False}
-    return {"sliders": [slider | common], "updatemenus": [{"buttons": buttons, **position, **common}]}
+    menus = [{"buttons": buttons, **position, **common}]
+    return {"sliders": [slider | common], "updatemenus": menus[: bool(start)]}
 
 
 def overlays(panel: Panel) -> list[dict[str, Any]]:

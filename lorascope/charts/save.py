@@ -34,6 +34,7 @@ from lorascope.files.safe_csv import csv_text
 from lorascope.files.seals import seal, write_table
 from lorascope.files.whole_files import write_bytes
 
+_SCRIPTS: dict[str, str | bool] = {"inline": True, "file": "", "cdn": "cdn"}
 _KINDS = ("pdf", "svg", "pgf", "png", "html", "csv")
 # A page of notebooks shows one pixel per pixel: 495 for a single chart, 1035 for panels.
 _PREVIEW_DPI = 150
@@ -52,6 +53,7 @@ def save(
     dpi: float = 300,
     palette: Palette | None = None,
     steps: Sequence[Any] | None = None,
+    include_js: str = "inline",
     **size: Any,
 ) -> Path:
     """Save a chart or panels as a file; see :meth:`Drawable.save`."""
@@ -70,9 +72,9 @@ def save(
         from lorascope.charts import plotly_backend
 
         div_id = hashlib.sha256(source.encode()).hexdigest()[:12]
-        texts: dict[str, Any] = {"title": title, "caption": caption is not False, "legend": legend}
-        plot = plotly_backend.fragment(drawable, div_id, theme, palette=palette, **texts)
-        ground = figure_theme(theme, _THEMES[kind]).background
+        look, plotly_js = figure_theme(theme, _THEMES[kind], palette), _share_plotly(path.parent, include_js)
+        plot = plotly_backend.fragment(drawable, div_id, look, plotly_js, title, caption is not False, legend)
+        ground = look.background
         page = _PAGE.format(title=escape(name), source=escape(source), plot=plot, ground=ground)
         write_bytes(path, seal(page.encode(), kind))
     else:
@@ -96,6 +98,21 @@ def save(
         if text and not has_caption:
             write_bytes(path.with_name(f"{path.name}-caption.txt"), f"{text}\n".encode())
     return path
+
+
+def _share_plotly(folder: Path, include_js: str) -> str | bool:
+    """Return how a page includes plotly.js, for plotly; write its file if pages in ``folder`` share one."""
+    from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
+    if include_js not in _SCRIPTS:
+        raise ValueError(f"include_js must be one of {', '.join(map(repr, _SCRIPTS))}, got {include_js!r}")
+    if include_js != "file":
+        return _SCRIPTS[include_js]
+    # Pages of another version of plotly need another file.
+    file = folder / f"plotly-{get_plotlyjs_version()}.min.js"
+    if not file.exists():
+        write_bytes(file, get_plotlyjs().encode())
+    return file.name
 
 
 def save_small(drawable: Drawable, path: Path) -> Path:
@@ -166,6 +183,7 @@ _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <meta name="generator" content="lorascope">
 <meta name="lorascope" content="{source}">

@@ -27,6 +27,14 @@ def wrap_text(text: str, room: float, size: float) -> str:
     return re.sub("\0*\1", lambda _: formulas.pop(0), "\n".join(lines))
 
 
+def cut_name(name: str, room: float, size: float) -> str:
+    """Cut a name in its middle if it is longer than ``room`` at the font size ``size``."""
+    length = max(8, int(room / (GLYPH * size))) - 1
+    if len(name) <= length:
+        return name
+    return f"{name[: length - length // 2]}…{name[-(length // 2) :]}"
+
+
 def count_lines(text: str) -> int:
     """Return the number of lines of a wrapped text, 0 if it is empty."""
     if not text:

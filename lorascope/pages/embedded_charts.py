@@ -15,8 +15,6 @@ from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import FigurePlan, plan_figure
 from lorascope.charts.theme import theme
 
-NARROW = 358.0  # pixels: width of a chart on a phone
-
 
 @dataclass(frozen=True)
 class EmbeddedChart:
@@ -64,10 +62,8 @@ def embed(drawable: Drawable) -> EmbeddedChart:
 def _draw_wide_and_narrow(settled: FigurePlan) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the figure for a wide screen, and its layout for a narrow one."""
     bare = replace(settled, title="", caption="")  # the page prints them
-    stacked = replace(bare, rows=[[view] for view in range(len(bare.panels))])
     # Traces do not depend on the width of the screen, so a narrow screen changes only the layout.
-    narrow = _figure_json(plotly_backend.ground(stacked, NARROW))["layout"]
-    return _slim(_figure_json(plotly_backend.draw(bare))), narrow
+    return _slim(_figure_json(plotly_backend.draw(bare))), plotly_backend.narrow_layout(bare)
 
 
 def title(drawable: Drawable) -> str:

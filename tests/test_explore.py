@@ -28,6 +28,7 @@ from traitlets import TraitError
 import lorascope as ls
 from lorascope.plots.explore import ALL, MOST_DRAWN, MOST_NAMED, WHOLE_RUN, Explorer
 from lorascope.runs.run import Run
+from lorascope.schema.records import QUANTITIES
 
 VALUES = profile(words=3.0, q=1.0, up=2.0) | {
     ("loss", ""): {step: 1 / step for step in range(1, 10)},
@@ -203,8 +204,81 @@ def test_explorer_draws_no_line_for_two_modules_of_one_role_in_one_layer(tmp_pat
     double = {"module": "h.0.q2", "stack": "", "layer": 0, "role": "q"}
     up = {("update_norm", module): {9: 2.0} for module in ("h.0.q2", "h.0.up", "h.1.up")}
     chart = ls.explore(plant(tmp_path, "double", values | up, modules=[*MODULES, double])).chart
-    assert len(chart.data) == 6
-    assert set(chart.table(chart.marks[0])["role"]) == {"ffn_in", "block"}
+    assert len(chart.data) == 5
+    assert set(chart.table(chart.marks[0])["role"]) == {"ffn_in"}
+
+
+def test_explorer_draws_a_block_not_next_to_its_modules(tmp_path: Path) -> None:
+    values = {("update_norm", module): {9: 1.0} for module in ("words", "h.0", "h.0.q", "h.1.q")}
+    explorer = ls.explore(plant(tmp_path, "block", values))
+    assert set(explorer.rows["role"]) == {"embed", "q"}
+    assert explorer.options["roles"] == [ALL, "q", "embed", "block"]
+    explorer.roles = ["block"]
+    assert explorer.rows["module"].tolist() == ["h.0"]
+
+
+def test_explorer_reaches_every_recorded_quantity(tmp_path: Path) -> None:
+    values = {(name, "" if name == "loss" else "h.0.q"): {9: 1.0} for name in QUANTITIES}
+    explorer = ls.explore(plant(tmp_path, "all", values))
+    assert explorer.options["quantity"] == list(QUANTITIES)
+    for name in QUANTITIES:
+        explorer.quantity = name
+        assert explorer.rows["value"].tolist() == [1.0]
+
+
+def test_explorer_role_has_one_color_at_every_step_and_for_every_choice(tmp_path: Path) -> None:
+    values = {("update_norm", "h.0.q"): {4: 1.0, 9: 1.0}, ("update_norm", "h.0.up"): {9: 2.0}}
+    explorer = ls.explore(plant(tmp_path, "late", values | {("update_norm", "words"): {4: 3.0, 9: 3.0}}))
+
+    def colors() -> dict[str, Any]:
+        traces = [trace for trace in sent(explorer)["data"] if "meta" in trace]
+        return {trace["legendgroup"]: trace["marker"]["color"][0] for trace in traces}
+
+    last = colors()
+    assert len(set(last.values())) == 3
+    explorer.step = 4
+    assert colors() == {name: last[name] for name in ("role=q", "role=embed")}
+    explorer.layers = ["0", "embed"]
+    assert colors()["role=q"] == last["role=q"]
+
+
+def test_multiples_have_a_panel_per_role_on_one_axis(run: Run, tmp_path: Path) -> None:
+    explorer = ls.explore(run)
+    explorer.view = "multiples"
+    charts = explorer.chart.charts()
+    assert [chart.title for chart in charts] == ["embed", "q", "ffn_in"]
+    assert len({chart.y.limits for chart in charts}) == 1
+    assert [list(chart.data["value"]) for chart in charts] == [[3.0], [1.0, 0.5], [2.0, 1.0]]
+    assert explorer.listing["title"] == "update norm, after step 9"
+    assert explorer.chart.save(tmp_path / "roles.pdf").stat().st_size > 1000
+    heights = dict(dots(explorer))
+    assert set(heights) == {3.0, 1.0, 0.5, 2.0}
+    explorer.selection = heights[0.5]
+    assert explorer.selected[["layer", "role", "value"]].to_numpy().tolist() == [[1, "q", 0.5]]
+    explorer.width = 300.0  # set by the page
+    assert [len(row) for row in explorer.chart.rows()] == [2, 1]
+    explorer.quantity = "loss"
+    assert explorer.chart.x.label == "step"
+
+
+def test_multiples_of_components_have_a_panel_per_module(run: Run) -> None:
+    explorer = ls.explore(run)
+    explorer.quantity = "importance"
+    explorer.view = "multiples"
+    charts = explorer.chart.charts()
+    assert [(chart.title, chart.x.label) for chart in charts] == [("0 q", "rank id"), ("1 q", "rank id")]
+    assert [list(chart.data["value"]) for chart in charts] == [[4.0, 6.0], [3.0, 1.0]]
+
+
+def test_choices_of_a_page_with_old_options_are_taken_over_as_far_as_they_have_rows(run: Run) -> None:
+    explorer = ls.explore(run)
+    old = list(explorer.rows.index)
+    explorer.set_state({"quantity": "importance", "asked": 1})
+    explorer.set_state({"layers": ["embed", "1"], "selection": old, "asked": 2})  # clicked before the answer arrived
+    assert (explorer.quantity, explorer.layers, explorer.selection) == ("importance", ["1"], [])
+    explorer.set_state({"step": 4, "roles": ["up"], "asked": 3})
+    assert (explorer.step, explorer.roles) == (9, [ALL])
+    assert explorer.answered == 3
 
 
 def test_explorer_draws_the_mean_of_seeds_and_lists_each_seed(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ def _measure(settled: FigurePlan, width: float) -> _Space:
     for members in rows:
         lost = sum(after[view] + GAP for view in members[:-1]) + sum(before[view] for view in members[1:])
         panel_width = (plot - lost) / len(members)
+        if len(members) < settled.columns:
+            panel_width = min([panel_width, *widths])  # as in the full rows
         widths += [panel_width] * len(members)
         steps = [panel_width + after[view] + GAP + before[neighbor] for view, neighbor in pairwise(members)]
         starts += [sum(steps[:index]) for index in range(len(members))]

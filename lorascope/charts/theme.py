@@ -66,9 +66,12 @@ class Theme:
     by_label: Mapping[str, str] = field(default_factory=dict)
 
     def category(self, index: int, count: int) -> str:
-        """Return the color of one of ``count`` categories, from the palette or, if that is too short, viridis."""
-        if count <= len(self.palette):
-            return self.palette[index]
+        """Return the color of one of ``count`` categories: of the palette, or viridis for more than twice as many.
+
+        Lines and dots with the same color differ in dash and marker.
+        """
+        if count <= 2 * len(self.palette):
+            return self.palette[index % len(self.palette)]
         return self.color_at(index / (count - 1))
 
     def color_at(self, share: float) -> str:

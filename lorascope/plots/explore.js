@@ -5,7 +5,7 @@
 const make = (tag, attributes = {}, ...children) => {
   const element = document.createElement(tag);
   // A focused control gets all keys, instead of JupyterLab's shortcuts.
-  if (["input", "select"].includes(tag) || "tabindex" in attributes)
+  if (["button", "input", "select"].includes(tag) || "tabindex" in attributes)
     element.setAttribute("data-lm-suppress-shortcuts", "");
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children);
@@ -39,6 +39,9 @@ export default {
     const roles = make("select", { multiple: "", size: 7 });
     const step = make("input", { type: "range", min: 0 });
     const stepName = make("output", { "aria-live": "off" }); // the slider announces its own text
+    const tabs = make("div", { class: "tabs", role: "tablist", "aria-label": "Figure" });
+    for (const [view, name] of Object.entries({ chart: "One chart", multiples: "Small multiples" }))
+      tabs.append(make("button", { role: "tab", type: "button", value: view }, name));
     const note = make("p", { role: "alert" });
     const plot = make("div", { role: "img" });
     const status = make("p", { role: "status" });
@@ -52,10 +55,11 @@ export default {
     for (const [name, control] of Object.entries({ Quantity: quantity, Layers: layers, Roles: roles, Step: step }))
       controls.append(make("div", {}, make("label", {}, make("span", {}, name), control)));
     controls.lastChild.append(stepName);
-    root.append(controls, note, make("div", { class: "views" }, plot, make("div", {}, status, listing)));
+    root.append(controls, tabs, note, make("div", { class: "views" }, plot, make("div", {}, status, listing)));
     el.append(root);
 
     const report = (name, value) => {
+      model.set("asked", model.get("asked") + 1);
       model.set(name, value);
       model.save_changes();
     };
@@ -64,6 +68,7 @@ export default {
     layers.addEventListener("change", () => report("layers", chosen(layers)));
     roles.addEventListener("change", () => report("roles", chosen(roles)));
     step.addEventListener("input", () => report("step", model.get("options").step[step.value]));
+    tabs.addEventListener("click", ({ target }) => target.value && report("view", target.value));
     const boxes = () => [...body.querySelectorAll("input")];
     // Checkboxes change only the listed rows: others can be selected in the chart.
     root.addEventListener("change", ({ target }) => {
@@ -128,7 +133,10 @@ export default {
       Plotly.Fx.unhover(plot); // else the text at the pointer stays
       marking = false;
     };
+    let isPressed = false;
     const update = () => {
+      // A state that lacks the last choice would undo it, and elements that change during a click would lose the click.
+      if (isPressed || model.get("answered") < model.get("asked")) return;
       const [rows, steps, selection] = [model.get("listing"), model.get("options").step, model.get("selection")];
       offer(quantity, "quantity", (name) => `${name}: ${model.get("symbols")[name]}`);
       offer(layers, "layers");
@@ -138,6 +146,7 @@ export default {
       step.disabled = steps.length < 2;
       stepName.textContent = model.get("step") < 0 ? "as stored" : model.get("step");
       step.setAttribute("aria-valuetext", stepName.textContent);
+      for (const tab of tabs.children) tab.setAttribute("aria-selected", tab.value === model.get("view"));
       if (changed("listing", rows)) list(rows);
       plot.setAttribute("aria-label", rows.title);
       note.textContent = rows.note;
@@ -166,6 +175,13 @@ export default {
       if (plot.layout && plot.offsetWidth) Plotly.Plots.resize(plot);
     });
     size.observe(el);
+    const press = () => (isPressed = true);
+    const release = () => {
+      isPressed = false;
+      setTimeout(update); // after the click
+    };
+    root.addEventListener("pointerdown", press);
+    for (const name of ["pointerup", "pointercancel"]) window.addEventListener(name, release);
     model.on("change", update);
     update();
     await (window.lorascopePlotly ??= load(model));
@@ -174,6 +190,7 @@ export default {
     return () => {
       size.disconnect();
       theme.disconnect();
+      for (const name of ["pointerup", "pointercancel"]) window.removeEventListener(name, release);
       model.off("change", update);
       Plotly.purge(plot);
     };

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lorascope.analysis.norms import layer_places
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.sensitive_neurons import name_neurons
 from lorascope.charts import plotly_backend
-from lorascope.charts.chart import Chart
+from lorascope.charts.chart import Chart, Drawable, Panels, wrap
 from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.charts.theme import theme
@@ -29,12 +29,16 @@ from lorascope.schema.records import QUANTITIES
 
 ALL = "all"
 WHOLE_RUN = "whole run"  # layer and role of quantities that belong to no module
+VIEWS = ("chart", "multiples")
+_SUMS = (WHOLE_RUN, "block")  # layer and roles whose values contain those of other modules
+_CHOICES = ("quantity", "layers", "roles", "step", "view", "selection")
 WIDTH = 600.0  # layout width of the chart in pixels, until the page reports its own
 _COLUMNS = ("run", "step", "layer", "role", "index", "module")  # shown only if not empty
 END = 2**62  # initial step: the nearest recorded step is the last one
 UNSTEPPED = -1  # step of values stored without one, as in an adapter folder
 _VALUE = ["recipe", "kind", "step", "module", "place", "role", "index"]
 _MOST_DOTTED = 60  # largest number of values over the steps at which each has its own dot
+MULTIPLE, MOST_PANELS = 200.0, 24  # width of a panel of the multiples in pixels, and the largest number of them
 MOST_NAMED = 30  # number of neurons that the chart has room for by name
 MOST_DRAWN, MOST_LISTED = 4000, 500  # numbers of values that a browser draws and lists without a noticeable delay
 
@@ -52,15 +56,18 @@ class Explorer(AnyWidget):
     quantity : str
         Quantity of the rows. It can be assigned, like ``layers``, ``roles``, ``step`` and ``selection``.
     layers, roles : list of str
-        Layers and roles of the rows, or ``["all"]``: of all modules, if the quantity has values of modules.
+        Layers and roles of the rows, or ``["all"]``: all modules without whole blocks and the whole run, whose values
+        are sums or norms over modules, unless the quantity has only these.
     step : int
         Recorded step, -1 for values stored without one.
+    view : {"chart", "multiples"}
+        One chart, or small multiples: a panel per role, or per module if its values have an index.
     options : dict of str to list
         Values that each of these accepts. Each limits the options of the next, so that every choice has rows.
     rows : DataFrame
         Rows of the tables of the runs with this quantity, layers, roles and step.
-    chart : Chart
-        Chart of these rows; save it with ``explorer.chart.save("x.pdf")``. Quantities of the whole run are drawn at
+    chart : Chart or Panels
+        Figure that is shown; save it with ``explorer.chart.save("x.pdf")``. Quantities of the whole run are drawn at
         all steps.
     selection : list of int
         Index labels of the rows selected in the chart or the table. Rows leave it when they are no longer drawn.
@@ -77,8 +84,12 @@ class Explorer(AnyWidget):
     layers = traitlets.List(traitlets.Unicode()).tag(sync=True)
     roles = traitlets.List(traitlets.Unicode()).tag(sync=True)
     step = traitlets.CInt().tag(sync=True)
+    view = traitlets.Enum(VIEWS, default_value=VIEWS[0]).tag(sync=True)
     selection = traitlets.List(traitlets.CInt()).tag(sync=True)
     options = traitlets.Dict().tag(sync=True)
+    # Number of the last choice that the page sent, and of the last one that the rest of the state contains.
+    asked = traitlets.CInt(0).tag(sync=True)
+    answered = traitlets.CInt(0).tag(sync=True)
     # What the page shows, and what it reports about itself.
     symbols = traitlets.Dict().tag(sync=True)
     figure = traitlets.Unicode().tag(sync=True)
@@ -100,7 +111,7 @@ class Explorer(AnyWidget):
         self._settling = True
         # The state is complete from the start, because a page can miss a message sent right after.
         symbols = {name: axis_label(name) for name in self._names}
-        super().__init__(symbols=symbols, **self._settle(first, [ALL], [ALL], END, []))
+        super().__init__(symbols=symbols, **self._settle(first, [ALL], [ALL], END, VIEWS[0], []))
         self._settling = False
         # The page asks for plotly.js, because a script that contains it loads longer than anywidget waits.
         self.on_msg(lambda *_: self.send({}, [get_plotlyjs().encode()]))
@@ -115,11 +126,16 @@ class Explorer(AnyWidget):
         return self._cohort.table.loc[sorted(self.selection)]
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Take over choices of the page; undo those made while its options were out of date."""
-        try:
-            super().set_state(sync_data)
-        except traitlets.TraitError:
-            self.send_state(list(sync_data))
+        """Take over choices of the page as far as they have rows: it may not have shown the present options yet."""
+        choices = {name: value for name, value in sync_data.items() if name in _CHOICES}
+        with self.hold_sync():
+            if choices:
+                self._choose(**choices)
+            settled = {name: getattr(self, name) for name in choices}
+            super().set_state({**sync_data, **settled})
+            self.answered = self.asked
+        if changed := [name for name, value in choices.items() if settled[name] != value]:
+            self.send_state(changed)
 
     @traitlets.validate("quantity", "layers", "roles", "step")
     def _require_options(self, proposal: Any) -> Any:
@@ -140,77 +156,94 @@ class Explorer(AnyWidget):
                 raise traitlets.TraitError(f"selection must contain index labels of drawn rows, got {label}")
         return proposal["value"]
 
-    @traitlets.observe("quantity", "layers", "roles", "step")
+    @traitlets.observe("quantity", "layers", "roles", "step", "view")
     def _on_choice(self, change: Any) -> None:
         """Update everything after a choice; ignore the changes that this update makes itself."""
-        if self._settling:
-            return
+        if not self._settling:
+            self._choose()
+
+    def _choose(self, **choices: Any) -> None:
+        """Update everything for some new choices."""
+        present = {name: getattr(self, name) for name in _CHOICES}
         self._settling = True
         try:
             with self.hold_sync():
-                settled = self._settle(self.quantity, self.layers, self.roles, self.step, self.selection)
-                for name, value in settled.items():
+                for name, value in self._settle(**{**present, **choices}).items():
                     self.set_trait(name, value)
         finally:
             self._settling = False
 
     @traitlets.observe("dark", "width")
     def _on_page(self, change: Any) -> None:
-        """Redraw for the theme and the width of the page."""
-        self.figure = self._draw()
+        """Redraw for the theme and the width of the page, which determines the rows of the multiples."""
+        if self.view == "multiples":
+            self._choose()
+        else:
+            self.figure = self._draw()
 
     def _settle(
-        self, quantity: str, layers: list[str], roles: list[str], step: int, selection: list[int]
+        self, quantity: str, layers: list[str], roles: list[str], step: int, view: str, selection: list[int]
     ) -> dict[str, Any]:
         """Select the rows, and return the state: the options, every choice that is still valid, figure and table."""
-        rows = self._table[self._table["quantity"] == quantity]
-        layer_options, layers, rows = _narrow(rows, "place", layers)
+        of_quantity = self._table[self._table["quantity"] == quantity]
+        layer_options, layers, rows = _narrow(of_quantity, "place", layers)
         role_options, roles, rows = _narrow(rows, "role", roles)
         steps = sorted(map(int, rows["step"].fillna(UNSTEPPED).unique()))
         step = min(steps, key=lambda recorded: abs(recorded - step))
         self.rows = self._cohort.table.loc[_at_step(rows, step).index]
-        self.chart = _chart(self._cohort, quantity, seed_cells(rows, _VALUE), step)
+        sketch = _Sketch(self._cohort, quantity, step, frozenset(of_quantity["role"]), seed_cells(rows, _VALUE))
+        self._title = sketch.title
+        self.chart = sketch.draw() if view == "chart" else sketch.draw_multiples(self.width)
         # Number of the drawn value of each row: `band` numbers them in order of first appearance, too.
         cells = rows.groupby(_VALUE, observed=True, dropna=False, sort=False).ngroup()
-        self._cells = cells[cells.isin(self.chart.data.index)]
+        self._cells = cells[cells.isin(self._drawn_values().index)]
         return {
             "options": {"quantity": self._names, "layers": layer_options, "roles": role_options, "step": steps},
             "quantity": quantity,
             "layers": layers,
             "roles": roles,
             "step": step,
+            "view": view,
             "selection": [label for label in selection if label in self._cells],
             "figure": self._draw(),
-            "listing": _list(self._listed_rows(), self._run_names) | {"title": self.chart.title, "note": self._note()},
+            "listing": _list(self._listed_rows(), self._run_names) | {"title": self._title, "note": self._note()},
         }
+
+    def _drawn_values(self) -> pd.DataFrame:
+        return pd.concat([chart.data for chart in self.chart.charts()])
 
     def _listed_rows(self) -> pd.DataFrame:
         """Return the rows in the order of the table: those of named neurons by value, all others as recorded."""
-        if "neuron" not in self.chart.data:
+        if "neuron" not in self._drawn_values():
             return self.rows
         return self.rows.sort_values("value", ascending=False, kind="stable")
 
     def _note(self) -> str:
         """Return the reason why there is no chart, "" if there is one."""
-        number = len(self.chart.data)
-        if number <= MOST_DRAWN:
-            return ""
-        return f"cannot draw {number:,} values at once: select fewer layers or roles"
+        number, panels = len(self._drawn_values()), len(self.chart.charts())
+        if number > MOST_DRAWN:
+            return f"cannot draw {number:,} values at once: select fewer layers or roles"
+        if panels > MOST_PANELS:
+            return f"cannot draw {panels:,} panels at once: select fewer layers or roles"
+        return ""
 
     def _draw(self) -> str:
         """Return the chart as JSON for the page, "" if it has too many values; ``meta`` has the rows of each dot."""
         if self._note():
             return ""
-        chart, mark = _with_dots(self.chart)
-        settled = plan_figure(chart, theme("dark" if self.dark else "light"))
-        figure, (panel,) = plotly_backend.draw(settled, self.width), settled.panels
-        dots = [trace for trace in figure.data if trace.mode == "markers" and trace.hovertemplate]
+        charts, marks = zip(*map(_with_dots, self.chart.charts()), strict=True)
+        drawable = _arrange(charts, len(self.chart.rows()[0]))
+        settled = plan_figure(drawable, theme("dark" if self.dark else "light"), self._title)
+        figure = plotly_backend.draw(settled, self.width)
+        dots = iter([trace for trace in figure.data if trace.mode == "markers" and trace.hovertemplate])
         labels = self._cells.groupby(self._cells).groups
-        for trace, (cells, _) in zip(dots, panel.split(mark, None, "color", "shape"), strict=True):
-            trace.meta = [labels[cell].tolist() for cell in cells.index]
-            if mark not in self.chart.marks:
-                visible = {"marker": {"opacity": 1}}
-                trace.update(marker={"opacity": 0}, selected=visible, unselected={"marker": {"opacity": 0}})
+        for chart, panel, mark in zip(self.chart.charts(), settled.panels, marks, strict=True):
+            for cells, _ in panel.split(mark, None, "color", "shape"):
+                trace = next(dots)
+                trace.meta = [labels[cell].tolist() for cell in cells.index]
+                if mark not in chart.marks:
+                    visible = {"marker": {"opacity": 1}}
+                    trace.update(marker={"opacity": 0}, selected=visible, unselected={"marker": {"opacity": 0}})
         figure.update_layout(dragmode="select", clickmode="event+select")
         return str(figure.to_json())
 
@@ -257,9 +290,10 @@ def _narrow(rows: pd.DataFrame, column: str, choices: list[str]) -> tuple[list[s
     used = list(rows[column].cat.remove_unused_categories().cat.categories)
     present = [name for name in used if name in choices]
     if ALL in choices or not present:
-        # The value of the whole run is a sum or norm over the modules, so it is not drawn next to them.
-        of_modules = rows[rows[column] != WHOLE_RUN]
-        return [ALL, *used], [ALL], rows if of_modules.empty else of_modules
+        # The values of the whole run and of whole blocks are sums or norms over modules, so they are not drawn next to
+        # them.
+        parts = rows[~rows[column].isin(_SUMS)]
+        return [ALL, *used], [ALL], rows if parts.empty else parts
     return [ALL, *used], present, rows[rows[column].isin(present)]
 
 
@@ -271,40 +305,96 @@ def _at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     return table[table["step"].fillna(UNSTEPPED) == step]
 
 
-def _chart(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Chart:
-    """Plot values by layer and role at one step, of a single module by component, or of the whole run over the steps.
+@dataclass(frozen=True)
+class _Sketch:
+    """What the charts of one quantity have in common: the runs, the step, all roles of the quantity, and all values.
 
-    ``table`` has the values of all steps. They determine the vertical axis, so that it is the same at every step.
+    The values of all steps determine the vertical axis, and the roles the colors, so that both are the same at every
+    step.
     """
-    cohort, entry = replace(cohort, name=quantity, needs=(quantity,)), QUANTITIES[quantity]
-    y = Axis(label=axis_label(quantity))
-    bounds = table[["value", "low", "high"]].to_numpy()
-    finite = bounds[np.isfinite(bounds)]
-    if finite.size and finite.min() < finite.max():
+
+    cohort: Cohort
+    quantity: str
+    step: int
+    roles: frozenset[str]
+    values: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """Quantity and step, which a quantity of the whole run does not have."""
+        name = self.quantity.replace("_", " ")
+        if (self.values["module"] == "").all():
+            return name
+        return f"{name}, as stored" if self.step == UNSTEPPED else f"{name}, after step {self.step}"
+
+    def draw(self) -> Chart:
+        """Plot values by layer and role at one step, of a single module by component, or of the whole run by step."""
+        return self._chart(self.values, self.title)
+
+    def draw_multiples(self, width: float) -> Drawable:
+        """Plot one panel per role or, of values with an index, per module, on a page of this width in pixels."""
+        names = self.values["role"].astype(str)
+        if self.values["index"].notna().any():
+            names = self.values["place"].astype(str) + " " + names
+            if self.values["module"].groupby(names).nunique().max() > 1:
+                names = self.values["module"]
+        charts = []
+        for name, values in self.values.groupby(names, sort=False):
+            charts.append(replace(self._chart(values, str(name)), square=True))
+        return _arrange(charts, round(width / MULTIPLE))
+
+    def _chart(self, table: pd.DataFrame, title: str) -> Chart:
+        cohort, entry = replace(self.cohort, name=self.quantity, needs=(self.quantity,)), QUANTITIES[self.quantity]
+        y = self._axis()
+        rows = _at_step(table, self.step)
+        rules: list[Mark] = []
+        # Components of several modules do not correspond, so that only those of one module have an axis.
+        if table["index"].notna().any() and table["module"].nunique() == 1:
+            along, x = "index", Axis(label=entry.index.replace("_", " "))
+        elif (table["module"] == "").all():
+            # All steps are drawn, and a rule marks the selected one.
+            along, x, y, rows = "step", Axis(label="step"), replace(y, limits=None), table
+            if self.step != UNSTEPPED:
+                rules.append(Rule(x=self.step))
+        # Equal values, such as those of selected neurons, have no largest ones.
+        elif entry.index == "neuron" and rows["value"].nunique() > 1:
+            rows, names = _largest_neurons(rows)
+            along, x, y = "value", y, Axis(label=f"{len(names)} largest", order=names)
+        else:
+            along, x = "place", Axis(label="layer", order=used_places(table))
+        caption = cohort.caption(f"{entry.label}: {entry.definition}.")
+        mixtures = mixture_sentences(cohort.meta.get(MIXTURES, {}))
+        color, colors = "recipe", cohort.labels
+        if table["role"].nunique() > 1:
+            color, colors = "role", [role for role in ROLES if role in self.roles]
+        return Chart(
+            rows,
+            [*_marks(rows, along, color), *rules],
+            title=title,
+            x=x,
+            y=y,
+            colors=colors,
+            caption=" ".join([caption, *mixtures]),
+            meta=cohort.meta,
+        )
+
+    def _axis(self) -> Axis:
+        """Return the axis of the values, with ends between which they are at every step."""
+        axis = Axis(label=axis_label(self.quantity))
+        bounds = self.values[["value", "low", "high"]].to_numpy()
+        finite = bounds[np.isfinite(bounds)]
+        if not finite.size or finite.min() == finite.max():
+            return axis
         low, high = float(finite.min()), float(finite.max())
         margin = 0.05 * (high - low)  # so that the lowest and the highest dot are whole
-        y = replace(y, limits=(low - margin, high + margin))
-    rows, title = _at_step(table, step), quantity.replace("_", " ")
-    rules: list[Mark] = []
-    # Components of several modules do not correspond, so that only those of one module have an axis.
-    if table["index"].notna().any() and table["module"].nunique() == 1:
-        along, x = "index", Axis(label=entry.index.replace("_", " "))
-    elif (table["module"] == "").all():
-        # All steps are drawn, and a rule marks the selected one.
-        along, x, y, rows = "step", Axis(label="step"), replace(y, limits=None), table
-        if step != UNSTEPPED:
-            rules.append(Rule(x=step))
-    # Equal values, such as those of selected neurons, have no largest ones.
-    elif entry.index == "neuron" and rows["value"].nunique() > 1:
-        rows, names = _largest_neurons(rows)
-        along, x, y = "value", y, Axis(label=f"{len(names)} largest", order=names)
-    else:
-        along, x = "place", Axis(label="layer", order=used_places(table))
-    if along != "step":
-        title += ", as stored" if step == UNSTEPPED else f", after step {step}"
-    caption = [cohort.caption(f"{entry.label}: {entry.definition}."), *mixture_sentences(cohort.meta.get(MIXTURES, {}))]
-    marks = [*_marks(rows, along), *rules]
-    return Chart(rows, marks, title=title, x=x, y=y, caption=" ".join(caption), meta=cohort.meta)
+        return replace(axis, limits=(low - margin, high + margin))
+
+
+def _arrange(charts: Sequence[Chart], row: int) -> Drawable:
+    """Arrange panels of equal width, ``row`` in a row."""
+    if len(charts) == 1:
+        return charts[0]
+    return Panels(wrap(charts, row).rows(), columns=row)
 
 
 def _largest_neurons(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -314,13 +404,11 @@ def _largest_neurons(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return neurons[neurons["neuron"].isin(names)], names
 
 
-def _marks(rows: pd.DataFrame, x: str) -> list[Mark]:
-    """Return dots colored by role (by recipe if there is one role), joined by lines where every place has one dot."""
-    color, other = "recipe", None
-    if rows["role"].nunique() > 1:
-        color = "role"
-        if rows["recipe"].nunique() > 1:
-            other = "recipe"
+def _marks(rows: pd.DataFrame, x: str, color: str) -> list[Mark]:
+    """Return dots colored by role or recipe, joined by lines where every place has one dot."""
+    other = None
+    if color == "role" and rows["recipe"].nunique() > 1:
+        other = "recipe"
     if x == "value":
         return [Point("value", "neuron", color, other, **ends(rows))]
     dots = Point(x, "value", color, other, **ends(rows))

@@ -10,12 +10,10 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
@@ -46,7 +44,7 @@ class TextRecorder(RendererAgg):
         super().__init__(*figure.bbox.size, figure.dpi)
         self.recorded_texts: list[DrawnText] = []
 
-    def draw_text(self, gc, x, y, s, prop, angle, ismath=False, mtext=None) -> None:  # type: ignore[no-untyped-def]
+    def draw_text(self, gc, x, y, s, prop, angle, ismath=False, mtext=None) -> None:
         width, height, descent = self.get_text_width_height_descent(s, prop, ismath)
         box = Bbox.from_extents(x, y - height + descent, x + width, y + descent)
         if angle == 90:
@@ -65,7 +63,7 @@ def faults(name: str, drawable: Drawable, **how: Any) -> list[str]:
     return [f"{name} ({settings}): {line}" for line in dict.fromkeys(lines)]
 
 
-def figure_faults(figure: Figure) -> Iterator[str]:
+def figure_faults(figure: Any) -> Iterator[str]:
     """Yield the faults of a figure of matplotlib."""
     figure.set_dpi(DPI)
     renderer = TextRecorder(figure)
@@ -91,10 +89,11 @@ def _faint_texts(texts: Sequence[DrawnText], pixels: np.ndarray) -> Iterator[str
         for ground, count in Counter(map(tuple, region.tolist())).most_common(3):
             if count < GROUND * len(region):
                 break
-            color = np.array(to_rgb(text.color)) * text.alpha + np.array(ground) / 255 * (1 - text.alpha)
-            ratio = contrast(to_hex(color), to_hex(np.array(ground) / 255))
+            under: Any = np.array(ground) / 255
+            blended: Any = np.array(to_rgb(text.color)) * text.alpha + under * (1 - text.alpha)
+            ratio = contrast(to_hex(blended), to_hex(under))
             if ratio < TEXT_CONTRAST:
-                yield f"text {text.text!r} has a contrast of {ratio:.1f} to {to_hex(np.array(ground) / 255)}"
+                yield f"text {text.text!r} has a contrast of {ratio:.1f} to {to_hex(under)}"
 
 
 def _text_collisions(texts: Sequence[DrawnText]) -> Iterator[str]:
@@ -103,7 +102,7 @@ def _text_collisions(texts: Sequence[DrawnText]) -> Iterator[str]:
             yield f"texts {text.text!r} and {other.text!r} overlap"
 
 
-def _texts_out_of_place(texts: Sequence[DrawnText], figure: Figure) -> Iterator[str]:
+def _texts_out_of_place(texts: Sequence[DrawnText], figure: Any) -> Iterator[str]:
     """Find text outside the figure, and other text in the box of a legend."""
     width, height = figure.bbox.size
     for text in texts:
@@ -112,8 +111,8 @@ def _texts_out_of_place(texts: Sequence[DrawnText], figure: Figure) -> Iterator[
             yield f"text {text.text!r} is outside the figure"
     for legend in _legends(figure):
         own_lines = set()
-        for text in (legend.get_title(), *legend.get_texts()):
-            own_lines |= set(text.get_text().replace(r"\$", "$").splitlines())
+        for label in (legend.get_title(), *legend.get_texts()):
+            own_lines |= set(label.get_text().replace(r"\$", "$").splitlines())
         left, bottom, right, top = legend.get_window_extent().extents
         frame = Bbox.from_extents(left, height - top, right, height - bottom)
         for drawn in texts:
@@ -126,11 +125,11 @@ def _overlap(box: Bbox, other: Bbox) -> bool:
     return common is not None and min(common.size) > SLACK
 
 
-def _legends(figure: Figure) -> list[Legend]:
+def _legends(figure: Any) -> list[Any]:
     return [*figure.legends, *(legend for ax in figure.axes if (legend := ax.get_legend()))]
 
 
-def _faint_marks(ax: Axes) -> Iterator[str]:
+def _faint_marks(ax: Any) -> Iterator[str]:
     """Compare lines, dots and bars with the color of the axes; bands and heat maps are read by their edges."""
     ground = to_hex(ax.get_facecolor())
     faint = {color for color in _mark_colors(ax) if contrast(color, ground) < MARK_CONTRAST}
@@ -139,7 +138,7 @@ def _faint_marks(ax: Axes) -> Iterator[str]:
         yield f"{len(faint)} colors of marks are faint, such as {least}: contrast {contrast(least, ground):.1f}"
 
 
-def _mark_colors(ax: Axes) -> Iterator[str]:
+def _mark_colors(ax: Any) -> Iterator[str]:
     ground = to_hex(ax.get_facecolor())
     for line in ax.lines:
         if len(line.get_xdata()):
@@ -155,11 +154,11 @@ def _mark_colors(ax: Axes) -> Iterator[str]:
         yield to_hex(bar.get_facecolor())
 
 
-def _bars(ax: Axes) -> list[Rectangle]:
+def _bars(ax: Any) -> list[Rectangle]:
     return [bar for container in ax.containers for bar in container if isinstance(bar, Rectangle)]
 
 
-def _missing_ticks(ax: Axes) -> Iterator[str]:
+def _missing_ticks(ax: Any) -> Iterator[str]:
     """Find categories with a mark and without a tick; between ticks of evenly spaced numbers, some may be left out."""
     drawn = _drawn_positions(ax)
     for axis, positions, limits in ((ax.xaxis, drawn[0], ax.get_xlim()), (ax.yaxis, drawn[1], ax.get_ylim())):
@@ -190,7 +189,7 @@ def _is_counted(position: float, labels: dict[float, str]) -> bool:
     return bool(places[0] - reach <= position <= places[-1] + reach)
 
 
-def _drawn_positions(ax: Axes) -> tuple[np.ndarray, np.ndarray]:
+def _drawn_positions(ax: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of all marks on x and on y."""
     points = [np.empty((0, 2))]
     for line in _data_lines(ax):
@@ -208,12 +207,12 @@ def _drawn_positions(ax: Axes) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _data_lines(ax: Axes) -> list[Line2D]:
+def _data_lines(ax: Any) -> list[Any]:
     """Return the lines through data; rules are in other coordinates."""
     return [line for line in ax.lines if line.get_transform() == ax.transData and len(line.get_xdata())]
 
 
-def _cut_marks(ax: Axes) -> Iterator[str]:
+def _cut_marks(ax: Any) -> Iterator[str]:
     """Find marks that reach over the limits of the axes, which cut them."""
     frame = ax.get_window_extent()
     for kind, boxes in _mark_boxes(ax):
@@ -224,7 +223,7 @@ def _cut_marks(ax: Axes) -> Iterator[str]:
             yield f"{int(cut.sum())} of {len(boxes)} {kind} are cut by up to {np.max(over):.0f} pixels"
 
 
-def _mark_boxes(ax: Axes) -> Iterator[tuple[str, np.ndarray]]:
+def _mark_boxes(ax: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yield kind and boxes (left, bottom, right, top) of the marks that the axes clip, in pixels from below."""
     for line in _data_lines(ax):
         if line.get_clip_on():
@@ -247,13 +246,13 @@ def _mark_boxes(ax: Axes) -> Iterator[tuple[str, np.ndarray]]:
         yield "bars", np.array([bar.get_window_extent().extents for bar in bars])
 
 
-def _boxes_at(ax: Axes, points: np.ndarray, radii: np.ndarray | float = 0.0) -> np.ndarray:
+def _boxes_at(ax: Any, points: np.ndarray, radii: np.ndarray | float = 0.0) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         centers = ax.transData.transform(points.reshape(-1, 2))
     return np.concatenate([centers - radii, centers + radii], axis=1)
 
 
-def _alike_in_gray(legend: Legend) -> Iterator[str]:
+def _alike_in_gray(legend: Any) -> Iterator[str]:
     """Find categories of a legend whose lightness is about the same, and whose dash and marker or hatch are equal."""
     entries = []
     for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):

@@ -292,8 +292,8 @@ def _narrow(rows: pd.DataFrame, column: str, choices: list[str]) -> tuple[list[s
     if ALL in choices or not present:
         # The values of the whole run and of whole blocks are sums or norms over modules, so they are not drawn next to
         # them.
-        parts = rows[~rows[column].isin(_SUMS)]
-        return [ALL, *used], [ALL], rows if parts.empty else parts
+        summands = rows[~rows[column].isin(_SUMS)]
+        return [ALL, *used], [ALL], rows if summands.empty else summands
     return [ALL, *used], present, rows[rows[column].isin(present)]
 
 
@@ -307,7 +307,7 @@ def _at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class _Sketch:
-    """What the charts of one quantity have in common: the runs, the step, all roles of the quantity, and all values.
+    """Runs, step, roles and values that the charts of one quantity have in common.
 
     The values of all steps determine the vertical axis, and the roles the colors, so that both are the same at every
     step.

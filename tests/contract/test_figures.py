@@ -11,9 +11,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+from drawn_figures import faults
 
 import lorascope as ls
 from lorascope import plots
+from lorascope.charts.chart import Drawable
 from lorascope.inputs import tasks
 from lorascope.methods import LISA, Adapprox, FourierFT
 
@@ -61,13 +63,24 @@ def test_every_figure_has_an_example() -> None:
     assert [name for name in FIGURES if not plots.FIGURES[name].example] == []
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_example_is_drawn_by_both_renderers(name: str, runs: dict[str, Any], tmp_path: Path) -> None:
+def draw_example(name: str, runs: dict[str, Any]) -> Drawable:
     *statements, last = ast.parse(plots.FIGURES[name].example).body
     assert isinstance(last, ast.Expr)
     scope = {"ls": ls, **runs}
     exec(compile(ast.Module(statements, []), name, "exec"), scope)
-    drawn = eval(compile(ast.Expression(last.value), name, "eval"), scope)
+    chart: Drawable = eval(compile(ast.Expression(last.value), name, "eval"), scope)
+    return chart
+
+
+@pytest.mark.parametrize(("width", "theme"), [("page", "light"), ("column", "paper"), ("page", "dark")])
+@pytest.mark.parametrize("name", FIGURES)
+def test_example_is_readable(name: str, width: str, theme: str, runs: dict[str, Any]) -> None:
+    assert faults(name, draw_example(name, runs), width=width, theme=theme) == []
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_example_is_drawn_by_both_renderers(name: str, runs: dict[str, Any], tmp_path: Path) -> None:
+    drawn = draw_example(name, runs)
     panels = [chart for row in drawn.rows() for chart in row]
     assert all(len(chart.data) for chart in panels)
     figure = drawn.mpl()

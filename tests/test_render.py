@@ -399,6 +399,17 @@ def test_logarithmic_axis_between_2_and_5_has_integers() -> None:
     assert [label.get_text() for label in labels] == ["3", "4"]
 
 
+@pytest.mark.parametrize("values", [(0.75, 1.45), (1.1, 1.9), (13, 17)])
+def test_ticks_of_a_short_logarithmic_axis_reach_its_upper_end(values) -> None:
+    panel = Chart(table("x y", *enumerate(values)), [Line("x", "y")], y=Axis(log=True))
+    figure = panel.mpl()
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_ylim()
+    ticks = [tick for tick in figure.axes[0].get_yticks() if low <= tick <= high]
+    assert len(ticks) >= 2
+    assert np.log(high / ticks[-1]) < np.log(high / low) / 3
+
+
 def test_labels_of_a_short_logarithmic_axis_do_not_overlap() -> None:
     data = table("x y", (3e-6, 1.0), (3e-4, 2.0))
     panel = Chart(data, [Line("x", "y")], x=Axis(label="learning rate", log=True))

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from lorascope.array_types import Float
 from lorascope.charts.geometry import Panel
@@ -78,6 +78,11 @@ def _thin_ticks(axis: Any, room: float, size: float) -> None:
     choices: Sequence[Sequence[int]] = BETWEEN
     if len(_log_ticks(low, high, BETWEEN[0])) < 2:
         choices = [ALL]
+        ticks = _log_ticks(low, high, ALL)
+        # Multiples of a power of ten may end far below the upper end, as from 0.7 to 1.5.
+        if not ticks.size or high - np.log(ticks[-1]) > (high - low) / 3:
+            axis.set_major_locator(MaxNLocator(min(5, max(1, int(room / (4 * size)))), steps=[1, 2, 5, 10]))
+            return
     for subs in choices:
         locator, ticks = LogLocator(subs=subs), _log_ticks(low, high, subs)
         # Fewer ticks would be no scale: the previous, denser ones stay.

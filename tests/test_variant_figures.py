@@ -169,6 +169,7 @@ def nearest(label: str, rng: Any) -> pd.DataFrame:
                             "factor": factor,
                             "view": "raw",
                             "module": module,
+                            "other_module": [module, module, "another"] * 2 if factor == "A" else "another",
                             "task": ["tweets", "movies", "products"] * 2,
                             "x": xy[:, 0],
                             "y": xy[:, 1],
@@ -340,6 +341,16 @@ def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
     cells = left.data.set_index(["recipe", "step"])["value"]
     assert cells["γ = 1", 5.0] == pytest.approx(first)
     assert set(right.data["recipe"]) == {"seed 200", "seed 201", "seed 202"}
+
+
+def test_planes_of_thirds_have_shared_fractions_and_rings(evidence: StudyEvidence) -> None:
+    titles = [chart.title for chart in drawn("thirds", evidence).charts()]
+    assert titles[:2] == ["A, domains: 67% (chance 8%)", "B, domains: 0% (chance 8%)"]
+    for chart in drawn("sub-modules", evidence).charts():
+        assert chart.square
+        assert chart.data.groupby("task")["size"].first().nunique() == 3
+        names = chart.marks[1].data.set_index("label")["y"]
+        assert (names > chart.data.groupby("label")["y"].max()).all()  # above the dots of their module
 
 
 def test_listed_figures_of_papers_exist() -> None:

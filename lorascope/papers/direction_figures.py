@@ -332,10 +332,16 @@ def raw_factors(evidence: StudyEvidence, name: str) -> pd.DataFrame:
 
 
 def factor_plane(rows: pd.DataFrame, title: str, caption: str, *marks: Mark) -> Chart:
-    """Draw factors by their t-SNE places, a color per text."""
+    """Draw factors by their t-SNE places, with a color and a size per text: a dot below a smaller one is a ring."""
+    texts = list(dict.fromkeys(rows["task"]))
+    sizes = dict(zip(texts, np.linspace(1.0, 0.2, len(texts)), strict=True))
+    points = [Point("x", "y", "task", size="size"), *marks]
     # A plane has neither an origin nor a unit.
-    x, y = Axis(ticks={}), Axis(ticks={})
-    return Chart(rows, [Point("x", "y", "task"), *marks], title=title, x=x, y=y, caption=caption, square=True)
+    low, high = rows[["x", "y"]].min(axis=None), rows[["x", "y"]].max(axis=None)
+    room = 0.08 * (high - low)
+    axis = Axis(ticks={}, limits=(low - room, high + room))
+    rows = rows.assign(size=rows["task"].map(sizes))
+    return Chart(rows, points, title=title, x=axis, y=axis, caption=caption, colors=texts, square=True)
 
 
 def draw_thirds(evidence: StudyEvidence) -> Drawable | None:
@@ -347,11 +353,16 @@ def draw_thirds(evidence: StudyEvidence) -> Drawable | None:
     caption = (
         "A's and B's of all modules of LoRAs on three domains, and on three random thirds of all text, two orders of "
         "the data each, with a shared initial A. The paper's A's coincide and its B's separate on thirds too, "
-        "so that B's need no different tasks to separate."
+        "so that B's need no different tasks to separate. Titles: factors whose nearest factor of another text is from "
+        "the same module, first seed."
     )
     rows = []
     for name, table in tables.items():
-        row = [factor_plane(cells, f"{factor}, {name}", caption) for factor, cells in table.groupby("factor")]
+        row = []
+        for factor, cells in table.groupby("factor"):
+            shared = hydralora_factors.shared_fraction(cells, str(factor), "raw")
+            chance = 100 / cells["module"].nunique()  # all modules have one shape
+            row.append(factor_plane(cells, f"{factor}, {name}: {shared:.0f}% (chance {chance:.0f}%)", caption))
         rows.append(tuple(row))
     return Panels(tuple(rows))
 
@@ -363,14 +374,15 @@ def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
         return None
     caption = (
         "Four A's and four B's of LoRAs on three texts, two orders each, with a shared initial A, placed by t-SNE; "
-        "a dot per run, and the module's role and layer in the middle of its dots. The paper's A's of one module "
+        "a dot per run, and the module's role and layer above its dots. The paper's A's of one module "
         "coincide and its B's scatter; with separate initial A's, the A's scatter as well (see the figure of all)."
     )
     charts = []
     for factor, labels in (("A", ["q0", "v1", "q3", "v5"]), ("B", ["v0", "q1", "v3", "q5"])):
         cells = rows[(rows["factor"] == factor) & rows["label"].isin(labels)]
-        centers = cells.groupby("label")[["x", "y"]].mean().reset_index()
-        charts.append(factor_plane(cells, factor, caption, Text("x", "y", "label", data=centers)))
+        names = cells.groupby("label").agg({"x": "mean", "y": "max"}).reset_index()
+        names["y"] += 0.06 * (cells["y"].max() - cells["y"].min())
+        charts.append(factor_plane(cells, factor, caption, Text("x", "y", "label", data=names)))
     return set_side_by_side(*charts)
 
 

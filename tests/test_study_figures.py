@@ -18,7 +18,6 @@ from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Line, Point, Text
 from lorascope.charts.theme import theme
-from lorascope.pages.embedded_charts import NARROW
 from lorascope.papers import registry
 from lorascope.papers.figures import forest as forest_plot
 from lorascope.papers.figures.first_edition import stored_figures
@@ -175,13 +174,11 @@ def test_axes_have_the_unit_of_their_rows() -> None:
 def test_stacked_panels_of_the_forest_keep_the_names_of_methods() -> None:
     """On a narrow screen, the panels are below each other, each with its ground and the names of its rows."""
     figure = forest(results_of(adalora=8.0), REGISTERED, EARLIER)
-    plan = plan_figure(figure, theme("light"))
-    stacked = replace(plan, rows=[[number] for number in range(len(plan.panels))])
-    layout = plotly_backend.ground(stacked, NARROW).layout
+    layout = plotly_backend.narrow_layout(plan_figure(figure, theme("light")))
     for number, (methods, ground) in enumerate(product(forest_plot.ROWS, (forest_plot.TEXT, forest_plot.TRUTH))):
         axis = layout[f"yaxis{number + 1}" if number else "yaxis"]
-        assert list(axis.ticktext) == list(methods)
-        assert axis.showticklabels is not False
+        assert list(axis["ticktext"]) == list(methods)
+        assert axis.get("showticklabels", True)
         assert figure.charts()[number].title == ground
     wide = figure.plotly().layout
     assert wide.yaxis2.showticklabels is False  # the panel on the left has them

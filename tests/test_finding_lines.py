@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,12 @@ def test_observers_that_recorded_nothing_are_missing():
     assert missing["lora"].startswith("records of gradients, memory, neurons, utilization: ls.plots.available(run)")
     assert missing["full"].startswith("records of gradients, memory, utilization: ")
     assert missing["neft"].startswith("records of gradients, memory: ")
+
+
+def test_representation_opens_no_snapshot_but_the_last(tmp_path: Path):
+    shutil.copytree(ls.example("lora").path, tmp_path / "run")
+    (tmp_path / "run" / "snapshots" / "step-000100.safetensors").write_bytes(b"broken")
+    assert shown_lines(ls.load(tmp_path / "run"))["missing"] == shown_lines(ls.example("lora"))["missing"]
 
 
 def test_adapters_and_series_miss_the_training_and_the_base_weights():

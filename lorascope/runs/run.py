@@ -234,7 +234,8 @@ class Run(Result):
 
     def _missing(self, recorded: set[str]) -> list[str]:
         observers = [name for name, quantity in RECORDED_BY.items() if quantity not in recorded]
-        if self.ranks() and len(self.update_steps()) < 2:
+        # Steps by the names of files: opening all snapshots of a long run takes too long for a representation.
+        if self.ranks() and len(self._all_steps()) < 2:
             observers.append("factors")
         if not observers:
             return []

@@ -21,6 +21,7 @@ from lorascope.methods import LISA, Adapprox, FourierFT
 
 pytestmark = pytest.mark.slow
 FIGURES = [name for name, entry in plots.FIGURES.items() if entry.draw.__module__.startswith("lorascope.")]
+# Labels without room at column width.
 CROWDED = ("ablations", "bias_curve")
 
 

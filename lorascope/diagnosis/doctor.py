@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
-from lorascope.diagnosis.causes.finding import finding, first_and_count, run_rules
+from lorascope.diagnosis.causes.finding import finding, run_rules
+from lorascope.files.printable import first_of
 from lorascope.runs.result import Result
 
 _NEEDS = {"weights": "norms of the weights", "base": "norms of the weights", "history": "a history"}
@@ -47,7 +48,7 @@ def _recorded_alarms(case: Case, findings: Sequence[Finding]) -> Iterator[Findin
             steps = list(dict.fromkeys(int(row.step) for row in rows))
             modules = list(dict.fromkeys(row.module for row in rows if row.module))
             problem = rule.problem[0].lower() + rule.problem[1:].removesuffix(".")
-            draft = finding(f"alarm at step {first_and_count(steps)}: {problem}", modules, steps=steps, modules=modules)
+            draft = finding(f"alarm at step {first_of(steps)}: {problem}", modules, steps=steps, modules=modules)
             yield rule.finding(draft.message, draft.modules, **draft.evidence)
 
 

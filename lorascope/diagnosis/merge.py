@@ -21,7 +21,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from lorascope.array_types import Float, Float32
-from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, module_names
+from lorascope.diagnosis.causes.finding import Finding, Kind, module_names
 from lorascope.diagnosis.inspection import DTYPES
 from lorascope.diagnosis.merged_residuals import compare_residual
 from lorascope.diagnosis.merged_weights import (
@@ -35,7 +35,7 @@ from lorascope.diagnosis.merged_weights import (
 )
 from lorascope.diagnosis.runtimes.runtime import join_sides
 from lorascope.diagnosis.unadapted_tensors import ComparedTensor, TensorVerdict, compare_tensors
-from lorascope.files.printable import count_phrase
+from lorascope.files.printable import count_phrase, first_of
 from lorascope.files.small_floats import round_to_dtype
 from lorascope.formats.peft_experts import ExpertPart
 from lorascope.formats.peft_residual import SubtractedStart, has_unknown_start
@@ -165,16 +165,16 @@ class MergeCheck:
             reason = {2.0: ", so it was merged twice", -1.0: ", so it was subtracted"}.get(factor, "")
             yield _finding(f"{len(affected)} of {count} modules contain {factor:g} times the update{reason}", affected)
         if misfits := by_verdict["misfit"]:
-            labels = first_and_count(module.label for module in misfits)
+            labels = first_of(module.label for module in misfits)
             message = f"{len(misfits)} of {count} modules do not fit: {labels}"
             yield _MISFIT.finding(message, module_names(misfits), modules=len(misfits), of=count)
         for verdict, statement in _TENSOR_STATEMENTS.items():
             if names := self.tensor_names(verdict):
                 message = f"{count_phrase(len(names), 'tensor')} without an adapter {statement}"
-                yield _CHANGED.finding(f"{message}: {first_and_count(names)}", weights=len(names))
+                yield _CHANGED.finding(f"{message}: {first_of(names)}", weights=len(names))
         if names := self.tensor_names("lost"):
             message = f"{count_phrase(len(names), 'tensor')} of the adapter are not in the merged model"
-            yield _LOST.finding(f"{message}: {first_and_count(names)}", weights=len(names))
+            yield _LOST.finding(f"{message}: {first_of(names)}", weights=len(names))
 
     @property
     def is_conclusive(self) -> bool:
@@ -210,7 +210,7 @@ def _count_verdicts(rows: Sequence[MergedModule | ComparedTensor], phrases: Mapp
 
 def _finding(message: str, affected: Sequence[MergedModule]) -> Finding:
     """Return the finding about modules with one verdict."""
-    labels = first_and_count(module.label for module in affected)
+    labels = first_of(module.label for module in affected)
     factor = round(float(np.median([module.factor for module in affected])), 3)
     kind = _KINDS[affected[0].verdict]
     return kind.finding(f"{message}: {labels}", module_names(affected), modules=len(affected), factor=factor)

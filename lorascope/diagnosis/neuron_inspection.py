@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, power_of_ten
+from lorascope.diagnosis.causes.finding import Finding, Kind, power_of_ten
 from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files
 from lorascope.diagnosis.inspection_screen import (
     Modules,
@@ -21,6 +21,7 @@ from lorascope.diagnosis.inspection_screen import (
     shell_command,
 )
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.printable import first_of
 from lorascope.files.small_floats import ENCODED
 from lorascope.files.text_layout import Block, Elided, TableColumn, aligned_table, format_norm, format_percent
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -184,7 +185,7 @@ def _find(scores: pd.DataFrame, modules: pd.DataFrame, tuned: PretrainedWeights)
 
 def _finding_about(kind: Kind, message: str, names: Iterable[str]) -> Finding:
     names = tuple(names)
-    return kind.finding(f"{message}: {first_and_count(names)}", names)
+    return kind.finding(f"{message}: {first_of(names)}", names)
 
 
 def neurons_screen(inspection: NeuronInspection, target: Console) -> str:

@@ -6,7 +6,7 @@ change the terminal that prints it, and a right-to-left override reorders the li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 # Joiners only change the shape of adjacent letters, and Persian and Indic scripts require them.
 _JOINERS = "\u200c\u200d"
@@ -43,9 +43,11 @@ def short_name(text: object) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[:25]}…{name[-26:]}"
 
 
-def first_of(names: Sequence[str]) -> str:
-    """Return the first name, escaped like `printable`, and the number of the others."""
-    return f"{printable(names[0])} and {len(names) - 1} more" if len(names) > 1 else printable(names[0])
+def first_of(names: Iterable[object], count: int = 1) -> str:
+    """Return the first names, escaped like `printable`, and the number of the others."""
+    texts = list(map(printable, names))
+    listing = ", ".join(texts[:count])
+    return f"{listing} and {len(texts) - count} more" if len(texts) > count else listing
 
 
 def number_text(number: float, spec: str) -> str:

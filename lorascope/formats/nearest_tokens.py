@@ -9,7 +9,7 @@ import numpy as np
 
 from lorascope.array_types import Float, Int
 from lorascope.files.file_names import folder_of
-from lorascope.files.printable import printable
+from lorascope.files.printable import first_of, printable
 from lorascope.files.typed_json import read_json
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.schema.module_roles import parse
@@ -43,8 +43,7 @@ def describe_nearest(prompt: Float[np.ndarray, "tokens width"], base: Pretrained
     for row, cosine in zip(ids, cosines, strict=True):
         token = f"{row}{texts.get(int(row), '')} ({cosine:.2f})"
         tokens.append(token if np.isfinite(cosine) else "none")
-    remark = f" and {len(tokens) - _MAX_LISTED} more" * (len(tokens) > _MAX_LISTED)
-    return f"nearest tokens of the base (cosine): {', '.join(tokens[:_MAX_LISTED])}{remark}"
+    return f"nearest tokens of the base (cosine): {first_of(tokens, _MAX_LISTED)}"
 
 
 def _nearest_rows(

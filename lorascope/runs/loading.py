@@ -326,10 +326,9 @@ def _hint(path: Path) -> str:
     """Return what the folder contains instead of a run or an adapter, for an error message."""
     if not path.is_dir():
         return "; no tensor has the name of an adapter's factor"
-    results = [printable(result.relative_to(path)) for result in _find_results(path, _MAX_DEPTH)]
+    results = [result.relative_to(path) for result in _find_results(path, _MAX_DEPTH)]
     if results:
-        remainder = f" and {len(results) - _MAX_LISTED} more" * (len(results) > _MAX_LISTED)
-        listing = f"{', '.join(results[:_MAX_LISTED])}{remainder}"
+        listing = first_of(results, _MAX_LISTED)
         return f"; pass one of the {len(results)} in its subfolders, which `lorascope survey` lists: {listing}"
     if (path / "config.json").exists():
         return "; it looks like a whole model, which `lorascope inspect PATH --base DIR` compares with its base"

@@ -14,14 +14,13 @@ from lorascope.diagnosis.causes.finding import (
     Findings,
     finding,
     finding_if_any,
-    first_and_count,
     inflect,
     module_names,
     power_of_ten,
 )
 from lorascope.diagnosis.change_from_base import DIRECTIONS, SIDE
 from lorascope.diagnosis.training_case import Evidence
-from lorascope.files.printable import count_phrase
+from lorascope.files.printable import count_phrase, first_of
 from lorascope.runs.gated_run import gate_description
 
 FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs differ by less than a hundredfold
@@ -168,7 +167,7 @@ def dead_layers(case: Evidence) -> Findings:
     if faint:
         fraction = min(moved.values()) / usual
         changed = f"{len(faint)} of {len(moved)} layers changed by less than {FAINT:g} of the median layer"
-        message = f"{changed}: {first_and_count(faint)} ({fraction:.1e})"
+        message = f"{changed}: {first_of(faint)} ({fraction:.1e})"
         yield finding(message, layers=faint, share=fraction, threshold=FAINT)
 
 
@@ -205,7 +204,7 @@ def _describe_frozen(case: Evidence, modules: Iterable[TrainedModule]) -> str:
     if len(set(names_of_modules)) == 1:
         count = count_phrase(len(names_of_modules), "module")
         return f"{' and '.join(names_of_modules[0])} of {count} without requires_grad"
-    return f"{first_and_count(paths)} without requires_grad"
+    return f"{first_of(paths)} without requires_grad"
 
 
 @DoctorRule("LS109", severity="caution", problem="All updates are zero.", evidence="|dW| is 0 in all modules")
@@ -234,7 +233,7 @@ def zero_updates(case: Case) -> Findings:
         reason = ""
         if zeros[0] and zeros.count(zeros[0]) == count:
             reason = f" ({' = '.join(zeros[0])} = 0)"
-        yield finding(f"{count} zero update{'s' * (count > 1)}: {first_and_count(names)}{reason}")
+        yield finding(f"{count} zero update{'s' * (count > 1)}: {first_of(names)}{reason}")
 
 
 def _zero_factors(factors: Mapping[str, np.ndarray]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lorascope.diagnosis.case import TrainedModule
 from lorascope.diagnosis.training_case import Evidence
+from lorascope.files.printable import first_of
 
 Severity = Literal["error", "caution", "note"]
 
@@ -171,7 +172,7 @@ def finding(message: str, names: Iterable[Any] = (), /, **evidence: Any) -> Find
     """Return a finding of a rule, which adds its kind; the message ends with the first of the names."""
     modules = tuple(map(str, names))
     if modules:
-        message = f"{message}: {first_and_count(modules)}"
+        message = f"{message}: {first_of(modules)}"
     return Kind().finding(message, modules, **evidence)
 
 
@@ -200,12 +201,6 @@ def rate_phrase(rate: float | None) -> str:
     if not rate:
         return ""
     return f" at learning rate {rate:.3g}"
-
-
-def first_and_count(names: Iterable[Any]) -> str:
-    """Return the first name that a finding lists, and the number of the others."""
-    first, *remaining = map(str, names)
-    return f"{first} and {len(remaining)} more" if remaining else first
 
 
 def power_of_ten(value: float) -> str:

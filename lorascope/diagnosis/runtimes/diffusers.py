@@ -9,8 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
-from lorascope.diagnosis.causes.finding import Finding, first_and_count
+from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.runtimes.runtime import Target, alteration, find_misfitting_modules, omission, refusal, runtime
+from lorascope.files.printable import first_of
 from lorascope.formats.image_names import BaseNames
 
 _PREFIX = re.compile(
@@ -95,6 +96,6 @@ def _find_uneven_alphas(target: Target) -> Iterator[Finding]:
                 changed.append(module)
         if changed:
             count = f"{len(changed)} of {len(ranks[component])} modules get the most frequent alpha, {usual:g}"
-            reason = f"alphas differ between modules: {count}, instead of the stored ones: {first_and_count(changed)}"
+            reason = f"alphas differ between modules: {count}, instead of the stored ones: {first_of(changed)}"
             fix = "store one alpha, and multiply lora_up by what differs, as lorascope export --kohya does"
             yield alteration(reason, fix, modules=len(changed), of=len(ranks[component]), alpha=usual)

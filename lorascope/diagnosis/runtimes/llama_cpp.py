@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from lorascope.diagnosis.causes.finding import Finding, first_and_count
+from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.runtimes.runtime import (
     Target,
     alteration,
@@ -18,6 +18,7 @@ from lorascope.diagnosis.runtimes.runtime import (
     refusal,
     runtime,
 )
+from lorascope.files.printable import first_of
 
 _READ = re.compile(r"\.lora_[AB](\.weight)?$|\.lora_embedding_[AB]$|\.base_layer\.weight$|_norm")
 
@@ -28,7 +29,7 @@ def check_llama_cpp(target: Target) -> Iterator[Finding]:
     config = target.config
     if foreign := target.keys_without(_READ):
         fix = "merge the adapter into the base, and convert that"
-        yield refusal(f"it converts no tensors with these names: {first_and_count(foreign)}", fix)
+        yield refusal(f"it converts no tensors with these names: {first_of(foreign)}", fix)
     # An adapter with magnitudes is already refused for the names of its tensors.
     if config.get("use_rslora") and not any("lora_magnitude_vector" in key for key in target.keys):
         factor = math.sqrt(largest_rank(target))
@@ -39,7 +40,7 @@ def check_llama_cpp(target: Target) -> Iterator[Finding]:
         fix = "scale lora_B of these modules, and remove alpha_pattern"
         yield alteration("alpha_pattern is not read: every module gets lora_alpha / rank", fix)
     if target.absent:
-        yield refusal(f"the base has no such module: {first_and_count(target.absent)}",
+        yield refusal(f"the base has no such module: {first_of(target.absent)}",
                       "convert it with the base that it was trained on", modules=len(target.absent))  # fmt: skip
     heads = [module for module in target.files.parts if module.endswith("lm_head")]
     if heads and target.base is not None and target.modules.keys().isdisjoint(heads):

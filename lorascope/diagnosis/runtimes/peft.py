@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from lorascope.diagnosis.causes.finding import Finding, first_and_count, inflect
+from lorascope.diagnosis.causes.finding import Finding, inflect
 from lorascope.diagnosis.causes.whole_weights import empty_tensors
 from lorascope.diagnosis.runtimes.runtime import (
     MISSING,
@@ -22,6 +22,7 @@ from lorascope.diagnosis.runtimes.runtime import (
     refusal,
     runtime,
 )
+from lorascope.files.printable import first_of
 from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_whole_weights import WholeWeight, whole_weights
 from lorascope.formats.stored_update import PREFIX
@@ -69,7 +70,7 @@ def check_peft(target: Target) -> Iterator[Finding]:
     missing = sorted(targeted.difference(configured.values(), target.files.configured.values()))
     # If all are missing, the names differ, which is a finding above.
     if missing and len(missing) < len(targeted):
-        message = f"{len(missing)} of {len(targeted)} targeted modules have no factors: {first_and_count(missing)}"
+        message = f"{len(missing)} of {len(targeted)} targeted modules have no factors: {first_of(missing)}"
         yield MISSING.finding(f"{message}; their base weights are used unchanged", modules=len(missing))
 
 
@@ -78,7 +79,7 @@ def _find_misfitting_weights(target: Target) -> Iterator[Finding]:
     tokens = _token_counts(target)
     if tokens and target.embedding is not None:
         count, verb = max(tokens.values()), inflect(len(tokens), "has", "have")
-        reason = f"{first_and_count(tokens)} {verb} {count} tokens, and the base {target.embedding[0]}"
+        reason = f"{first_of(tokens)} {verb} {count} tokens, and the base {target.embedding[0]}"
         fix = f"resize the embeddings of the base before loading the adapter: model.resize_token_embeddings({count})"
         yield refusal(reason, fix, tokens=count, of=target.embedding[0])
     misfits = []
@@ -87,7 +88,7 @@ def _find_misfitting_weights(target: Target) -> Iterator[Finding]:
         if weight.kind != "tokens" and module not in tokens and shape and math.prod(shape) != weight.size:
             misfits.append(f"{module} ({join_sides(weight.tensor.shape)}, in the base {join_sides(shape)})")
     if misfits:
-        reason = f"the saved weights of {first_and_count(misfits)} do not fit the base"
+        reason = f"the saved weights of {first_of(misfits)} do not fit the base"
         yield refusal(reason, "load it into the model that it was trained on", modules=len(misfits))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes.config import compiled_names
-from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, inflect
-from lorascope.files.printable import printable
+from lorascope.diagnosis.causes.finding import Finding, Kind, inflect
+from lorascope.files.printable import first_of, printable
 from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles, uncompiled_name
@@ -250,7 +250,7 @@ def alteration(reason: str, fix: str, **evidence: Any) -> Finding:
 def omission(modules: Collection[str], of: int, manner: str, fix: str) -> Finding:
     """Return the finding that a runtime leaves out modules; ``manner`` says what it prints."""
     verb = inflect(len(modules), "is", "are")
-    reason = f"{len(modules)} of {of} modules {verb} dropped {manner}: {first_and_count(map(printable, modules))}"
+    reason = f"{len(modules)} of {of} modules {verb} dropped {manner}: {first_of(modules)}"
     return DROPPED.finding(reason, modules, fix, modules=len(modules), of=of)
 
 
@@ -272,7 +272,7 @@ def find_misfitting_modules(target: Target, explained: Collection[str] = ()) -> 
     misfits = [text for module, text in target.misfits.items() if module not in explained]
     if misfits:
         count = f"{len(misfits)} of {len(target.files.parts)}"
-        reason = f"the update of {count} modules does not fit the weight: {first_and_count(misfits)}"
+        reason = f"the update of {count} modules does not fit the weight: {first_of(misfits)}"
         yield refusal(reason, "load it into the model that it was trained on", modules=len(misfits))
 
 

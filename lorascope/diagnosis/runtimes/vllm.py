@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lorascope.diagnosis.causes.finding import Finding, first_and_count
+from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.runtimes.runtime import (
     Target,
     find_absent_modules,
@@ -18,6 +18,7 @@ from lorascope.diagnosis.runtimes.runtime import (
     runtime,
     stored_options,
 )
+from lorascope.files.printable import first_of
 
 MAX_RANK = 16
 """Default of ``--max-lora-rank``."""
@@ -44,7 +45,7 @@ def check_vllm(target: Target) -> Iterator[Finding]:
         yield refusal(reason, f"start it with --max-lora-rank {rank}", rank=rank, threshold=MAX_RANK)
     foreign = target.keys_without(_LOADED)
     if foreign and not options:  # an unsupported option explains tensors with other names
-        yield refusal(f"it does not load tensors with these names: {first_and_count(foreign)}",
+        yield refusal(f"it does not load tensors with these names: {first_of(foreign)}",
                       "merge the adapter into the base, and serve that")  # fmt: skip
     yield from find_absent_modules(target, "without a warning")
     yield from find_misfitting_modules(target)

@@ -29,7 +29,7 @@ from lorascope.runs.module_summary import (
     table_of,
     without_nan,
 )
-from lorascope.runs.result import Result
+from lorascope.runs.result import Result, describe_training
 
 Facts = tuple[tuple[str, str], ...]
 # Names in the header of a safetensors file.
@@ -166,15 +166,9 @@ def run_name(run: Result) -> str:
 
 
 def _run_facts(run: Result, count: int) -> Facts:
-    meta, kind, model = run.meta, run.label, run.meta.model
-    if meta.seed is not None:
-        kind += f", seed {meta.seed}"
-    if not run.finished:
-        kind += f", {meta.status}"
-    if meta.task is not None:
-        model += f" on {meta.task}"
+    meta, (training, model) = run.meta, describe_training(run)
     facts = (
-        (run_name(run), kind),
+        (run_name(run), training),
         ("model", model),
         ("size", f"{count_phrase(count, 'module')}, {meta.parameters.trained:,} trained parameters"),
     )

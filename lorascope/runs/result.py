@@ -280,16 +280,11 @@ class Result(ABC):
     def _lines(self) -> Lines:
         """Return the facts that represent the result, each with its key."""
         meta = self.meta
-        title, model, steps = f"{self.id}  {self.label}", meta.model, f"{meta.settings['steps']}"
-        if meta.seed is not None:
-            title += f", seed {meta.seed}"
-        if not self.finished:
-            title += f", {meta.status}"
-        if meta.task is not None:
-            model += f" on {meta.task}"
+        training, model = describe_training(self)
+        steps = f"{meta.settings['steps']}"
         if (batch_size := meta.settings.get("batch_size")) is not None:
             steps += f", batch size {batch_size}"
-        lines = [("run", title), ("model", model), ("steps", steps), ("folder", str(self.path))]
+        lines = [("run", f"{self.id}  {training}"), ("model", model), ("steps", steps), ("folder", str(self.path))]
         if meta.error is not None:
             lines.append(("error", meta.error))
         if "last" not in meta.states:
@@ -306,3 +301,15 @@ class Result(ABC):
     def _missing(self, recorded: set[str]) -> list[str]:
         """Return what was not recorded or stored, given the recorded quantities."""
         return []
+
+
+def describe_training(run: Result) -> tuple[str, str]:
+    """Return label, seed and status of a run, and the name of its model with that of its task."""
+    training, model, meta = run.label, run.meta.model, run.meta
+    if meta.seed is not None:
+        training += f", seed {meta.seed}"
+    if not run.finished:
+        training += f", {meta.status}"
+    if meta.task is not None:
+        model += f" on {meta.task}"
+    return training, model

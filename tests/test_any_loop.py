@@ -21,16 +21,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.numpy import load_file
 from torch import nn
-from trainers import ROWS, STEPS, by_trainer, fresh, same_rows, same_weights
+from trainers import ROWS, STEPS, by_trainer, fresh, same_rows, same_weights, training_rows, with_peft
 from transformers import get_scheduler
 
 import lorascope as ls
 from lorascope.adapters import delta, host_weights
 from lorascope.cli.main import main
-from lorascope.inputs import models
 from lorascope.training import run_folder
 from lorascope.training.any_loop import UNSTEPPED
-from lorascope.training.state import seed_generators
 
 NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3), ls.observe.gradients(every=2)]
 TIMES = ["seconds", "factor_seconds"]
@@ -39,9 +37,7 @@ unchecked = pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types 
 
 @pytest.fixture(scope="module")
 def rows(bert, task):
-    encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(STEPS * ROWS))
-    batch = encoded.batch(range(STEPS * ROWS))
-    return [{key: value[i] for key, value in batch.items()} for i in range(STEPS * ROWS)]
+    return training_rows(bert, task)
 
 
 def full(bert, task):
@@ -51,10 +47,7 @@ def full(bert, task):
 
 
 def with_lora(bert, task):
-    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=3)
-    with seed_generators(0), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(full(bert, task), config)
+    model = with_peft(full(bert, task))
     model.accepts_loss_kwargs = False
     return model
 

@@ -572,5 +572,6 @@ def test_export_command_wrong_use_prints_one_line(
 
 def test_export_command_does_not_import_torch(lora: ls.Run, tmp_path: Path) -> None:
     call = "import sys; from lorascope.cli.main import main; main(['export', *sys.argv[1:]])"
-    for words in (["--rank-pattern", "--budget", "0.5"], ["--peft", str(tmp_path / "adapter")]):
+    table, adapter = ["--table", str(tmp_path / "out.parquet")], ["--peft", str(tmp_path / "adapter")]
+    for words in (["--rank-pattern", "--budget", "0.5"], table, adapter):
         assert not modules_after(call, str(lora.path), *words) & {"torch", "transformers", "peft", "matplotlib"}

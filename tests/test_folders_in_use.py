@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,14 +142,21 @@ def test_recorder_resumes_when_its_folder_is_moved_back(tmp_path: Path, monkeypa
     assert run.finished
 
 
-def test_recorder_keeps_all_rows_if_its_folder_is_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("remove", [shutil.rmtree, lambda folder: folder.rename(folder.parent / "moved")])
+def test_recorder_keeps_all_rows_if_its_folder_is_removed(
+    tmp_path: Path, remove: Callable[[Path], object], steps: int
+) -> None:
     loop = Loop(tmp_path / "run")
-    recorder = loop.record()
-    (tmp_path / "run").rename(tmp_path / "moved")
+    recorder = loop.record([ls.observe.norms(every=1, spectra_every=1)])
+    for _ in range(steps):
+        loop.step_and_record(recorder)
+    remove(loop.folder)
     loop.step_and_record(recorder)
-    assert recorder.close().table.query("quantity == 'loss'")["step"].tolist() == [1]
-    meta = ls.load(tmp_path / "run").meta
-    assert (meta.status, meta.error) == ("broken", "its folder was removed during training")
+    run = recorder.close()
+    assert run.table.query("quantity == 'loss'")["step"].tolist() == list(range(1, steps + 2))
+    for meta in (run.meta, loop.read().meta):
+        assert (meta.status, meta.error) == ("broken", "its folder was removed during training")
 
 
 def test_training_stops_if_another_folder_replaces_its_folder(

@@ -14,14 +14,13 @@ from tiny import FAMILIES, inputs, tiny
 from tolerance import rounding
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from trainers import METHODS, STEPS, Batches, by_train, by_trainer, fresh, same_weights
+from trainers import METHODS, QV, STEPS, Batches, by_train, by_trainer, fresh, same_weights, with_peft
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import lorascope as ls
 from lorascope.adapters.host_weights import to_host
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.observe import gradient_norms
-from lorascope.training.state import seed_generators
 
 ALORA = ls.ALoRA(init_rank=2, prune=5, warm_steps=1, round_steps=1, rounds=3, lr=1e-2)
 OWN = METHODS | {"autolora": ls.AutoLoRA(rank=3), "dora": ls.DoRA(rank=2), "vera": ls.VeRA(rank=8, lr=1e-1)}
@@ -147,13 +146,6 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def lora(model: nn.Module, **settings: Any) -> nn.Module:
-    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=3, **settings)
-    with seed_generators(0), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(model, config)
-
-
 @pytest.mark.parametrize(
     ("settings", "clip"),
     [({}, 1e6), ({}, 0.05), *(({name: value}, 0.05) for name, value in OPTIONS.items())],
@@ -162,7 +154,7 @@ def lora(model: nn.Module, **settings: Any) -> nn.Module:
 def test_tensors_of_peft_count_at_the_adapted_modules(settings, clip, bert, task, tmp_path, used):
     _, _, rows = by_train(bert, task, METHODS["lora"], tmp_path / "rows")
     used.clear()
-    model = lora(fresh(bert, task), **settings)
+    model = with_peft(fresh(bert, task), peft.LoraConfig(**QV, r=3, **settings))
     by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=EVERY), max_grad_norm=clip)
     run = ls.load(tmp_path / "lorascope")
     before = global_norms(run)

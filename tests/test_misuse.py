@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -107,15 +106,3 @@ def test_weight_that_is_resized_while_it_is_recorded_raises(tmp_path: Path, shap
 
     reason = f"cannot record a weight that was resized from (3, 4) to {shape}: call ls.record again"
     assert outcome(step_and_record, gigabytes=8) == reason
-
-
-def test_run_whose_folder_was_removed_is_broken(tmp_path: Path) -> None:
-    loop = Loop(tmp_path / "run")
-    recorder = loop.record([ls.observe.norms(every=1, spectra_every=1)])
-    for _ in range(3):
-        loop.step_and_record(recorder)
-    shutil.rmtree(tmp_path / "run")
-    loop.step_and_record(recorder)
-    run = recorder.close()
-    assert (run.meta.status, run.meta.error) == ("broken", "its folder was removed during training")
-    assert ls.load(tmp_path / "run").meta.status == "broken"

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import low_rank, plant
-from test_cli import complaint, modules_after, run
+from test_cli import complaint, run
 from test_loading import save
 
 import lorascope as ls
@@ -120,12 +120,6 @@ def test_export_command_wrong_use_prints_one_line_and_writes_no_file(
     )
     assert there.read_text(encoding="utf-8") == "mine"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "there.csv"]
-
-
-def test_export_table_does_not_import_torch(planted: ls.Run, tmp_path: Path) -> None:
-    call = "import sys; from lorascope.cli.main import main; main(['export', *sys.argv[1:]])"
-    found = modules_after(call, str(planted.path), "--table", str(tmp_path / "out.parquet"))
-    assert not found & {"torch", "transformers", "peft", "matplotlib"}
 
 
 def test_parquet_without_pyarrow_names_the_extra(planted: ls.Run, monkeypatch: pytest.MonkeyPatch) -> None:

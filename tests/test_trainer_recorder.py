@@ -20,7 +20,7 @@ from test_export import by_the_card, distance
 from tiny import tiny
 from tolerance import TINY, near, rounding
 from torch import nn
-from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights, training_rows
+from trainers import METHODS, QV, ROWS, by_trainer, fresh, same_rows, same_weights, training_rows, with_peft
 from transformers import TrainerCallback
 
 import lorascope as ls
@@ -32,7 +32,6 @@ from lorascope.training.base_weights import Base
 from lorascope.training.foreign_loop import step_of
 from lorascope.training.state import seed_generators
 
-QV = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
 NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3)]
 
 
@@ -41,14 +40,8 @@ def rows(bert, task):
     return training_rows(bert, task)
 
 
-def with_peft(bert, task, config, seed=0):
-    with seed_generators(seed), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(fresh(bert, task), config)
-
-
 def with_lora(bert, task, seed=0, **options):
-    return with_peft(bert, task, peft.LoraConfig(**QV, r=3, **options), seed)
+    return with_peft(fresh(bert, task), peft.LoraConfig(**QV, r=3, **options), seed)
 
 
 def last(run, quantity, module):
@@ -175,7 +168,7 @@ EXPORTED = {
 
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_run_of_peft_is_exported_with_its_head(config, bert, task, rows, tmp_path, monkeypatch):
-    model = with_peft(bert, task, config)
+    model = with_peft(fresh(bert, task), config)
     by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(), learning_rate=0.05)
     run = ls.load(tmp_path / "lorascope")
     out = ls.export.to_peft(run, tmp_path / "adapter")
@@ -272,9 +265,7 @@ def test_adapters_on_a_convolution_and_on_a_packed_layer_are_recorded(tmp_path):
 
 def test_adapter_whose_update_is_not_a_matrix_is_skipped_with_a_warning(bert, task, rows, tmp_path):
     config = peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns that LayerNorm is not supported
-        models_ = [peft.get_peft_model(fresh(bert, task), config) for _ in range(2)]
+    models_ = [with_peft(fresh(bert, task), config) for _ in range(2)]
     line = r"not a matrix: bert\.embeddings\.LayerNorm \(LayerNorm\) and 4 more$"
     with pytest.warns(UserWarning, match=line) as caught:
         by_trainer(models_[0], rows, tmp_path / "with", recorder=ls.TrainerRecorder(observe=NORMS))
@@ -289,9 +280,7 @@ def test_adapter_whose_update_is_not_a_matrix_is_skipped_with_a_warning(bert, ta
 
 def test_adapter_that_peft_cannot_merge_is_skipped_with_a_warning(tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[3])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(tiny("llama"), config)
+    model = with_peft(tiny("llama"), config)
     text = torch.tensor([5, 6, 3, 7, 8])
     rows = [{"input_ids": text, "attention_mask": torch.ones_like(text), "labels": text} for _ in range(2 * ROWS)]
     with pytest.warns(

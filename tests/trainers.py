@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
+import peft
 import torch
 from transformers import Trainer, TrainingArguments
 
@@ -17,6 +19,7 @@ from lorascope.training.base_weights import prepare_model
 from lorascope.training.state import seed_generators
 
 STEPS, ROWS = 6, 8
+QV = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
 IN, OUT = "bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.1.output.dense"
 
 # All methods that work under a Trainer, with sizes at which they act within six steps of a model of width 32.
@@ -76,6 +79,13 @@ def fresh(folder: str, task):
     model = without_dropout(models.load(folder, task=task))
     prepare_model(model, task.fit(model), 0)
     return model
+
+
+def with_peft(model, config=None, seed: int = 0) -> Any:
+    """Return a model with an adapter that PEFT draws from a seed, by default LoRA of rank 3."""
+    with seed_generators(seed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, config or peft.LoraConfig(**QV, r=3))
 
 
 def arguments(out: Path, accumulate: int = 1, **settings: Any) -> TrainingArguments:

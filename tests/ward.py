@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import peft
-from trainers import ROWS, by_trainer, fresh
+from trainers import QV, ROWS, by_trainer, fresh, training_rows, with_peft
 from transformers import TrainerCallback
 
 import lorascope as ls
-from lorascope.inputs import models
-from lorascope.training.state import seed_generators
 
 SETTINGS = {"steps": 6, "batch_size": ROWS, "eval_every": 0, "test_size": 16, "progress": False, "device": "cpu"}
 
@@ -23,17 +20,12 @@ class Bench:
     def __init__(self, bert: str, gpt2: str, task: Any, out: Path) -> None:
         self.folder, self.gpt2, self.task, self.out = bert, gpt2, task, out
         self.observe: Any = None
-        encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(6 * ROWS))
-        batch = encoded.batch(range(6 * ROWS))
-        self.rows = [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
+        self.rows = training_rows(bert, task)
 
     def peft(self, config: Any = None, **options: Any) -> Any:
         """Return a PEFT model, by default with LoRA of rank 4 on query and value."""
-        own = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
-        with seed_generators(0), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = config or peft.LoraConfig(**own | options)
-            return peft.get_peft_model(fresh(self.folder, self.task), config)
+        config = config or peft.LoraConfig(**QV | {"r": 4, "lora_alpha": 8} | options)
+        return with_peft(fresh(self.folder, self.task), config)
 
     def trained(self, model: Any, **settings: Any) -> ls.Run:
         """Train a model with the Trainer and return the recorded run."""
@@ -66,5 +58,4 @@ class Allocating(TrainerCallback):
 
 
 def adalora(**options: Any) -> Any:
-    own = {"task_type": "SEQ_CLS", "init_r": 6, "target_r": 2, "target_modules": ["query", "value"]}
-    return peft.AdaLoraConfig(**own | options)
+    return peft.AdaLoraConfig(**QV | {"init_r": 6, "target_r": 2} | options)

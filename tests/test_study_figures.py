@@ -126,7 +126,6 @@ def test_forest_draws_open_and_filled_dots() -> None:
         symbols |= {mark.label: mark.symbol for mark in chart.marks_of(Point)}
     assert {symbols[label] for label in (EDITION_2, FAVORABLE)} == {"circle"}
     assert {symbols[label] for label in (EDITION_1, OTHER)} == {"circle-open"}
-    assert symbols[PRINTED] == "diamond"
     # Without a bar, a cross does not hide the interval of the effect on its line.
     bars = {mark.label: mark.low for mark in figure.charts()[1].marks_of(Point)}
     assert (bars[FAVORABLE], bars[OTHER], bars[POSITIVE]) == ("low", "low", None)
@@ -158,12 +157,19 @@ def test_forest_has_printed_gains_in_points_of_accuracy_only() -> None:
         claims[id] = msgspec.structs.replace(claims[id], paper=PaperPlace("1", "table 1", value, unit))
     figure = forest(results_of(adalora=8.0), replace(REGISTERED, claims=claims), NO_ESTIMATE)
     assert labeled_dots(figure, PRINTED)[["method", "effect"]].to_numpy().tolist() == [["NeFT", 2.1]]
+    # They are of another model and task, so no measured number shares their axis.
+    text, _, gains = figure.rows()[0]
+    assert PRINTED not in set(text.data["mark"])
+    assert set(gains.data["mark"]) == {PRINTED}
+    assert gains.x.label != text.x.label
+    (point,) = gains.marks_of(Point)
+    assert (point.symbol, point.hollow) == ("diamond", True)
 
 
 def test_axes_have_the_unit_of_their_rows() -> None:
     figure = forest(results_of(adapprox=-20.0), REGISTERED, EARLIER)
     labels = [[chart.x.label for chart in row] for row in figure.rows()]
-    assert labels == list(map(list, forest_plot.ROWS.values()))
+    assert [row[:2] for row in labels] == list(map(list, forest_plot.ROWS.values()))
     bottom = figure.rows()[-1][1]
     assert set(bottom.data["method"]) == {"Adapprox"}
     low, _ = bottom.x.limits or (None, None)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from lorascope.charts.chart import Drawable
-from lorascope.charts.marks import Bar, Heat, Rule
+from lorascope.charts.marks import Band, Bar, Heat, Point, Rule
 from lorascope.papers import (
     course_figures,
     direction_figures,
@@ -256,7 +256,7 @@ def test_heterogeneity_prints_full_fine_tuning_minus_lora(evidence: StudyEvidenc
 
 
 def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
-    panels = {name: drawn(name, evidence).charts()[1].data for name in
+    panels = {name: drawn(name, evidence).charts()[-1].data for name in
               ("scores-alora", "parts-hydralora", "splits", "scores-adalora", "parts-adalora")}  # fmt: skip
     cells = {name: panel.set_index(["name", "data"])["value"] for name, panel in panels.items()}
     assert cells["scores-alora"]["sensitivity", "BoolQ"] == 87.5
@@ -284,7 +284,7 @@ def test_captions_say_whether_the_order_is_the_printed_one(evidence: StudyEviden
 
 
 def test_searches_show_the_mean_rank_they_find(evidence: StudyEvidence) -> None:
-    panel = drawn("searches", evidence).charts()[1].data
+    panel = drawn("searches", evidence).charts()[-1].data
     arm = f"AutoLoRA, from rank 4, sigmoid, {UNEVEN}"
     expected = [evidence.table("ranks", arm, seed)["rank"].mean() for seed in SEEDS]
     assert panel.loc[panel["name"] == "sigmoid", "value"].tolist() == pytest.approx(expected)
@@ -300,9 +300,9 @@ def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvid
         moved.append(np.abs(ranks[0] - ranks[1]).mean() / 384)
     value = chart.data.set_index(["recipe", "number"])["value"]["reversed", 72]
     assert value == pytest.approx(100 * np.mean(moved))
-    bars = drawn("affected-neurons", evidence).charts()[1]
-    assert isinstance(bars.marks[0], Bar)
-    assert set(bars.data["kind"]) == {"strong", "suppressed", "indirect"}
+    affected = drawn("affected-neurons", evidence).charts()[2]
+    assert not affected.marks_of(Bar)
+    assert set(affected.data["kind"]) == {"strong", "suppressed", "indirect"}
 
 
 def test_ranks_agree_within_a_teacher_and_not_between_two(evidence: StudyEvidence) -> None:
@@ -317,11 +317,12 @@ def test_ranks_agree_within_a_teacher_and_not_between_two(evidence: StudyEvidenc
     assert isinstance(charts[0].marks[0], Heat)
 
 
-def test_directions_are_next_to_random_ones(evidence: StudyEvidence) -> None:
-    q, _, random = drawn("subspaces", evidence).charts()[:3]
-    cell = q.data.set_index(["i", "j"])["phi"]
-    assert cell[2, 8] == pytest.approx(8 / 384 + 0.05)
-    assert random.data.set_index(["i", "j"])["phi"][2, 8] == pytest.approx(8 / 384)
+def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
+    q, _ = drawn("subspaces", evidence).rows()[0]
+    cell = q.data.set_index(["i", "j"])
+    assert cell["phi"][2, 8] == pytest.approx(8 / 384 + 0.05)
+    assert cell["excess"][2, 8] == pytest.approx(0.05)
+    assert q.marks[0].scale == "diverging"
     chart, *_ = drawn("amplification-factor", evidence).charts()
     assert "4.0 for rank 8" in chart.caption
     assert set(chart.data["name"]) == {"the update's", "W's own", "random"}
@@ -351,6 +352,48 @@ def test_planes_of_thirds_have_shared_fractions_and_rings(evidence: StudyEvidenc
         assert chart.data.groupby("task")["size"].first().nunique() == 3
         names = chart.marks[1].data.set_index("label")["y"]
         assert (names > chart.data.groupby("label")["y"].max()).all()  # above the dots of their module
+
+
+PRINTED = {"scores-alora", "parts-hydralora", "splits", "scores-adalora", "parts-adalora", "matrices"}
+
+
+@pytest.mark.parametrize("name", sorted(PRINTED))
+def test_variants_are_sorted_with_paired_differences_and_hollow_printed_numbers(
+    name: str, evidence: StudyEvidence
+) -> None:
+    measured, paired, printed = drawn(name, evidence).charts()
+    assert measured.y == paired.y == printed.y
+    means = measured.data.groupby("name")["value"].mean().sort_values(ascending=False)
+    assert list(measured.y.order)[: len(means)] == list(means.index)
+    base = measured.data["name"].iloc[0]
+    by_seed = measured.data.pivot(index="seed", columns="name", values="value")
+    for row in paired.data.to_dict("records"):
+        assert row["value"] == pytest.approx((by_seed[row["name"]] - by_seed[base]).mean())
+    assert set(paired.data["name"]) == set(means.index) - {base}
+    assert [point.hollow for point in printed.marks_of(Point)] == [True]
+
+
+def test_printed_numbers_have_hollow_dots_and_separate_axes(evidence: StudyEvidence) -> None:
+    for name, pairs in {
+        "shift-by-neurons": [(0, 1), (2, 3)],
+        "affected-neurons": [(0, 1)],
+        "amplification-factor": [(0, 1)],
+    }.items():
+        charts = drawn(name, evidence).charts()
+        for measured, printed in pairs:
+            assert all(point.hollow for point in charts[printed].marks_of(Point))
+            assert (charts[measured].x.label, charts[measured].y.label) != (
+                charts[printed].x.label, charts[printed].y.label
+            )  # fmt: skip
+
+
+def test_losses_have_the_range_of_seeds_at_the_last_step_only(evidence: StudyEvidence) -> None:
+    left, _, right = drawn("losses-lisa", evidence).charts()
+    assert not left.marks_of(Band)
+    (ends,) = left.marks_of(Point)
+    assert set(left.table(ends)["step"]) == {395.0}
+    assert (ends.low, ends.high) == ("low", "high")
+    assert not right.marks_of(Point)
 
 
 def test_listed_figures_of_papers_exist() -> None:

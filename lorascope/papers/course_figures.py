@@ -11,12 +11,12 @@ import pandas as pd
 from lorascope.analysis.neuron_utilization import average_shifts, compute_rank_shift, count_shifts
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side, stack_vertically
-from lorascope.charts.marks import Axis, Band, Bar, Line, Mark, Point
+from lorascope.charts.marks import Axis, Line, Mark, Point
 from lorascope.papers import adalora, fourierft, lisa, neft, variants
 from lorascope.papers.figures.variant_gaps import PUBLISHED, common_seeds, number_above, numbered, published
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
-from lorascope.papers.variant_figures import VariantFigure, of_truth, printed_by_fraction
+from lorascope.papers.variant_figures import VariantFigure, of_truth, printed_by_fraction, printed_curves
 from lorascope.plots.builders import curves, ticks_at
 from lorascope.plots.run_groups import INTERVAL
 
@@ -66,10 +66,11 @@ def loss_course(
         losses.groupby(["recipe", "step"], sort=False)["loss"].agg(value="mean", low="min", high="max").reset_index()
     )
     marks: list[Mark] = [Line("step", "value", "recipe")]
-    # A seed has no range.
+    # A seed has no range, and bands of several arms would cover each other.
     if not by_seed:
-        marks.insert(0, Band("step", "low", "high", "recipe"))
-        caption = f"Lines: mean of {len(seeds)} seeds; bands: their range. {caption}"
+        last = cells[cells["step"] == cells.groupby("recipe")["step"].transform("max")]
+        marks.append(Point("step", "value", "recipe", low="low", high="high", data=last))
+        caption = f"Lines: mean of {len(seeds)} seeds; bars at the last step: their range. {caption}"
     return Chart(
         cells,
         marks,
@@ -221,7 +222,7 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
         f"{_MODEL_RANKS:,} ranks. There, reversed neurons shift the ranks more in (a), here at "
         f"{number_above(cells[cells['panel'] == 'a'], 'reversed', 'next')}."
     )
-    shift = Axis(label="mean shift (% of ranks)", limits=(0, None))
+    shift, printed_shift = Axis(label="mean shift (% of ranks)"), Axis(label="printed shift (% of ranks)")
     charts = []
     for panel in "ab":
         measured = cells[cells["panel"] == panel]
@@ -232,7 +233,7 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
         total = published("NeFT", f"Figure 4 ({panel})")["method"].str.extract(r"NeFT, (\d+)")[0].astype("float64") - 3
         numbers = numbers.assign(x=numbers["x"].fillna(total), value=100 * numbers["value"] / _MODEL_RANKS)
         x = Axis(label="further neurons (%)", ticks=ticks_at(numbers["x"]))
-        charts.append(curves(numbers, "x", (x, shift), title=f"({panel}), printed", caption=caption, colors=kinds))
+        charts.append(printed_curves(numbers, (x, printed_shift), f"({panel}), printed", caption, kinds))
     return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))
 
 
@@ -254,8 +255,8 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
             for kind in ("strong", "suppressed", "indirect"):
                 counts.append((name, kind, 100 * numbers[kind] / (2 * _ROLE_RANKS)))
     caption = (
-        "Left: mean shift of utilization ranks of NeFT with 6% of the neurons from 3%, by percentile of utilization, "
-        "and as read off the paper's figure. Right: neurons of NeFT with further neurons whose rank shifts by at least "
+        "Above: mean shift of utilization ranks of NeFT with 6% of the neurons from 3%, by percentile of utilization, "
+        "and as read off the paper's figure. Below: neurons of NeFT with further neurons whose rank shifts by at least "
         f"28% from NeFT with 3%, in percent, mean of {len(seeds)} seeds. Suppressed ones are used less, indirect ones "
         "do not train."
     )
@@ -268,18 +269,18 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         {"x": edges.mean(axis=1), "y": 100 * printed_shifts["value"] / _MODEL_RANKS, "source": "printed"}
     )
     # The seeds have the same buckets, and the paper has one value each.
-    by_bucket = pd.concat([moved, paper]).groupby(["source", "x"], sort=False)["y"].mean().reset_index()
+    by_bucket = moved.groupby(["source", "x"], sort=False)["y"].mean().reset_index()
     axes: dict[str, Any] = {"x": Axis(label="percentile of utilization"), "y": Axis(label="mean shift (% of ranks)")}
-    left = Chart(
-        by_bucket, [Line("x", "y", "source"), Point("x", "y", "source")], title="Shift by use", caption=caption, **axes
-    )
+    left = Chart(by_bucket, [Line("x", "y"), Point("x", "y")], title="Shift by use", caption=caption, **axes)
+    outlines, printed_y = [Line("x", "y"), Point("x", "y", hollow=True)], Axis(label="printed shift (% of ranks)")
+    left_printed = replace(left, data=paper, marks=outlines, title="Shift by use, printed", y=printed_y)
     table = (
         pd.DataFrame(counts, columns=["name", "kind", "value"]).groupby(["name", "kind"], sort=False)["value"].mean()
     )
     panel = replace(
         left,
         data=table.reset_index(),
-        marks=[Bar("value", "name", "kind")],
+        marks=[Point("value", "name", "kind")],
         title="Affected neurons",
         x=Axis(label="neurons (%)"),
         y=Axis(label="further neurons", order=arms),
@@ -290,8 +291,11 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         "name": names, "kind": printed_counts["metric"].str.partition(":")[0],
         "value": 100 * printed_counts["value"] / (2 * _MODEL_RANKS),
     })  # fmt: skip
-    right = replace(panel, data=paper, title="Affected neurons, printed", y=Axis(label="", order=dict.fromkeys(names)))
-    return set_side_by_side(left, panel, right)
+    right = replace(
+        panel, data=paper, marks=[Point("value", "name", "kind", hollow=True)], title="Affected neurons, printed",
+        x=Axis(label="printed neurons (%)"), y=Axis(label="", order=dict.fromkeys(names)),
+    )  # fmt: skip
+    return stack_vertically(set_side_by_side(left, left_printed), set_side_by_side(panel, right))
 
 
 STUDY_FIGURES = {

@@ -48,14 +48,17 @@ def at_random(cells: pd.DataFrame) -> pd.Series:
     return cells[["i", "j"]].max(axis=1) / WIDTH
 
 
-def similarity_heat(cells: pd.DataFrame, title: str, caption: str, high: float, y: str, x: str) -> Chart:
-    """Draw similarities of ``i`` (rows) and ``j`` (columns) as colors between 0 and a highest one."""
+def similarity_heat(
+    cells: pd.DataFrame, title: str, caption: str, y: str, x: str, quantity: str = "φ − random"
+) -> Chart:
+    """Draw similarities of ``i`` (rows) and ``j`` (columns) minus random ones, on one scale per quantity."""
     axes: dict[str, Any] = {}
     for letter, name, label in (("x", "j", x), ("y", "i", y)):
         order = sorted(set(cells[name]))
         # Few enough ticks to be read.
         axes[letter] = Axis(label=label, order=order, ticks={n: str(n) for n in order if n == 1 or n % 8 == 0})
-    return Chart(cells, [Heat("j", "i", "phi", "φ", limits=(0.0, high))], title=title, caption=caption, **axes)
+    cells = cells.assign(excess=cells["phi"] - at_random(cells))
+    return Chart(cells, [Heat("j", "i", "excess", quantity, scale="diverging")], title=title, caption=caption, **axes)
 
 
 def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
@@ -71,24 +74,22 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
     seeds = len(evidence.seeds(variants.OTHER_HIGH))
     caption = (
         "φ(i, j): overlap of the first i directions of one A with the first j of another one, mean of "
-        f"{seeds} pairs of runs that share neither seed nor initial A; text. Colors end at the largest value of a row. "
+        f"{seeds} pairs of runs that share neither seed nor initial A, minus that of random directions; text. "
         f"φ(1, 1) of both ranks is {first.min():.2f} to {first.max():.2f} in layers 0, 2 and 5; at random "
         f"{1 / WIDTH:.3f}. The paper has φ(1, 1) > 0.5."
     )
     rows = []
     for cells, label in ((ranks[ranks["layer"] == 2], "r = 8, i"), (starts, "r = 64, i")):
-        random = cells[cells["role"] == "q"].assign(phi=at_random)
-        high = float(max(cells["phi"].max(), random["phi"].max()))
         row = []
-        for name, of_panel in (*cells.groupby("role"), ("random", random)):
-            title = name if name == "random" else f"{name}, layer 2"
-            row.append(similarity_heat(of_panel, title, caption, high, label, "r = 64, j"))
+        for name, of_panel in cells.groupby("role"):
+            row.append(similarity_heat(of_panel, f"{name}, layer 2", caption, label, "r = 64, j"))
         rows.append(tuple(row))
     # Between these rows, the upper left corner of the first one, in other layers as well.
     for role, near in ranks[ranks["j"] <= 8].groupby("role"):
-        high, row = float(near["phi"].max()), []
+        row = []
         for layer, cells in near.groupby("layer"):
-            row.append(similarity_heat(cells, f"{role}, layer {layer}", caption, high, "r = 8, i", "r = 64, j ≤ 8"))
+            title, quantity = f"{role}, layer {layer}", "φ − random, upper left corner"
+            row.append(similarity_heat(cells, title, caption, "r = 8, i", "r = 64, j ≤ 8", quantity))
         rows.insert(-1, tuple(row))
     return Panels(tuple(rows))
 
@@ -101,18 +102,17 @@ def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
     means = {}
     for name, table in tables.items():
         means[name] = table.astype({"phi": "float64"}).groupby(["i", "j"])["phi"].mean().reset_index()
-    # Random directions depend on i and j only, so those of rank 64 include those of rank 8.
-    means["random"] = means["rank 64"].assign(phi=at_random)
     cells = pd.concat(means)
     excess = (cells["phi"] - at_random(cells)).groupby(level=0).mean()
     caption = (
         f"Overlap of the first i input directions of W of q, of {WIDTH}, with the first j of its update, layer 2, mean "
-        f"over seeds. Difference from random: {excess['rank 8']:+.3f} for rank 8, {excess['rank 64']:+.3f} for 64. "
+        f"over seeds. Mean difference from random: {excess['rank 8']:+z.3f} for rank 8, "
+        f"{excess['rank 64']:+z.3f} for 64. "
         "The paper finds that the update avoids the top directions of W."
     )
     charts = []
     for name, of_panel in means.items():
-        charts.append(similarity_heat(of_panel, name, caption, float(cells["phi"].max()), "W, i", "update, j"))
+        charts.append(similarity_heat(of_panel, name, caption, "W, i", "update, j"))
     return set_side_by_side(*charts)
 
 
@@ -140,9 +140,9 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     y = Axis(order=kinds.values(), compact=True)
     x = Axis(label="norm of W along directions", log=True)
     left = Chart(measured, [Point("value", "name", "rank")], title="Measured", x=x, y=y, caption=caption)
-    return set_side_by_side(
-        left, replace(left, data=printed, title="LoRA, table 7", x=replace(x, label="printed norm"))
-    )
+    marks = [Point("value", "name", "rank", hollow=True)]
+    right = replace(left, data=printed, marks=marks, title="LoRA, table 7", x=replace(x, label="printed norm"))
+    return set_side_by_side(left, right)
 
 
 def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
@@ -316,7 +316,7 @@ def draw_costs(evidence: StudyEvidence) -> Drawable | None:
     hours = published("ALoRA", "Table 4").query("metric == 'hours to early stopping'")
     printed = hours.assign(name=hours["method"])[["name", "value"]]
     axes = {"x": Axis(label="hours", limits=(0, None)), "y": Axis(order=printed["name"], compact=True)}
-    return in_row(*charts, Chart(printed, [Point("value", "name")], title="ALoRA, table 4", **axes))
+    return in_row(*charts, Chart(printed, [Point("value", "name", hollow=True)], title="ALoRA, table 4", **axes))
 
 
 _TOKENS = 400 * 16 * 32  # of a run: steps, texts of a batch, tokens of a text

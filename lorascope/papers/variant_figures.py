@@ -6,7 +6,7 @@ Numbers that a paper prints are in a separate panel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from lorascope.charts.marks import Axis, Line, Point
 from lorascope.papers import adalora, alora, autolora, fourierft, hydralora, lisa, neft, variants
 from lorascope.papers.figures.variant_gaps import (
     CLOSED,
+    beside_differences,
     beside_printed,
     common_seeds,
     gaps_by_number,
@@ -196,7 +197,8 @@ def draw_searches(evidence: StudyEvidence) -> Drawable | None:
         title="Ranks that the search finds",
         x=Axis(label="ranks per module"),
     )
-    return set_side_by_side(chart, panel)
+    chart, paired = beside_differences(chart)
+    return set_side_by_side(chart, paired, replace(panel, y=chart.y, caption=chart.caption))
 
 
 def draw_placements(evidence: StudyEvidence) -> Drawable | None:
@@ -339,15 +341,18 @@ def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
         f"{chart.caption} Right: printed, another model and task; there the next neurons are better at all fractions, "
         f"here at {number_above(chart.data, 'next', 'reversed')}."
     )
-    panel = curves(
-        numbers,
-        "x",
-        (Axis(label="further neurons (% of parameters)", ticks=ticks_at(numbers["x"])), "COMET of a translation"),
-        title="NeFT, figure 3",
-        caption=caption,
-        colors=["next", "reversed"],
-    )
+    x = Axis(label="further neurons (% of parameters)", ticks=ticks_at(numbers["x"]))
+    axes = x, Axis(label="COMET of a translation")
+    panel = printed_curves(numbers, axes, "NeFT, figure 3", caption, ["next", "reversed"])
     return set_side_by_side(replace(chart, caption=caption), panel)
+
+
+def printed_curves(
+    numbers: pd.DataFrame, axes: tuple[Axis, Axis], title: str, caption: str, colors: Iterable[str]
+) -> Chart:
+    """Draw printed numbers, which are of another model and task, with hollow dots in the colors of the methods."""
+    hollow = Point("x", "value", "recipe", hollow=True)
+    return curves(numbers, "x", axes, hollow, points=False, title=title, caption=caption, colors=colors)
 
 
 def printed_by_fraction(source: str, added: str) -> pd.DataFrame:

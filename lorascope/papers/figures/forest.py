@@ -27,7 +27,7 @@ ROWS = {
 TEXT, TRUTH = "On text", "Where the truth is known"
 EDITION_2, EDITION_1, PRINTED, BOUND, POSITIVE = "edition 2", "edition 1", "printed gain", "bound", "positive control"
 SYMBOLS = {
-    BOUND: "line-ns-open", PRINTED: "diamond", POSITIVE: "x", EDITION_1: "circle-open", OTHER: "circle-open",
+    BOUND: "line-ns-open", POSITIVE: "x", EDITION_1: "circle-open", OTHER: "circle-open",
     EDITION_2: "circle", FAVORABLE: "circle",
 }  # fmt: skip
 """Marks in the order in which they are drawn."""
@@ -35,8 +35,8 @@ _PREFIXES = {FAVORABLE: "", OTHER: "against_", POSITIVE: "positive_"}
 _MISSING = {"word": NOT_RUN}
 _CAPTION = (
     "Effect of each method minus its control, with 95% intervals; positive effects favor the paper. A gray word "
-    "replaces an effect that is not judged. No seed is left out or added. Levels are not corrected for many claims: of "
-    "40 intervals at 95%, about two miss by chance."
+    "replaces an effect that is not judged. Printed gains are from other models and tasks. No seed is left out or "
+    "added. Levels are not corrected for many claims: of 40 intervals at 95%, about two miss by chance."
 )
 
 
@@ -126,7 +126,8 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     table["row"] = table["method"].where(table["mark"] != OTHER, table["method"] + ", other")
     # The bound has the same symbol in both grounds, and one entry in the legend.
     ground_of_bound = TRUTH if ((table["mark"] == BOUND) & (table["ground"] == TRUTH)).any() else TEXT
-    limits = {unit: _limits(of_unit) for unit, of_unit in table.groupby("unit")}
+    measured, printed = table[table["mark"] != PRINTED], table[table["mark"] == PRINTED]
+    limits = {unit: _limits(of_unit) for unit, of_unit in measured.groupby("unit")}
     grid = []
     for methods, units in ROWS.items():
         order: list[str] = []
@@ -135,11 +136,11 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
         names = dict(zip(methods, methods, strict=True))
         charts: list[Chart] = []
         for ground, unit in zip((TEXT, TRUTH), units, strict=True):
-            rows = table[table["method"].isin(methods) & (table["ground"] == ground)]
+            rows = measured[measured["method"].isin(methods) & (measured["ground"] == ground)]
             low, high = limits[unit]
             side = low
-            # A word has room on the wider side of zero, but on text, printed gains are on the right.
-            if -low <= {TEXT: high / 2, TRUTH: high}[ground]:
+            # A word has room on the wider side of zero.
+            if -low <= high:
                 side = high
             words = rows[rows["word"] != ""].assign(x=side / 2)
             marks = [Rule(x=0), *_effect_marks(rows, ground_of_bound), Text("x", "row", "word", muted=True, data=words)]
@@ -147,8 +148,13 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
             if rows["effect"].isna().all():  # words only
                 x = replace(x, ticks={})
             charts.append(Chart(rows, marks, title=ground, x=x, y=y, caption=_CAPTION))
+        gains = printed[printed["method"].isin(methods)]
+        if len(gains):  # other models and tasks, so on a separate axis
+            marks = [Rule(x=0), Point("effect", "row", "ground", symbol="diamond", hollow=True, label=PRINTED)]
+            x = Axis(label=f"printed, {units[0]}")
+            charts.append(replace(charts[0], data=gains, marks=marks, title="Printed", x=x))
         grid.append(tuple(charts))
-    return Panels(tuple(grid))
+    return Panels(tuple(grid), columns=max(map(len, grid)))
 
 
 def _effect_marks(rows: pd.DataFrame, ground_of_bound: str) -> list[Mark]:

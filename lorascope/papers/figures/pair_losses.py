@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 
 from lorascope.charts.chart import Chart, Panels
-from lorascope.charts.marks import Axis, Band, Line, Mark
+from lorascope.charts.marks import Axis, Line, Mark, Point
 from lorascope.papers.figures.study_marks import FAVORABLE, arrange, claim_arms, write_word
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistration
@@ -47,7 +47,10 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
             continue
         table = loss_table(claim, evidence)
         is_log = bool(table["high"].max() > _LOG * table["low"].min())
-        marks: list[Mark] = [Band("step", "low", "high", "role"), Line("step", "value", "role")]
+        # Bands of three roles would cover each other.
+        last = table[table["step"] == table.groupby("role")["step"].transform("max")]
+        ends = Point("step", "value", "role", low="low", high="high", data=last)
+        marks: list[Mark] = [Line("step", "value", "role"), ends]
         # Without a label, the axes of panels have different limits.
         chart = Chart(table, marks, title=claim.id, x=Axis(label="step"), y=Axis(log=is_log))
         if table.empty:
@@ -55,8 +58,8 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
             chart = replace(chart, marks=[*marks, write_word(0.0, 0.0)], x=replace(empty, label="step"), y=empty)
         charts.append(replace(chart, colors=(METHOD, CONTROL, POSITIVE)))
     caption = (
-        f"Training loss where the truth favors the method, mean of {WINDOW} steps; lines are means and bands ranges "
-        "over seeds. Some positive controls have other truths, and no line."
+        f"Training loss where the truth favors the method, mean of {WINDOW} steps; lines are means, and bars at the "
+        "last step ranges over seeds. Some positive controls have other truths, and no line."
     )
     charts[0] = replace(charts[0], y=replace(charts[0].y, label="training loss"), caption=caption)
     return arrange(charts)

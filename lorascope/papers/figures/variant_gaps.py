@@ -13,7 +13,7 @@ from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.marks import Axis, Mark, Point, Rule
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import STUDY_FILE
-from lorascope.plots.builders import curves, ticks_at
+from lorascope.plots.builders import curves, dots, ticks_at
 from lorascope.plots.run_groups import INTERVAL
 
 PUBLISHED = STUDY_FILE.with_name("published")
@@ -179,6 +179,20 @@ def number_above(cells: pd.DataFrame, first: str, second: str) -> str:
     return f"{(means[first] > means[second]).sum()} of {len(means)}"
 
 
+def beside_differences(chart: Chart) -> tuple[Chart, Chart]:
+    """Sort a chart of variants, the largest gap on top, and draw the differences from its first arm by seed."""
+    base = chart.data["name"].iloc[0]
+    means = chart.data.groupby("name", sort=False)["value"].mean()
+    y = replace(chart.y, order=means.sort_values(ascending=False, kind="stable").index)
+    by_seed = chart.data.pivot(index="seed", columns="name", values="value")
+    differences = by_seed.sub(by_seed[base], axis=0).drop(columns=base).melt().dropna()
+    cells = seed_cells(differences, ["name"])
+    marks, x = [Rule(x=0), *dots(cells, "value", "name")], Axis(label=f"points − {base}")
+    caption = f"{chart.caption} Center: difference from {base}, paired by seed; bars: {INTERVAL}."
+    chart = replace(chart, y=y, caption=caption)
+    return chart, Chart(cells, marks, title="Difference", x=x, y=y, caption=caption)
+
+
 def beside_printed(chart: Chart | None, numbers: pd.DataFrame, title: str, x: str) -> Drawable | None:
     """Set a chart of variants next to a panel of the paper's numbers for the same rows; None without a chart."""
     if chart is None:
@@ -190,11 +204,12 @@ def beside_printed(chart: Chart | None, numbers: pd.DataFrame, title: str, x: st
     of_paper = rows[counts == counts.max()].groupby("name")["value"].mean().idxmax()
     best = measured.idxmax()
     caption = (
-        f"{chart.caption} Right: printed, another model and task, so only the order is comparable. Best of the rows in "
-        f"both panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")
+        f"{chart.caption} Hollow dots are printed, of another model and task, so only the order is comparable. Best of "
+        f"the rows in both panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")
     )
+    measured_chart, paired = beside_differences(replace(chart, caption=caption))
     # A row that only one panel has stays empty in the other one.
-    y = replace(chart.y, order=dict.fromkeys([*(chart.y.order or ()), *numbers["name"]]))
-    dots = [Point("value", "name", "data", symbol="diamond")]
-    panel = Chart(numbers, dots, title=title, x=Axis(label=x), y=y, caption=caption)
-    return set_side_by_side(replace(chart, y=y, caption=caption), panel)
+    y = replace(chart.y, order=dict.fromkeys([*(measured_chart.y.order or ()), *numbers["name"]]))
+    marks = [Point("value", "name", shape="data", hollow=True)]
+    panel = replace(measured_chart, data=numbers, marks=marks, title=title, x=Axis(label=x))
+    return set_side_by_side(*(replace(part, y=y) for part in (measured_chart, paired, panel)))

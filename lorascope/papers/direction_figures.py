@@ -337,7 +337,8 @@ def factor_plane(rows: pd.DataFrame, title: str, caption: str, *marks: Mark) -> 
     sizes = dict(zip(texts, np.linspace(1.0, 0.2, len(texts)), strict=True))
     points = [Point("x", "y", "task", size="size"), *marks]
     # A plane has neither an origin nor a unit.
-    low, high = rows[["x", "y"]].min(axis=None), rows[["x", "y"]].max(axis=None)
+    places = rows[["x", "y"]].to_numpy(float)
+    low, high = places.min(), places.max()
     room = 0.08 * (high - low)
     axis = Axis(ticks={}, limits=(low - room, high + room))
     rows = rows.assign(size=rows["task"].map(sizes))

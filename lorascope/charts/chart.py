@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -65,7 +65,7 @@ class Drawable:
         theme: str | None = None,
         width: str | float | None = None,
         *,
-        axes: Sequence[Any] | None = None,
+        axes: Collection[Any] | None = None,
         steps: Sequence[Any] | None = None,
         height: float | None = None,
         title: str | None = None,

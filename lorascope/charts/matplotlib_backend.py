@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -131,7 +131,7 @@ def _require_latex() -> None:
 
 def draw_onto(
     drawable: Drawable,
-    axes: Sequence[Axes],
+    axes: Collection[Any],
     name: str | None,
     title: str | None,
     legend: bool,

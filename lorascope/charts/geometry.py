@@ -267,7 +267,7 @@ def _(mark: Band, panel: Panel, frame: Any) -> Iterator[Area]:
         yield Area(x, low, high, panel.color(mark, key), group(key))
 
 
-def _split_stretches(mark: Line | Band, rows: pd.DataFrame, *positions: Numbers) -> list[Numbers]:
+def _split_stretches(mark: Line | Band, rows: pd.DataFrame, *positions: Numbers) -> list[Float[np.ndarray, "m"]]:
     """Return positions in the order of the first ones, with NaN, which is a gap, between the stretches of a mark."""
     order = np.argsort(positions[0], kind="stable")
     gaps: Any = []

@@ -31,8 +31,8 @@ def text_at(x: list[float], y: list[float], text: list[str]) -> Text:
 
 
 POINTS = Point("x", "y")
-# Bars without their zero, dots and phases of one gray, and regions that are wider than the panel.
-FAULTY = ("accuracy-adalora", "low-data", "overlap-by-size", "rank-replay", "toy-points")
+# Its regions are wider than the panel.
+FAULTY = ("toy-points",)
 PLANTED: dict[str, tuple[Chart, dict[str, Any], str]] = {
     "faint text": (chart(POINTS, x=Axis(label="layer")), {}, "text 'layer' has a contrast of 1.9 to #ffffff"),
     "faint mark": (chart(POINTS), {"palette": ["#ffcc00"]}, "1 colors of marks are faint, such as #ffcc00"),

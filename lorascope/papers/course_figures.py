@@ -129,7 +129,7 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
     logs = pd.read_csv(PUBLISHED / "neft_dev_loss.csv")
     # Their last steps are after the best one, where full fine-tuning overfits more.
     best = logs.pivot(index="pair", columns="method", values="best_loss")
-    gains = ", ".join(map("{:.2f}".format, best["full fine-tuning"] - best["NeFT"]))
+    gains = ", ".join(map("{:z.2f}".format, best["full fine-tuning"] - best["NeFT"]))
     caption = (
         "The teacher changes 108 of 1,152 neurons. NeFT starts again after a full fine-tuning of 400 steps, which is "
         "not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as 36. The authors' logs have full "

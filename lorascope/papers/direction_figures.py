@@ -159,7 +159,7 @@ def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
     same = np.mean([agreement[:count, :count][pairs], agreement[count:, count:][pairs]])
     caption = (
         f"Final ranks, mean of {count} runs per teacher, and planted ranks. Kendall's tau between runs on one teacher: "
-        f"{same:.2f}; on different teachers: {agreement[:count, count:].mean():.2f}. The paper finds that ranks differ "
+        f"{same:z.2f}; on different teachers: {agreement[:count, count:].mean():z.2f}. The paper finds that ranks differ "
         "between layers, projections and tasks, without a control."
     )
     rows = []

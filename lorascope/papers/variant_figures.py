@@ -102,7 +102,7 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
         return None
     means = table.groupby(["updates", "name"], sort=False)["value"].mean().reset_index()
     gap = means.pivot(index="updates", columns="name", values="value").loc[list(truths)]
-    differences = ", ".join(map("{:.1f}".format, gap["full fine-tuning"] - gap["LoRA"]))
+    differences = ", ".join(map("{:z.1f}".format, gap["full fine-tuning"] - gap["LoRA"]))
     return Chart(
         table,
         [Line("updates", "value", "name", data=means), Point("updates", "value", "name")],

@@ -254,9 +254,9 @@ def _agreements(cohort: Cohort, ranks: pd.DataFrame) -> list[str]:
             continue
         mean, low, high, _ = rank_allocations.stability(of_recipe)
         if np.isfinite(mean):
-            tau = f"{mean:.2f}"
+            tau = f"{mean:z.2f}"
             if np.isfinite(low):  # two seeds are one pair, which has no interval
-                tau += f" [{low:.2f}, {high:.2f}]"
+                tau += f" [{low:z.2f}, {high:z.2f}]"
             limit = np.nanquantile(rank_allocations.random_stability(of_recipe, _cap(cohort, group)), 0.95)
             taus.append(f"{group.label}: {tau} (random: 95th percentile {limit:.2f})")
     if taus:

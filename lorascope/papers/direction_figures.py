@@ -159,8 +159,8 @@ def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
     same = np.mean([agreement[:count, :count][pairs], agreement[count:, count:][pairs]])
     caption = (
         f"Final ranks, mean of {count} runs per teacher, and planted ranks. Kendall's tau between runs on one teacher: "
-        f"{same:z.2f}; on different teachers: {agreement[:count, count:].mean():z.2f}. The paper finds that ranks differ "
-        "between layers, projections and tasks, without a control."
+        f"{same:z.2f}; on different teachers: {agreement[:count, count:].mean():z.2f}. The paper finds that ranks "
+        "differ between layers, projections and tasks, without a control."
     )
     rows = []
     for number, table in enumerate(tables):

@@ -208,6 +208,15 @@ def test_explorer_draws_no_line_for_two_modules_of_one_role_in_one_layer(tmp_pat
     assert set(chart.table(chart.marks[0])["role"]) == {"ffn_in"}
 
 
+def test_explorer_joins_blocks_and_nothing_else() -> None:
+    explorer = ls.explore(ls.example("full"))
+    explorer.quantity = "update_norm"
+    (line,) = [mark for mark in explorer.chart.marks if isinstance(mark, ls.Line)]
+    joined = explorer.chart.table(line).astype({"place": "str"}).groupby("stretch")["place"].unique()
+    assert {len(places) for stretch, places in joined.items() if not stretch.startswith("blocks")} == {1}
+    assert any(len(places) > 1 for places in joined)
+
+
 def test_explorer_draws_a_block_not_next_to_its_modules(tmp_path: Path) -> None:
     values = {("update_norm", module): {9: 1.0} for module in ("words", "h.0", "h.0.q", "h.1.q")}
     explorer = ls.explore(plant(tmp_path, "block", values))

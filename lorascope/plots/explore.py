@@ -22,7 +22,7 @@ from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.charts.theme import theme
 from lorascope.files.printable import count_phrase, printable
-from lorascope.plots.builders import ends, used_places
+from lorascope.plots.builders import block_stretches, ends, used_places
 from lorascope.plots.run_groups import MIXTURES, Cohort, Runs, axis_label, gather, mixture_sentences
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import QUANTITIES
@@ -419,9 +419,13 @@ def _marks(rows: pd.DataFrame, x: str, color: str) -> list[Mark]:
         single = rows[~rows["role"].isin(doubled)]
     if x == "index" or (single is not None and single.empty):
         return [dots]
-    marks: list[Mark] = [Line(x, "value", color, other, data=single)]
+    stretch = None
+    if x == "place":
+        joined = rows if single is None else single
+        single, stretch = joined.assign(stretch=block_stretches(joined["place"])), "stretch"
+    marks: list[Mark] = [Line(x, "value", color, other, stretch, data=single)]
     if ends(rows) and other is None:
-        marks.insert(0, Band(x, "low", "high", color, data=single))
+        marks.insert(0, Band(x, "low", "high", color, stretch, data=single))
     if x == "place" or len(rows) <= _MOST_DOTTED:
         marks.append(dots)
     return marks

@@ -123,7 +123,7 @@ def factor_embedding(
     for (shape, cloud, cohort, title), size in zip(planes, usual, strict=True):
         sizes = [size]
         if perplexity is not None:
-            sizes = list(np.atleast_1d(perplexity))
+            sizes = np.atleast_1d(perplexity).tolist()
         elif has_second:
             sizes.append(size / 3)
         charts = [_tsne(cloud, cohort, title, size, seeds) for size in sizes]

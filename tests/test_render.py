@@ -673,3 +673,13 @@ def test_long_names_beside_a_panel_leave_room_for_it(rows: int) -> None:
     written = {label.get_text().replace("\n", " ") for label in made.axes[0].get_yticklabels()}
     assert written
     assert all(text in names or ("…" in text and text[-1].isdigit()) for text in written)
+
+
+def test_labels_of_numbers_do_not_overlap_in_a_narrow_panel() -> None:
+    """Losses that differ in the fourth digit have labels of six characters."""
+    table = pd.DataFrame({"loss": [0.6923, 0.6938, 0.6929], "recipe": ["a", "b", "c"]})
+    figure = Chart(table, [Point("loss", "recipe")]).mpl(width=1.0)
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) > 1
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))

@@ -24,6 +24,7 @@ FEW = 200  # a logarithmic axis whose ends have a smaller ratio needs ticks betw
 BETWEEN, ALL = ((1, 2, 5), (1, 3), (1,)), tuple(range(1, 10))
 _NAMES_SHARE = 0.4  # of the width of a figure: room for the names on a vertical axis
 _TICK = 3.0  # points between ticks without names
+_BLANK = 0.5  # between the labels of two ticks, in font sizes
 _LINE = 1.2  # height of a line of text, in font sizes
 
 
@@ -51,6 +52,8 @@ def label_categories(ax: Axes, panel: Panel) -> float:
                         tick.label1.set_rotation(90)
         elif is_short(scale):
             _thin_ticks(axis, room, size)
+        elif not scale.log and axis.axis_name == "x":
+            _space_numbers(axis, room, size)
     return depth
 
 
@@ -70,6 +73,19 @@ def _fit_beside(name: str, width: float, height: float, size: float) -> str:
     if count_lines(folded) * _LINE * size <= max(height, _LINE * size):
         return folded
     return cut_name(name, width, size)
+
+
+def _space_numbers(axis: Any, room: float, size: float) -> None:
+    """Label every second tick of a horizontal axis of numbers, or fewer, if not all labels fit in the room."""
+    low, high = sorted(axis.get_view_interval())
+    labels = axis.get_majorticklabels()
+    widest = (max((len(label.get_text()) for label in labels), default=0) * GLYPH + _BLANK) * size
+    positions = [label.get_position()[0] for label in labels]
+    visible = [position for position in positions if low <= position <= high]
+    if len(visible) > 1:
+        stride = math.ceil(widest * (high - low) / (room * (visible[1] - visible[0])))
+        if stride > 1:
+            axis.set_major_locator(FixedLocator(visible[::stride]))
 
 
 def _thin_ticks(axis: Any, room: float, size: float) -> None:

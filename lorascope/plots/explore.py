@@ -194,7 +194,7 @@ class Explorer(AnyWidget):
         sketch = _Sketch(self._cohort, quantity, step, frozenset(of_quantity["role"]), seed_cells(rows, _VALUE))
         self._title = sketch.title
         self.chart = sketch.draw() if view == "chart" else sketch.draw_multiples(self.width)
-        # Number of the drawn value of each row: `band` numbers them in order of first appearance, too.
+        # Number of the drawn value of each row: `seed_cells` numbers them in order of first appearance, too.
         cells = rows.groupby(_VALUE, observed=True, dropna=False, sort=False).ngroup()
         self._cells = cells[cells.isin(self._drawn_values().index)]
         return {

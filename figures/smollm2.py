@@ -96,7 +96,7 @@ def main() -> None:
     found = train(given.root, given.jobs)
     for file, chart in draw(found).items():
         print(save_small(chart, Path(__file__).parent / f"{file}.png"))
-        print("\n".join({part.caption for part in chart.charts()}))
+        print("\n".join({part.caption for part in chart.panels}))
     print("\n".join(describe(found)))
 
 

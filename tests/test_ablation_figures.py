@@ -37,7 +37,7 @@ def bands(run: Any) -> dict[str, list[Run]]:
 
 
 def test_bias_curve_plots_metric_by_center_with_its_seeds(run: Any) -> None:
-    chart = plots.bias_curve(bands(run)).charts()[0]
+    chart = plots.bias_curve(bands(run)).panels[0]
     own = chart.data[chart.data["series"] == "width 3"]
     assert own["center"].tolist() == [0, 2]
     assert own["value"].tolist() == pytest.approx([0.72, 0.82])
@@ -45,7 +45,7 @@ def test_bias_curve_plots_metric_by_center_with_its_seeds(run: Any) -> None:
 
 
 def test_bias_curve_draws_the_uniform_draw_from_frequency_zero_to_the_highest(run: Any) -> None:
-    chart = plots.bias_curve(bands(run)).charts()[0]
+    chart = plots.bias_curve(bands(run)).panels[0]
     uniform = chart.data[chart.data["series"] == "uniform draw"]
     corner = math.hypot(SHAPE[0] // 2, SHAPE[1] // 2)
     assert uniform["center"].tolist() == pytest.approx([0, corner])
@@ -55,7 +55,7 @@ def test_bias_curve_draws_the_uniform_draw_from_frequency_zero_to_the_highest(ru
 
 
 def test_bias_curve_pairs_each_band_with_the_uniform_draw_by_seed(run: Any) -> None:
-    metric, paired = plots.bias_curve(bands(run)).charts()
+    metric, paired = plots.bias_curve(bands(run)).panels
     assert paired.x == metric.x
     assert lookup(paired, "center") == pytest.approx({0: -0.08, 2: 0.02})
     assert paired.data[["smaller", "larger"]].iloc[0].tolist() == pytest.approx([-0.10, -0.06])
@@ -65,10 +65,10 @@ def test_bias_curve_pairs_each_band_with_the_uniform_draw_by_seed(run: Any) -> N
 
 def test_bias_curve_has_one_curve_per_width_and_accepts_the_uniform_draw_as_control(run: Any) -> None:
     narrow, wide = (run(0.5, label=f"width {width}", center=1, width=width) for width in (1, 4))
-    chart = plots.bias_curve([wide, narrow], run(0.6, label="even", center=None, width=9)).charts()[0]
+    chart = plots.bias_curve([wide, narrow], run(0.6, label="even", center=None, width=9)).panels[0]
     assert lookup(chart, "series", "center")["width 1", 1] == 0.5
     assert list(dict.fromkeys(chart.data["series"])) == ["width 1", "width 4", "uniform draw"]
-    only_bands = plots.bias_curve([wide, narrow]).charts()[0]
+    only_bands = plots.bias_curve([wide, narrow]).panels[0]
     assert "uniform draw" not in set(only_bands.data["series"])
     assert "no interval" in only_bands.caption
 
@@ -98,7 +98,7 @@ def three(run: Any) -> list[Run]:
 
 
 def test_basis_ablation_plots_each_basis_with_its_seeds(run: Any) -> None:
-    chart, paired = plots.basis_ablation(three(run)).charts()
+    chart, paired = plots.basis_ablation(three(run)).panels
     assert chart.y.order == paired.y.order
     assert set(chart.y.order[:2]) == {"Fourier", "orthogonal"}
     assert lookup(chart, "recipe") == pytest.approx({"Fourier": 0.85, "random": 0.74, "orthogonal": 0.85})
@@ -126,5 +126,5 @@ def test_metric_axis_has_the_name_of_the_metric_if_all_runs_share_it(tmp_path: P
         plant(tmp_path, str(number), reached, test={"name": name, "metric": 0.5, "loss": 0.7})
         for number, name in enumerate(("accuracy", "accuracy", "perplexity"))
     )
-    assert plots.ablations({"one": one, "two": two}).charts()[0].x.label == "test accuracy"
-    assert plots.ablations({"one": one, "other": other}).charts()[0].x.label == "test metric"
+    assert plots.ablations({"one": one, "two": two}).panels[0].x.label == "test accuracy"
+    assert plots.ablations({"one": one, "other": other}).panels[0].x.label == "test metric"

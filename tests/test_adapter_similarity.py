@@ -240,7 +240,7 @@ def test_figure_shows_the_matrix(three: dict[str, Adapter]) -> None:
 
 def test_pairs_of_one_label_without_seeds_are_named_by_their_runs(three) -> None:
     runs = [three["a"], three["b"]]
-    chart = plots.adapter_pairs({"mine": runs, "theirs": three["c"]}).charts()[0]
+    chart = plots.adapter_pairs({"mine": runs, "theirs": three["c"]}).panels[0]
     assert list(dict.fromkeys(chart.data["one"])) == [*(f"mine, run {run.id}" for run in runs), "theirs"]
 
 

@@ -254,7 +254,7 @@ def test_explorer_role_has_one_color_at_every_step_and_for_every_choice(tmp_path
 def test_multiples_have_a_panel_per_role_on_one_axis(run: Run, tmp_path: Path) -> None:
     explorer = ls.explore(run)
     explorer.view = "multiples"
-    charts = explorer.chart.charts()
+    charts = explorer.chart.panels
     assert [chart.title for chart in charts] == ["embed", "q", "ffn_in"]
     assert len({chart.y.limits for chart in charts}) == 1
     assert [list(chart.data["value"]) for chart in charts] == [[3.0], [1.0, 0.5], [2.0, 1.0]]
@@ -274,7 +274,7 @@ def test_multiples_of_components_have_a_panel_per_module(run: Run) -> None:
     explorer = ls.explore(run)
     explorer.quantity = "importance"
     explorer.view = "multiples"
-    charts = explorer.chart.charts()
+    charts = explorer.chart.panels
     assert [(chart.title, chart.x.label) for chart in charts] == [("0 q", "rank id"), ("1 q", "rank id")]
     assert [list(chart.data["value"]) for chart in charts] == [[4.0, 6.0], [3.0, 1.0]]
 

@@ -193,7 +193,7 @@ def test_space_view_in_half_precision_matches_full_precision(tmp_path):
         for run, domain in list(RUNS.items())[::2]
     }  # fmt: skip
     assert runs["film"].factors()["h.0.q"]["A"].dtype == np.float16
-    tsne, pca = plots.factor_embedding(runs, factors=("A",), view="space", perplexity=2).charts()
+    tsne, pca = plots.factor_embedding(runs, factors=("A",), view="space", perplexity=2).panels
     assert tsne.title == pca.title
     assert re.fullmatch(r"A, 1024: \d+% \(chance 50%\)", tsne.title)
     assert (tsne.y.label, pca.x.label[:11]) == ("t-SNE, perplexity 2", "component 1")
@@ -467,7 +467,7 @@ def test_figure_shows_a_next_to_b_by_tsne_and_pca_with_their_shared_fractions(do
     titles = ["A, 2 × 12: 100% (chance 17%)", f"B, 2 × 12: {100 * shared:.0f}% (chance 17%)"]
     assert [[chart.title for chart in row] for row in panels.rows()] == 2 * [titles]
     assert panels.rows()[0][0].y.label == "t-SNE, perplexity 12"
-    assert all(chart.square for chart in panels.charts())
+    assert all(chart.square for chart in panels.panels)
     chart = panels.rows()[1][1]
     np.testing.assert_allclose(chart.data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
     assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]

@@ -128,7 +128,7 @@ def test_marks_with_stretches_are_stored_and_read_again() -> None:
     chart = Chart(cells, [Line("x", "y", stretch="part"), Point("x", "y", hollow=True)])
     again = unpack(*pack(Panels(((chart,),), title="Heads")))
     assert again.title == "Heads"
-    assert again.charts()[0].marks == chart.marks
+    assert again.panels[0].marks == chart.marks
 
 
 # Color limits
@@ -209,13 +209,13 @@ def test_panels_have_the_title_of_their_quantity_above_those_of_recipes(write: A
     runs = {"one": write("a", profile(1, 3, 4)), "two": write("b", profile(2, 3, 4))}
     panels = plots.update_norm_heat(runs)
     assert panels.title == "Update by block and role"
-    assert [chart.title for chart in panels.charts()] == ["one", "two"]
+    assert [chart.title for chart in panels.panels] == ["one", "two"]
     drawn = panels.mpl()
     assert drawn.get_suptitle() == panels.title
     assert [ax.get_title("left") for ax in drawn.axes[:2]] == ["one", "two"]
     assert panels.plotly().layout.title.text == panels.title
     assert panels.mpl(title="Mine").get_suptitle() == "Mine"
-    assert wrap([Chart(panels.charts()[0].data, [])], 1, "Quantity").title == "Quantity"
+    assert wrap([Chart(panels.panels[0].data, [])], 1, "Quantity").title == "Quantity"
 
 
 # Accuracies
@@ -235,7 +235,7 @@ def test_ablations_are_sorted_dots_with_paired_differences(tmp_path: Any) -> Non
     runs = scored(
         tmp_path, {"full method": [0.90, 0.92, 0.91], "without": [0.93, 0.96, 0.93], "same": [0.9, 0.92, 0.91]}
     )
-    metric, paired = plots.ablations(runs).charts()
+    metric, paired = plots.ablations(runs).panels
     for chart in (metric, paired):
         assert not chart.marks_of(Bar)
         assert chart.y.order == ("without", "full method", "same")

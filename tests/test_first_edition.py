@@ -19,7 +19,7 @@ def test_stored_figures_have_their_tables_heading_and_description() -> None:
     assert figures.keys() == {file.stem for file in FOLDER.iterdir()}
     for name, figure in figures.items():
         columns = pq.read_table(FOLDER / f"{name}.parquet").num_columns
-        assert sum(table.shape[1] for chart in figure.chart.charts() for _, table in chart.tables()) == columns
+        assert sum(table.shape[1] for chart in figure.chart.panels for _, table in chart.tables()) == columns
         assert figure.heading
         assert figure.alt
         assert figure.chart.plotly().data
@@ -27,10 +27,10 @@ def test_stored_figures_have_their_tables_heading_and_description() -> None:
 
 def test_stored_tables_end_where_they_ended() -> None:
     """The authors' lists have 12 layers of two projections; steps stay integers next to longer tables."""
-    chart = stored_figures(FOLDER)["published-ranks"].chart.charts()[0]
+    chart = stored_figures(FOLDER)["published-ranks"].chart.panels[0]
     assert len(chart.data) == 24
     assert chart.data["layer"].tolist() == [*range(12)] * 2
-    for mark_chart in stored_figures(FOLDER)["update-norm"].chart.charts():
+    for mark_chart in stored_figures(FOLDER)["update-norm"].chart.panels:
         for _, table in mark_chart.tables():
             assert not table.isna().all(axis=1).any()
 

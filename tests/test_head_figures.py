@@ -113,7 +113,7 @@ def by_number(run: Any) -> dict[str, list[Run]]:
 
 
 def test_number_of_experts_plots_metric_by_number_with_seed_interval(run: Any) -> None:
-    chart, paired = plots.number_of_experts(by_number(run)).charts()
+    chart, paired = plots.number_of_experts(by_number(run)).panels
     assert chart.data["number"].tolist() == [1, 4, 8]
     assert chart.data["value"].tolist() == pytest.approx([0.72, 0.82, 0.80])
     half = (chart.data["high"] - chart.data["low"]) / 2
@@ -127,7 +127,7 @@ def test_number_of_experts_plots_metric_by_number_with_seed_interval(run: Any) -
 
 def test_number_of_experts_draws_controls_as_horizontal_lines(run: Any) -> None:
     lora = {"LoRA": [run(metric, seed, "LoRA", name="lora", rank=9) for seed, metric in enumerate((0.7, 0.8))]}
-    chart = plots.number_of_experts(by_number(run), lora).charts()[0]
+    chart = plots.number_of_experts(by_number(run), lora).panels[0]
     level = chart.data[chart.data["series"] == "LoRA"]
     assert level["number"].tolist() == [1, 8]
     assert level["value"].tolist() == pytest.approx([0.75, 0.75])
@@ -145,7 +145,7 @@ def test_number_of_experts_without_experts_or_with_other_differences_raises(run:
 def test_ablations_draw_one_row_per_variant(run: Any) -> None:
     reached = {"full": (0.80, 0.90), "uniform gates": (0.70, 0.78)}
     runs = {name: [run(m, seed, name, num_experts=seed) for seed, m in enumerate(two)] for name, two in reached.items()}
-    chart, paired = plots.ablations(runs).charts()
+    chart, paired = plots.ablations(runs).panels
     assert lookup(chart, "recipe") == pytest.approx({"full": 0.85, "uniform gates": 0.74})
     assert chart.y.order == ("full", "uniform gates")
     assert lookup(paired, "recipe") == pytest.approx({"uniform gates": -0.11})

@@ -303,14 +303,14 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
             f"{factor}, {start}\n50%, spaces 50%" for factor in "AB" for start in ("separate starts", "shared start")
         ]
         assert row[0].y.label.endswith(f" (chance {chance}%)")
-    for chart in panels.charts():
+    for chart in panels.panels:
         assert chart.square
         assert set(chart.data["seed"]) == {200}
         assert chart.data[["x", "y"]].abs().max(axis=None) == pytest.approx(0.5, abs=1e-6)
         # Equal factors of one module are in one place, and modules are apart.
         by_module = chart.data.groupby("module")[["x", "y"]]
         assert by_module.std().max(axis=None) < 0.1 * by_module.mean().std().min()
-    assert [len(chart.data) for chart in panels.charts()] == 4 * [30] + 8 * [20]
+    assert [len(chart.data) for chart in panels.panels] == 4 * [30] + 8 * [20]
 
 
 def test_the_figure_of_norms_has_means_and_ranges_over_seeds() -> None:

@@ -196,7 +196,7 @@ def test_subspace_similarity_of_a_hand_example_is_minus_its_random_baseline(writ
     one = write("a", profile(1, 1, 1), factors={"h.0.q": (B, [[2, 0, 0], [0, 1, 0]])})
     two = write("b", profile(1, 1, 1), seed=1, factors={"h.0.q": (B, [[1, 0, 0], [0, 0, 3]])})
     panels = plots.subspace_similarity([one, two])
-    (seeds,) = panels.charts()
+    (seeds,) = panels.panels
     phi, chance = {(1, 1): 0, (1, 2): 1, (2, 1): 0, (2, 2): 0.5}, {(1, 1): 1 / 3, (1, 2): 2 / 3, (2, 1): 2 / 3}
     assert lookup(seeds, "i", "j", value="phi") == pytest.approx(phi)
     assert lookup(seeds, "i", "j", value="excess") == pytest.approx(
@@ -217,7 +217,7 @@ def test_subspace_similarity_shows_queries_and_values_of_the_block_whose_queries
     titles = [[chart.title for chart in row] for row in panels.rows()]
     both, control = "one against two", "control: a against b"
     assert titles == [[f"{both}, q", f"{both}, v"], [f"{control}, q", f"{control}, v"]]
-    assert "A in h.1.q and h.1.v, minus" in panels.charts()[0].caption
+    assert "A in h.1.q and h.1.v, minus" in panels.panels[0].caption
     assert panels.title == "Subspace similarity minus chance"
 
 
@@ -226,9 +226,9 @@ def test_subspace_similarity_of_two_labels_leaves_out_pairs_of_one_seed(write: A
     one, two = (
         [write(f"{label}{n}", {}, label, n, factors={"h.0.q": (B, axes[[n]])}) for n in range(2)] for label in "ab"
     )
-    (chart,) = plots.subspace_similarity({"a": one, "b": two}, module="h.0.q").charts()
+    (chart,) = plots.subspace_similarity({"a": one, "b": two}, module="h.0.q").panels
     assert chart.data["phi"].tolist() == [0.0]
-    (same,) = plots.subspace_similarity({"a": one[0], "b": two[0]}, module="h.0.q").charts()
+    (same,) = plots.subspace_similarity({"a": one[0], "b": two[0]}, module="h.0.q").panels
     assert same.data["phi"].tolist() == [1.0]
 
 

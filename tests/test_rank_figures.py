@@ -190,7 +190,7 @@ def test_rank_replay_shows_a_control_at_the_same_steps(write: Any) -> None:
 def test_rank_replay_says_whether_ranks_were_decided(write: Any) -> None:
     decided, recorded = write("a", allotted(), "Ada"), write("b", allotted(budget=False), "LoRA")
     for run, control, word in ((decided, recorded, "decided"), (recorded, decided, "recorded")):
-        caption = plots.rank_replay(run, control=control).charts()[0].caption
+        caption = plots.rank_replay(run, control=control).panels[0].caption
         assert f"Steps are those at which ranks were {word}." in caption
 
 

@@ -47,7 +47,7 @@ def run(trained: tuple[Run, Any]) -> Run:
 
 def panel(figure: Drawable, title: str) -> Chart:
     """Return the panel of a title."""
-    (chart,) = [chart for chart in figure.charts() if chart.title == title]
+    (chart,) = [chart for chart in figure.panels if chart.title == title]
     return chart
 
 
@@ -117,14 +117,14 @@ def test_names_of_the_most_sensitive_neurons_over_steps(run: Run) -> None:
 
 def test_both_renderers_show_the_numbers_of_the_tables(run: Run) -> None:
     figure = plots.neuron_sensitivity(run)
-    shares, profile, course = (chart.data for chart in figure.charts())
+    shares, profile, course = (chart.data for chart in figure.panels)
     mpl, plotly = Mpl(figure), Plotly(figure)
     for number, table in ((0, shares), (2, course)):
         assert mpl.heat(number) == plotly.heat(number)
         assert set(mpl.heat(number)[0]) - {None} == {round(value, 9) for value in table["value"]}
     drawn = [(xs, ys) for xs, ys, _ in mpl.lines(1) if xs]  # without the entries of the legend
     assert drawn == [line[:2] for line in plotly.lines(1)]
-    null = figure.charts()[1].marks[1].data
+    null = figure.panels[1].marks[1].data
     lines = pd.concat([null, profile]).groupby("role", sort=False)["value"]
     assert sorted(ys for _, ys in drawn) == sorted([round(value, 9) for value in ys] for _, ys in lines)
 
@@ -149,8 +149,8 @@ def test_overlap_between_seeds_and_tasks_with_its_random_baseline(tmp_path: Path
     cells = panel(figure, "Overlap of the top 10%").data.groupby("pair")["overlap"].agg(list)
     assert cells.to_dict() == {"tweets, seeds": [0.5], "tweets, news": [0, 0]}
     assert "most" not in panel(figure, "Overlap of the top 10%").data
-    assert "mean 0.10 (line), 95th percentile 0.27" in figure.charts()[0].caption
-    assert "Null" not in figure.charts()[0].caption
+    assert "mean 0.10 (line), 95th percentile 0.27" in figure.panels[0].caption
+    assert "Null" not in figure.panels[0].caption
     profile = panel(figure, "tweets: sorted neurons").data
     assert "gradients shuffled" not in set(profile["role"])
     heights = np.quantile(np.array([9.0, 8.0, *np.linspace(1, 2, 18)]) / 44 * 20, 1 - profile["percent"].unique() / 100)

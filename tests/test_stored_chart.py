@@ -73,7 +73,7 @@ def test_chart_from_files_draws_the_same_figure(make):
     if isinstance(before, Panels):
         assert after.columns == max(before.columns, 1)
     assert plotly_backend.to_plotly(after).to_json() == plotly_backend.to_plotly(before).to_json()
-    for one, other in zip(before.charts(), after.charts(), strict=True):
+    for one, other in zip(before.panels, after.panels, strict=True):
         assert one.caption == other.caption
         for (kind, table), (other_kind, found) in zip(one.tables(), other.tables(), strict=True):
             assert kind == other_kind

@@ -55,7 +55,7 @@ NO_ESTIMATE = EARLIER.iloc[:0]
 def gray_words(drawable: Drawable) -> list[str]:
     """Return the gray words of a figure."""
     gray: list[str] = []
-    for chart in drawable.charts():
+    for chart in drawable.panels:
         for mark in chart.marks_of(Text):
             gray += list(chart.table(mark)[mark.text]) * mark.muted
     return gray
@@ -64,7 +64,7 @@ def gray_words(drawable: Drawable) -> list[str]:
 def labeled_dots(drawable: Drawable, label: str) -> pd.DataFrame:
     """Return the rows of all dots with a label."""
     tables = []
-    for chart in drawable.charts():
+    for chart in drawable.panels:
         tables += [chart.table(mark) for mark in chart.marks_of(Point) if mark.label == label]
     return pd.concat(tables)
 
@@ -101,7 +101,7 @@ def test_forest_shows_the_numbers_of_the_results() -> None:
     assert row["effect"] == pytest.approx(8.0)
     assert row["against_effect"] == pytest.approx(-8.0)
     # A line joins the two effects.
-    panel = figure.charts()[1]
+    panel = figure.panels[1]
     ends = [set(panel.table(line)["effect"]) for line in panel.marks_of(Line)]
     assert {row["effect"], row["against_effect"]} in ends
     # This edition replaces the estimate of the first one, and a cost has its bound below 0.
@@ -122,12 +122,12 @@ def test_forest_refuses_estimates_in_other_units() -> None:
 def test_forest_draws_open_and_filled_dots() -> None:
     figure = forest(results_of(adalora=8.0, text_lora=-0.5), REGISTERED, EARLIER)
     symbols: dict[str, str] = {}
-    for chart in figure.charts():
+    for chart in figure.panels:
         symbols |= {mark.label: mark.symbol for mark in chart.marks_of(Point)}
     assert {symbols[label] for label in (EDITION_2, FAVORABLE)} == {"circle"}
     assert {symbols[label] for label in (EDITION_1, OTHER)} == {"circle-open"}
     # Without a bar, a cross does not hide the interval of the effect on its line.
-    bars = {mark.label: mark.low for mark in figure.charts()[1].marks_of(Point)}
+    bars = {mark.label: mark.low for mark in figure.panels[1].marks_of(Point)}
     assert (bars[FAVORABLE], bars[OTHER], bars[POSITIVE]) == ("low", "low", None)
 
 
@@ -185,7 +185,7 @@ def test_stacked_panels_of_the_forest_keep_the_names_of_methods() -> None:
         axis = layout[f"yaxis{number + 1}" if number else "yaxis"]
         assert list(axis["ticktext"]) == list(methods)
         assert axis.get("showticklabels", True)
-        assert figure.charts()[number].title == ground
+        assert figure.panels[number].title == ground
     wide = figure.plotly().layout
     assert wide.yaxis2.showticklabels is False  # the panel on the left has them
 
@@ -202,7 +202,7 @@ def test_pairs_have_a_dot_per_seed() -> None:
         np.testing.assert_array_equal(of_arm["value"], expected)
         assert set(of_arm["side"]) == {FAVORABLE if arm.truth == "uneven ranks" else OTHER}
     figure = pair_gaps(REGISTERED, evidence)
-    panel = next(chart for chart in figure.charts() if chart.title == id)
+    panel = next(chart for chart in figure.panels if chart.title == id)
     pd.testing.assert_frame_equal(panel.data[table.columns], table)
     assert not gray_words(panel)
     assert panel.x.label == CLOSED
@@ -247,7 +247,7 @@ def test_losses_are_means_and_ranges_over_seeds() -> None:
     np.testing.assert_allclose(table[["value", "low", "high"]], [[3.0, 2.0, 4.0], [3.1, 2.1, 4.1]], atol=2e-3)
     assert set(table["role"]) == {METHOD}
     figure = pair_losses(REGISTERED, evidence)
-    assert gray_words(figure) == ["not run"] * (len(figure.charts()) - 1)
+    assert gray_words(figure) == ["not run"] * (len(figure.panels) - 1)
     pair_losses(REGISTERED, EMPTY).mpl()
 
 
@@ -280,7 +280,7 @@ def test_allocations_average_modules_then_seeds() -> None:
     scores = pd.concat([first.assign(score=1.0), last.assign(score=[-3.0, -2.0, 5e9, 2.0, 1.0])])
     scores = scores.drop(columns=["planted", "rank"])
     figure = planted_allocations(RANKS, scores, {"AdaLoRA": "a", "ALoRA": "b"}, 2)
-    values = [chart.data.set_index("planted")["value"].to_dict() for chart in figure.charts()]
+    values = [chart.data.set_index("planted")["value"].to_dict() for chart in figure.panels]
     assert values[0] == {0: 2.0, 4: 3.0}
     equal = (100 * (2 / 3 + 3 / 4) / 2, 100 * (2 / 3 + 3 / 4) / 2)  # mean ranks of three and of two equal scores
     assert values[1] == pytest.approx(dict(zip((0, 4), equal, strict=True)))
@@ -288,7 +288,7 @@ def test_allocations_average_modules_then_seeds() -> None:
     assert gray_words(figure) == ["not run: ALoRA"]
     figure.mpl()
     # Scores of one step, as AutoLoRA has them, are the last ones.
-    once = planted_allocations(RANKS, scores[scores["step"] == 20], {"AdaLoRA": "a"}, 2).charts()
+    once = planted_allocations(RANKS, scores[scores["step"] == 20], {"AdaLoRA": "a"}, 2).panels
     assert len(once[1].data) == 0
     assert len(once[2].data) == 2
 

@@ -240,7 +240,7 @@ def drawn(name: str, evidence: StudyEvidence) -> Drawable:
 
 
 def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: StudyEvidence) -> None:
-    (chart,) = drawn("budgets-alora", evidence).charts()
+    (chart,) = drawn("budgets-alora", evidence).panels
     cells = chart.data.set_index(["recipe", "number"])["value"]
     assert cells["ALoRA", 2] == pytest.approx(closed(f"ALoRA, rank 2, {UNEVEN}", 201))
     assert cells["LoRA", 8] == pytest.approx(closed(f"LoRA, rank 8, {UNEVEN}", 201))
@@ -249,14 +249,14 @@ def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: 
 
 
 def test_heterogeneity_prints_full_fine_tuning_minus_lora(evidence: StudyEvidence) -> None:
-    (chart,) = drawn("heterogeneity", evidence).charts()
+    (chart,) = drawn("heterogeneity", evidence).panels
     truths = (names.ONE_UPDATE, names.SHARED_A, names.UNRELATED)
     gaps = [closed(f"full fine-tuning, {truth}", 201) - closed(f"LoRA, rank 12, {truth}", 201) for truth in truths]
     assert ", ".join(f"{gap:.1f}" for gap in gaps) in chart.caption
 
 
 def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
-    panels = {name: drawn(name, evidence).charts()[-1].data for name in
+    panels = {name: drawn(name, evidence).panels[-1].data for name in
               ("scores-alora", "parts-hydralora", "splits", "scores-adalora", "parts-adalora")}  # fmt: skip
     cells = {name: panel.set_index(["name", "data"])["value"] for name, panel in panels.items()}
     assert cells["scores-alora"]["sensitivity", "BoolQ"] == 87.5
@@ -264,34 +264,34 @@ def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
     assert cells["splits"]["4 of rank 4", "MMLU"] == 46.94
     assert cells["scores-adalora"]["size of lambda", "SST-2"] == 95.41
     assert cells["parts-adalora"]["no penalty", "SST-2"] == 95.41
-    neft = drawn("further-neurons", evidence).charts()[1].data.set_index(["recipe", "x"])["value"]
+    neft = drawn("further-neurons", evidence).panels[1].data.set_index(["recipe", "x"])["value"]
     assert (neft["next", 6], neft["reversed", 9]) == (82.27, 80.82)
-    shifts = drawn("shift-by-neurons", evidence).charts()
+    shifts = drawn("shift-by-neurons", evidence).panels
     for panel, number, value in ((1, 3, 17172), (3, 7, 22055)):
         printed = shifts[panel].data.set_index(["recipe", "x"])["value"]
         assert printed["next", number] == pytest.approx(100 * value / 352_256)
 
 
 def test_captions_say_whether_the_order_is_the_printed_one(evidence: StudyEvidence) -> None:
-    caption = drawn("parts-adalora", evidence).charts()[0].caption
+    caption = drawn("parts-adalora", evidence).panels[0].caption
     arms = {"AdaLoRA": "AdaLoRA, rank 4 to 2", "no penalty": "AdaLoRA, rank 4 to 2, no penalty",
             "no allocation": "AdaLoRA, rank 2 to 2", "LoRA": "LoRA, rank 2"}  # fmt: skip
     best = max(arms, key=lambda name: closed(f"{arms[name]}, {UNEVEN}", 201))
     assert f"Best of the rows in both panels: {best}; printed: AdaLoRA." in caption
     gaps = [closed(f"ALoRA, rank {n}, {UNEVEN}", 201) > closed(f"LoRA, rank {n}, {UNEVEN}", 201) for n in (1, 2, 4, 8)]
-    (budgets,) = drawn("budgets-alora", evidence).charts()
+    (budgets,) = drawn("budgets-alora", evidence).panels
     assert f"here it is at {sum(gaps)} of 4." in budgets.caption
 
 
 def test_searches_show_the_mean_rank_they_find(evidence: StudyEvidence) -> None:
-    panel = drawn("searches", evidence).charts()[-1].data
+    panel = drawn("searches", evidence).panels[-1].data
     arm = f"AutoLoRA, from rank 4, sigmoid, {UNEVEN}"
     expected = [evidence.table("ranks", arm, seed)["rank"].mean() for seed in SEEDS]
     assert panel.loc[panel["name"] == "sigmoid", "value"].tolist() == pytest.approx(expected)
 
 
 def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvidence) -> None:
-    chart = drawn("shift-by-neurons", evidence).charts()[0]
+    chart = drawn("shift-by-neurons", evidence).panels[0]
     moved = []
     for seed in SEEDS:
         tables = [evidence.table("utilization", f"{name}, {FEW}", seed) for name in
@@ -300,13 +300,13 @@ def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvid
         moved.append(np.abs(ranks[0] - ranks[1]).mean() / 384)
     value = chart.data.set_index(["recipe", "number"])["value"]["reversed", 72]
     assert value == pytest.approx(100 * np.mean(moved))
-    affected = drawn("affected-neurons", evidence).charts()[2]
+    affected = drawn("affected-neurons", evidence).panels[2]
     assert not affected.marks_of(Bar)
     assert set(affected.data["kind"]) == {"strong", "suppressed", "indirect"}
 
 
 def test_ranks_agree_within_a_teacher_and_not_between_two(evidence: StudyEvidence) -> None:
-    charts = drawn("ranks-by-teacher", evidence).charts()
+    charts = drawn("ranks-by-teacher", evidence).panels
     assert len(charts) == 4
     arm = f"AutoLoRA, from rank 4, teacher 1, {UNEVEN}"
     means = (
@@ -323,20 +323,20 @@ def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
     assert cell["phi"][2, 8] == pytest.approx(8 / 384 + 0.05)
     assert cell["excess"][2, 8] == pytest.approx(0.05)
     assert q.marks[0].scale == "diverging"
-    chart, *_ = drawn("amplification-factor", evidence).charts()
+    chart, *_ = drawn("amplification-factor", evidence).panels
     assert "4.0 for rank 8" in chart.caption
     assert set(chart.data["name"]) == {"the update's", "W's own", "random"}
 
 
 def test_costs_are_cpu_seconds_and_tokens_per_second(evidence: StudyEvidence) -> None:
-    seconds, tokens, printed = drawn("costs", evidence).charts()
+    seconds, tokens, printed = drawn("costs", evidence).panels
     assert set(seconds.data["value"]) == {8.0}
     assert set(tokens.data["value"]) == {400 * 16 * 32 / 8}
     assert printed.data.set_index("name")["value"]["ALoRA"] == 3.81
 
 
 def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
-    left, _, right = drawn("losses-lisa", evidence).charts()
+    left, _, right = drawn("losses-lisa", evidence).panels
     arm = f"LISA, 1 of 8 blocks, {names.ALL_BLOCKS}"
     first = np.mean([evidence.table("losses", arm, seed)["loss"].iloc[:10].mean() for seed in SEEDS])
     cells = left.data.set_index(["recipe", "step"])["value"]
@@ -345,9 +345,9 @@ def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
 
 
 def test_planes_of_thirds_have_shared_fractions_and_rings(evidence: StudyEvidence) -> None:
-    titles = [chart.title for chart in drawn("thirds", evidence).charts()]
+    titles = [chart.title for chart in drawn("thirds", evidence).panels]
     assert titles[:2] == ["A, domains: 67% (chance 8%)", "B, domains: 0% (chance 8%)"]
-    for chart in drawn("sub-modules", evidence).charts():
+    for chart in drawn("sub-modules", evidence).panels:
         assert chart.square
         assert chart.data.groupby("task")["size"].first().nunique() == 3
         names = chart.marks[1].data.set_index("label")["y"]
@@ -361,7 +361,7 @@ PRINTED = {"scores-alora", "parts-hydralora", "splits", "scores-adalora", "parts
 def test_variants_are_sorted_with_paired_differences_and_hollow_printed_numbers(
     name: str, evidence: StudyEvidence
 ) -> None:
-    measured, paired, printed = drawn(name, evidence).charts()
+    measured, paired, printed = drawn(name, evidence).panels
     assert measured.y == paired.y == printed.y
     means = measured.data.groupby("name")["value"].mean().sort_values(ascending=False)
     assert list(measured.y.order)[: len(means)] == list(means.index)
@@ -379,7 +379,7 @@ def test_printed_numbers_have_hollow_dots_and_separate_axes(evidence: StudyEvide
         "affected-neurons": [(0, 1)],
         "amplification-factor": [(0, 1)],
     }.items():
-        charts = drawn(name, evidence).charts()
+        charts = drawn(name, evidence).panels
         for measured, printed in pairs:
             assert all(point.hollow for point in charts[printed].marks_of(Point))
             assert (charts[measured].x.label, charts[measured].y.label) != (
@@ -388,7 +388,7 @@ def test_printed_numbers_have_hollow_dots_and_separate_axes(evidence: StudyEvide
 
 
 def test_losses_have_the_range_of_seeds_at_the_last_step_only(evidence: StudyEvidence) -> None:
-    left, _, right = drawn("losses-lisa", evidence).charts()
+    left, _, right = drawn("losses-lisa", evidence).panels
     assert not left.marks_of(Band)
     (ends,) = left.marks_of(Point)
     assert set(left.table(ends)["step"]) == {395.0}

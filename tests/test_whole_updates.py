@@ -102,7 +102,7 @@ def test_caption_says_which_updates_are_only_of_the_direction(bert, task, tmp_pa
         plots.spectrum(based, module=module): False,
     }
     for chart, expected in shown.items():
-        assert all((sentence in panel.caption) is expected for panel in chart.charts()), chart
+        assert all((sentence in panel.caption) is expected for panel in chart.panels), chart
 
 
 def test_dora_export_with_its_base_has_the_norm_of_the_run(bert, task, tmp_path):

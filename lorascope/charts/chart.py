@@ -30,14 +30,10 @@ class Drawable:
         """Return the panels, row by row."""
         raise NotImplementedError
 
-    def charts(self) -> list[Chart]:
-        """Return the panels in one list, row by row."""
-        return list(chain.from_iterable(self.rows()))
-
     @property
     def panels(self) -> tuple[Chart, ...]:
         """Panels as single charts, row by row, each of which can be drawn on its own."""
-        return tuple(self.charts())
+        return tuple(chain.from_iterable(self.rows()))
 
     def pick_frames(self, steps: Sequence[Any] | None) -> Drawable:
         """Return the drawable with some of its frames, all if ``steps`` is None."""
@@ -50,11 +46,11 @@ class Drawable:
         title) and ``mark`` (kind of mark, "" for the data of the chart). A column with only one value is omitted.
         """
         tables = []
-        for number, chart in enumerate(self.charts(), start=1):
+        for number, chart in enumerate(self.panels, start=1):
             panel = f"{number} {chart.title}".strip()
             tables += [table.assign(panel=panel, mark=mark) for mark, table in chart.tables()]
         if len(tables) == 1:
-            return self.charts()[0].data
+            return self.panels[0].data
         joined = pd.concat(tables, ignore_index=True)
         counts = joined[["panel", "mark"]].nunique()
         return joined.drop(columns=counts.index[counts < 2])
@@ -357,7 +353,7 @@ class Panels(Drawable):
         return self.grid
 
     def pick_frames(self, steps: Sequence[Any] | None) -> Panels:
-        framed = [chart for chart in self.charts() if chart.frame is not None]
+        framed = [chart for chart in self.panels if chart.frame is not None]
         if not framed and steps is not None:
             raise ValueError(f"cannot select frames {list(steps)}: {self!r} has no frames")
         picked = {chart: chart.pick_frames(steps) for chart in framed}

@@ -75,7 +75,7 @@ def plan_figure(
     drawable: Drawable, theme: Theme, title: str | None = None, caption: bool = True, legend: bool = True
 ) -> FigurePlan:
     """Plan a figure: compute everything that does not depend on the renderer; see :meth:`Drawable.mpl`."""
-    charts = drawable.charts()
+    charts = drawable.panels
     framed = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
     labels = list(dict.fromkeys(str(column.name) for column in framed))
     if len(labels) > 1:

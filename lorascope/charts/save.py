@@ -62,7 +62,7 @@ def save(
     if kind not in _KINDS:
         raise ValueError(f"cannot save {path.name!r}: the extension must be one of {', '.join(_KINDS)}")
     drawable = drawable.pick_frames(steps)
-    titles = [title] if title else [chart.title for chart in drawable.charts() if chart.title]
+    titles = [title] if title else [chart.title for chart in drawable.panels if chart.title]
     name = " | ".join(dict.fromkeys(map(printable, titles)))
     source, program = provenance(drawable), f"lorascope {__version__}"
     if kind == "csv":
@@ -81,7 +81,7 @@ def save(
         from lorascope.charts import matplotlib_backend
 
         # No dates, so that equal figures give equal bytes.
-        text = printable_lines(join_captions(drawable.charts()))
+        text = printable_lines(join_captions(drawable.panels))
         metadata: dict[str, dict[str, Any]] = {
             "pdf": {"Title": name, "Creator": program, "Keywords": source, "Subject": text, "CreationDate": None},
             "svg": {"Title": name, "Creator": program, "Description": source, "Keywords": text, "Date": None},
@@ -160,7 +160,7 @@ def _reduce_colors(image: Any) -> Any:
 def data_hash(drawable: Drawable) -> str:
     """Return the SHA-256 of the drawn data."""
     digest = hashlib.sha256()
-    for chart in drawable.charts():
+    for chart in drawable.panels:
         for _, table in chart.tables():
             # Nine digits, because the last ones differ between machines.
             text = table.to_csv(index=False, float_format="%.9g")
@@ -171,7 +171,7 @@ def data_hash(drawable: Drawable) -> str:
 
 def provenance(drawable: Drawable) -> str:
     """Return the provenance of a saved figure as canonical JSON: ``meta`` of the charts, version, and data hash."""
-    metas = [dict(chart.meta) for chart in drawable.charts()]
+    metas = [dict(chart.meta) for chart in drawable.panels]
     meta = metas[0]
     if metas.count(meta) < len(metas):
         meta = {"panels": metas}

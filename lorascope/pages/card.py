@@ -168,7 +168,7 @@ def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str
         except ValueError as error:
             unseen[name] = printable(error)
             continue
-        values = max(len(table) for chart in panel.chart.charts() for _, table in chart.tables())
+        values = max(len(table) for chart in panel.chart.panels for _, table in chart.tables())
         if values > _MOST_VALUES:
             unseen[name] = f"too many values for a page ({values:,}): lorascope plot {name}"
         elif _has_one_value(panel.chart):
@@ -180,7 +180,7 @@ def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str
 
 def _has_one_value(chart: Drawable) -> bool:
     """Return whether each panel of a chart shows at most one value, which needs others next to it."""
-    return all(len(table) <= 1 for panel in chart.charts() for _, table in panel.tables())
+    return all(len(table) <= 1 for panel in chart.panels for _, table in panel.tables())
 
 
 def _without_label(figure: ReportFigure, runs: dict[str, Result]) -> ReportFigure:

@@ -210,7 +210,7 @@ class Explorer(AnyWidget):
         }
 
     def _drawn_values(self) -> pd.DataFrame:
-        return pd.concat([chart.data for chart in self.chart.charts()])
+        return pd.concat([chart.data for chart in self.chart.panels])
 
     def _listed_rows(self) -> pd.DataFrame:
         """Return the rows in the order of the table: those of named neurons by value, all others as recorded."""
@@ -220,7 +220,7 @@ class Explorer(AnyWidget):
 
     def _note(self) -> str:
         """Return the reason why there is no chart, "" if there is one."""
-        number, panels = len(self._drawn_values()), len(self.chart.charts())
+        number, panels = len(self._drawn_values()), len(self.chart.panels)
         if number > MOST_DRAWN:
             return f"cannot draw {number:,} values at once: select fewer layers or roles"
         if panels > MOST_PANELS:
@@ -231,13 +231,13 @@ class Explorer(AnyWidget):
         """Return the chart as JSON for the page, "" if it has too many values; ``meta`` has the rows of each dot."""
         if self._note():
             return ""
-        charts, marks = zip(*map(_with_dots, self.chart.charts()), strict=True)
+        charts, marks = zip(*map(_with_dots, self.chart.panels), strict=True)
         drawable = _arrange(charts, len(self.chart.rows()[0]))
         settled = plan_figure(drawable, theme("dark" if self.dark else "light"), self._title)
         figure = plotly_backend.draw(settled, self.width)
         dots = iter([trace for trace in figure.data if trace.mode == "markers" and trace.hovertemplate])
         labels = self._cells.groupby(self._cells).groups
-        for chart, panel, mark in zip(self.chart.charts(), settled.panels, marks, strict=True):
+        for chart, panel, mark in zip(self.chart.panels, settled.panels, marks, strict=True):
             for cells, _ in panel.split(mark, None, "color", "shape"):
                 trace = next(dots)
                 trace.meta = [labels[cell].tolist() for cell in cells.index]

@@ -265,7 +265,7 @@ class Cohort:
         A ``caption`` replaces those of the charts.
         """
         mixtures: dict[str, str] = {}
-        for chart in drawable.charts():
+        for chart in drawable.panels:
             # A chart of another cohort, such as separate panels of the controls, has the meta of its runs.
             mixtures |= (self.meta | dict(chart.meta)).get(MIXTURES, {})
         sentences = mixture_sentences(mixtures)

@@ -129,6 +129,8 @@ def test_panels_are_arranged_in_rows(table) -> None:
     assert titles(set_side_by_side(a, b, c)) == [["a", "b", "c"]]
     assert titles(stack_vertically(a, b)) == [["a"], ["b"]]
     assert titles(stack_vertically(set_side_by_side(a, b), c)) == [["a", "b"], ["c"]]
+    assert stack_vertically(set_side_by_side(a, b, title="row"), c, title="all").title == "all"
+    assert set_side_by_side(a, b, title="row").title == "row"
     assert titles(set_side_by_side(stack_vertically(a, b), stack_vertically(c, d))) == [["a", "c"], ["b", "d"]]
     with pytest.raises(ValueError, match="same number of rows, got 2, 1"):
         set_side_by_side(stack_vertically(a, b), c)

@@ -218,6 +218,16 @@ def test_panels_have_the_title_of_their_quantity_above_those_of_recipes(write: A
     assert wrap([Chart(panels.panels[0].data, [])], 1, "Quantity").title == "Quantity"
 
 
+def test_legend_shows_bands_as_faint_as_they_are() -> None:
+    cells = pd.DataFrame({"x": [0, 1] * 2, "low": 0.0, "high": 1.0, "phase": ["a", "a", "b", "b"]})
+    chart = Chart(cells, [Band("x", "low", "high", "phase")])
+    figure = chart.mpl()
+    drawn, sample = figure.axes[0].collections[0], figure.legends[0].legend_handles[0]
+    assert tuple(sample.get_facecolor()) == tuple(drawn.get_facecolor()[0])
+    band, *_, in_legend, _ = chart.plotly().data
+    assert in_legend.marker.color == band.fillcolor
+
+
 # Accuracies
 
 

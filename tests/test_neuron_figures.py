@@ -75,7 +75,7 @@ def test_neurons_have_one_baseline_per_projection_of_unequal_size(tmp_path):
     targets = {"targets": ["ffn_in", "ffn_gate", "ffn_out"]}
     chart = plots.neurons(planted(tmp_path, "a", places=fused, **targets))
     assert [mark.y for mark in chart.marks if isinstance(mark, Rule)] == [2, 1]
-    assert "from the top ffn_in, ffn_out." in chart.caption
+    assert [mark.label for mark in chart.marks if isinstance(mark, Rule)] == ["random, ffn_in", "random, ffn_out"]
     wide = [row | {side: 32 for side in ("out_features", "in_features") if row[side] == 16} for row in MODULES[2:]]
     chart = plots.neurons(planted(tmp_path, "b", places=[*MODULES[:2], *wide]))
     (line,) = (mark for mark in chart.marks if isinstance(mark, Line) and mark.data is not None)

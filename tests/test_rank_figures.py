@@ -162,7 +162,7 @@ def test_rank_replay_total_equals_the_budget_at_every_decision(seeds: list[Run],
 
 def test_rank_replay_draws_the_budget_once_in_print(write: Any) -> None:
     drawn = plots.rank_replay(write("a", allotted()), frames=3).mpl()
-    budgets = [ax for ax in drawn.axes if ax.get_title(loc="left").startswith("budget")]
+    budgets = [ax for ax in drawn.axes if ax.get_title(loc="left").endswith("budget")]
     assert len(budgets) == 1
     assert len([line for line in budgets[0].get_lines() if line.get_linestyle() != "None"]) == 1
 

@@ -365,7 +365,7 @@ class Panels(Drawable):
         return self.flat()
 
 
-def set_side_by_side(*drawables: Drawable) -> Panels:
+def set_side_by_side(*drawables: Drawable, title: str = "") -> Panels:
     """Put charts, or panels with the same number of rows, side by side.
 
     The panels share one legend, the limits of axes with the same label, and the color bars of equal quantities.
@@ -374,6 +374,8 @@ def set_side_by_side(*drawables: Drawable) -> Panels:
     ----------
     *drawables : Chart or Panels
         Charts and panels, from left to right.
+    title : str
+        Title above the panels, which keep theirs.
 
     Returns
     -------
@@ -392,22 +394,24 @@ def set_side_by_side(*drawables: Drawable) -> Panels:
     counts = list(map(len, grids))
     if len(set(counts)) != 1:
         raise ValueError(f"panels side by side must have the same number of rows, got {', '.join(map(str, counts))}")
-    return Panels(tuple(sum(rows, ()) for rows in zip(*grids, strict=True)))
+    return Panels(tuple(sum(rows, ()) for rows in zip(*grids, strict=True)), title=title)
 
 
-def stack_vertically(*drawables: Drawable) -> Panels:
+def stack_vertically(*drawables: Drawable, title: str = "") -> Panels:
     """Stack charts or panels vertically.
 
     Parameters
     ----------
     *drawables : Chart or Panels
         Charts and panels, from top to bottom. What they share: see `set_side_by_side`.
+    title : str
+        Title above the panels, which keep theirs.
 
     Returns
     -------
     Panels
     """
-    return Panels(sum((drawable.rows() for drawable in drawables), ()))
+    return Panels(sum((drawable.rows() for drawable in drawables), ()), title=title)
 
 
 def wrap(charts: Sequence[Chart], row: int, title: str = "") -> Drawable:

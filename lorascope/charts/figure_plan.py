@@ -32,7 +32,7 @@ from lorascope.files.printable import number_text, short_name
 PAD = 0.04  # fraction of the range left free at each end of a numeric axis
 # Kind of legend symbol, and its style.
 LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape"), "bar": ("patch", "hatch")}
-SYMBOLS = ("line", "dot", "patch")  # a symbol replaces those after it, which show less
+SYMBOLS = ("line", "dot", "patch", "band")  # a symbol replaces those after it, which show less
 RAMPS = {"sequence": VIRIDIS, "diverging": RED_BLUE}
 
 
@@ -223,7 +223,7 @@ def _entries(panel: Panel) -> Iterator[Entry]:
             key = {column: value}
             for _, mark in uses:
                 if (panel.chart.table(mark)[column] == value).any():
-                    kind, encoding = LOOKS.get(mark.kind, ("patch", ""))
+                    kind, encoding = LOOKS.get(mark.kind, ("band", ""))
                     style = panel.style(mark, encoding, key)
                     yield Entry(short_name(value), colors.of(value, panel.theme), kind, style, group(key))
     for kind, encoding in LOOKS.values():

@@ -46,9 +46,9 @@ from lorascope.charts.matplotlib_shapes import (
 )
 from lorascope.charts.matplotlib_style import caller_theme, escape_dollar, keep_math, style
 from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
-from lorascope.charts.theme import Theme, readable_ink, width_in_inches
+from lorascope.charts.theme import FAINT, Theme, readable_ink, width_in_inches
 
-_SYMBOL_SHAPES = {"line": Curve, "dot": Dots, "patch": Bars | Area}
+_SYMBOL_SHAPES = {"line": Curve, "dot": Dots, "patch": Bars, "band": Area}
 SMALLEST_TEXT = 4.0  # points; numbers that only fit at a smaller size are omitted
 SMALLEST_WORDS = 5.0  # points; words that only fit at a smaller size are replaced by the numbers
 FRAMES = 8  # maximum number of small multiples
@@ -343,6 +343,8 @@ def _handle(entry: Entry) -> Line2D | Patch:
     label = escape_dollar(entry.label)
     if entry.kind == "patch":
         return Patch(label=label, **fill_settings(entry.color, entry.style))
+    if entry.kind == "band":
+        return Patch(label=label, color=entry.color, alpha=FAINT, linewidth=0)
     if entry.kind == "line":
         marker: dict[str, Any] = {"marker": MARKERS.get(entry.marker), "markersize": DOT}
         return Line2D([], [], color=entry.color, label=label, linestyle=DASHES[entry.style], **marker)
@@ -364,7 +366,7 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
             # The artist that looks like the symbol of the legend, if several show the category.
             _, artist = max(matching, key=lambda pair: isinstance(pair[0], _SYMBOL_SHAPES[entry.kind]))
             artist.set_label(escape_dollar(entry.label))
-        elif entry.kind != "patch":
+        elif entry.kind in ("line", "dot"):
             ax.add_artist(_handle(entry))  # a style that several categories share has no separate artist
     if panel.chart.square:
         ax.set_box_aspect(1)

@@ -126,6 +126,9 @@ def _legend_sample(entry: Entry, theme: Theme) -> Any:
     fields = {"name": escape_tags(entry.label), "legendgroup": escape_tags(entry.group), "showlegend": True}
     if entry.kind == "patch":
         return go.Bar(x=[None], y=[None], marker=_fill(entry.color, entry.style, theme), **fields)
+    if entry.kind == "band":
+        marker = {"color": add_opacity(entry.color, FAINT)}
+        return go.Bar(x=[None], y=[None], marker=marker, **fields)
     mode = "markers"
     shape: str | None = entry.style
     dash: str | None = None

@@ -124,7 +124,10 @@ def rotation(
         f"{spaces}, {scope}. Random baseline: as many random directions, {random['value'].mean():.0f}°."
     )
     return cohort.complete(
-        set_side_by_side(*(_angle_course(cohort, rows, random, against, caption) for against in AGAINST))
+        set_side_by_side(
+            *(_angle_course(cohort, rows, random, against, caption) for against in AGAINST),
+            title="Rotation of the leading directions",
+        )
     )
 
 

@@ -134,7 +134,7 @@ def update_image(
                         "column",
                         "row",
                         "value",
-                        "entry / root mean square",
+                        "entry / RMS",
                         scale="diverging",
                         limits=(-_REACH, _REACH),
                     )
@@ -145,7 +145,7 @@ def update_image(
                 caption=" ".join([caption, *notes]),
             )
         )
-    return cohort.complete(wrap(panels, len(panels)))
+    return cohort.complete(wrap(panels, len(panels), "Entries of one update"))
 
 
 @document_result
@@ -193,13 +193,13 @@ def frequency_bias(
     top = Chart(
         pd.concat(profiles),
         [Line("distance", "probability", "center")],
-        title="by distance",
+        title="Profile by distance",
         x=Axis(label="distance from frequency zero"),
         y=Axis(label="probability"),
         caption=caption,
         color_label="center",
     )
-    return stack_vertically(top, set_side_by_side(*maps))
+    return stack_vertically(top, set_side_by_side(*maps), title="Probability of a drawn frequency")
 
 
 def _frequency_plane(group: Group, updates: Mapping[str, Fourier], caption: str) -> Chart:

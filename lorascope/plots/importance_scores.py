@@ -53,7 +53,7 @@ def importance(
     cohort.require(quantity, history=True)
     components = cohort.label(rank_allocations.component_course(cohort.table, quantity))
     components["fate"] = np.where(components["kept"], *_FATES)
-    panels = []
+    panels, title = [], f"{QUANTITIES[quantity].label.capitalize()} of components"
     if module is None:
         for label, rows in cohort.split(components):
             values = rows.groupby(["recipe", "kind", "fate", "step"], observed=True, sort=False)["value"]
@@ -62,7 +62,10 @@ def importance(
             marks = [Band("step", "low", "high", "fate"), Line("step", "value", "fate")]
             spread = f"Lines: median over the components of {cohort.sample}; bands: 10th to 90th percentile."
             panels.append(_importance_chart(cells, rows, marks, label, quantity, spread))
-        return cohort.complete(wrap(panels, 2))
+        return cohort.complete(wrap(panels, 2, title))
+    names: dict[str, str] = {}
+    for group in cohort.groups:
+        names |= group.run_names
     for run in cohort.runs:
         of_run = components[components["run"] == run.id]
         rows = of_run[of_run["module"] == module]
@@ -73,13 +76,10 @@ def importance(
             )
         cells = rows[["run", "recipe", "kind", "step", "module", "index", "fate", "value"]]
         cells = cells.rename(columns={"index": "component"}).astype({"component": "int64"})
-        title = f"Components of {module}"
-        if len(cohort.runs) > 1:
-            title = f"{rows['recipe'].iloc[0]}, seed {run.meta.seed}"
         line = Line("step", "value", "component", "fate")
         sentence = f"Components of {module}, one line each."
-        panels.append(_importance_chart(cells, rows, [line], title, quantity, sentence))
-    return cohort.complete(wrap(panels, 2))
+        panels.append(_importance_chart(cells, rows, [line], names[run.id], quantity, sentence))
+    return cohort.complete(wrap(panels, 2, title))
 
 
 def _importance_chart(

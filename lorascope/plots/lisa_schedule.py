@@ -163,7 +163,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
         Chart(
             cells.astype({"blocks": "str", "steps": "str"}),
             [Heat("steps", "blocks", "value", cohort.metric, ".3f")],
-            title="Active blocks and steps between draws",
+            title=f"{cohort.metric.capitalize()} by active blocks and interval",
             x=Axis(label="steps between draws", order=steps_order),
             y=Axis(label="active blocks", order=blocks_order[::-1]),
             caption=cohort.caption(

@@ -81,7 +81,8 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
         *cohort.missing_initial_updates(),
     )
     norms = update_profile(cohort, "learned_norm", "Learned update by layer", log=True)
-    return cohort.complete(stack_vertically(set_side_by_side(spectrum, norms), set_side_by_side(*panels)), caption)
+    rows = set_side_by_side(spectrum, norms), set_side_by_side(*panels)
+    return cohort.complete(stack_vertically(*rows, title="Updates by method"), caption)
 
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:

@@ -121,7 +121,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     cells = _rank_cells(ranks, ["recipe", "kind"])
     caption = cohort.caption(*sentences, interval=_SPREAD, pair=_SPREAD)
     panels = _rank_heats(cells, list(dict.fromkeys(ranks["recipe"])), caption)
-    return cohort.complete(wrap(panels, _MOST_COLUMNS // cells["place"].nunique()))
+    return cohort.complete(wrap(panels, _MOST_COLUMNS // cells["place"].nunique(), "Rank by layer and role"))
 
 
 @figure(
@@ -159,7 +159,8 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     )
     heats = _rank_heats(cells, cohort.labels, caption, frame="step")
     courses = [_rank_course(cohort, ranks, label, caption) for label in cohort.labels]
-    return cohort.complete(stack_vertically(*map(set_side_by_side, heats, courses)))
+    rows = map(set_side_by_side, heats, courses)
+    return cohort.complete(stack_vertically(*rows, title="Ranks at the decisions of the allocator"))
 
 
 @figure(
@@ -232,7 +233,7 @@ def _rank_course(cohort: Cohort, ranks: pd.DataFrame, label: str, caption: str) 
     return Chart(
         sums,
         marks,
-        title=f"budget of {label}",
+        title=f"{label}, total and budget",
         x=Axis(label="step"),
         y=Axis(label="total rank", limits=(0, top)),
         caption=caption,

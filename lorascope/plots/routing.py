@@ -13,11 +13,16 @@ from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Heat, Rule
 from lorascope.plots.builders import course, mean_over_modules, used_roles
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import Cohort, Runs, axis_label, define
+from lorascope.plots.run_groups import Cohort, Runs, define
 from lorascope.runs.result import Result
 
 _BASELINE = ", shuffled groups"
 _TEXT = "Recorded on held-out text without padding."
+# Title and axis label of the panels of a course: the names of the quantities are too long for narrow panels.
+_COURSES = {
+    "gate_entropy": ("Entropy per token", "entropy (nats)"),
+    "gate_information": ("Information on the group", "information (nats)"),
+}
 _MOST_NUMBERED = 6  # largest number of columns whose cells have room for numbers
 
 
@@ -72,7 +77,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
                 frame="layer",
             )
         )
-    return cohort.complete(wrap(panels, 1))
+    return cohort.complete(wrap(panels, 1, "Gate weight minus uniform"))
 
 
 @figure(
@@ -107,7 +112,7 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
         baseline = _module_means(cohort, "gate_chance")
         baseline = baseline.assign(recipe=baseline["recipe"] + _BASELINE)
         panels.append(_course_chart(cohort, "gate_information", pd.concat([information, baseline])))
-    return cohort.complete(wrap(panels, len(panels)))
+    return cohort.complete(wrap(panels, len(panels), "Routing over the steps"))
 
 
 def _gates_by_group(run: Result, step: int | None) -> pd.DataFrame:
@@ -135,9 +140,14 @@ def _module_means(cohort: Cohort, quantity: str) -> pd.DataFrame:
 
 
 def _course_chart(cohort: Cohort, quantity: str, cells: pd.DataFrame, *rules: Rule) -> Chart:
+    title, label = _COURSES[quantity]
+    top = cells[["value", "high"]].max().max()
+    for rule in rules:
+        top = max(top, rule.y)
     chart = course(
         cells.assign(quantity=quantity),
-        Axis(label=axis_label(quantity), limits=(0, None)),
+        Axis(label=label, limits=(0, 1.2 * top)),  # room for the label of a rule
+        title=title,
         caption=cohort.caption(f"{define(quantity)} {_TEXT}"),
         colors=[*cohort.labels, *(f"{label}{_BASELINE}" for label in cohort.labels)],
     )

@@ -68,7 +68,7 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
                 colors=used_roles(cells),
             )
         )
-    return cohort.complete(wrap(panels, _MOST_LAYERS // cells["place"].nunique()))
+    return cohort.complete(wrap(panels, _MOST_LAYERS // cells["place"].nunique(), "Selected neurons by layer"))
 
 
 @figure(
@@ -280,9 +280,9 @@ def _random_marks(chance: pd.DataFrame) -> tuple[list[Mark], str]:
         return [Line("place", "chance", "role", data=chance)], f"lines: {random}"
     by_role = heights.mean().sort_values(ascending=False)
     if np.isclose(by_role, by_role.iloc[0]).all():
-        return [Rule(y=float(by_role.iloc[0]))], f"line: {random}"
-    rules: list[Mark] = [Rule(y=float(height)) for height in by_role]
-    return rules, f"lines: {random}, from the top {', '.join(map(str, by_role.index))}"
+        return [Rule(y=float(by_role.iloc[0]), label="random")], f"line: {random}"
+    rules: list[Mark] = [Rule(y=float(height), label=f"random, {role}") for role, height in by_role.items()]
+    return rules, f"lines: {random}"
 
 
 def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:

@@ -81,8 +81,10 @@ def spectrum(
             "component",
             ("component", Axis(label="singular value", log=True)),
             points=bool(cells["component"].max() <= _MOST_DOTS),
-            title=f"Spectrum of {module}",
-            caption=cohort.caption(f"Singular values of {symbol}. Effective rank: {'; '.join(effective)}.", *notes),
+            title="Singular values of an update",
+            caption=cohort.caption(
+                f"Singular values of {symbol} of {module}. Effective rank: {'; '.join(effective)}.", *notes
+            ),
             colors=cohort.labels,
             meta={"module": module},
         )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorascope import observe
+from lorascope.charts.marks import Point
 from lorascope.inputs import tasks
 from lorascope.methods import LoRA
 from lorascope.methods.lora import LoRADelta
@@ -297,33 +298,39 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
         # Equal updates are shared by all runs of the first seed, and here by none of the second.
         tables += [table.assign(seed=200), table.assign(seed=201, other_module="none")]
     panels = hydra.factors_figure(pd.concat(tables))
-    assert [len(row) for row in panels.rows()] == [4, 4, 4]
-    for row, chance in zip(panels.rows(), (8, 17, 17), strict=True):
-        assert [chart.title for chart in row] == [
-            f"{factor}, {start}\n50%, spaces 50%" for factor in "AB" for start in ("separate starts", "shared start")
-        ]
-        assert row[0].y.label.endswith(f" (chance {chance}%)")
-    for chart in panels.panels:
+    planes, fractions = panels.rows()
+    assert [chart.title for chart in planes] == [
+        f"{factor}, {start}" for factor in "AB" for start in ("separate starts", "shared start")
+    ]
+    for chart in planes:
         assert chart.square
         assert set(chart.data["seed"]) == {200}
         assert chart.data[["x", "y"]].abs().max(axis=None) == pytest.approx(0.5, abs=1e-6)
         # Equal factors of one module are in one place, and modules are apart.
         by_module = chart.data.groupby("module")[["x", "y"]]
         assert by_module.std().max(axis=None) < 0.1 * by_module.mean().std().min()
-    assert [len(chart.data) for chart in panels.panels] == 4 * [30] + 8 * [20]
+        assert len(chart.data) == 30
+    for chart in fractions:
+        assert chart.data[["value", "low", "high"]].drop_duplicates().to_numpy().tolist() == [[50.0, 0.0, 100.0]]
+        assert len(chart.data) == 6 * 2  # three grounds with two starts, by cosine and by spaces
+        chances = chart.table(chart.marks[0]).groupby("row", sort=False)["value"].first()
+        assert chances.round().tolist() == [8, 8, 17, 17, 17, 17]
 
 
 def test_the_figure_of_norms_has_means_and_ranges_over_seeds() -> None:
     arms = [*lisa.DECODER_NORMS.values(), *lisa.ENCODER_NORMS.values()]
     tables = [made_norms(seed * 2.0, 3.0).assign(arm=arm, seed=seed) for seed in (1, 2, 6) for arm in arms]
     panels = lisa.norms_figure(pd.concat(tables))
-    assert [len(row) for row in panels.rows()] == [4, 4]
-    for row, arms_of_row in zip(panels.rows(), (lisa.DECODER_NORMS, lisa.ENCODER_NORMS), strict=True):
-        update = row[1].data.set_index(["method", "place"])
-        for method in arms_of_row:
-            assert update.loc[(method, "embed"), ["value", "low", "high"]].tolist() == [6, 2, 12]
-            assert update.loc[(method, "1"), ["value", "low", "high"]].tolist() == [2, 2, 2]
-        assert [*row[1].x.order] == ["embed", "0", "1", "2", "head"]
+    assert [len(row) for row in panels.rows()] == [2, 2, 2]
+    for number, arms_of_model in enumerate((lisa.DECODER_NORMS, lisa.ENCODER_NORMS)):
+        outer, update, _ = (row[number] for row in panels.rows())
+        over_blocks = outer.data.set_index(["method", "row"])
+        blocks = pd.concat([update.data, *(update.table(dots) for dots in update.marks_of(Point))])
+        for method in arms_of_model:
+            # Over the median block, whose norm is 2.
+            assert over_blocks.loc[(method, "update, embed"), ["value", "low", "high"]].tolist() == [3, 1, 6]
+            of_block = blocks[(blocks["method"] == method) & (blocks["block"] == 1)]
+            assert of_block[["value", "low", "high"]].drop_duplicates().to_numpy().tolist() == [[2, 2, 2]]
 
 
 def test_embedding_adapter_has_a_larger_gain_than_a_linear_adapter() -> None:

@@ -143,12 +143,17 @@ def test_forest_has_words_instead_of_dots() -> None:
     assert "AdaLoRA" not in set(labeled_dots(figure, EDITION_1)["method"])
 
 
-def test_forest_without_runs_says_so_in_every_row() -> None:
+def test_forest_without_runs_counts_the_methods_that_wait_and_has_no_panel_of_them() -> None:
     for results in (pd.DataFrame(columns=RESULT_COLUMNS), compute(REGISTERED, COMPARISONS, EMPTY).results):
-        figure = forest(results, REGISTERED, NO_ESTIMATE)
-        assert gray_words(figure) == ["not run"] * 18
+        figure = forest(results, REGISTERED, EARLIER)
+        assert {chart.title for chart in figure.panels} == {forest_plot.TEXT}
+        assert figure.panels[0].caption.endswith("Where the truth is known, 9 methods have no runs yet.")
+        # Effects are above words.
+        assert [*figure.panels[0].y.order][:2] == ["LoRA", "NeFT"]
         figure.mpl()
         figure.plotly()
+    both = forest(results_of(adalora=8.0), REGISTERED, EARLIER)
+    assert both.panels[0].caption.endswith("8 methods have no runs yet.")
 
 
 def test_forest_has_printed_gains_in_points_of_accuracy_only() -> None:
@@ -162,6 +167,7 @@ def test_forest_has_printed_gains_in_points_of_accuracy_only() -> None:
     assert PRINTED not in set(text.data["mark"])
     assert set(gains.data["mark"]) == {PRINTED}
     assert gains.x.label != text.x.label
+    assert gains.x.limits == text.x.limits  # so that their lengths compare
     (point,) = gains.marks_of(Point)
     assert (point.symbol, point.hollow) == ("diamond", True)
 
@@ -183,7 +189,7 @@ def test_stacked_panels_of_the_forest_keep_the_names_of_methods() -> None:
     layout = plotly_backend.narrow_layout(plan_figure(figure, theme("light")))
     for number, (methods, ground) in enumerate(product(forest_plot.ROWS, (forest_plot.TEXT, forest_plot.TRUTH))):
         axis = layout[f"yaxis{number + 1}" if number else "yaxis"]
-        assert list(axis["ticktext"]) == list(methods)
+        assert set(axis["ticktext"]) == set(methods)
         assert axis.get("showticklabels", True)
         assert figure.panels[number].title == ground
     wide = figure.plotly().layout

@@ -344,14 +344,18 @@ def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
     assert set(right.data["recipe"]) == {"seed 200", "seed 201", "seed 202"}
 
 
-def test_planes_of_thirds_have_shared_fractions_and_rings(evidence: StudyEvidence) -> None:
+def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots(evidence: StudyEvidence) -> None:
     titles = [chart.title for chart in drawn("thirds", evidence).panels]
-    assert titles[:2] == ["A, domains: 67% (chance 8%)", "B, domains: 0% (chance 8%)"]
-    for chart in drawn("sub-modules", evidence).panels:
+    assert titles[0] == "A, domains\nsame module: 67%\n(chance 8%)"
+    assert titles[2] == "B, domains\nsame module: 0%\n(chance 8%)"
+    panels = drawn("sub-modules", evidence).panels
+    assert [chart.title for chart in panels] == [
+        f"{factor}, {start}" for factor in "AB" for start in ("shared start", "separate starts")
+    ]
+    for chart in panels:
         assert chart.square
-        assert chart.data.groupby("task")["size"].first().nunique() == 3
-        names = chart.marks[1].data.set_index("label")["y"]
-        assert (names > chart.data.groupby("label")["y"].max()).all()  # above the dots of their module
+        assert set(chart.data["series"]) == {"q0", "v1", "q3", "v5"}
+        assert chart.marks[0].shape == "task"
 
 
 PRINTED = {"scores-alora", "parts-hydralora", "splits", "scores-adalora", "parts-adalora", "matrices"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from lorascope import plots
 from lorascope.analysis.rank_allocations import kendall_tau
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side
-from lorascope.charts.marks import Axis, Heat, Line, Mark, Point, Text
+from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.papers import adalora, adapprox, alora, autolora, hydralora, hydralora_factors, variants
 from lorascope.papers.course_figures import in_row
 from lorascope.papers.figures.variant_gaps import common_seeds, published
@@ -26,6 +27,8 @@ from lorascope.schema import module_table
 
 WIDTH = 384
 """Number of inputs of the text model's queries and values."""
+FEW_MODULES = ("q0", "v1", "q3", "v5")
+"""Modules of the text model, by role and layer, whose factors have a figure."""
 
 
 def rows_of(evidence: StudyEvidence, table: str, arm: str) -> pd.DataFrame:
@@ -322,69 +325,52 @@ def draw_costs(evidence: StudyEvidence) -> Drawable | None:
 _TOKENS = 400 * 16 * 32  # of a run: steps, texts of a batch, tokens of a text
 
 
-def raw_factors(evidence: StudyEvidence, name: str) -> pd.DataFrame:
-    """Return the t-SNE places of the factors of a set of LoRAs with the first seed, and ``label``: role and layer."""
+def read_factors(evidence: StudyEvidence, name: str) -> pd.DataFrame:
+    """Return the kept factors of a set of LoRAs, and ``label``: role and layer."""
     table = evidence.tables.get("nearest", pd.DataFrame(columns=["set", "view", "seed", "module"]))
-    rows = table[(table["set"] == name) & (table["view"] == "raw")]
-    rows = rows[rows["seed"] == rows["seed"].min()]
+    rows = table[table["set"] == name]
     parsed = _parsed(rows["module"])
     return rows.assign(label=(parsed["role"] + parsed["layer"]).to_numpy())
 
 
-def factor_plane(rows: pd.DataFrame, title: str, caption: str, *marks: Mark) -> Chart:
-    """Draw factors by their t-SNE places, with a color and a size per text: a dot below a smaller one is a ring."""
-    texts = list(dict.fromkeys(rows["task"]))
-    sizes = dict(zip(texts, np.linspace(1.0, 0.2, len(texts)), strict=True))
-    points = [Point("x", "y", "task", size="size"), *marks]
-    # A plane has neither an origin nor a unit.
-    places = rows[["x", "y"]].to_numpy(float)
-    low, high = places.min(), places.max()
-    room = 0.08 * (high - low)
-    axis = Axis(ticks={}, limits=(low - room, high + room))
-    rows = rows.assign(size=rows["task"].map(sizes))
-    return Chart(rows, points, title=title, x=axis, y=axis, caption=caption, colors=texts, square=True)
-
-
 def draw_thirds(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's figure 9: A's and B's of LoRAs on random thirds of a text, next to those on three texts."""
-    tables = {"domains": raw_factors(evidence, hydralora_factors.TEXT_SHARED),
-              "thirds": raw_factors(evidence, hydralora_factors.TEXT_THIRDS)}  # fmt: skip
+    tables = {"domains": read_factors(evidence, hydralora_factors.TEXT_SHARED),
+              "thirds": read_factors(evidence, hydralora_factors.TEXT_THIRDS)}  # fmt: skip
     if tables["domains"].empty or tables["thirds"].empty:
         return None
     caption = (
         "A's and B's of all modules of LoRAs on three domains, and on three random thirds of all text, two orders of "
-        "the data each, with a shared initial A. The paper's A's coincide and its B's separate on thirds too, "
-        "so that B's need no different tasks to separate. Titles: factors whose nearest factor of another text is from "
-        "the same module, first seed."
+        "the data each, with a shared initial A, placed by t-SNE; a dot per run and module. Titles: factors whose "
+        "nearest factor of another text is from the same module, first seed."
     )
-    rows = []
-    for name, table in tables.items():
-        row = []
-        for factor, cells in table.groupby("factor"):
-            shared = hydralora_factors.shared_fraction(cells, str(factor), "raw")
-            chance = 100 / cells["module"].nunique()  # all modules have one shape
-            row.append(factor_plane(cells, f"{factor}, {name}: {shared:.0f}% (chance {chance:.0f}%)", caption))
-        rows.append(tuple(row))
-    return Panels(tuple(rows))
+    charts = []
+    groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS)
+    for factor, (name, table) in product("AB", tables.items()):
+        cells = table[(table["factor"] == factor) & (table["seed"] == table["seed"].min())]
+        shared = hydralora_factors.shared_fraction(cells, factor, "raw")
+        chance = 100 / cells["module"].nunique()  # all modules have one shape
+        title = f"{factor}, {name}\nsame module: {shared:.0f}%\n(chance {chance:.0f}%)"
+        charts.append(replace(hydralora_factors.factor_plane(cells, title, groups), caption=caption))
+    return replace(set_side_by_side(*charts), title="A's and B's of domains and of random thirds of the text")
 
 
 def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
-    """Draw HydraLoRA's figure 10: a few A's and B's of LoRAs on several texts, each with its module."""
-    rows = raw_factors(evidence, hydralora_factors.TEXT_SHARED)
-    if rows.empty:
-        return None
+    """Draw HydraLoRA's figure 10: the A's and B's of four modules of LoRAs on several texts."""
     caption = (
-        "Four A's and four B's of LoRAs on three texts, two orders each, with a shared initial A, placed by t-SNE; "
-        "a dot per run, and the module's role and layer above its dots. The paper's A's of one module "
-        "coincide and its B's scatter; with separate initial A's, the A's scatter as well (see the figure of all)."
+        "A's and B's of four modules (role and layer) of LoRAs on three texts, two orders each, placed by t-SNE; a dot "
+        "per run."
     )
     charts = []
-    for factor, labels in (("A", ["q0", "v1", "q3", "v5"]), ("B", ["v0", "q1", "v3", "q5"])):
-        cells = rows[(rows["factor"] == factor) & rows["label"].isin(labels)]
-        names = cells.groupby("label").agg({"x": "mean", "y": "max"}).reset_index()
-        names["y"] += 0.06 * (cells["y"].max() - cells["y"].min())
-        charts.append(factor_plane(cells, factor, caption, Text("x", "y", "label", data=names)))
-    return set_side_by_side(*charts)
+    sets = {"shared start": hydralora_factors.TEXT_SHARED, "separate starts": hydralora_factors.TEXT}
+    for factor, (start, name) in product("AB", sets.items()):
+        rows = read_factors(evidence, name)
+        if rows.empty:
+            return None
+        cells = rows[(rows["factor"] == factor) & rows["label"].isin(FEW_MODULES)]
+        chart = hydralora_factors.factor_plane(cells, f"{factor}, {start}", FEW_MODULES, "label", shape="task")
+        charts.append(replace(chart, caption=caption))
+    return replace(set_side_by_side(*charts), title="A's and B's of four modules on three texts")
 
 
 def draw_frequency_bias(evidence: StudyEvidence) -> Drawable:

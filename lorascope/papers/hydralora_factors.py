@@ -36,7 +36,7 @@ from scipy.linalg import block_diag
 
 from lorascope.analysis.factor_embeddings import FactorSet, Updates, build_factor_sets, factored_updates, tsne
 from lorascope.array_types import Float
-from lorascope.charts.chart import Chart, Panels
+from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Point
 from lorascope.papers.arms import Arm, KeptTable
 from lorascope.papers.judging import truth_names
@@ -258,46 +258,69 @@ JUDGED = {
     "factors.power": Comparison(POWER),
 }
 
-_ROWS = {
+_GROUNDS = {
     # With the percentage at random: 12 modules of one shape on text, and 6 of each shape on planted teachers.
     "text": (TEXT, TEXT_SHARED, 100 / 12),
-    f"planted: {SHARED_A}": (SHARED_A_SEPARATE, SHARED_A_SHARED, 100 / 6),
-    f"planted: {UNRELATED}": (UNRELATED_SEPARATE, UNRELATED_SHARED, 100 / 6),
+    SHARED_A: (SHARED_A_SEPARATE, SHARED_A_SHARED, 100 / 6),
+    UNRELATED: (UNRELATED_SEPARATE, UNRELATED_SHARED, 100 / 6),
 }
+_VIEWS = {"raw": "nearest by cosine", "space": "nearest by overlap of spaces"}
+_SERIES = (*DOMAINS, *_VIEWS.values(), "at random")
 
 
 def factors_figure(table: pd.DataFrame) -> Panels:
-    """Draw the t-SNE planes of A and B from the kept table ``nearest``: text above, planted teachers below.
+    """Draw the kept table ``nearest``: t-SNE planes of A and B on text above, shared fractions of all grounds below.
 
-    The dots are of the first seed, and the shared fractions in the titles of all seeds.
+    The dots of the planes are of the first seed.
     """
-    tasks = (*TASKS, *DOMAINS)
-    # On text, A's from one start coincide: a dot below a smaller one remains visible.
-    sizes = dict(zip(DOMAINS, (1.0, 0.55, 0.2), strict=True))
-    rows = []
-    for ground, (*names, chance) in _ROWS.items():
-        if not set(names).issubset(table["set"]):  # the runs on text are trained first
-            continue
-        charts: list[Chart] = []
-        size = "size" if ground == "text" else None
-        for factor in ("A", "B"):
-            for name, start in zip(names, (SEPARATE, SHARED), strict=True):
-                of_set = table[(table["set"] == name) & (table["factor"] == factor)]
-                raw, space = (shared_fraction(of_set, factor, view) for view in ("raw", "space"))
-                dots = of_set[(of_set["view"] == "raw") & (of_set["seed"] == of_set["seed"].min())]
-                # A plane has neither an origin nor a unit.
-                low, high = dots[["x", "y"]].min(), dots[["x", "y"]].max()
-                scaled = (dots[["x", "y"]] - (low + high) / 2) / (high - low).max()
-                title = f"{factor}, {start}\n{raw:.0f}%, spaces {space:.0f}%"
-                x = Axis(ticks={}, limits=(-0.6, 0.6))
-                y = replace(x, label="" if charts else f"{ground} (chance {chance:.0f}%)")
-                dots = dots.assign(x=scaled["x"], y=scaled["y"], size=dots["task"].map(sizes))
-                mark = Point("x", "y", "task", size=size)
-                charts.append(Chart(dots, [mark], title=title, x=x, y=y, colors=tasks, square=True))
-        rows.append(tuple(charts))
+    planes, fractions = [], []
+    for factor in ("A", "B"):
+        of_factor = table[table["factor"] == factor]
+        for name, start in {TEXT: SEPARATE, TEXT_SHARED: SHARED}.items():
+            of_set = of_factor[of_factor["set"] == name]
+            if len(of_set):  # a small version may have only one ground
+                planes.append(factor_plane(of_set, f"{factor}, {start}", _SERIES))
+        fractions.append(_shared_fractions(of_factor, factor))
     caption = (
-        "Each dot is the A or B of one module in one run, placed by t-SNE. Titles: factors whose nearest factor in "
-        "another task belongs to the same module, by the cosine of arrays and by the overlap of spaces, over all seeds."
+        "Above: the A or B of one module in one run on text, placed by t-SNE. Below: factors whose nearest factor in "
+        "another domain or task belongs to the same module, on text and for planted tasks that share A or have "
+        "unrelated updates, with separate or shared initial A's; dots and bars: mean and range over seeds."
     )
-    rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
-    return Panels(tuple(rows))
+    fractions[0] = replace(fractions[0], caption=caption)
+    title = "Similarity of A and of B between domains or tasks"
+    return replace(stack_vertically(set_side_by_side(*planes), set_side_by_side(*fractions)), title=title)
+
+
+def factor_plane(
+    of_set: pd.DataFrame, title: str, colors: Sequence[str], color: str = "task", **settings: Any
+) -> Chart:
+    """Draw the raw factors of the first seed of a set by their places, colored by a column."""
+    dots = of_set[(of_set["view"] == "raw") & (of_set["seed"] == of_set["seed"].min())]
+    # A plane has neither an origin nor a unit.
+    low, high = dots[["x", "y"]].min(), dots[["x", "y"]].max()
+    scaled = (dots[["x", "y"]] - (low + high) / 2) / (high - low).max()
+    dots = dots.assign(x=scaled["x"], y=scaled["y"], series=dots[color])
+    axis = Axis(ticks={}, limits=(-0.6, 0.6))
+    mark = Point("x", "y", "series", **settings)
+    return Chart(dots, [mark], title=title, x=axis, y=axis, colors=colors, square=True)
+
+
+def _shared_fractions(of_factor: pd.DataFrame, factor: str) -> Chart:
+    """Draw the shared fractions of all sets, and those at random."""
+    rows, at_random = [], []
+    for ground, (*names, chance) in _GROUNDS.items():
+        for name, start in zip(names, (SEPARATE, SHARED), strict=True):
+            label = f"{ground}, {start.split()[0]}"
+            for (_, view), of_seed in of_factor[of_factor["set"] == name].groupby(["seed", "view"]):
+                if view in _VIEWS:
+                    rows.append((label, _VIEWS[view], shared_fraction(of_seed, factor, view)))
+            if (of_factor["set"] == name).any():
+                at_random.append((label, "at random", chance))
+    columns = ["row", "series", "value"]
+    over_seeds = pd.DataFrame(rows, columns=columns).groupby(columns[:2], sort=False)["value"]
+    cells = over_seeds.agg(value="mean", low="min", high="max").reset_index()
+    chance = Point("value", "row", "series", symbol="line-ns-open", data=pd.DataFrame(at_random, columns=columns))
+    x = Axis(label=f"nearest {factor} is of the same module (%)", limits=(0, 105))
+    y = Axis(order=[row for row, *_ in at_random], compact=True)
+    marks = [chance, Point("value", "row", "series", low="low", high="high")]
+    return Chart(cells, marks, title=f"shared fraction of {factor}", x=x, y=y, colors=_SERIES)

@@ -31,15 +31,15 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import norms
-from lorascope.charts.chart import Chart, Panels
-from lorascope.charts.marks import Axis, Point
+from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
+from lorascope.charts.marks import Axis, Point, Rule
 from lorascope.papers.arms import Arm, KeptTable
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, OfTable, pair
 from lorascope.papers.lora import FULL
 from lorascope.papers.paper_study import PaperStudy
 from lorascope.papers.planted_pairs import planted_arms
-from lorascope.plots.builders import block_stretches, curves
+from lorascope.plots.builders import curves
 from lorascope.runs.run import Run
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -65,6 +65,8 @@ READINGS = {
     "factors − start": "factor_change",
 }
 """Readings of "weight norm" in the paper's figure 2 -> recorded quantity."""
+LEARNED = ("update", "factors − start")
+"""Readings that are zero before training."""
 
 
 DEPTH = (truth_names.TWO_BLOCKS, truth_names.ALL_BLOCKS)
@@ -148,43 +150,60 @@ KEPT_TABLES: dict[str, list[KeptTable]] = {
 
 
 def norms_figure(table: pd.DataFrame) -> Panels:
-    """Draw the norms by layer from the kept table ``norms``, the decoder above the encoder, one panel per reading."""
-    rows = []
+    """Draw the kept table ``norms``, one column of panels per model.
+
+    Above: norms of embedding and head over the median of the blocks. Below: what is learned, by block.
+    """
+    columns = []
     for model, arms in {"SmolLM2": DECODER_NORMS, "minilm": ENCODER_NORMS}.items():
         labels = dict(zip(arms.values(), arms, strict=True))
-        if not set(labels) & set(table["arm"]):  # a small version has the encoder only
-            continue
         layers = table[table["arm"].isin(labels) & (table["block"] | table["place"].isin(["embed", "head"]))]
-        by_cell = layers.assign(method=layers["arm"].map(labels)).groupby(["method", "reading", "place"], sort=False)
-        cells = by_cell["value"].agg(value="mean", low="min", high="max").reset_index()
-        layer_order = ["embed", *sorted(set(layers.loc[layers["block"], "place"]), key=int), "head"]
-        # A block that LISA never drew gets a row without a value, where the line has a gap.
-        lines = cells[["method", "reading"]].drop_duplicates().merge(pd.DataFrame({"place": layer_order}), how="cross")
-        cells = lines.merge(cells, how="left").assign(stretch=lambda rows: block_stretches(rows["place"]))
-        x = Axis(label=f"layer of {model}", order=layer_order)
-        charts: list[Chart] = []
-        for reading in READINGS:
-            of_reading = cells[cells["reading"] == reading]
-            # A block between two gaps has no line.
-            is_dot = of_reading["place"].isin(["embed", "head"])
-            if reading == "update":
-                is_dot |= of_reading["method"] == "LISA"
-            dots = Point("place", "value", "method", low="low", high="high", data=of_reading[is_dot])
-            # Without a label, the axes of panels have different limits.
-            y = Axis(label="" if charts else f"norm, {model}", log=reading != "weight")
-            chart = curves(
-                of_reading, "place", (x, y), dots, color="method", points=False, stretch="stretch", colors=arms
-            )  # fmt: skip
-            charts.append(replace(chart, title=reading))
-        rows.append(tuple(charts))
+        if layers.empty:  # a small version has the encoder only
+            continue
+        layers = layers.assign(method=layers["arm"].map(labels))
+        charts = [_outer_norms(layers, f"embedding and head of {model}", list(arms))]
+        for reading in LEARNED:
+            # Without a label, axes of different panels have different limits.
+            axes = Axis(label=f"block of {model}"), Axis(label="" if columns else f"norm, {reading}", log=True)
+            charts.append(_block_norms(layers[layers["reading"] == reading], axes, f"{reading}, {model}", list(arms)))
+        columns.append(stack_vertically(*charts))
     caption = (
-        "Norm of every layer, mean over the recorded steps after step 0, and over seeds; bands and bars: their range. "
-        "Weights hardly change, so their lines coincide. Blocks that LISA never drew have no update. The head of "
-        "SmolLM2 is tied to its embedding: only LoRA has a second norm there. "
-        f"Number of seeds per arm: at most {table['seed'].nunique()}."
+        "Norms are means over the recorded steps after step 0; dots, lines and their bars and bands: mean and range "
+        "over seeds. Dashed line: the median block, for LISA of those that it drew. Weights hardly change, so their "
+        "dots coincide. LISA's other blocks have no update. The head of SmolLM2 is tied to its embedding: only LoRA "
+        f"has a second norm there. Number of seeds per arm: at most {table['seed'].nunique()}."
     )
-    rows[0] = (replace(rows[0][0], caption=caption), *rows[0][1:])
-    return Panels(tuple(rows))
+    panels = set_side_by_side(*columns)
+    (first, *others), *rows = panels.grid
+    grid = ((replace(first, caption=caption), *others), *rows)
+    return replace(panels, grid=grid, title="Norm by layer, mean over training")
+
+
+def _outer_norms(layers: pd.DataFrame, title: str, methods: list[str]) -> Chart:
+    """Draw the norms of embedding and head of one model over the median norm of its blocks."""
+    keys = ["method", "reading", "seed"]
+    changed_blocks = layers[layers["block"] & (layers["value"] > 0)]
+    medians = changed_blocks.groupby(keys)["value"].median().rename("median").reset_index()
+    outer = layers[~layers["block"]].merge(medians)
+    outer = outer.assign(row=outer["reading"] + ", " + outer["place"], value=outer["value"] / outer["median"])
+    cells = _spread_over_seeds(outer, ["method", "row"])
+    order = [f"{reading}, {place}" for reading in READINGS for place in ("embed", "head")]
+    dots = Point("value", "row", "method", low="low", high="high")
+    x, y = Axis(label="norm / median norm of the blocks", log=True), Axis(order=order)
+    return Chart(cells, [Rule(x=1), dots], title=title, x=x, y=y, colors=methods)
+
+
+def _block_norms(layers: pd.DataFrame, axes: tuple[Axis, Axis], title: str, methods: list[str]) -> Chart:
+    """Draw one norm of the blocks of one model: lines, and dots of LISA, which draws its blocks at random."""
+    blocks = layers[layers["block"]]
+    cells = _spread_over_seeds(blocks.assign(block=blocks["place"].astype(int)), ["method", "block"])
+    is_lisa = cells["method"] == "LISA"
+    dots = Point("block", "value", "method", low="low", high="high", data=cells[is_lisa])
+    return curves(cells[~is_lisa], "block", axes, dots, color="method", points=False, title=title, colors=methods)
+
+
+def _spread_over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    return rows.groupby(keys, sort=False)["value"].agg(value="mean", low="min", high="max").reset_index()
 
 
 PAPER = PaperStudy(

@@ -18,13 +18,16 @@ from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED, NOT_RUN
 
 _ACCURACY, _GAP = "points of accuracy", "points of the gap"
+_ON_ACCURACY = ("LoRA", "AdaLoRA", "AutoLoRA", "ALoRA", "FourierFT", "HydraLoRA", "NeFT")
 ROWS = {
-    ("LoRA", "AdaLoRA", "AutoLoRA", "ALoRA", "FourierFT", "HydraLoRA", "NeFT"): (_ACCURACY, _GAP),
+    _ON_ACCURACY: (_ACCURACY, _GAP),
     ("LISA",): ("nats", _GAP),
     ("Adapprox",): ("nats", "percent of the loss"),
 }
 """Methods of each row of panels, and the units on text and where the truth is known."""
+_TEXT_ROWS = {_ON_ACCURACY: (_ACCURACY,), ("LISA", "Adapprox"): ("nats",)}
 TEXT, TRUTH = "On text", "Where the truth is known"
+_TITLE = "Effect of a method: above 0, it is better than its control"
 EDITION_2, EDITION_1, PRINTED, BOUND, POSITIVE = "edition 2", "edition 1", "printed gain", "bound", "positive control"
 SYMBOLS = {
     BOUND: "line-ns-open", POSITIVE: "x", EDITION_1: "circle-open", OTHER: "circle-open",
@@ -34,9 +37,10 @@ SYMBOLS = {
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", POSITIVE: "positive_"}
 _MISSING = {"word": NOT_RUN}
 _CAPTION = (
-    "Effect of each method minus its control, with 95% intervals; positive effects favor the paper. A gray word "
-    "replaces an effect that is not judged. Printed gains are from other models and tasks. No seed is left out or "
-    "added. Levels are not corrected for many claims: of 40 intervals at 95%, about two miss by chance."
+    "Effect of each method minus its control, with 95% intervals. Bound: the largest acceptable cost, or the smallest "
+    "gain that matters. No headroom: no control could gain either; not learned: the runs stay at chance level. Printed "
+    "gains are from other models and tasks. No seed is left out or added. Levels are not corrected for many claims: of "
+    "40 intervals at 95%, about two miss by chance."
 )
 
 
@@ -120,22 +124,37 @@ def _earlier_mark(estimate: pd.Series, unit: str) -> ForestMark:
 
 
 def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.DataFrame) -> Panels:
-    """Draw the forest plot; for its arguments see ``forest_table``."""
+    """Draw the forest plot; for its arguments see ``forest_table``.
+
+    Claims without runs where the truth is known are counted in the caption; without any run there, it has no panel.
+    """
     table = forest_table(results, registration, earlier)
+    waits = (table["ground"] == TRUTH) & (table["word"] == NOT_RUN)
     # The effect at the other truth is on a separate line, below.
     table["row"] = table["method"].where(table["mark"] != OTHER, table["method"] + ", other")
     # The bound has the same symbol in both grounds, and one entry in the legend.
     ground_of_bound = TRUTH if ((table["mark"] == BOUND) & (table["ground"] == TRUTH)).any() else TEXT
-    measured, printed = table[table["mark"] != PRINTED], table[table["mark"] == PRINTED]
-    limits = {unit: _limits(of_unit) for unit, of_unit in measured.groupby("unit")}
+    measured, printed = table[(table["mark"] != PRINTED) & ~waits], table[table["mark"] == PRINTED]
+    # Printed gains are in the panel of the measured effects' unit, on a separate axis of the same length.
+    limits = {unit: _limits(of_unit) for unit, of_unit in table.groupby("unit")}
+    caption = _CAPTION
+    if waits.any():
+        caption += f" {TRUTH}, {waits.sum()} methods have no runs yet."
+    is_effect = measured["effect"].notna() & (measured["mark"] != BOUND)
+    judged = set(measured.loc[is_effect, "method"])
     grid = []
-    for methods, units in ROWS.items():
+    grounds, unit_rows = (TEXT,), _TEXT_ROWS
+    if (measured["ground"] == TRUTH).any():
+        grounds, unit_rows = (TEXT, TRUTH), ROWS
+    for methods, units in unit_rows.items():
         order: list[str] = []
+        methods = sorted(methods, key=lambda method: method not in judged)  # words below effects
         for method in methods:
-            order += [method, f"{method}, other"]
+            order += [method, f"{method}, other"][: len(grounds)]
         names = dict(zip(methods, methods, strict=True))
+        y = Axis(order=order, ticks=names, compact=True)
         charts: list[Chart] = []
-        for ground, unit in zip((TEXT, TRUTH), units, strict=True):
+        for ground, unit in zip(grounds, units, strict=True):
             rows = measured[measured["method"].isin(methods) & (measured["ground"] == ground)]
             low, high = limits[unit]
             side = low
@@ -144,17 +163,20 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
                 side = high
             words = rows[rows["word"] != ""].assign(x=side / 2)
             marks = [Rule(x=0), *_effect_marks(rows, ground_of_bound), Text("x", "row", "word", muted=True, data=words)]
-            x, y = Axis(label=unit, limits=(low, high)), Axis(order=order, ticks=names, compact=True)
+            x = Axis(label=unit, limits=(low, high))
             if rows["effect"].isna().all():  # words only
                 x = replace(x, ticks={})
-            charts.append(Chart(rows, marks, title=ground, x=x, y=y, caption=_CAPTION))
+            charts.append(Chart(rows, marks, title=ground, x=x, y=y, caption=caption))
         gains = printed[printed["method"].isin(methods)]
         if len(gains):  # other models and tasks, so on a separate axis
             marks = [Rule(x=0), Point("effect", "row", "ground", symbol="diamond", hollow=True, label=PRINTED)]
-            x = Axis(label=f"printed, {units[0]}")
-            charts.append(replace(charts[0], data=gains, marks=marks, title="Printed", x=x))
+            x = Axis(label=f"printed, {units[0]}", limits=limits[units[0]])
+            charts.append(replace(charts[0], data=gains, marks=marks, title="Printed by the paper", x=x))
         grid.append(tuple(charts))
-    return Panels(tuple(grid), columns=max(map(len, grid)))
+    columns = 0
+    if TRUTH in grounds:  # rows without a printed gain are as wide as those with one
+        columns = max(map(len, grid))
+    return Panels(tuple(grid), columns=columns, title=_TITLE)
 
 
 def _effect_marks(rows: pd.DataFrame, ground_of_bound: str) -> list[Mark]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from test_save import assert_tidy
 
 import lorascope
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side, wrap
-from lorascope.charts.marks import Axis, Bar, Heat, Line, Mark, Point, Rule
+from lorascope.charts.marks import Axis, Bar, Heat, Line, Mark, Point, Rule, Text
 from lorascope.charts.text_wrapping import wrap_text
+from lorascope.pages.embedded_charts import embed
 
 
 def lines(title: str = "", **settings) -> Chart:
@@ -202,13 +203,36 @@ def test_dollar_signs_without_math_are_drawn_as_they_are(text: str) -> None:
     assert html.unescape(chart.plotly().layout.title.text) == text
 
 
-def test_dollar_signs_in_data_are_not_math() -> None:
-    data = pd.DataFrame({"x": ["$a$", "$b$"], "y": [1.0, 2.0], "recipe": ["$c$", "$d$"]})
-    chart = Chart(data, [Bar("x", "y", "recipe")])
+def test_math_in_labels_is_drawn_and_texts_at_points_are_not_math() -> None:
+    data = pd.DataFrame({"x": ["$r_8$", "$5"], "y": [1.0, 2.0], "recipe": ["$c$", "$d"], "words": ["$e$", "f"]})
+    chart = Chart(data, [Bar("x", "y", "recipe"), Text("x", "y", "words")])
     figure = chart.mpl(caption=False)
-    names = [text.get_text() for text in (*figure.axes[0].get_xticklabels(), *figure.legends[0].get_texts())]
-    assert names == [r"\$a\$", r"\$b\$", r"\$c\$", r"\$d\$"]
-    assert chart.plotly().layout.xaxis.ticktext == ("&#36;a&#36;", "&#36;b&#36;")
+    (ax,), (legend,) = figure.axes, figure.legends
+    names = [text.get_text() for text in (*ax.get_xticklabels(), *legend.get_texts(), *ax.texts)]
+    assert names == ["$r_8$", r"\$5", "$c$", r"\$d", r"\$e\$", "f"]
+    assert set(ax.get_legend_handles_labels()[1]) == {"$c$", r"\$d"}
+    drawn = chart.plotly()
+    assert drawn.layout.xaxis.ticktext == ("<i>r</i><sub>8</sub>", "&#36;5")
+    assert [trace.name for trace in drawn.data if trace.showlegend] == ["<i>c</i>", "&#36;d"]
+    assert "&#36;e&#36;" in str(drawn.data)
+
+
+@pytest.mark.parametrize(
+    ("math", "plain"),
+    [
+        (r"\|W - W_0\|_F", "‖W−W₀‖_F"),
+        (r"10^{-3} \times \sigma_{i+1}", "10⁻³×σᵢ₊₁"),
+        (r"B A^\top < \hat{x}_\mathrm{max}", "BAᵀ<x\u0302ₘₐₓ"),
+        (r"\frac{a}{b}", r"$\frac{a}{b}$"),
+    ],
+)
+def test_math_in_captions_is_unicode(math: str, plain: str) -> None:
+    chart = replace(lines(), caption=f"The norm ${math}$, for $5.")
+    shown = f"The norm {plain}, for $5."
+    (caption,) = chart.mpl().texts
+    assert caption.get_text().replace("\n", " ").replace(r"\$", "$") == shown
+    assert html.unescape(chart.plotly().layout.annotations[-1].text.replace("<br>", " ")) == shown
+    assert embed(chart).caption == shown
 
 
 def test_lines_do_not_break_math() -> None:

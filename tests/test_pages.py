@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,16 @@ def test_every_chart_has_data_caption_and_accessible_label(three: Any) -> None:
         assert set(stored["changes"]) == {"dark", "narrow", "narrow dark"}
     assert [n.text.split(":")[0] for n in page.all("h3") if "Figure" in n.text] == ["Figure 1", "Figure 2", "Figure 3"]
     assert len(figures(page)[0]["figure"]["frames"]) == 3
+
+
+def test_headings_and_captions_have_math_as_unicode() -> None:
+    chart = Chart(pd.DataFrame({"x": [0, 1], "y": [1.0, 2.0]}), [Line("x", "y")], title="$W_0$", caption="Norm of $W_0$.")
+    both = set_side_by_side(chart, replace(chart, title="right"), title="Norm of $W_0$")
+    figures = [ReportFigure(chart), ReportFigure(both), ReportFigure(chart, title="Mine: $r^2$")]
+    page = Tree(report.render("", "", [report.Section("first", "First", figures=figures)], {})).root
+    names = ["Figure 1: W₀", "Figure 2: Norm of W₀", "Figure 3: Mine: r²"]
+    assert [node.text for node in page.all("h3")] == names
+    assert {node.text for node in page.all("figcaption")} == {"Norm of W₀."}
 
 
 def test_headings_links_ids_and_tables_are_valid(three: Any) -> None:

@@ -14,6 +14,7 @@ from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.charts.geometry import Numbers, Panel, group
 from lorascope.charts.marks import Bar, Heat, Point
+from lorascope.charts.math_text import math_to_unicode
 from lorascope.charts.scales import (
     Limits,
     Ramp,
@@ -109,7 +110,7 @@ def plan_figure(
         legend_title=legend_titles.pop() if len(legend_titles) == 1 else "",
         ramps=ramps,
         title=title,
-        caption=join_captions(charts) if caption else "",
+        caption=math_to_unicode(join_captions(charts)) if caption else "",
         theme=theme,
     )
 

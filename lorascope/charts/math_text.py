@@ -1,7 +1,7 @@
 """Math between dollar signs in the titles and labels of a figure, and its form without a typesetter of TeX.
 
-Only texts that an author writes for a figure contain math: titles, and labels of axes, color bars and rules. Names from
-data do not, since a dollar sign in the name of a file has no meaning.
+Texts that an author writes for a figure contain math: titles, captions, and labels of axes, color bars, rules and
+categories. Words in cells and at points do not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from html import escape
+from html import escape, unescape
 
 # As in pandoc, so that "$5 to $6" is not math: no space inside the dollar signs, and no digit after them.
 MATH = re.compile(r"\$(?!\s)([^$\n]{1,200}?)(?<!\s)\$(?!\d)")
@@ -27,6 +27,13 @@ _SYMBOLS = {
 _FONTS = {"mathrm": "", "text": "", "operatorname": "", "mathbf": "b", "mathit": "i"}
 _ACCENTS = {"hat": "\u0302", "bar": "\u0304", "tilde": "\u0303"}
 _SCRIPTS = {"^": "sup", "_": "sub"}
+_TAGGED = re.compile(r"<(sub|sup)>([^<]*)</\1>")
+# Characters that Unicode has as scripts, and these scripts.
+_UNICODE = {
+    "sub": str.maketrans("0123456789+−=()aehijklmnoprstuvxβγρφχ", "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓᵦᵧᵨᵩᵪ"),
+    "sup": str.maketrans("0123456789+−=()in⊤T", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁱⁿᵀᵀ"),
+}
+_MARKS = {"sub": "_", "sup": "^"}
 
 
 def replace_math(text: str, of_text: Callable[[str], str], of_math: Callable[[str], str]) -> str:
@@ -40,6 +47,25 @@ def replace_math(text: str, of_text: Callable[[str], str], of_math: Callable[[st
             replaced += of_text(f"${math}$")
         replaced += of_text(plain)
     return replaced
+
+
+def math_to_unicode(text: str) -> str:
+    """Return a text whose math is plain Unicode, such as W₀; scripts that Unicode lacks follow "_" or "^"."""
+    return replace_math(text, str, _unicode_of_math)
+
+
+def _unicode_of_math(math: str) -> str:
+    tagged = re.sub("</?[bi]>", "", tags_of_math(math))
+    while (plain := _TAGGED.sub(_unicode_script, tagged)) != tagged:
+        tagged = plain
+    return unescape(tagged)
+
+
+def _unicode_script(tagged: re.Match[str]) -> str:
+    kind, script = tagged.groups()
+    if all(ord(character) in _UNICODE[kind] for character in script):
+        return script.translate(_UNICODE[kind])
+    return _MARKS[kind] + script
 
 
 def tags_of_math(math: str) -> str:

@@ -340,7 +340,7 @@ def _stack_foot(drawn_figure: Figure, total: float, foot: list[Any], depths: lis
 
 def _handle(entry: Entry) -> Line2D | Patch:
     """Return the legend symbol of an entry."""
-    label = escape_dollar(entry.label)
+    label = keep_math(entry.label)
     if entry.kind == "patch":
         return Patch(label=label, **fill_settings(entry.color, entry.style))
     if entry.kind == "band":
@@ -365,7 +365,7 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
         if matching:
             # The artist that looks like the symbol of the legend, if several show the category.
             _, artist = max(matching, key=lambda pair: isinstance(pair[0], _SYMBOL_SHAPES[entry.kind]))
-            artist.set_label(escape_dollar(entry.label))
+            artist.set_label(keep_math(entry.label))
         elif entry.kind in ("line", "dot"):
             ax.add_artist(_handle(entry))  # a style that several categories share has no separate artist
     if panel.chart.square:

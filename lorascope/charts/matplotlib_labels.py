@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from lorascope.array_types import Float
 from lorascope.charts.geometry import Panel
-from lorascope.charts.matplotlib_style import escape_dollar
+from lorascope.charts.matplotlib_style import keep_math
 from lorascope.charts.scales import Scale, is_digits
 from lorascope.charts.text_wrapping import GLYPH, count_lines, cut_name, wrap_text
 from lorascope.files.printable import printable_lines
@@ -44,7 +44,7 @@ def label_categories(ax: Axes, panel: Panel) -> float:
             if axis.axis_name == "y":
                 width = 72 * ax.figure.bbox.width / ax.figure.dpi
                 labels = [_fit_beside(name, _NAMES_SHARE * width, room / len(labels), size) for name in labels]
-            axis.set_ticks(ticks.positions, map(escape_dollar, labels), rotation=0)
+            axis.set_ticks(ticks.positions, map(keep_math, labels), rotation=0)
             if ticks.turned:
                 depth = max(map(len, ticks.names)) * GLYPH * size
                 for tick, name in zip(axis.get_major_ticks(), ticks.names, strict=True):

@@ -123,7 +123,7 @@ def bundle(drawable: Drawable) -> dict[str, Any]:
 
 def _legend_sample(entry: Entry, theme: Theme) -> Any:
     """Return an empty trace for a legend entry; a click on it hides its whole group."""
-    fields = {"name": escape_tags(entry.label), "legendgroup": escape_tags(entry.group), "showlegend": True}
+    fields = {"name": math_to_tags(entry.label), "legendgroup": escape_tags(entry.group), "showlegend": True}
     if entry.kind == "patch":
         return go.Bar(x=[None], y=[None], marker=_fill(entry.color, entry.style, theme), **fields)
     if entry.kind == "band":
@@ -161,13 +161,13 @@ def _group_fields(panel: Panel, group: str, x: Numbers, y: Numbers, spelled: str
     for letter, scale, values in (("x", panel.x, x), ("y", panel.y, y)):
         placeholder = f"%{{customdata[{len(texts)}]}}"
         if scale.categories is not None:
-            texts.append(list(map(escape_tags, scale.nearest_names(values))))
+            texts.append(list(map(math_to_tags, scale.nearest_names(values))))
         elif letter == spelled:
             texts.append([f"{value:.4g}" for value in values])
         else:
             placeholder = f"%{{{letter}:.4~g}}"
         lines.append(f"{math_to_tags(scale.axis.label) or letter}: {placeholder}")
-    template = "<br>".join(lines) + f"<extra>{escape_tags(group)}</extra>"
+    template = "<br>".join(lines) + f"<extra>{math_to_tags(group)}</extra>"
     custom = list(map(list, zip(*texts, strict=True))) or None
     return {"legendgroup": escape_tags(group), "hovertemplate": template, "customdata": custom}
 
@@ -240,9 +240,9 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
 def _heat_traces(shape: Cells, panel: Panel) -> Iterator[Any]:
     """Yield the cells, and hatched ones for missing values."""
     mark, (rows, columns) = shape.mark, shape.values.shape
-    x_names = list(map(escape_tags, panel.x.names))
+    x_names = list(map(math_to_tags, panel.x.names))
     cell_names = []
-    for y_name in map(escape_tags, panel.y.names):
+    for y_name in map(math_to_tags, panel.y.names):
         cell_names.append([f"{x_name}, {y_name}" for x_name in x_names])
     labels = list(map(list, cell_names))
     for (row, column), words in shape.words.items():

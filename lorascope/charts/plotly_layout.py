@@ -219,7 +219,7 @@ def _axis_layout(panel: Panel, letter: str, room: _Space) -> dict[str, Any]:
     axis = {"title": title, "automargin": False, **extent, **line, **grid}
     ticks = room.ticks[panel.number][letter]
     if ticks is not None:
-        names = list(map(escape_tags, ticks.names))
+        names = list(map(math_to_tags, ticks.names))
         axis |= {"tickmode": "array", "tickvals": ticks.positions, "ticktext": names}
         axis |= {"tickangle": -90 if ticks.turned else 0}
         longest = max(map(len, ticks.names), default=0)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import plotly.graph_objects as go
 
 from lorascope.charts import plotly_backend
-from lorascope.charts.chart import Drawable
+from lorascope.charts.chart import Drawable, Panels
 from lorascope.charts.figure_plan import FigurePlan, plan_figure
+from lorascope.charts.math_text import math_to_unicode
 from lorascope.charts.theme import theme
 
 
@@ -67,11 +67,10 @@ def _draw_wide_and_narrow(settled: FigurePlan) -> tuple[dict[str, Any], dict[str
 
 
 def title(drawable: Drawable) -> str:
-    """Return the title of an embedded chart, or the name of its figure if it has several panels or no title."""
-    charts = list(chain.from_iterable(drawable.rows()))
-    if len(charts) == 1 and charts[0].title:
-        return charts[0].title
-    return str(charts[0].meta.get("figure", "")).replace("_", " ").capitalize()
+    """Return the title of an embedded chart, or the name of its figure if it has none."""
+    first = drawable.panels[0]
+    text = drawable.title if isinstance(drawable, Panels) else first.title
+    return math_to_unicode(text) or str(first.meta.get("figure", "")).replace("_", " ").capitalize()
 
 
 def changes(old: Any, new: Any, *path: str | int) -> Iterator[list[Any]]:

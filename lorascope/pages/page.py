@@ -16,6 +16,7 @@ import pandas as pd
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from lorascope.charts.math_text import math_to_unicode
 from lorascope.charts.plotly_backend import CONFIG
 from lorascope.charts.theme import THEMES
 from lorascope.files.printable import printable_lines
@@ -78,6 +79,7 @@ TEMPLATES = jinja2.Environment(
 # ``tojson`` escapes "<", so that a label with "</script>" cannot end the element.
 TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
 TEMPLATES.filters |= {"embed": embed, "table": table_cells.frame_cells, "value": table_cells.format_value}
+TEMPLATES.filters |= {"unicode": math_to_unicode}
 TEMPLATES.globals |= {"LONG": table_cells.LONG}
 
 

@@ -143,7 +143,8 @@ def test_every_chart_has_data_caption_and_accessible_label(three: Any) -> None:
 
 
 def test_headings_and_captions_have_math_as_unicode() -> None:
-    chart = Chart(pd.DataFrame({"x": [0, 1], "y": [1.0, 2.0]}), [Line("x", "y")], title="$W_0$", caption="Norm of $W_0$.")
+    table = pd.DataFrame({"x": [0, 1], "y": [1.0, 2.0]})
+    chart = Chart(table, [Line("x", "y")], title="$W_0$", caption="Norm of $W_0$.")
     both = set_side_by_side(chart, replace(chart, title="right"), title="Norm of $W_0$")
     figures = [ReportFigure(chart), ReportFigure(both), ReportFigure(chart, title="Mine: $r^2$")]
     page = Tree(report.render("", "", [report.Section("first", "First", figures=figures)], {})).root

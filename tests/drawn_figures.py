@@ -176,7 +176,10 @@ def _missing_ticks(ax: Any) -> Iterator[str]:
 
 def _is_counted(position: float, labels: dict[float, str]) -> bool:
     """Return whether a reader can count from the labels next to a position, which are evenly spaced numbers."""
-    numbers = {place: float(label) for place, label in labels.items() if re.fullmatch(r"-?[\d.]+", label)}
+    numbers = {}
+    for place, label in labels.items():
+        if re.fullmatch(r"[-−]?[\d.]+", label):
+            numbers[place] = float(label.replace("−", "-"))
     places = sorted(numbers)
     if len(places) < 2:
         return False

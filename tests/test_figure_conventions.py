@@ -194,12 +194,20 @@ def test_numbers_that_round_to_zero_have_no_minus_sign(number: float, spec: str,
     assert number_text(number, spec) == text
 
 
+def test_cells_print_the_minus_sign_of_the_ticks() -> None:
+    chart = heat([-1.0, 0.5], text=".1f", scale="diverging")
+    (cells,) = plan(chart).panels[0].shapes()
+    assert list(cells.texts.values()) == ["−1.0", "0.5"]
+    bar = chart.mpl().axes[-1]
+    assert "−1.0" in [label.get_text() for label in bar.get_yticklabels()]
+
+
 def test_cells_print_no_negative_zero() -> None:
     chart = heat([-0.001, 0.5], text=".2f")
     (cells,) = plan(chart).panels[0].shapes()
     assert list(cells.texts.values()) == ["0.00", "0.50"]
     assert "0.00" in {text.get_text() for text in chart.mpl().axes[0].texts}
-    assert "-0.00" not in str(chart.plotly().data[0].text)
+    assert "−0.00" not in str(chart.plotly().data[0].text)
 
 
 # Titles

@@ -304,11 +304,11 @@ def test_heat_limits_set_the_color_range(reader, cells) -> None:
 def test_heat_with_text_writes_numbers_in_cells(cells) -> None:
     chart = Chart(cells, [Heat("layer", "role", "value", text=".1f")])
     assert {(x, y): text for x, y, text in Mpl(chart).words()} == {
-        (0, 0): "1.0", (1, 0): "2.0", (0, 1): "-4.0", (2, 1): "3.0"
+        (0, 0): "1.0", (1, 0): "2.0", (0, 1): "−4.0", (2, 1): "3.0"
     }  # fmt: skip
     (shown, *_) = chart.plotly().data
     texts = [[re.sub("<[^>]*>", "", text) for text in row] for row in shown.text]
-    assert texts == [["1.0", "2.0", ""], ["-4.0", "", "3.0"]]
+    assert texts == [["1.0", "2.0", ""], ["−4.0", "", "3.0"]]
     assert "%{z:.1f}" in shown.hovertemplate
     assert chart.plotly().data[0].texttemplate == "%{text}"
 

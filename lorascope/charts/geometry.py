@@ -25,6 +25,7 @@ from lorascope.files.printable import number_text
 
 Numbers = Float[np.ndarray, "n"]
 CROWD = 60.0  # area of all dots over that of the largest; with more of it each shrinks, so that the panel is readable
+MINUS = "\N{MINUS SIGN}"  # as long as a plus, and the sign at the ticks of both renderers
 CLUSTER = 0.8  # fraction of the distance between two positions that their bars fill
 
 
@@ -349,7 +350,10 @@ def _(mark: Heat, panel: Panel, frame: Any) -> Iterator[Cells]:
         cells = zip(y.tolist(), x.tolist(), strict=True)
         words = dict(zip(cells, map(str, rows[mark.words]), strict=True))
     spec = mark.text or ".4g"
-    texts = {cell: number_text(value, spec) for cell, value in np.ndenumerate(values) if np.isfinite(value)}
+    texts = {}
+    for cell, value in np.ndenumerate(values):
+        if np.isfinite(value):
+            texts[cell] = number_text(value, spec).replace("-", MINUS)
     yield Cells(values, mark, panel.ramp, texts, words)
 
 

@@ -265,7 +265,7 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
     for ramp in settled.ramps:
         painted = [ax for cell, ax, _ in panels if cell.panel in ramp.views]
         bar = drawn_figure.colorbar(color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
-        bar.set_label(keep_math(wrap_text(ramp.label, 72 * 0.8 * sum(heights), size)))
+        bar.set_label(keep_math(wrap_text(ramp.label, 72 * 0.8 * sum(heights), size)), labelpad=4)
         bar.outline.set_linewidth(0.4)
         solids: Any = bar.solids
         solids.set(rasterized=False, edgecolor="face", linewidth=3 * SEAM)  # vectors, as the cells, and narrower

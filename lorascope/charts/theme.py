@@ -20,23 +20,23 @@ ON_DARK = ["#56b4e9", "#ffbc47", "#009e73", "#aa4a82", "#f0e442", "#e8641a", "#f
 
 FAINT = 0.18  # opacity of bands
 MUTED = 0.65  # opacity of gray text; its contrast is at least 4.5
-# Inches: one column and, with "-page", the full width of a page with two columns, as in the template of each venue.
+# Inches: one column and, with "-page", the full width of a page with two columns.
 WIDTHS = {
     "column": 3.3,
     "page": 6.9,
-    "neurips": 5.5,
-    "iclr": 5.5,
-    "icml": 3.25,
+    "neurips": 5.5,  # neurips_2025.sty: textwidth=5.5in
+    "iclr": 5.5,  # iclr2026_conference.sty: \textwidth 5.5 true in
+    "icml": (6.75 - 0.25) / 2,  # icml2025.sty: \textwidth 6.75in, \columnsep 0.25in
     "icml-page": 6.75,
-    "acl": 7.7 / 2.54,
+    "acl": (16 - 0.6) / 2 / 2.54,  # acl.sty: A4 with margin=2.5cm, \columnsep 0.6cm
     "acl-page": 16 / 2.54,
-    "aaai": 3.3125,
+    "aaai": (7 - 0.375) / 2,  # aaai25.sty: \textwidth 7.0in, \columnsep 0.375in
     "aaai-page": 7.0,
-    "ieee": 252 / 72.27,  # points of TeX
+    "ieee": (516 - 12) / 2 / 72.27,  # IEEEtran.cls: \textwidth 43pc, \columnsep 1pc; 12 of 72.27 points
     "ieee-page": 516 / 72.27,
-    "jmlr": 6.0,
-    "tmlr": 6.5,
-    "nature": 8.9 / 2.54,
+    "jmlr": 6.0,  # jmlr2e.sty: \textwidth 6.0 true in
+    "tmlr": 6.5,  # tmlr.sty: \textwidth 6.5 true in
+    "nature": 8.9 / 2.54,  # research-figure-guide.nature.com, "Figure sizing": 89 mm and 183 mm
     "nature-page": 18.3 / 2.54,
 }
 MIN_WIDTH, MAX_WIDTH = 1.0, 40.0  # inches

@@ -1,91 +1,103 @@
-"""Train LoRA, AdaLoRA and NeFT on all 30 blocks of SmolLM2 and draw the figures: python figures/smollm2.py runs/smollm2
+"""Train LoRA and full fine-tuning on all 30 blocks of SmolLM2 and draw the figures: python figures/smollm2.py runs
 
-Finished runs in the folder are reused, so a second call only draws. docs/smollm2.md describes the results, with the
-captions and numbers that are printed.
+These are runs of the study's claims on norms. Finished runs in the folder are reused, so a second call only draws.
+docs/smollm2.md describes the results.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import lorascope as ls
-from lorascope.analysis import factor_sharing, selected_neurons
-from lorascope.analysis.norms import last_recorded
-from lorascope.charts.chart import Drawable
+from lorascope.analysis.leading_directions import Directions, leading_singular_vectors
+from lorascope.charts.chart import Chart, Drawable
 from lorascope.charts.save import save_small
 from lorascope.runs.run import Run
+from lorascope.schema.module_roles import ROLES
 
 MODEL: Any = "smollm2"
-SETTINGS = {"batch_size": 8, "max_length": 64, "eval_every": 0, "eval_size": 40, "test_size": 100}
-STEPS = 40
-# Seeds of the runs of each domain. They differ, so the initial A's differ too, unless init_seed sets a shared one.
-DOMAINS = {"movies": [0, 1], "tweets": [2, 3]}
-ONE_A, OWN_A = "shared A", "separate A's"
-LORA = {"name": "lora", "rank": 8, "alpha": 16, "targets": "all-linear", "lr": 1e-3, "init_seed": [0, "none"]}
-ADALORA = {"name": "adalora", "init_rank": 6, "target_rank": 3, "targets": "all-linear"}
-NEFT = {"name": "neft"}
+SETTINGS = {"batch_size": 8, "eval_every": 0, "eval_size": 16, "test_size": 200}
+STEPS, SEEDS = 40, (200, 201, 202, 203, 204)
+FULL, LORA = "full fine-tuning", "LoRA, rank 16"
+METHODS = {
+    FULL: ls.Full(lr=1e-5, head_lr=1e-5),
+    LORA: ls.LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed", "lm_head"), lr=1e-3, head_lr=1e-3),
+}
+LEADING = 4  # directions per update that are compared between seeds
 
 
-def train(root: str, jobs: int | None) -> dict[str, dict[str, list[Run]]]:
-    """Train LoRA by initial A and domain, AdaLoRA on all texts, and NeFT by domain."""
+def train(root: str, jobs: int | None) -> dict[str, list[Run]]:
+    """Train both methods with every seed."""
+    settings = SETTINGS | {"steps": STEPS, "observe": [{"name": "norms", "every": 5}]}
+    grid = {"model": MODEL, "task": "sentiment", "seeds": list(SEEDS), "root": root, "settings": settings}
+    return {label: ls.sweep({**grid, "method": method}, jobs=jobs) for label, method in METHODS.items()}
 
-    def runs(tasks: str | list[str], method: Mapping[str, Any], seeds: list[int], steps: int) -> list[Run]:
-        settings = SETTINGS | {"steps": steps, "observe": ["norms", {"name": "factors", "every": steps}]}
-        grid = {"model": MODEL, "task": tasks, "method": method, "seeds": seeds, "root": root, "settings": settings}
-        return ls.sweep(grid, jobs=jobs)
 
-    lora = {domain: runs(f"sentiment/{domain}", LORA, seeds, STEPS) for domain, seeds in DOMAINS.items()}
-    neft = runs([f"sentiment/{domain}" for domain in DOMAINS], NEFT, [0], STEPS)
+def draw(runs: Mapping[str, list[Run]]) -> dict[str, Drawable]:
+    """Draw one figure per file."""
     return {
-        ONE_A: {domain: found[:2] for domain, found in lora.items()},
-        OWN_A: {domain: found[2:] for domain, found in lora.items()},
-        "ranks": {"AdaLoRA": runs("sentiment", ADALORA, [0, 1], 2 * STEPS)},
-        "neurons": {domain: [run] for domain, run in zip(DOMAINS, neft, strict=True)},
+        "smollm2-norms": draw_norms(runs),
+        "smollm2-ranks": ls.plots.update_norm_heat({LORA: runs[LORA]}, quantity="effective_rank"),
+        "smollm2-directions": draw_directions(runs[LORA]),
     }
 
 
-def draw(found: Mapping[str, Mapping[str, list[Run]]]) -> dict[str, Drawable]:
-    """Draw one figure per file; factors only of queries and attention outputs, whose weights are square."""
-    first = found[ONE_A]["movies"][0]
-    square = [module for module in first.updates() if module.endswith(("q_proj", "o_proj"))]
-    return {
-        "smollm2-norms": ls.plots.update_norm_heat(found[OWN_A], quantity="relative_update"),
-        "smollm2-ranks": ls.plots.rank_allocation(found["ranks"], chance=True),
-        "smollm2-factors": ls.plots.factor_embedding(found[ONE_A], control=found[OWN_A], modules=square),
-        "smollm2-neurons": ls.plots.neurons(found["neurons"]),
-    }
+def draw_norms(runs: Mapping[str, list[Run]]) -> Drawable:
+    """Draw the relative update of every matrix over the mean of its method, whose learning rates differ."""
+    charts = []
+    for chart in ls.plots.update_norm_heat(runs, quantity="relative_update").panels:
+        matrices = chart.data[chart.data["role"] != "norm"]
+        log = np.log2(matrices["value"] / matrices["value"].mean())
+        heat = ls.Heat("place", "role", "log", "log₂(update / mean)", scale="diverging", limits=(-2, 2))
+        # Norm layers are not adapted by LoRA.
+        y = replace(chart.y, order=[role for role in chart.y.order or () if role != "norm"])
+        caption = (
+            "‖W − W₀‖ / ‖W₀‖ of every matrix over the mean of its method, in powers of two. "
+            f"Mean of {len(SEEDS)} seeds, after step {STEPS}."
+        )
+        charts.append(replace(chart, data=matrices.assign(log=log), marks=[heat], y=y, caption=caption))
+    return replace(ls.set_side_by_side(*charts), title="Relative update by block and role, over its mean")
 
 
-def describe(found: Mapping[str, Mapping[str, list[Run]]]) -> Iterator[str]:
-    """Yield the numbers of the page: accuracies, largest updates, and shared factors and neurons of all modules."""
-    for name, groups in found.items():
-        for label, runs in groups.items():
-            accuracies = ", ".join(f"{run.score.metric:.2f}" for run in runs)
-            share = runs[0].meta.parameters.trained / runs[0].meta.parameters.total
-            yield f"{name}, {label}: accuracy {accuracies}; trained parameters {share:.1%}"
-    runs = [run for of in found[OWN_A].values() for run in of]
-    changes = pd.concat(last_recorded(run.table[run.table["quantity"] == "relative_update"]) for run in runs)
-    means = changes.groupby(["role", "layer"], observed=True)["value"].mean()
-    for role in ("v", "o"):
-        yield f"relative update of {role} in the first block: {means[role, 0]:.2%}; largest: {means[role].max():.2%}"
-    for name in (ONE_A, OWN_A):
-        domains = {run.id: domain for domain, of in found[name].items() for run in of}
-        updates = {run.id: run.updates() for of in found[name].values() for run in of}
-        table = factor_sharing.measure_sharing(updates, domains, views=("raw", "space"), draws=99)
-        shown = table[["factor", "view", "sharedness", "sharedness_chance", "cosine"]].round(2)
-        yield f"factors, {name}:\n{shown.to_string(index=False, float_format='{:.2f}'.format)}"
-    one, other = (run for (run,) in found["neurons"].values())
-    first, second = (selected_neurons.to_set(selected_neurons.list_selected(run)) for run in (one, other))
-    shared = selected_neurons.compare_selections(first, second, selected_neurons.count_selectable(one).total())[
-        "overlap"
-    ]
-    chance = selected_neurons.compute_expected_overlap(first, second, selected_neurons.count_selectable(one))
-    yield f"{len(first):,} neurons of each text, {shared:.0%} shared; as many random ones in each module: {chance:.0%}"
+def draw_directions(runs: list[Run]) -> Drawable:
+    """Draw the overlap of the leading directions of every update between seeds, minus that of random directions."""
+    by_seed = []
+    for run in runs:
+        updates = run.updates()
+        by_seed.append({module: leading_singular_vectors(updates[module], LEADING) for module in updates})
+    modules = runs[0].modules.dropna(subset="layer").astype({"layer": int})
+    rows = []
+    for module in modules[modules["module"].isin(by_seed[0])].to_dict("records"):
+        for side in Directions._fields:
+            bases = [getattr(directions[module["module"]], side) for directions in by_seed]
+            overlaps = [_excess_overlap(*pair) for pair in combinations(bases, 2)]
+            rows.append((side, str(module["layer"]), module["role"], np.mean(overlaps)))
+    table = pd.DataFrame(rows, columns=["side", "layer", "role", "overlap"])
+    caption = (
+        f"Overlap ‖U₁ᵀU₂‖² / {LEADING} of the {LEADING} leading singular vectors of an update between two seeds, "
+        f"minus that of random directions; mean over the pairs of {len(runs)} seeds with separate initial A's."
+    )
+    x = ls.Axis(label="block", order=list(dict.fromkeys(table["layer"])))
+    y = ls.Axis(order=[role for role in ROLES if role in set(table["role"])])
+    charts = []
+    for side, title in zip(Directions._fields, ("outputs (from B)", "inputs (from A)"), strict=True):
+        of_side = table[table["side"] == side]
+        title += f": mean {of_side['overlap'].mean():.2f}"
+        heat = ls.Heat("layer", "role", "overlap", "overlap − chance", limits=(0, None))
+        charts.append(Chart(of_side, [heat], title=title, x=x, y=y, caption=caption))
+    return replace(ls.set_side_by_side(*charts), title="Directions of the update that seeds share")
+
+
+def _excess_overlap(first: np.ndarray, second: np.ndarray) -> float:
+    return float(((first.T @ second) ** 2).sum() / first.shape[1] - first.shape[1] / len(first))
 
 
 def main() -> None:
@@ -93,11 +105,13 @@ def main() -> None:
     parser.add_argument("root", help="folder of the runs")
     parser.add_argument("--jobs", type=int, help="number of parallel runs, about 4 GB each (default: number of cores)")
     given = parser.parse_args()
-    found = train(given.root, given.jobs)
-    for file, chart in draw(found).items():
+    runs = train(given.root, given.jobs)
+    for label, of_method in runs.items():
+        accuracies = ", ".join(f"{run.score.metric:.2f}" for run in of_method)
+        share = of_method[0].meta.parameters.trained / of_method[0].meta.parameters.total
+        print(f"{label}: accuracy {accuracies}; trained parameters {share:.1%}")
+    for file, chart in draw(runs).items():
         print(save_small(chart, Path(__file__).parent / f"{file}.png"))
-        print("\n".join({part.caption for part in chart.panels}))
-    print("\n".join(describe(found)))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,14 @@ def test_update_norm_heat_of_several_recipes_shares_one_scale_and_states_the_wid
     assert first.marks[0].limits == second.marks[0].limits == (0.0, None)
     half = stats.t.ppf(0.975, 2) / np.sqrt(3) / 3
     assert f"±{half:.0%}" in first.caption
+    assert "Hatched" not in first.caption
+
+
+def test_update_norm_heat_says_what_hatched_cells_are(write: Any) -> None:
+    every = profile(1, 3, 4)
+    only_q = {key: values for key, values in every.items() if key[1].endswith(".q")}
+    panels = plots.update_norm_heat([write("a", every, "full"), write("b", only_q, "LoRA")])
+    assert "Hatched: no update recorded." in panels.panels[0].caption
 
 
 def test_norm_over_steps_has_one_frame_per_step(write: Any) -> None:

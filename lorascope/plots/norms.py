@@ -103,6 +103,8 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     sentences = f"{define(quantity)} {_step_phrase(pooled)}"
     if math.isfinite(half):  # a cell of zeros has no relative width
         sentences += f" Widest interval of a cell: ±{half:.0%}."
+    if len(cells) < math.prod(cells[[*_CELL, "role"]].nunique()):
+        sentences += " Hatched: no update recorded."
     caption = cohort.caption(sentences, interval="95% t-intervals are in the data", pair=PAIR_IN_DATA)
     text: str | None = None
     limits: Any = None

@@ -26,6 +26,7 @@ from test_cli import modules_after
 from traitlets import TraitError
 
 import lorascope as ls
+from lorascope.charts.marks import Point
 from lorascope.plots.explore import ALL, MOST_DRAWN, MOST_NAMED, WHOLE_RUN, Explorer
 from lorascope.runs.run import Run
 from lorascope.schema.records import QUANTITIES
@@ -301,6 +302,26 @@ def test_explorer_draws_the_mean_of_seeds_and_lists_each_seed(tmp_path: Path) ->
     assert len(two.chart.data) == len(two.rows) == 10
 
 
+def test_explorer_draws_two_seeds_as_hollow_dots_that_select_their_rows(tmp_path: Path) -> None:
+    sizes = {3: 7.0, 4: 1.0}
+    runs = [plant(tmp_path, f"seed{seed}", profile(size, size, 2.0), seed=seed) for seed, size in sizes.items()]
+    explorer = ls.explore({"ours": runs})
+    explorer.layers = ["embed"]
+    assert "hollow dots: both seeds" in explorer.chart.caption
+    dots = [trace for trace in sent(explorer)["data"] if trace.get("meta")]
+    of_seed = dict(zip(explorer.rows["value"], explorer.rows.index, strict=True))
+    seen = [(trace["marker"]["symbol"], numbers(trace["y"]), trace["meta"]) for trace in dots]
+    assert seen == [
+        ("circle-open", [1.0], [[of_seed[1.0]]]),
+        ("circle-open", [7.0], [[of_seed[7.0]]]),
+        ("circle", [4.0], [list(of_seed.values())]),
+    ]
+    low, high = sent(explorer)["layout"]["yaxis"]["range"]
+    assert low < 1 < 7 < high
+    three = ls.explore({"ours": [*runs, plant(tmp_path, "seed5", profile(3.0, 3.0, 2.0), seed=5)]})
+    assert not [point for point in three.chart.marks_of(Point) if point.hollow]
+
+
 def test_explorer_caption_names_the_gates_of_input_dependent_updates(tmp_path: Path) -> None:
     factors = {"h.0.q": (np.ones((4, 1)), np.ones((1, 4)))}
     mixed = plant(tmp_path, "mixed", {("update_norm", "h.0.q"): {9: 4.0}}, factors=factors, exact=False)
@@ -349,8 +370,16 @@ def test_explorer_chart_is_dark_on_a_dark_page(run: Run) -> None:
 
 
 def dots(explorer: Explorer) -> list[tuple[float, list[int]]]:
-    """Return the height of every dot sent to the browser with the labels of its rows."""
-    traces = [trace for trace in sent(explorer)["data"] if "meta" in trace]
+    """Return the height of every mean sent to the browser with the labels of its rows, and check those of each seed."""
+    values = explorer._table["value"]
+    traces = []
+    for trace in sent(explorer)["data"]:
+        if "meta" in trace and trace["marker"]["symbol"].endswith("-open"):
+            for height, labels in zip(numbers(trace["y"]), trace["meta"], strict=True):
+                expected = set() if np.isnan(height) else {height}  # a single seed has no hollow dots
+                assert {values[label] for label in labels} == expected
+        elif "meta" in trace:
+            traces.append(trace)
     return [pair for trace in traces for pair in zip(numbers(trace["y"]), trace["meta"], strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import killing
 import numpy as np
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -118,6 +120,14 @@ def test_changed_or_missing_file_is_named_in_the_error(name, damage, copied):
         expected, message = ValueError, "step must be one of .* got 6"
     with pytest.raises(expected, match=message):
         FILES[name](Run.read(copied))
+
+
+def test_invalid_table_is_named_in_the_error(copied):
+    file = copied / "records.parquet"
+    pd.read_parquet(file).drop(columns="role").to_parquet(file)
+    edit(copied, checksums={"records.parquet": hashlib.sha256(file.read_bytes()).hexdigest()})
+    with pytest.raises(ValueError, match=r"^cannot read .*records\.parquet: missing columns role; expected"):
+        Run.read(copied).table  # noqa: B018
 
 
 def test_file_without_checksum_is_not_read(copied):

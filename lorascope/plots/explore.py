@@ -22,7 +22,7 @@ from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.charts.theme import theme
 from lorascope.files.printable import count_phrase, printable
-from lorascope.plots.builders import block_stretches, ends, used_places
+from lorascope.plots.builders import block_stretches, dots, ends, used_places
 from lorascope.plots.run_groups import MIXTURES, Cohort, Runs, axis_label, gather, mixture_sentences
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import QUANTITIES
@@ -231,21 +231,31 @@ class Explorer(AnyWidget):
         """Return the chart as JSON for the page, "" if it has too many values; ``meta`` has the rows of each dot."""
         if self._note():
             return ""
-        charts, marks = zip(*map(_with_dots, self.chart.panels), strict=True)
+        charts = list(map(_with_dots, self.chart.panels))
         drawable = _arrange(charts, len(self.chart.rows()[0]))
         settled = plan_figure(drawable, theme("dark" if self.dark else "light"), self._title)
         figure = plotly_backend.draw(settled, self.width)
-        dots = iter([trace for trace in figure.data if trace.mode == "markers" and trace.hovertemplate])
-        labels = self._cells.groupby(self._cells).groups
-        for chart, panel, mark in zip(self.chart.panels, settled.panels, marks, strict=True):
-            for cells, _ in panel.split(mark, None, "color", "shape"):
-                trace = next(dots)
-                trace.meta = [labels[cell].tolist() for cell in cells.index]
-                if mark not in chart.marks:
+        traces = iter([trace for trace in figure.data if trace.mode == "markers" and trace.hovertemplate])
+        for chart, panel in zip(self.chart.panels, settled.panels, strict=True):
+            for mark in panel.chart.marks_of(Point):
+                labels = self._labels_by_cell(mark, panel.chart.table(mark))
+                for cells, _ in panel.split(mark, None, "color", "shape"):
+                    trace = next(traces)
+                    trace.meta = [labels[cell] for cell in cells.index]
+                    if mark in chart.marks:
+                        continue
                     visible = {"marker": {"opacity": 1}}
                     trace.update(marker={"opacity": 0}, selected=visible, unselected={"marker": {"opacity": 0}})
         figure.update_layout(dragmode="select", clickmode="event+select")
         return str(figure.to_json())
+
+    def _labels_by_cell(self, mark: Point, drawn: pd.DataFrame) -> dict[int, list[int]]:
+        """Return the index labels of the rows that each dot shows, by the number of its value."""
+        labels = {cell: rows.tolist() for cell, rows in self._cells.groupby(self._cells).groups.items()}
+        for column in {"smaller", "larger"} & {mark.x, mark.y}:  # dots of one seed each
+            for cell, value in drawn[column].items():
+                labels[cell] = [row for row in labels[cell] if self._table["value"][row] == value]
+        return labels
 
 
 def explore(runs: Runs) -> Explorer:
@@ -381,7 +391,7 @@ class _Sketch:
     def _axis(self) -> Axis:
         """Return the axis of the values, with ends between which they are at every step."""
         axis = Axis(label=axis_label(self.quantity))
-        bounds = self.values[["value", "low", "high"]].to_numpy()
+        bounds = self.values[["value", "low", "high", "smaller", "larger"]].to_numpy()
         finite = bounds[np.isfinite(bounds)]
         if not finite.size or finite.min() == finite.max():
             return axis
@@ -410,15 +420,15 @@ def _marks(rows: pd.DataFrame, x: str, color: str) -> list[Mark]:
     if color == "role" and rows["recipe"].nunique() > 1:
         other = "recipe"
     if x == "value":
-        return [Point("value", "neuron", color, other, **ends(rows))]
-    dots = Point(x, "value", color, other, **ends(rows))
+        return dots(rows, "value", "neuron", color, shape=other)
+    points = dots(rows, x, color=color, shape=other)
     # A line through several modules of one layer would only go up and down.
     doubled = rows.loc[rows.duplicated([x, "role", "recipe"]), "role"]
     single = None  # the rows of the chart
     if len(doubled):
         single = rows[~rows["role"].isin(doubled)]
     if x == "index" or (single is not None and single.empty):
-        return [dots]
+        return points
     stretch = None
     if x == "place":
         joined = rows if single is None else single
@@ -427,18 +437,16 @@ def _marks(rows: pd.DataFrame, x: str, color: str) -> list[Mark]:
     if ends(rows) and other is None:
         marks.insert(0, Band(x, "low", "high", color, stretch, data=single))
     if x == "place" or len(rows) <= _MOST_DOTTED:
-        marks.append(dots)
+        marks += points
     return marks
 
 
-def _with_dots(chart: Chart) -> tuple[Chart, Point]:
-    """Return the chart and its dots, added if it has only lines: the page selects dots."""
-    for mark in chart.marks:
-        if isinstance(mark, Point):
-            return chart, mark
-    (line,) = [mark for mark in chart.marks if isinstance(mark, Line)]
-    dots = Point(line.x, line.y, line.color, line.dash)
-    return replace(chart, marks=[*chart.marks, dots]), dots
+def _with_dots(chart: Chart) -> Chart:
+    """Return the chart with dots, added if it has only lines: the page selects dots."""
+    if chart.marks_of(Point):
+        return chart
+    (line,) = chart.marks_of(Line)
+    return replace(chart, marks=[*chart.marks, Point(line.x, line.y, line.color, line.dash)])
 
 
 def _list(rows: pd.DataFrame, names: Mapping[str, str]) -> dict[str, Any]:

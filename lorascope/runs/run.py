@@ -79,7 +79,11 @@ class Run(Result):
         # The modules that register quantities of methods are not imported here, because they import torch.
         records.adopt(self.meta.quantities or {})
         file = self._file("records.parquet")
-        table = records.validate(read_table(file, file))
+        content = read_table(file, file)
+        try:
+            table = records.validate(content)
+        except ValueError as error:
+            raise unreadable(file, str(error)) from error
         if foreign_ids := sorted(set(table["run"].cat.categories) - {self.id}):
             raise unreadable(file, f"rows must belong to run {self.id}, got {foreign_ids[0]}")
         return table

@@ -108,7 +108,8 @@ def main() -> None:
     runs = train(given.root, given.jobs)
     for label, of_method in runs.items():
         accuracies = ", ".join(f"{run.score.metric:.2f}" for run in of_method)
-        share = of_method[0].meta.parameters.trained / of_method[0].meta.parameters.total
+        parameters = of_method[0].meta.parameters
+        share = parameters.trained / (parameters.total or parameters.trained)
         print(f"{label}: accuracy {accuracies}; trained parameters {share:.1%}")
     for file, chart in draw(runs).items():
         print(save_small(chart, Path(__file__).parent / f"{file}.png"))

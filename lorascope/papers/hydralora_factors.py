@@ -319,8 +319,8 @@ def _shared_fractions(of_factor: pd.DataFrame, factor: str) -> Chart:
     columns = ["row", "series", "value"]
     over_seeds = pd.DataFrame(rows, columns=columns).groupby(columns[:2], sort=False)["value"]
     cells = over_seeds.agg(value="mean", low="min", high="max").reset_index()
-    chance = Point("value", "row", "series", symbol="line-ns-open", data=pd.DataFrame(at_random, columns=columns))
+    ticks = Point("value", "row", "series", symbol="line-ns-open", data=pd.DataFrame(at_random, columns=columns))
     x = Axis(label=f"nearest {factor} is of the same module (%)", limits=(0, 105))
     y = Axis(order=[row for row, *_ in at_random], compact=True)
-    marks = [chance, Point("value", "row", "series", low="low", high="high")]
+    marks = [ticks, Point("value", "row", "series", low="low", high="high")]
     return Chart(cells, marks, title=f"shared fraction of {factor}", x=x, y=y, colors=_SERIES)

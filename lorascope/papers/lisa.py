@@ -154,7 +154,7 @@ def norms_figure(table: pd.DataFrame) -> Panels:
 
     Above: norms of embedding and head over the median of the blocks. Below: what is learned, by block.
     """
-    columns = []
+    columns: list[Panels] = []
     for model, arms in {"SmolLM2": DECODER_NORMS, "minilm": ENCODER_NORMS}.items():
         labels = dict(zip(arms.values(), arms, strict=True))
         layers = table[table["arm"].isin(labels) & (table["block"] | table["place"].isin(["embed", "head"]))]

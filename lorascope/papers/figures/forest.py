@@ -38,9 +38,9 @@ _PREFIXES = {FAVORABLE: "", OTHER: "against_", POSITIVE: "positive_"}
 _MISSING = {"word": NOT_RUN}
 _CAPTION = (
     "Effect of each method minus its control, with 95% intervals. Bound: the largest acceptable cost, or the smallest "
-    "gain that matters. No headroom: no control could gain either; not learned: the runs stay at chance level. Printed "
-    "gains are from other models and tasks. No seed is left out or added. Levels are not corrected for many claims: of "
-    "40 intervals at 95%, about two miss by chance."
+    "gain that matters. No headroom: a positive control gains nothing; not learned: the runs stay at chance level. "
+    "Printed gains are from other models and tasks. No seed is left out or added. Levels are not corrected for many "
+    "claims: of 40 intervals at 95%, about two miss by chance."
 )
 
 
@@ -143,12 +143,13 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     is_effect = measured["effect"].notna() & (measured["mark"] != BOUND)
     judged = set(measured.loc[is_effect, "method"])
     grid = []
-    grounds, unit_rows = (TEXT,), _TEXT_ROWS
+    grounds: tuple[str, ...] = (TEXT,)
+    unit_rows: Mapping[tuple[str, ...], tuple[str, ...]] = _TEXT_ROWS
     if (measured["ground"] == TRUTH).any():
         grounds, unit_rows = (TEXT, TRUTH), ROWS
-    for methods, units in unit_rows.items():
+    for row_methods, units in unit_rows.items():
         order: list[str] = []
-        methods = sorted(methods, key=lambda method: method not in judged)  # words below effects
+        methods = sorted(row_methods, key=lambda method: method not in judged)  # words below effects
         for method in methods:
             order += [method, f"{method}, other"][: len(grounds)]
         names = dict(zip(methods, methods, strict=True))

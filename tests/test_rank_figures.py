@@ -173,8 +173,15 @@ def test_rank_replay_phases_follow_changes_of_the_budget(write: Any) -> None:
     assert bands.groupby("series", sort=False)["at"].agg(list).to_dict() == {
         "warm-up": [0, 4], "decay": [4, 7], "final": [7, 9],
     }  # fmt: skip
+
+
+def test_rank_replay_of_a_constant_budget_has_the_total_in_its_title(write: Any) -> None:
     moving = write("b", allotted({0: START, 4: [5, 3, 4, 4]}), "moves")
-    assert "band" not in [mark.kind for mark in plots.rank_replay(moving).rows()[0][1].marks]
+    (heat,) = plots.rank_replay(moving).panels
+    assert heat.title.endswith(": moves, total rank 16")
+    both = plots.rank_replay({"moves": moving, "Ada": write("a", allotted(), "Ada")})
+    assert [len(row) for row in both.rows()] == [2, 2]
+    assert "band" not in [mark.kind for mark in both.rows()[0][1].marks]
 
 
 def test_rank_replay_shows_a_control_at_the_same_steps(write: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pandas as pd
 from lorascope.analysis import norms, rank_allocations
 from lorascope.analysis.planted_ranks import recovered_ranks
 from lorascope.analysis.seed_intervals import seed_cells
-from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
+from lorascope.charts.chart import Chart, Drawable, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point
 from lorascope.plots.builders import curves, heat_by_role, metric_dots, ticks_at
 from lorascope.plots.figure_registry import figure, gather_runs
@@ -133,8 +134,10 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     misleads="Masked components of AdaLoRA keep training between decisions, so a rank of 0 can recover. While the "
     "budget falls, all modules lose rank: only those that lose it more slowly were spared.",
 )
-def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Panels:
+def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Drawable:
     """Plot rank allocations by layer and role at the allocator's decisions, with the budget; one row per recipe.
+
+    A budget that never changes is in the titles, without a panel of its own.
 
     Parameters
     ----------
@@ -158,9 +161,13 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
         f"{define('rank')} Steps are those at which ranks were {event}.", interval=_SPREAD, pair=_SPREAD
     )
     heats = _rank_heats(cells, cohort.labels, caption, frame="step")
+    title = "Ranks at the decisions of the allocator"
+    totals = ranks.groupby(["recipe", "run", "step"], observed=True)["value"].sum()
+    if totals.nunique() == 1:  # the course would be a flat line
+        heats = [replace(heat, title=f"{heat.title}, total rank {totals.iloc[0]:g}") for heat in heats]
+        return cohort.complete(wrap(heats, 1, title))
     courses = [_rank_course(cohort, ranks, label, caption) for label in cohort.labels]
-    rows = map(set_side_by_side, heats, courses)
-    return cohort.complete(stack_vertically(*rows, title="Ranks at the decisions of the allocator"))
+    return cohort.complete(stack_vertically(*map(set_side_by_side, heats, courses), title=title))
 
 
 @figure(

@@ -31,8 +31,6 @@ def text_at(x: list[float], y: list[float], text: list[str]) -> Text:
 
 
 POINTS = Point("x", "y")
-# Its regions are wider than the panel.
-FAULTY = ("toy-points",)
 PLANTED: dict[str, tuple[Chart, dict[str, Any], str]] = {
     "faint text": (chart(POINTS, x=Axis(label="layer")), {}, "text 'layer' has a contrast of 1.9 to #ffffff"),
     "faint mark": (chart(POINTS), {"palette": ["#ffcc00"]}, "1 colors of marks are faint, such as #ffcc00"),
@@ -90,8 +88,7 @@ def test_ticks_between_evenly_spaced_numbers_are_not_missed() -> None:
 def test_figures_of_the_study_are_readable() -> None:
     lines = []
     for name, figure in read_figures(Path(__file__).parents[1] / "data").items():
-        if name not in FAULTY:
-            lines += faults(name, figure.chart, width="page", theme="light")
+        lines += faults(name, figure.chart, width="page", theme="light")
     assert lines == []
 
 

@@ -137,7 +137,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
 def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Drawable:
     """Plot rank allocations by layer and role at the allocator's decisions, with the budget; one row per recipe.
 
-    A budget that never changes is in the titles, without a panel of its own.
+    A budget that never changes is in the titles and has no panel.
 
     Parameters
     ----------

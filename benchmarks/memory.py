@@ -40,7 +40,12 @@ def main() -> None:
             memory = norms.last_recorded(run.table).set_index("quantity")["value"] / 2**20
             parameters, gradients, optimizer, peak = (memory[part] for part in PARTS)
             print(f"| {way} | {parameters:.1f} | {gradients:.1f} | {optimizer:.1f} | {peak:.0f} |", flush=True)
-    ls.plots.memory(found).save(arguments.figure, width="column")
+    panels = ls.plots.memory(found).panels
+    measured, computed = panels[: len(arguments.models)], panels[len(arguments.models) :]
+    figure = ls.stack_vertically(
+        ls.set_side_by_side(*measured), ls.set_side_by_side(*computed), title="Memory of a training step"
+    )
+    figure.save(arguments.figure, width="page")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def test_memory_has_one_panel_per_model(tmp_path):
     assert cells(second)["LoRA", "gradients"] == 1
     assert ("LoRA", PARTS[3]) not in cells(second)
     assert first.caption == second.caption
+    assert [chart.x.label for chart in (first, second)] == ["memory of small (MiB)", "memory of large (MiB)"]
     batches = "small, batch size 4, 1 run (seed 0); large, batch size 4 and large, batch size 16, 1 run (seed 0)"
     assert batches in first.caption
     assert "not measured: LoRA." in first.caption

@@ -82,10 +82,11 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
         f"Mean over runs; {_COUNTS}.": are_averaged,
     }
     caption = " ".join(sentence for sentence, applies in notes.items() if applies)
-    panels = [
-        stacked_bars(rows, models[model].labels, "memory (MiB)", _COLORS, title=f"{model}, measured", caption=caption)
-        for model, rows in cells.items()
-    ]
+    panels = []
+    for model, rows in cells.items():
+        # Models of different size have separate axes.
+        label, title = f"memory of {model} (MiB)", f"{model}, measured"
+        panels.append(stacked_bars(rows, models[model].labels, label, _COLORS, title=title, caption=caption))
     for size in computed:
         if size in memory_estimate.GPT2:
             model, unit, table = f"GPT-2 {size}", "MiB", memory_estimate.compare_optimizers(memory_estimate.GPT2[size])

@@ -1,4 +1,4 @@
-"""Losses under many perturbations of one module's output, recomputing only the modules that depend on it.
+"""Measures of a model under many perturbations of one module's output, recomputing only what depends on it.
 
 Modules that end before the perturbed one starts cannot depend on its output, so their outputs are replayed from an
 unperturbed pass. The perturbations ("moves") of one module are applied to copies of the batch, which pass through the
@@ -24,6 +24,7 @@ from lorascope.schema import module_table
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Batch], Tensor]
+Measure = Callable[[Batch], Tensor]
 Move = Callable[[Tensor, Tensor], Tensor]
 Forward = Callable[..., Any]
 
@@ -36,10 +37,20 @@ MOST_ELEMENTS_ELSEWHERE = 2**26
 def moved_losses(
     model: nn.Module, loss: Loss, batch: Batch, moves: Mapping[str, Sequence[Move]]
 ) -> tuple[float, dict[str, list[float]]]:
-    """Compute a model's loss, and its losses with activations patched: under each move of each module's output.
+    """Compute a model's loss, and its losses under each move of each module's output; see ``moved_measures``."""
+    undisturbed, measures = moved_measures(model, loss, batch, moves)
+    return float(undisturbed), {name: list(map(float, values)) for name, values in measures.items()}
 
-    Call this without gradients, with the model in evaluation mode. ``loss`` calls the model on a batch (rows, ...), and
-    ``moves`` are functions by module name, which take the module's input and output and return its new output.
+
+def moved_measures(
+    model: nn.Module, measure: Measure, batch: Batch, moves: Mapping[str, Sequence[Move]]
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Compute a measure of a model, and with activations patched: under each move of each module's output.
+
+    Call this without gradients, with the model in evaluation mode. ``measure`` calls the model on a batch (rows, ...)
+    and returns its mean loss or one value per row. ``moves`` are functions by module name, which take the module's
+    input and output and return its new output. The batch may have entries of its own for the measure, if their first
+    dimension is the rows.
     """
     table = module_table.describe(model)
     block_of: dict[nn.Module, nn.Module] = {}
@@ -47,16 +58,16 @@ def moved_losses(
         _, *descendants = model.get_submodule(name).modules()
         block_of |= dict.fromkeys(descendants, model.get_submodule(name))
     _, *modules = model.modules()
-    top = _record_calls(loss, batch, modules, stored=set(modules) - block_of.keys())
-    replay = _Replay(loss, batch, top, _record_calls(loss, _resize_batch(batch), modules))
-    losses: dict[str, list[float]] = {name: [] for name in moves}
+    top = _record_calls(measure, batch, modules, stored=set(modules) - block_of.keys())
+    replay = _Replay(measure, batch, top, _record_calls(measure, _resize_batch(batch), modules))
+    measures: dict[str, list[Tensor]] = {name: [] for name in moves}
     moved_names = filter(moves.get, moves)
     # The outputs inside only one block at a time are in memory.
     for block, names in itertools.groupby(moved_names, lambda name: block_of.get(model.get_submodule(name))):
         recorded = top if block is None else replay.look_into(block)
         for name in names:
-            losses[name] = replay.losses(model.get_submodule(name), recorded, moves[name])
-    return top.loss, losses
+            measures[name] = replay.measures(model.get_submodule(name), recorded, moves[name])
+    return top.measured, measures
 
 
 def _resize_batch(batch: Batch) -> Batch:
@@ -88,9 +99,9 @@ def _versions(leaves: Sequence[Any]) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """One forward pass: its loss, and its module calls in the order of their ends."""
+    """One forward pass: what it measured, and its module calls in the order of their ends."""
 
-    loss: float
+    measured: Tensor
     calls: list[_Call]
 
     def ended_before(self, time: int) -> list[_Call]:
@@ -104,7 +115,9 @@ class _Pass:
         return [call for call in self.calls if call.outermost]
 
 
-def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], stored: Container[nn.Module] = ()) -> _Pass:
+def _record_calls(
+    measure: Measure, batch: Batch, modules: Iterable[nn.Module], stored: Container[nn.Module] = ()
+) -> _Pass:
     """Record every call of these modules in one pass, with the outputs of those in ``stored``."""
     calls: list[_Call] = []
     clock = itertools.count()
@@ -132,8 +145,8 @@ def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], stored
 
         return call
 
-    with _replace_forwards({module: watched(module) for module in modules}):
-        return _Pass(float(loss(batch)), calls)
+    with replaced_forwards({module: watched(module) for module in modules}):
+        return _Pass(measure(batch), calls)
 
 
 def _first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -141,7 +154,7 @@ def _first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _replace_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Replace the ``forward`` of modules in this context."""
     replaced = {}
     for module, forward in forwards.items():
@@ -165,8 +178,8 @@ class _Replay:
     pass over another number of rows.
     """
 
-    def __init__(self, loss: Loss, batch: Batch, top: _Pass, resized: _Pass) -> None:
-        self.loss, self.batch, self.top = loss, batch, top
+    def __init__(self, measure: Measure, batch: Batch, top: _Pass, resized: _Pass) -> None:
+        self.measure, self.batch, self.top = measure, batch, top
         # Modules that are called more than once are not replayed: which call is next depends on the skipped modules.
         self.by_row: dict[nn.Module, list[list[bool] | None]] = {}
         largest = 1
@@ -185,14 +198,14 @@ class _Replay:
             return self.top
         outside = [call for call in self.top.calls if call.end < calls[0].start or call.start > calls[0].end]
         modules = set(block.modules())
-        with _replace_forwards(self._replay_forwards(outside, 1)):
-            return _record_calls(self.loss, self.batch, modules, modules)
+        with replaced_forwards(self._replay_forwards(outside, 1)):
+            return _record_calls(self.measure, self.batch, modules, modules)
 
-    def losses(self, module: nn.Module, recorded: _Pass, moves: Sequence[Move]) -> list[float]:
-        """Compute the loss for each move of a module; ``recorded`` has the outputs of the modules around it."""
+    def measures(self, module: nn.Module, recorded: _Pass, moves: Sequence[Move]) -> list[Tensor]:
+        """Compute the measure for each move of a module; ``recorded`` has the outputs of the modules around it."""
         calls = recorded.calls_of(module)
-        if not calls:  # a module that is not called does not affect the loss
-            return [self.top.loss] * len(moves)
+        if not calls:  # a module that is not called does not affect the measure
+            return [self.top.measured] * len(moves)
         # Each pass has its own clock, so a call of one is never compared with a call of the other.
         start = min(map(attrgetter("start"), self.top.calls_of(module)))
         before = self.top.ended_before(start) + recorded.ended_before(calls[0].start)
@@ -200,7 +213,7 @@ class _Replay:
         # Only outputs whose first dimension is the rows can be split into copies.
         if all(flags == [True] for flags in self.by_row[module]):
             copies = self.max_copies
-        losses = []
+        measures = []
         for start in range(0, len(moves), copies):
             chunk = moves[start : start + copies]
             forwards = self._replay_forwards(before, len(chunk))
@@ -209,9 +222,9 @@ class _Replay:
             if self._is_only_call(calls[0]):
                 only_call = calls[0]
             forwards[module] = _patch_forward(module, only_call, chunk)
-            with _replace_forwards(forwards):
-                losses += self._losses_of_copies(len(chunk))
-        return losses
+            with replaced_forwards(forwards):
+                measures += self._measure_copies(len(chunk))
+        return measures
 
     def _is_only_call(self, call: _Call) -> bool:
         """Return whether this is the module's only call, and its stored output was not overwritten since."""
@@ -227,22 +240,22 @@ class _Replay:
                 forwards[call.module] = partial(_replay_output, call, by_row, copies)
         return forwards
 
-    def _losses_of_copies(self, copies: int) -> list[float]:
-        """Call the model's direct children once for all copies, then compute each copy's loss from their outputs."""
+    def _measure_copies(self, copies: int) -> list[Tensor]:
+        """Call the model's direct children once for all copies, then measure each copy from their outputs."""
         if copies == 1:
-            return [float(self.loss(self.batch))]
+            return [self.measure(self.batch)]
         single_calls = self.top.outermost()
         modules = set(map(attrgetter("module"), single_calls))
         stacked = {key: _repeat_rows(value, copies) for key, value in self.batch.items()}
-        stacked_calls = _record_calls(self.loss, stacked, modules, modules).outermost()
-        losses = []
+        stacked_calls = _record_calls(self.measure, stacked, modules, modules).outermost()
+        measures = []
         for copy in range(copies):
             outputs: dict[nn.Module, list[Any]] = {}
             for call, single in zip(stacked_calls, single_calls, strict=True):
                 outputs.setdefault(call.module, []).append(_select_copy(call, single.shapes, copy))
-            with _replace_forwards({module: _give_next(values) for module, values in outputs.items()}):
-                losses.append(float(self.loss(self.batch)))
-        return losses
+            with replaced_forwards({module: _give_next(values) for module, values in outputs.items()}):
+                measures.append(self.measure(self.batch))
+        return measures
 
 
 def _is_batched(shapes: Sequence[Any], other_shapes: Sequence[Any]) -> list[bool] | None:

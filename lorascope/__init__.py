@@ -25,6 +25,8 @@ _PUBLIC = {
     "examples": "lorascope.runs.examples:list_examples",
     "restore": "lorascope.training.state:restore",
     "sweep": "lorascope.experiments.sweep:sweep",
+    "dial": "lorascope.insight.dial:dial",
+    "Dial": "lorascope.analysis.dial:Dial",
     "explore": "lorascope.plots.explore:explore",
     "diagnose": "lorascope.diagnosis.doctor:diagnose",
     "survey": "lorascope.diagnosis.survey:survey",

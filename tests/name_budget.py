@@ -91,6 +91,9 @@ PROTOCOL = {
 ``subspace_similarity`` is the paper's name of a quantity and of its figure; each edition of the evidence has an
 ``add_run``.
 """
+TERMS = {"part", "parts", "whole", "by"}
+"""Terms of the dial, in the files that use them: the parts of an update, the whole, and what divides it."""
+DIAL_FILES = {"dial", "update_parts"}
 DENSE = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 MOST_SHARED = 3
 """Files of a package with the same name: the floors of one concept, such as analysis, observe and plots."""
@@ -134,6 +137,11 @@ def bindings(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.name, node.lineno
 
 
+def is_filler(name: str, terms: set[str]) -> bool:
+    word = name.strip("_").lower()
+    return word in FILLERS and word not in terms
+
+
 def comment_lines(text: str) -> set[int]:
     """Return the lines that have a comment, directives for tools excepted."""
     skipped = ("# type:", "# noqa", "# fmt:", "# names:", "# prose:", "# pragma")
@@ -160,7 +168,8 @@ def inspect(files: list[Path]) -> Report:
         tree = ast.parse(text)
         allowed, lines = allowed_lines(text), text.count("\n") + 1
         names = [*bindings(tree), (file.stem, 1)]
-        fillers = [(name, line) for name, line in names if name.strip("_").lower() in FILLERS and line not in allowed]
+        terms = TERMS if file.stem in DIAL_FILES else set()
+        fillers = [(name, line) for name, line in names if is_filler(name, terms) and line not in allowed]
         hits += [Hit(path, line, "filler", name, FILLERS[name.strip("_").lower()]) for name, line in fillers]
         dense = sum(isinstance(node, DENSE) for node in ast.walk(tree))
         ternaries = sum(isinstance(node, ast.IfExp) for node in ast.walk(tree))

@@ -49,7 +49,7 @@ def moved_measures(
 
     Call this without gradients, with the model in evaluation mode. ``measure`` calls the model on a batch (rows, ...)
     and returns its mean loss or one value per row. ``moves`` are functions by module name, which take the module's
-    input and output and return its new output. The batch may have entries of its own for the measure, if their first
+    input and output and return its new output. The batch may have further entries for the measure, if their first
     dimension is the rows.
     """
     table = module_table.describe(model)

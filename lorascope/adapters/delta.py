@@ -195,6 +195,11 @@ def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
     return f"; did you mean {', '.join(map(repr, close))}?"
 
 
+def base_output(host: Any, x: Tensor) -> Tensor:
+    """Return what an adapted module would return without its update."""
+    return _BASE_CLASS[type(host)].forward(host, x)
+
+
 def attached_deltas(model: nn.Module) -> dict[str, Delta]:
     """Return the Delta of every adapted module by name, in model order."""
     return {name: host.delta for name, host in _hosts(model).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -167,9 +168,10 @@ def tokenizer(model: nn.Module) -> Any:
     return loaded
 
 
-def require_positions(model: nn.Module, length: int, max_length: int) -> None:
-    """Raise a ValueError if a text of ``length`` tokens is longer than a table of learned positions of a model."""
+def count_positions(model: nn.Module) -> float:
+    """Return the number of tokens that a model's table of learned positions has room for; inf without such a table."""
     description = module_table.describe(model)
+    positions = math.inf
     # Tables of relative positions belong to a block, or have their own name in DeBERTa.
     outside = (description["role"] == "pos_embed") & description["layer"].isna()
     for name in description.loc[outside, "module"]:
@@ -178,9 +180,15 @@ def require_positions(model: nn.Module, length: int, max_length: int) -> None:
             continue
         # OPT and BART reserve the first rows by ``offset``, RoBERTa those up to the padding.
         reserved = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
-        if length > (positions := table.num_embeddings - reserved):
-            must = f"max_length must be at most {positions}, the positions of the model"
-            raise ValueError(f"{must}, got {max_length}: a text has {length} tokens")
+        positions = min(positions, table.num_embeddings - reserved)
+    return positions
+
+
+def require_positions(model: nn.Module, length: int, max_length: int) -> None:
+    """Raise a ValueError if a text of ``length`` tokens is longer than a table of learned positions of a model."""
+    if length > (positions := count_positions(model)):
+        must = f"max_length must be at most {positions}, the positions of the model"
+        raise ValueError(f"{must}, got {max_length}: a text has {length} tokens")
 
 
 def locate_model(name: str) -> str:

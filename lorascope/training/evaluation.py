@@ -106,18 +106,35 @@ def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device 
     return Score("accuracy", nll, counts, margins > 0, encoded.groups, margins)
 
 
+def align_targets(
+    logits: Float[Tensor, "rows tokens vocabulary"], labels: Int[Tensor, "rows tokens"], shifted: bool
+) -> tuple[Float[Tensor, "rows targets vocabulary"], Int[Tensor, "rows targets"]]:
+    """Return the logits and labels of the same targets: those of a causal LM predict the next token."""
+    if shifted:
+        return logits[:, :-1], labels[:, 1:]
+    return logits, labels
+
+
+def token_losses(
+    logits: Float[Tensor, "rows targets vocabulary"], labels: Int[Tensor, "rows targets"]
+) -> Float[Tensor, "rows targets"]:
+    """Compute the negative log-likelihood of every target token in nats, 0 at ignored ones."""
+    is_target = labels != IGNORED
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    nll = torch.zeros(labels.shape, dtype=wide, device=labels.device)
+    nll[is_target] = F.cross_entropy(logits[is_target].to(wide), labels[is_target], reduction="none")
+    return nll
+
+
 def _score_tokens(
     model: nn.Module, batch: dict[str, Tensor], encoded: EncodedRows, rows: Int[np.ndarray, "batch"]
 ) -> tuple[Any, Any, Any]:
     labels = batch["labels"]
     if encoded.shifted:
         del batch["labels"]  # otherwise a causal LM also computes a loss, which is not used
-    logits = model(**batch).logits
-    if encoded.shifted:  # the logits at a token predict the next one
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits, labels = align_targets(model(**batch).logits, labels, encoded.shifted)
     is_target = labels != IGNORED
-    nll = torch.zeros(labels.shape, device=labels.device)
-    nll[is_target] = F.cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
+    nll = token_losses(logits, labels)
     margins = np.zeros(len(rows), dtype=np.int8)
     if encoded.choices is not None:
         where = is_target.int().argmax(1) + encoded.choices.offset

@@ -1,0 +1,396 @@
+"""Learning against forgetting by part of an update: effects of removing each part, verdicts, and best scales.
+
+With L(s) the task loss and K(s) the distance from the base on other text, both when part p has the scale s_p and all
+other parts have scale 1:
+
+.. math::
+
+    \\operatorname{learn}_p = L(s_p = 0) - L(1), \\qquad \\operatorname{forget}_p = K(1) - K(s_p = 0)
+
+A positive learn means that the part lowers the task loss, a positive forget that it moves behavior away from the base.
+Intervals are over rows and do not cover the seed of the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control
+
+from lorascope.analysis.paired_rows import LEVEL, add_estimates, estimate_rows, rows_to_decide
+from lorascope.analysis.seed_intervals import Estimate
+from lorascope.array_types import Bool, Float, Int
+from lorascope.runs.receipt import Receipt
+
+VERDICTS = ("keep", "trade", "only forgets", "idle", "hurts", "undecided")
+COLUMNS = (
+    ["part", "module", "layer", "role", "component", "energy"]
+    + [f"{name}{end}" for name in ("learn", "forget") for end in ("", "_low", "_high")]
+    + ["kl", "learn_share", "forget_share", "learn_slope", "forget_slope"]
+    + ["exact", "control", "best_scale", "verdict", "rows_needed"]
+)
+FEWEST_PARTS = 10  # the even share of fewer parts would be too large a margin
+SCALED = ("trade", "only forgets", "hurts")
+"""Verdicts whose parts are measured at further scales."""
+WHOLE = "whole"
+TASK, KEEP, PROBE = "task", "keep", "probe"
+
+
+class RowValues(NamedTuple):
+    """Values of each row at one scale of one part, summed over the row's targets."""
+
+    part: str
+    scale: float
+    axis: str
+    values: Float[np.ndarray, "row"]
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredRows:
+    """Rows on which one axis of the dial is measured.
+
+    Parameters
+    ----------
+    unit : str
+        ``"nats"`` or ``"drift"``.
+    counts : array (row,)
+        Number of targets per row.
+    clusters : array (row,)
+        Cluster of each row, from 0.
+    """
+
+    unit: str
+    counts: Float[np.ndarray, "row"]
+    clusters: Int[np.ndarray, "row"]
+
+    def estimate(self, differences: Float[np.ndarray, "row"]) -> Estimate:
+        """Estimate the mean difference per target; see ``estimate_rows``."""
+        return estimate_rows(differences, self.counts, self.clusters)
+
+
+class Effects(NamedTuple):
+    """Effects of removing one part: learn and forget, positive if the part learns and if it forgets."""
+
+    learn: Estimate
+    forget: Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class Dial:
+    """Learning against forgetting by part of a run's update; see ``ls.dial``.
+
+    Parameters
+    ----------
+    label : str
+        Name of the run.
+    table : DataFrame
+        Columns part, scale, axis ("task", "keep" or "probe"), unit, value (the mean), change (from scale 1), low and
+        high (its 95% interval over rows).
+    parts : DataFrame
+        Result of :meth:`summary`.
+    learn_margin, forget_margin : float
+        Even share of a part: learn and forget of the whole update over the number of parts, or over 10.
+    receipt : Receipt
+        What was measured, and with what.
+    """
+
+    label: str
+    table: pd.DataFrame
+    parts: pd.DataFrame
+    learn_margin: float
+    forget_margin: float
+    receipt: Receipt
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row per part, the whole update first, then in the order of the model.
+
+        Returns
+        -------
+        DataFrame
+            ``part, module, layer, role, component`` (from 1), ``energy`` (fraction of the squared norm), ``learn,
+            learn_low, learn_high`` (nats), ``forget, forget_low, forget_high`` (nats or drift), ``kl`` (nats; NaN
+            without a probe), ``learn_share, forget_share`` (path shares, which add up), ``learn_slope, forget_slope``
+            (per unit of scale), ``exact`` (whether the part was removed), ``control``, ``best_scale`` (NaN without a
+            curve), ``verdict``, ``rows_needed``.
+        """
+        return self.parts.copy()
+
+    def curve(self, part: str = WHOLE) -> pd.DataFrame:
+        """Return the rows of the table of one part that was measured at several scales.
+
+        Raises
+        ------
+        ValueError
+            The part is unknown, or was only removed.
+        """
+        curve = self.table[self.table["part"] == part]
+        if curve["scale"].nunique() <= 2:
+            measured = self.table.groupby("part", sort=False)["scale"].nunique()
+            raise ValueError(f"part must be one of {', '.join(measured.index[measured > 2])}, got {part!r}")
+        return curve.reset_index(drop=True)
+
+    def best(self, margin: float | None = None) -> dict[str, float]:
+        """Return the best scale of each part with a curve: least forgetting within a margin of the task loss.
+
+        Parameters
+        ----------
+        margin : float, optional
+            Largest increase of the mean task loss in nats, by default the even share of a part.
+
+        Returns
+        -------
+        dict part -> scale
+            Parts whose best scale is 1 are omitted. Scale parts one at a time: their effects do not add up.
+        """
+        scales = best_scales(self.table, self.learn_margin if margin is None else margin)
+        return {part: scale for part, scale in scales.items() if scale != 1}
+
+    def top(self, number: int = 4) -> list[str]:
+        """Return the parts with the largest sum of relative learn and forget, of those with a curve."""
+        curves = [part for part in self._with_curves() if part != WHOLE]
+        effects = self.parts.set_index("part")[["learn", "forget"]]
+        size = (effects.loc[curves] / effects.loc[WHOLE]).abs().sum(axis=1)
+        return size.nlargest(number).index.to_list()
+
+    def _with_curves(self) -> list[str]:
+        scales = self.table.groupby("part", sort=False)["scale"].nunique()
+        return scales.index[scales > 2].to_list()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the dial as a JSON object."""
+        parts = self.parts.astype(object).where(self.parts.notna(), None)
+        table = self.table.astype(object).where(self.table.notna(), None)
+        return {
+            "run": self.label,
+            "parts": parts.to_dict("records"),
+            "table": table.to_dict("records"),
+            "margins": {"learn": self.learn_margin, "forget": self.forget_margin},
+            "receipt": self.receipt.to_json(),
+        }
+
+    def __repr__(self) -> str:
+        whole = self.parts.loc[0]
+        units = self.table.drop_duplicates("axis").set_index("axis")["unit"]
+        lines = [
+            f"Dial of {self.label}",
+            f"  learn    {_format_interval(whole, 'learn')} nats",
+            f"  forget   {_format_interval(whole, 'forget')} {units[KEEP]}",
+        ]
+        judged = self.parts[self.parts["exact"] & ~self.parts["control"] & (self.parts["part"] != WHOLE)]
+        counts = judged["verdict"].value_counts()
+        verdicts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts]
+        if verdicts:
+            lines.append(f"  parts    {', '.join(verdicts)}")
+        for part, scale in self.best().items():
+            lines.append(f"  scale    {part}: {scale:g}")
+        lines.append("  Intervals are over rows; they do not cover the seed of the training.")
+        lines.append(f"  receipt  {self.receipt}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return self.parts.drop(columns=["module", "learn_slope", "forget_slope"]).to_html(index=False, na_rep="")
+
+
+def _format_interval(row: Any, name: str) -> str:
+    return f"{row[name]:.4g} [{row[f'{name}_low']:.4g}, {row[f'{name}_high']:.4g}]"
+
+
+def tabulate_rows(measured: Sequence[RowValues], rows: Mapping[str, MeasuredRows]) -> pd.DataFrame:
+    """Return the tidy table of a dial from the values of its rows; ``rows`` by axis.
+
+    Changes are paired by row with the values of the whole update at scale 1.
+    """
+    reference = _reference_values(measured)
+    records: list[tuple[Any, ...]] = []
+    for item in measured:
+        axis = rows[item.axis]
+        change = axis.estimate(item.values - reference[item.axis])
+        interval = change.interval(LEVEL)
+        value = float(item.values.sum() / axis.counts.sum())
+        records.append((item.part, item.scale, item.axis, axis.unit, value, interval.mean, interval.low, interval.high))
+    columns = ["part", "scale", "axis", "unit", "value", "change", "low", "high"]
+    return pd.DataFrame(records, columns=columns).sort_values(["part", "axis", "scale"], kind="stable", key=_by_order)
+
+
+def _reference_values(measured: Sequence[RowValues]) -> dict[str, Float[np.ndarray, "_"]]:
+    """Return the values of each axis of the adapted model as it is."""
+    return {item.axis: item.values for item in measured if (item.part, item.scale) == (WHOLE, 1.0)}
+
+
+def _by_order(column: pd.Series) -> pd.Series:
+    """Return a sort key: parts in order of first appearance, all else by value."""
+    if column.name != "part":
+        return column
+    return pd.Series(pd.factorize(column)[0], index=column.index)
+
+
+def judge_rows(
+    measured: Sequence[RowValues], rows: Mapping[str, MeasuredRows], parts: int, controls: Set[str]
+) -> dict[str, str]:
+    """Return the verdict of every removed part; controls are judged among themselves."""
+    effects = _effects(measured, rows)
+    whole = effects.pop(WHOLE)
+    margins = even_share(whole.learn.mean, parts), even_share(whole.forget.mean, parts)
+    verdicts: dict[str, str] = {}
+    # Controls are matched to parts, so together both would count every test twice.
+    for is_control in (False, True):
+        judged = {part: effect for part, effect in effects.items() if (part in controls) == is_control}
+        verdicts |= zip(judged, judge_parts(judged, whole, *margins), strict=True)
+    return verdicts
+
+
+def _effects(measured: Sequence[RowValues], rows: Mapping[str, MeasuredRows]) -> dict[str, Effects]:
+    """Estimate learn and forget of every removed part, and of the whole."""
+    estimates: dict[str, dict[str, Estimate]] = {axis: {} for axis in rows}
+    reference = _reference_values(measured)
+    for item in measured:
+        if item.scale == 0:
+            change = item.values - reference[item.axis]
+            # Removing a part raises the task loss by its learn, and reduces the distance from the base by its forget.
+            sign = 1 if item.axis == TASK else -1
+            estimates[item.axis][item.part] = rows[item.axis].estimate(sign * change)
+    return {part: Effects(learn, estimates[KEEP][part]) for part, learn in estimates[TASK].items()}
+
+
+def dial_of_rows(
+    label: str,
+    measured: Sequence[RowValues],
+    rows: Mapping[str, MeasuredRows],
+    parts: pd.DataFrame,
+    margin: float | None,
+    receipt: Receipt,
+) -> Dial:
+    """Return the dial of measured rows.
+
+    Parameters
+    ----------
+    label : str
+        Name of the run.
+    measured : sequence of RowValues
+        Values of each row: the whole at all scales, each removed part at 0, and curves.
+    rows : mapping axis -> MeasuredRows
+    parts : DataFrame
+        Description of each part with its shares and slopes, the whole first.
+    margin : float, optional
+        Increase of the task loss that a best scale may cost, by default the even share of a part.
+    receipt : Receipt
+    """
+    number = len(parts) - 1
+    effects = _effects(measured, rows)
+    whole = effects[WHOLE]
+    margins = even_share(whole.learn.mean, number), even_share(whole.forget.mean, number)
+    table = tabulate_rows(measured, rows)
+    verdicts = judge_rows(measured, rows, number, set(parts.loc[parts["control"], "part"]))
+    scales = best_scales(table, margins[0] if margin is None else margin)
+    probe = table[(table["axis"] == PROBE) & (table["scale"] == 0)].set_index("part")["change"]
+    records = []
+    for part in parts["part"]:
+        effect = effects.get(part)
+        record = {"exact": effect is not None, "kl": -probe.get(part, np.nan), "best_scale": scales.get(part, np.nan)}
+        record |= {"verdict": verdicts.get(part, ""), "rows_needed": np.nan}
+        if effect is not None:
+            for name, estimate in effect._asdict().items():
+                interval = estimate.interval(LEVEL)
+                record |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        if effect is not None and record["verdict"] == "undecided":
+            record["rows_needed"] = rows_needed(effect, *margins, len(rows[TASK].counts))
+        records.append(record)
+    summary = pd.concat([parts, pd.DataFrame(records)], axis=1)
+    return Dial(label, table, summary[COLUMNS], *margins, receipt)
+
+
+def even_share(effect: float, parts: int) -> float:
+    """Return the margin of an axis: the even share of the whole update's effect, of at least 10 parts."""
+    return abs(effect) / max(parts, FEWEST_PARTS)
+
+
+def judge_parts(effects: Mapping[str, Effects], whole: Effects, learn_margin: float, forget_margin: float) -> list[str]:
+    """Return the verdict of each part.
+
+    Every condition is a one-sided test with error 2.5%, as the end of a 95% interval, with the false discovery rate
+    controlled over the parts (Benjamini and Hochberg 1995).
+
+    ============  ==========================  =================================================
+    verdict       learn                       forget
+    ============  ==========================  =================================================
+    hurts         < -margin                   any
+    keep          > 0                         at most in proportion to that of the whole
+    trade         > 0                         above that, by interval
+    only forgets  < margin                    > 0
+    idle          < margin                    < margin, not above 0
+    undecided     otherwise
+    ============  ==========================  =================================================
+
+    A condition further up precedes. If the whole update is not shown to learn, no part is worth keeping.
+    """
+    if not effects:
+        return []
+    learn, forget = zip(*effects.values(), strict=True)
+    learns, forgets = _are_above(learn, 0), _are_above(forget, 0)
+    is_small, is_quiet = _are_below(learn, learn_margin), _are_below(forget, forget_margin)
+    hurts = _are_below(learn, -learn_margin)
+    # Without learning there is no proportion, and every ratio would divide by noise.
+    excess, costs = np.zeros(len(effects)), np.zeros(len(effects), bool)
+    if whole.learn.p_above(0) < LEVEL:
+        ratio = whole.forget.mean / whole.learn.mean
+        excesses = [add_estimates(effect.forget, effect.learn, -ratio) for effect in effects.values()]
+        excess = np.array(list(map(attrgetter("mean"), excesses)))
+        costs = _are_above(excesses, 0)
+    else:
+        learns = np.zeros(len(effects), bool)
+    conditions = {
+        "hurts": hurts,
+        "keep": learns & (excess <= 0),
+        "trade": learns & costs,
+        "only forgets": is_small & forgets,
+        "idle": is_small & is_quiet & ~forgets,
+    }
+    return np.select(list(conditions.values()), list(conditions), "undecided").tolist()
+
+
+def _are_above(estimates: Sequence[Estimate], bound: float) -> Bool[np.ndarray, "part"]:
+    return _reject([estimate.p_above(bound) for estimate in estimates])
+
+
+def _are_below(estimates: Sequence[Estimate], bound: float) -> Bool[np.ndarray, "part"]:
+    return _reject([estimate.p_below(bound) for estimate in estimates])
+
+
+def _reject(p_values: Sequence[float]) -> Bool[np.ndarray, "part"]:
+    # Rounding may take a p-value beyond its range, which scipy rejects.
+    return false_discovery_control(np.clip(p_values, 0, 1)) < LEVEL
+
+
+def rows_needed(effects: Effects, learn_margin: float, forget_margin: float, rows: int) -> float:
+    """Return the number of rows that would decide an undecided part, if its effects and their spread stay."""
+    numbers = []
+    for estimate, margin in ((effects.learn, learn_margin), (effects.forget, forget_margin)):
+        # A verdict needs one end of the interval on either axis: beyond 0 or below the margin.
+        numbers.append(min(rows_to_decide(estimate, 0.0, rows), rows_to_decide(estimate, margin, rows)))
+    largest = max(numbers)
+    if math.isinf(largest):
+        return largest
+    return math.ceil(largest)
+
+
+def best_scales(table: pd.DataFrame, margin: float) -> dict[str, float]:
+    """Return the scale of each part with a curve that forgets least at a task loss increase of at most a margin.
+
+    ``table`` belongs to a dial. Among equal scales, the nearest to 1 is taken.
+    """
+    scales = {}
+    for part, curve in table.groupby("part", sort=False):
+        if curve["scale"].nunique() <= 2:
+            continue
+        points = curve.pivot(index="scale", columns="axis", values="change")
+        allowed = points[points[TASK] <= margin]
+        distance = pd.Series(np.abs(allowed.index - 1), index=allowed.index)
+        order = pd.DataFrame({"keep": allowed[KEEP], "distance": distance}).sort_values(["keep", "distance"])
+        scales[str(part)] = float(order.index[0])
+    return scales

@@ -1,0 +1,238 @@
+"""Measures of a model on encoded rows, one value per row: the task loss, and the distance from the base."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorascope.adapters.activation_patching import Batch, Move, moved_measures
+from lorascope.analysis.dial import MeasuredRows
+from lorascope.analysis.domain_probe import DomainProbe
+from lorascope.array_types import Float
+from lorascope.inputs.tokenization import IGNORED, EncodedRows
+from lorascope.training.evaluation import align_targets, token_losses
+
+BATCH = 32
+_REFERENCE = "reference"  # key of a batch with what the base returns on it
+
+
+class RowMeasure(ABC):
+    """Measure of a model with one value per row of some text, summed over the row's targets.
+
+    Parameters
+    ----------
+    model : Module
+        Model in evaluation mode, whose adapters the caller attaches and scales.
+    encoded : EncodedRows
+        Rows to measure.
+    table : DataFrame
+        The same rows before their encoding.
+    """
+
+    unit = "nats"
+
+    def __init__(self, model: nn.Module, encoded: EncodedRows, table: pd.DataFrame) -> None:
+        self.model, self.shifted = model, encoded.shifted
+        # Rows of similar length are batched together.
+        self.order = np.argsort(encoded.lengths, kind="stable")
+        self.batches: list[Batch] = []
+        for start in range(0, len(self.order), BATCH):
+            self.batches.append(encoded.batch(self.order[start : start + BATCH]))
+        self.receipt = f"{len(table)} rows {hash_rows(table)}"
+        self.clusters = np.arange(len(table))
+        if "cluster" in table:
+            self.clusters = pd.factorize(table["cluster"])[0].astype(np.int64)
+        self.counts = self._in_order(self._count_targets(batch) for batch in self.batches)
+
+    @abstractmethod
+    def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
+        """Measure the model on a batch, with gradients."""
+
+    def _count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
+        """Return the number of targets of each row, over which a mean is taken."""
+        labels = batch["labels"]
+        if labels.ndim == 1:
+            return torch.ones(len(labels))
+        if self.shifted:  # nothing predicts the first token
+            labels = labels[:, 1:]
+        return labels.ne(IGNORED).sum(1).float()
+
+    def rows(self) -> MeasuredRows:
+        """Return what the statistics of these rows require."""
+        return MeasuredRows(self.unit, self.counts, self.clusters)
+
+    @torch.no_grad()
+    def values(self) -> Float[np.ndarray, "row"]:
+        """Measure every row of the model as it is."""
+        return self._in_order(self.measure(batch) for batch in self.batches)
+
+    @torch.no_grad()
+    def moved_values(self, moves: Mapping[str, Sequence[Move]]) -> dict[str, list[Float[np.ndarray, "row"]]]:
+        """Measure every row under each move of each module's output; see ``moved_measures``."""
+        measured: dict[str, list[list[Tensor]]] = {}
+        for name, module_moves in moves.items():
+            measured[name] = [[] for _ in module_moves]
+        for batch in self.batches:
+            for name, measures in moved_measures(self.model, self.measure, batch, moves)[1].items():
+                for batches, values in zip(measured[name], measures, strict=True):
+                    batches.append(values)
+        ordered = {}
+        for name, moved in measured.items():
+            ordered[name] = list(map(self._in_order, moved))
+        return ordered
+
+    def slopes(self, gates: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradient of the mean measure per target with respect to some tensors that the model uses."""
+        total = [torch.zeros_like(gate) for gate in gates]
+        for batch in self.batches:
+            # A module that a batch does not reach, such as one of a skipped expert, has slope 0.
+            gradients = torch.autograd.grad(self.measure(batch).sum(), gates, materialize_grads=True)
+            torch._foreach_add_(total, gradients)
+        torch._foreach_div_(total, float(self.counts.sum()))
+        return total
+
+    def _in_order(self, batches: Any) -> Float[np.ndarray, "row"]:
+        values = torch.cat(list(batches)).double().numpy()
+        ordered = np.empty(len(values))
+        ordered[self.order] = values
+        return ordered
+
+
+class TaskLoss(RowMeasure):
+    """Negative log-likelihood of the class or of the target tokens, in nats."""
+
+    def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
+        """Measure the task loss of a batch."""
+        inputs, labels = _inputs(batch), batch["labels"]
+        if labels.ndim == 1:
+            logits = self.model(**inputs).logits
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            return F.cross_entropy(logits.to(wide), labels, reduction="none")
+        if not self.shifted:  # an encoder-decoder derives its decoder's inputs from the labels
+            inputs["labels"] = labels
+        return token_losses(*align_targets(self.model(**inputs).logits, labels, self.shifted)).sum(1)
+
+
+class DistanceFromBase(RowMeasure):
+    """Distance of the model from the base on rows, whose labels are not used; create it while the adapter is detached.
+
+    The outputs of the base are computed once and kept in the batches.
+    """
+
+    def __init__(self, model: nn.Module, encoded: EncodedRows, table: pd.DataFrame) -> None:
+        super().__init__(model, encoded, table)
+        with torch.no_grad():
+            for batch in self.batches:
+                batch[_REFERENCE] = self.outputs(_inputs(batch))
+
+    @abstractmethod
+    def outputs(self, inputs: Batch) -> Tensor:
+        """Return the outputs that are compared (rows, ...)."""
+
+
+class Divergence(DistanceFromBase):
+    """Kullback-Leibler divergence KL(base || model) of the predicted classes or target tokens, in nats."""
+
+    def outputs(self, inputs: Batch) -> Float[Tensor, "rows *targets outputs"]:
+        """Return the log-probabilities of classes or of the next tokens."""
+        logits = self.model(**inputs).logits
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.log_softmax(logits.to(wide), -1)
+
+    def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
+        """Measure the divergence, summed over the targets of each row."""
+        reference = batch[_REFERENCE]
+        divergence = F.kl_div(self.outputs(_inputs(batch)), reference, reduction="none", log_target=True).sum(-1)
+        labels = batch["labels"]
+        if labels.ndim == 1:
+            return divergence
+        if self.shifted:
+            divergence, labels = divergence[:, :-1], labels[:, 1:]
+        return (divergence * labels.ne(IGNORED)).sum(1)
+
+
+class Drift(DistanceFromBase):
+    """Drift of the mean last hidden state z: half the squared distance of the unit vectors, one minus their cosine.
+
+    As a difference of vectors it is exactly 0 for equal ones, where one minus the cosine leaves 7e-16.
+    """
+
+    unit = "drift"
+
+    def outputs(self, inputs: Batch) -> Float[Tensor, "rows d"]:
+        """Return the mean of the last hidden state over the tokens of each row, scaled to length 1."""
+        return F.normalize(pooled_states(self.model, inputs), dim=-1)
+
+    def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
+        """Measure the drift of each row."""
+        return (self.outputs(_inputs(batch)) - batch[_REFERENCE]).square().sum(-1) / 2
+
+    def _count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
+        return torch.ones(len(batch["labels"]))
+
+
+class ProbeDivergence(DistanceFromBase):
+    """Kullback-Leibler divergence KL(base || model) of a frozen probe's classes, in nats."""
+
+    def __init__(self, model: nn.Module, encoded: EncodedRows, table: pd.DataFrame, probe: DomainProbe) -> None:
+        # Before the base's own outputs are computed with them.
+        self.weights, self.bias = torch.from_numpy(probe.weights), torch.from_numpy(probe.bias)
+        super().__init__(model, encoded, table)
+
+    def outputs(self, inputs: Batch) -> Float[Tensor, "rows classes"]:
+        """Return the log-probabilities of the probe's classes."""
+        return F.log_softmax(pooled_states(self.model, inputs) @ self.weights + self.bias, -1)
+
+    def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
+        """Measure the divergence of each row."""
+        outputs = self.outputs(_inputs(batch))
+        return F.kl_div(outputs, batch[_REFERENCE], reduction="none", log_target=True).sum(-1)
+
+    def _count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
+        return torch.ones(len(batch["labels"]))
+
+
+def pooled_states(model: Any, inputs: Mapping[str, Tensor]) -> Float[Tensor, "rows d"]:
+    """Return the mean of a model's last hidden state over the tokens of each row, in float64."""
+    states = model.base_model(**_inputs(inputs)).last_hidden_state.double()
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != states.shape[:2]:  # patches of an image
+        return states.mean(1)
+    weights = mask.double()
+    return (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def state_rows(model: nn.Module, encoded: EncodedRows) -> Float[np.ndarray, "rows d"]:
+    """Return the mean last hidden state of every row."""
+    states = []
+    for start in range(0, len(encoded), BATCH):
+        rows = range(start, min(start + BATCH, len(encoded)))
+        states.append(pooled_states(model, encoded.batch(rows)))
+    return torch.cat(states).numpy()
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> Batch:
+    """Return a batch without what the measures add to it; labels are not inputs."""
+    return {key: value for key, value in batch.items() if key not in (_REFERENCE, "labels")}
+
+
+def hash_rows(table: pd.DataFrame) -> str:
+    """Return six hexadecimal digits of the SHA-256 of rows."""
+    digest = hashlib.sha256()
+    for row in _cells(table):
+        digest.update(row.encode())
+    return digest.hexdigest()[:6]
+
+
+def _cells(table: pd.DataFrame) -> Iterator[str]:
+    for values in table.drop(columns="cluster", errors="ignore").itertuples(index=False):
+        yield repr(tuple(map(str, values)))

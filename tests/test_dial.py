@@ -1,0 +1,322 @@
+"""The dial against separate passes, central differences and exact identities, on tiny encoders and decoders."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import BAD, FILLER, GOOD
+from test_export import trained
+from torch import Tensor, nn
+
+import lorascope as ls
+from lorascope.adapters import delta
+from lorascope.analysis.dial import KEEP, TASK, WHOLE, Dial
+from lorascope.inputs import models, tasks
+from lorascope.insight import dial as instrument
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted
+from lorascope.insight.measured_rows import BATCH, Divergence, Drift, RowMeasure, TaskLoss, pooled_states
+from lorascope.insight.text_rows import encode_rows, load_keep
+from lorascope.insight.update_parts import (
+    PartsOfUpdate,
+    ScaledUpdates,
+    UpdatePart,
+    component_parts,
+    group_parts,
+    intruder_parts,
+)
+from lorascope.methods import DoRA, Full, HydraLoRA, LoRA, PiSSA
+
+ROWS = 64
+QUIET: dict[str, Any] = {"rows": ROWS, "keep_rows": ROWS, "progress": False}
+FINDERS = {"component": component_parts, "intruder": intruder_parts}
+METHODS = {
+    "lora": LoRA(rank=3, alpha=12.0, targets=("q", "ffn_out"), lr=1e-2, head_lr=1e-2),
+    "dora": DoRA(rank=2, alpha=8.0, targets=("q", "ffn_out"), lr=1e-2, head_lr=1e-2),
+    "pissa": PiSSA(rank=2, alpha=2.0, targets=("q", "ffn_out"), lr=1e-2, head_lr=1e-2),
+}
+
+
+def sentences(seed: int, filler: list[str]) -> pd.DataFrame:
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(900):
+        label = draw.choice(["negative", "positive"])
+        words = draw.choices(filler, k=draw.randint(3, 7))
+        words.insert(draw.randrange(len(words)), draw.choice(GOOD if label == "positive" else BAD))
+        rows.append({"text": " ".join(words), "label": label})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def task() -> tasks.Task:
+    return tasks.from_frame(sentences(0, FILLER), "reviews")
+
+
+@pytest.fixture(scope="module")
+def keep() -> tasks.Task:
+    return tasks.from_frame(sentences(1, [*FILLER[::2], "Review"])[["text"]], "other")
+
+
+@pytest.fixture(scope="module", params=[*METHODS, "decoder"])
+def opened(
+    request: Any, bert: str, llama: str, task: tasks.Task, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ls.Run, str]:
+    folder = llama if request.param == "decoder" else bert
+    method = METHODS.get(request.param, LoRA(rank=3, alpha=12.0, targets=("q", "ffn_out"), lr=1e-2))
+    return trained(folder, task, method, tmp_path_factory.mktemp("dial") / "run", steps=12)[1], folder
+
+
+def divide(model: nn.Module, updates: Any, by: str) -> PartsOfUpdate:
+    if by in FINDERS:
+        return FINDERS[by](model, updates)
+    return group_parts(model, updates, by)
+
+
+def measures(adapted: AdaptedBase, keep: tasks.Task) -> dict[str, RowMeasure]:
+    base = adapted.base
+    kept = load_keep(keep, adapted.task, base)
+    distance = Drift if models.missing(base) else Divergence
+    return {
+        TASK: TaskLoss(base, *encode_rows(base, adapted.task, "validation", ROWS, 128)),
+        KEEP: distance(base, *encode_rows(base, kept, "validation", ROWS, 128)),
+    }
+
+
+def test_at_scale_1_the_model_is_the_run_bit_by_bit_and_at_0_the_base(
+    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+) -> None:
+    run, folder = opened
+    adapted = open_adapted(run, folder, task, "last")
+    axes = measures(adapted, keep)
+    detached = axes[TASK].values()
+    assert not axes[KEEP].values().any()  # exactly the base
+    delta.attach(adapted.base, adapted.deltas)
+    updates = ScaledUpdates(adapted.base, adapted.deltas, {})
+    whole = UpdatePart(WHOLE, tuple(adapted.deltas))
+    values = {axis: measure.values() for axis, measure in axes.items()}
+    assert values[KEEP].min() >= 0
+    assert values[KEEP].max() > 0
+    for scale, expected in ((1.0, values[TASK]), (0.0, detached)):
+        with updates.scaled(whole, scale):
+            np.testing.assert_array_equal(axes[TASK].values(), expected)
+    with updates.scaled(whole, 0.0):
+        assert not axes[KEEP].values().any()
+    restored = models.load(folder, task=task)
+    run.restore(restored)
+    rows = encode_rows(adapted.base, adapted.task, "validation", ROWS, 128)
+    from lorascope.training.evaluation import evaluate
+
+    expected = evaluate(restored, rows.encoded, batch_size=BATCH).nll
+    np.testing.assert_array_equal(values[TASK], expected)
+
+
+def test_nothing_of_the_model_changes(opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task) -> None:
+    run, folder = opened
+    adapted = open_adapted(run, folder, task, "last")
+    axes = measures(adapted, keep)
+    delta.attach(adapted.base, adapted.deltas)
+    before = {name: tensor.clone() for name, tensor in adapted.base.state_dict().items()}
+    classes = [type(module) for module in adapted.base.modules()]
+    parts = group_parts(adapted.base, adapted.updates, "module").parts
+    updates = ScaledUpdates(adapted.base, adapted.deltas, {})
+    dialed = instrument.DialedModel(updates, axes, instrument.tqdm(disable=True))
+    dialed.removals(parts)
+    dialed.slopes(parts, 0.5)
+    assert [type(module) for module in adapted.base.modules()] == classes
+    for module in adapted.base.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    for name, tensor in adapted.base.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_removing_parts_equals_separate_passes_with_the_part_subtracted(
+    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+) -> None:
+    """Subtract the matrix of each part from the weight below the adapter, in float64."""
+    run, folder = opened
+    adapted = open_adapted(run, folder, task, "last")
+    adapted.base.double()
+    for part_delta in adapted.deltas.values():
+        part_delta.double()
+    axes = measures(adapted, keep)
+    delta.attach(adapted.base, adapted.deltas)
+    updates = {name: item.update() for name, item in adapted.deltas.items()}
+    for by in ("module", "role", "component", "intruder"):
+        parts, directions = divide(adapted.base, updates, by)
+        dialed = instrument.DialedModel(
+            ScaledUpdates(adapted.base, adapted.deltas, directions), axes, instrument.tqdm(disable=True)
+        )
+        removed = {(item.part, item.axis): item.values for item in dialed.removals(parts)}
+        assert len(removed) == 2 * len(parts)
+        for part in parts:
+            matrices = {name: updates[name].dense() for name in part.modules}
+            if part.direction is not None:
+                matrices = {part.modules[0]: matrix_of(directions[part.modules[0]], part.direction)}
+            with subtracted(adapted.base, matrices):
+                for axis, measure in axes.items():
+                    np.testing.assert_allclose(removed[part.name, axis], measure.values(), rtol=1e-9, atol=1e-12)
+
+
+def matrix_of(directions: Any, index: int) -> np.ndarray:
+    return float(directions.size[index]) * np.outer(directions.U[:, index], directions.V[:, index])
+
+
+def subtract_output(matrix: Tensor, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return output - inputs[0] @ matrix.T
+
+
+class subtracted:
+    """Context in which matrices are subtracted from the output of modules, whose adapters are as they are."""
+
+    def __init__(self, model: nn.Module, matrices: dict[str, np.ndarray]) -> None:
+        self.model, self.matrices = model, matrices
+
+    def __enter__(self) -> None:
+        self.handles = []
+        for name, matrix in self.matrices.items():
+            hook = partial(subtract_output, torch.tensor(matrix))
+            self.handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("by", ["module", "component", "intruder"])
+def test_slopes_equal_central_differences(
+    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task, by: str
+) -> None:
+    run, folder = opened
+    adapted = open_adapted(run, folder, task, "last")
+    adapted.base.double()
+    for part_delta in adapted.deltas.values():
+        part_delta.double()
+    for module in adapted.base.modules():
+        if type(module).__name__.endswith("RMSNorm"):  # casts to float32
+            module.forward = lambda x, module=module: (
+                module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+            )
+    axes = measures(adapted, keep)
+    delta.attach(adapted.base, adapted.deltas)
+    parts, directions = divide(adapted.base, adapted.updates, by)
+    if not parts:
+        pytest.skip("the update has no intruder dimension")
+    updates = ScaledUpdates(adapted.base, adapted.deltas, directions)
+    dialed = instrument.DialedModel(updates, axes, instrument.tqdm(disable=True))
+    slopes = dialed.slopes(parts, 1.0)
+    step = 1e-4
+    for index, part in enumerate(parts):
+        for axis, measure in axes.items():
+            means = []
+            for scale in (1 + step, 1 - step):
+                with updates.scaled(part, scale):
+                    means.append(measure.values().sum() / measure.counts.sum())
+            assert slopes[axis][index] == pytest.approx((means[0] - means[1]) / (2 * step), abs=1e-6)
+
+
+def test_path_shares_add_up_to_the_effect_of_the_whole(
+    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+) -> None:
+    run, folder = opened
+    for by in ("module", "component", "layer"):
+        result = ls.dial(run, folder, task, keep, by=by, exact=1, **QUIET)
+        whole = result.summary().iloc[0]
+        for name in ("learn", "forget"):
+            assert whole[f"{name}_share"] == pytest.approx(whole[name], rel=0.01, abs=1e-6)
+            parts = result.summary()[f"{name}_share"].iloc[1:]
+            assert parts.sum() == pytest.approx(whole[f"{name}_share"])
+
+
+def test_drift_is_one_minus_the_cosine(bert: str, task: tasks.Task, keep: tasks.Task) -> None:
+    base = models.load(bert, task=task)
+    rows = encode_rows(base, load_keep(keep, task, base), "validation", ROWS, 128)
+    drift = Drift(base, *rows)
+    before = torch.cat([pooled_states(base, batch) for batch in map(dict, drift.batches)]).detach()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    after = torch.cat([pooled_states(base, batch) for batch in map(dict, drift.batches)]).detach()
+    cosine = torch.cosine_similarity(before, after, dim=-1).numpy()
+    np.testing.assert_allclose(drift.values()[drift.order], 1 - cosine, atol=1e-12)
+    assert (drift.values() > 1e-3).any()
+
+
+def test_divergence_is_that_of_scipy(llama: str, keep: tasks.Task) -> None:
+    from scipy.special import rel_entr, softmax
+
+    base = models.load(llama).double()
+    text = load_keep(keep, keep.fit(base), base)
+    rows = encode_rows(base, text, "validation", ROWS, 128)
+    divergence = Divergence(base, *rows)
+    before = [base(input_ids=batch["input_ids"]).logits.detach().double() for batch in divergence.batches]
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1.1)
+    expected = []
+    for batch, logits in zip(divergence.batches, before, strict=True):
+        changed = base(input_ids=batch["input_ids"]).logits.detach().double()
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            old, new = logits[row, mask], changed[row, mask]
+            expected.append(rel_entr(softmax(old[:-1].numpy(), -1), softmax(new[:-1].numpy(), -1)).sum())
+    np.testing.assert_allclose(divergence.values()[divergence.order], expected, rtol=1e-9)
+
+
+def test_the_dial_of_a_run_has_every_column_and_a_receipt(
+    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+) -> None:
+    run, folder = opened
+    result = ls.dial(run, folder, task, keep, by="module", **QUIET)
+    assert isinstance(result, Dial)
+    summary = result.summary().set_index("part")
+    assert set(summary.index[1:]) == set(run.updates())
+    assert summary["exact"].all()
+    curve = result.curve()
+    assert sorted(curve["scale"].unique()) == list(instrument.SCALES)
+    at_zero = curve[(curve["axis"] == TASK) & (curve["scale"] == 0)].iloc[0]
+    assert at_zero["change"] == summary.loc[WHOLE, "learn"]
+    assert at_zero["low"] == summary.loc[WHOLE, "learn_low"]
+    assert result.receipt.run == run.id
+    assert str(result.receipt) in repr(result)
+    assert "do not cover the seed" in repr(result)
+    assert {"parts", "table", "receipt", "margins", "run"} == result.to_json().keys()
+    again = ls.dial(run, folder, task, keep, by="module", **QUIET)
+    pd.testing.assert_frame_equal(again.summary(), result.summary())
+
+
+def test_bad_arguments_get_one_line(bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path) -> None:
+    run = trained(bert, task, METHODS["lora"], tmp_path / "lora", steps=2)[1]
+    for arguments, message in (
+        ({"by": "head"}, "by must be one of module, component, layer, role, intruder, whole, got 'head'"),
+        ({"exact": 0}, "exact must be an integer >= 1, got 0"),
+        ({"scales": (0.5, -1)}, r"scales must be in \[0, 2\], got -1"),
+        ({"rows": 8}, "intervals need at least 32 rows, got 8 of its validation split"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ls.dial(run, bert, task, keep, **QUIET | arguments)
+    with pytest.raises(ValueError, match="keep must have other rows than the task, got 64 of 64 in both"):
+        ls.dial(run, bert, task, task, **QUIET)
+    full = trained(bert, task, Full(lr=1e-3), tmp_path / "full", steps=2)[1]
+    with pytest.raises(ValueError, match="has no adapter"):
+        ls.dial(full, bert, task, keep, **QUIET)
+    hydra = trained(bert, task, HydraLoRA(rank=2, targets=("q",), lr=1e-2), tmp_path / "hydra", steps=2)[1]
+    with pytest.raises(ValueError, match="it depends on the input"):
+        ls.dial(hydra, bert, task, keep, **QUIET)
+
+
+def test_an_exported_adapter_has_the_dial_of_its_run(
+    bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path
+) -> None:
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=6)[1]
+    adapter = ls.load(ls.export.to_peft(run, tmp_path / "adapter"))
+    ours, theirs = (ls.dial(item, bert, task, keep, by="module", **QUIET).summary() for item in (run, adapter))
+    for name in ("learn", "forget", "learn_share"):
+        np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-3, atol=1e-6)

@@ -1,0 +1,119 @@
+"""Verdicts and best scales of a dial from worked numbers, without a model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from lorascope.analysis.dial import Effects, best_scales, even_share, judge_parts, rows_needed
+from lorascope.analysis.paired_rows import add_estimates, estimate_rows, rows_to_decide
+from lorascope.analysis.seed_intervals import Estimate
+
+ROWS = 200
+
+
+def effect(mean: float, error: float = 0.001) -> Estimate:
+    return Estimate(mean, ROWS, ((error, ROWS - 1.0),))
+
+
+def test_the_mean_of_single_rows_has_the_interval_of_scipys_t_test() -> None:
+    values = np.random.default_rng(0).normal(0.1, 1, 50)
+    estimate = estimate_rows(values, np.ones(50), np.arange(50))
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(estimate.interval(0.025)[1:3], expected, rtol=1e-12)
+
+
+def test_rows_of_one_cluster_count_as_one_sum() -> None:
+    """Four rows in two clusters of equal rows: the error is that of the two sums."""
+    estimate = estimate_rows(np.array([1.0, 1.0, 3.0, 3.0]), np.ones(4), np.array([0, 0, 1, 1]))
+    assert estimate.mean == 2
+    assert estimate.errors == ((math.sqrt(2 / 1 * (2**2 + 2**2)) / 4, 1.0),)
+
+
+def test_a_mean_per_token_is_a_ratio_of_sums() -> None:
+    """A row's difference in proportion to its tokens has no spread."""
+    counts = np.array([1.0, 2.0, 5.0])
+    estimate = estimate_rows(0.3 * counts, counts, np.arange(3))
+    assert estimate.mean == pytest.approx(0.3)
+    assert estimate.errors[0][0] == pytest.approx(0, abs=1e-15)
+
+
+def test_one_cluster_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="rows must be in at least 2 clusters, got 1"):
+        estimate_rows(np.ones(3), np.ones(3), np.zeros(3, int))
+
+
+def test_a_sum_of_estimates_has_welchs_degrees_of_freedom() -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(1, 1, 30), rng.normal(0, 3, 12)
+    estimates = [estimate_rows(values, np.ones(len(values)), np.arange(len(values))) for values in (first, second)]
+    joint = add_estimates(*estimates, -1.0)
+    test = stats.ttest_ind(first, second, equal_var=False)
+    np.testing.assert_allclose(joint.interval(0.025)[1:3], test.confidence_interval(0.95), rtol=1e-12)
+
+
+def test_four_times_the_rows_halve_an_interval() -> None:
+    """Half an interval of 1.96 errors has twice the distance to 0, so it needs four times the rows."""
+    assert rows_to_decide(effect(0.5 * 1.96 * 0.001), 0.0, ROWS) == pytest.approx(4 * ROWS)
+    assert rows_to_decide(effect(0.0), 0.0, ROWS) == math.inf
+
+
+WHOLE = Effects(effect(0.1), effect(0.2))
+MARGINS = even_share(0.1, 20), even_share(0.2, 20)  # 0.005 and 0.01
+PARTS = {
+    "keep": Effects(effect(0.02), effect(0.03)),  # the whole's ratio is 2
+    "trade": Effects(effect(0.02), effect(0.06)),
+    "only forgets": Effects(effect(0.0), effect(0.05)),
+    "idle": Effects(effect(0.0), effect(0.0)),
+    "hurts": Effects(effect(-0.02), effect(0.03)),
+    "undecided": Effects(effect(0.004, 0.01), effect(0.02, 0.02)),
+}
+
+
+def test_every_verdict_has_its_condition() -> None:
+    assert MARGINS == (0.005, 0.01)
+    assert judge_parts(PARTS, WHOLE, *MARGINS) == list(PARTS)
+
+
+def test_the_margin_of_few_parts_is_a_tenth() -> None:
+    assert even_share(-0.5, 6) == 0.05
+
+
+def test_an_update_that_does_not_learn_has_nothing_to_keep() -> None:
+    verdicts = judge_parts(PARTS, Effects(effect(-0.1), effect(0.2)), *MARGINS)
+    assert not {"keep", "trade"} & set(verdicts)
+    assert verdicts[2:5] == ["only forgets", "idle", "hurts"]
+
+
+def test_parts_without_effect_are_rarely_decided_among_many() -> None:
+    """Of 300 parts of pure noise, far fewer than 2.5% are said to learn."""
+    noise = np.random.default_rng(2).normal(0, 0.001, (300, 2))
+    effects = {str(i): Effects(effect(learn), effect(forget)) for i, (learn, forget) in enumerate(noise)}
+    verdicts = judge_parts(effects, WHOLE, *MARGINS)
+    assert sum(verdict in ("keep", "trade", "only forgets") for verdict in verdicts) <= 1
+
+
+def test_rows_needed_are_those_of_the_axis_that_needs_more() -> None:
+    learn, forget = effect(0.0, 0.01), effect(0.5)
+    expected = ROWS * (1.96 * 0.01 / 0.005) ** 2  # learn is at 0, so only the margin can be excluded
+    assert rows_needed(Effects(learn, forget), *MARGINS, ROWS) == math.ceil(expected)
+
+
+def test_the_best_scale_forgets_least_within_the_margin() -> None:
+    scales = (0.0, 0.5, 0.75, 1.0, 1.25)
+    curves = {"task": (0.1, 0.02, 0.004, 0.0, 0.01), "keep": (-0.5, -0.3, -0.2, 0.0, 0.2)}
+    table = pd.DataFrame(
+        [
+            ("whole", scale, axis, change)
+            for axis, curve in curves.items()
+            for scale, change in zip(scales, curve, strict=True)
+        ],
+        columns=["part", "scale", "axis", "change"],
+    )
+    assert best_scales(table, 0.005) == {"whole": 0.75}
+    assert best_scales(table, 0.0) == {"whole": 1.0}
+    assert best_scales(table, 1.0) == {"whole": 0.0}

@@ -391,6 +391,7 @@ def best_scales(table: pd.DataFrame, margin: float) -> dict[str, float]:
         points = curve.pivot(index="scale", columns="axis", values="change")
         allowed = points[points[TASK] <= margin]
         distance = pd.Series(np.abs(allowed.index - 1), index=allowed.index)
+        # Scale 1 changes nothing, so at least one scale is allowed.
         order = pd.DataFrame({"keep": allowed[KEEP], "distance": distance}).sort_values(["keep", "distance"])
         scales[str(part)] = float(order.index[0])
     return scales

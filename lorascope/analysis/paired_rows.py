@@ -40,6 +40,7 @@ def estimate_rows(
         raise ValueError(f"rows must be in at least 2 clusters, got {used}")
     total = float(counts.sum())
     mean = float(differences.sum()) / total
+    # Residuals of the ratio, so that a row's length adds no spread.
     sums = np.bincount(clusters, differences - mean * counts)
     error = math.sqrt(used / (used - 1) * float((sums**2).sum())) / total
     return Estimate(mean, used, ((error, float(used - 1)),))

@@ -157,6 +157,7 @@ def dial(
             axes[axis] = measure.rows()
         controls = {part.name for part in removed if part.control}
         verdicts = judge_rows(values, axes, len(parts), controls)
+        # Most parts need no other scale, and a curve takes as long as four removals.
         for part in removed:
             if verdicts[part.name] in SCALED:
                 values += dialed.curve(part, [scale for scale in scales if scale != 0])
@@ -212,6 +213,7 @@ class _Texts:
             labels = names[domains.table["split"] == split].head(_PROBE_ROWS)
             classes.append(labels.astype("category").cat.codes.to_numpy(np.int64))
         fitted = fit_probe(states[0], classes[0], states[1], classes[1])
+        # The divergence of a guess would be noise.
         if fitted.accuracy <= fitted.chance:
             return None
         keep_rows = encode_rows(base, self.keep, "validation", self.keep_rows, self.max_length)

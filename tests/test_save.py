@@ -407,8 +407,9 @@ def test_jupyter_shows_plotly(chart, monkeypatch) -> None:
         assert len(figure["data"]) == 6
         assert figure["config"]["showSendToCloud"] is False
         assert shown["text/plain"] == repr(chart)
-        assert "text/html" not in shown
-        assert base64.b64decode(shown["image/png"]).startswith(b"\x89PNG")
+        assert "image/png" not in shown  # which JupyterLab would show in place of the interactive form
+        (image,) = re.findall(r'<img src="data:image/png;base64,([^"]+)" style="max-width: 100%">', shown["text/html"])
+        assert base64.b64decode(image).startswith(b"\x89PNG")
     plotly.io.renderers.default = "plotly_mimetype+notebook"
     shown = set_side_by_side(chart, chart)._repr_mimebundle_()
     assert "Plotly.newPlot" in shown["text/html"]

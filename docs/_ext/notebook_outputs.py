@@ -22,6 +22,7 @@ MAX_BYTES = 1_000_000  # seven notebooks; GitHub does not render much larger one
 STORED = ("image/png", "text/html", "text/markdown", "text/plain")
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 PATH = re.compile(r"(?<![\w.:~/<-])(?:/(?:home|root|tmp|usr|work|opt|var|mnt|private|Users)/[\w./-]+|[A-Z]:\\\w+)")
+IMAGE = re.compile(r'<img src="data:image/png;base64,([^"]+)"[^>]*>')
 ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
 
 
@@ -55,6 +56,9 @@ def clean(notebook: NotebookNode, folder: Path) -> None:
             if "data" not in output:
                 continue
             output.metadata = NotebookNode()
+            if image := IMAGE.fullmatch(output.data.get("text/html", "")):
+                del output.data["text/html"]
+                output.data["image/png"] = image[1]
             for form in set(output.data) - set(STORED):
                 del output.data[form]
             for form, content in output.data.items():
@@ -82,7 +86,7 @@ def describe_output(output: NotebookNode) -> str:
         return f"output {output.name}"
     html = output.data.get("text/html", "")
     # Pages of the documentation show the interactive form. Numbers in titles come from training.
-    if "image/png" in output.data or "plotly-graph-div" in html:
+    if "image/png" in output.data or "plotly-graph-div" in html or IMAGE.fullmatch(html):
         return f"figure {re.sub(r'[0-9.]+', '#', output.data['text/plain'])}"
     if "<th" in html:
         head = html.partition("</thead>")[0]

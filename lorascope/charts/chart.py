@@ -174,8 +174,11 @@ class Drawable:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         forms = _import_backend("plotly_backend").bundle(self)
-        if "text/html" not in forms:  # nbconvert, GitHub and others do not show the form of plotly
-            forms["image/png"] = base64.b64encode(_import_backend("save").png_preview(self)).decode()
+        if "text/html" not in forms:
+            # nbconvert, GitHub and others do not show the form of plotly. JupyterLab would show "image/png" instead of
+            # that form until the pointer is on it, and cut it in a narrow window.
+            image = base64.b64encode(_import_backend("save").png_preview(self)).decode()
+            forms["text/html"] = f'<img src="data:image/png;base64,{image}" style="max-width: 100%">'
         return {**forms, "text/plain": repr(self)}
 
 

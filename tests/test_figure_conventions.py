@@ -272,6 +272,16 @@ def test_ablations_are_sorted_dots_with_paired_differences(tmp_path: Any) -> Non
     assert paired.x.label.endswith("− full method")
 
 
+def test_ablations_by_perplexity_have_the_lowest_on_top_and_state_it(tmp_path: Any) -> None:
+    runs = []
+    for label, score in {"worst": 30.0, "best": 10.0, "middle": 20.0}.items():
+        test = {"name": "perplexity", "metric": score, "loss": score}
+        runs.append(plant(tmp_path, label, {("test_metric", ""): {9: score}}, label, test=test))
+    metric = plots.ablations(runs).panels[0]
+    assert metric.y.order == ("best", "middle", "worst")
+    assert metric.title == "Test perplexity (lower is better)"
+
+
 def test_recipes_of_other_seeds_have_no_paired_difference(tmp_path: Any) -> None:
     runs = scored(tmp_path, {"method": [0.9, 0.8], "one seed": [0.7]})
     chart = plots.ablations(runs)

@@ -9,9 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from planted import lookup, plant
+from scipy import stats
 
 from lorascope import plots
 from lorascope.analysis import lisa_schedule
+from lorascope.charts.marks import Band
 from lorascope.methods import LISA
 
 BLOCKS = ["enc.layer.0", "enc.layer.1", "enc.layer.2"]
@@ -46,6 +48,7 @@ def test_intervals_end_before_the_next_one_or_with_the_run(write):
 def test_visits_count_draws_and_steps(write):
     rows = lisa_schedule.count_visits(write("a", draws(2, 0, 2)).table).set_index("module")
     assert rows.loc[BLOCKS, "intervals"].tolist() == [1, 0, 2]
+    assert set(rows["draws"]) == {3}
     assert rows.loc[BLOCKS, "steps"].tolist() == [4, 0, 5]
     assert rows.loc[BLOCKS, "first"].tolist() == [5, pd.NA, 1]
     assert rows.loc[BLOCKS, "frequency"].tolist() == pytest.approx([1 / 3, 0, 2 / 3])
@@ -95,6 +98,10 @@ def test_draw_frequency_includes_the_expected_frequency(write):
     chart = plots.draw_frequency(runs)
     assert lookup(chart, "place") == pytest.approx({"0": 1 / 6, "1": 1 / 6, "2": 2 / 3})
     assert lookup(chart, "place", value="expected") == {"0": 0.5, "1": 0.25, "2": 0.25}
+    band = chart.table(chart.marks_of(Band)[0]).set_index("place")
+    for place, chance in {"0": 0.5, "1": 0.25, "2": 0.25}.items():
+        interval = stats.binom.interval(0.95, 6, chance)  # two runs of three draws
+        assert band.loc[place, ["low", "high"]].tolist() == pytest.approx([end / 6 for end in interval])
     panels = plots.draw_frequency(runs, control=write("b", draws(1), label="one draw"))
     assert [chart.title for row in panels.rows() for chart in row] == ["LISA, n_active 1", "control: one draw"]
 

@@ -12,6 +12,7 @@ from planted import plant
 
 import lorascope as ls
 from lorascope import observe, plots
+from lorascope.charts.marks import Line
 from lorascope.inputs import models
 from lorascope.methods import Adapprox, Full
 
@@ -44,14 +45,20 @@ def last(run, quantity):
 
 def test_second_moments_are_means_over_matrices_of_a_layer_and_seeds(trained):
     chart = plots.second_moments(trained["adam"])
-    own, shuffled = chart.rows()[0]
-    for panel, quantity in ((own, "moment_sigma"), (shuffled, "moment_sigma_dealt")):
-        found = panel.data.set_index(["layer", "index"])["value"]
+    own, relative = (panel.data.set_index(["layer", "index"])["value"] for panel in chart.panels)
+    for layer in (0, 1):
+        means, ratios = [], []
+        for run in trained["adam"]:
+            sigma, shuffled = (
+                last(run, quantity).query(f"layer == {layer}").groupby("index")["value"].mean()
+                for quantity in ("moment_sigma", "moment_sigma_dealt")
+            )
+            means.append(sigma)
+            ratios.append(sigma / shuffled)
+        assert own[f"layer {layer}"].to_numpy() == pytest.approx(np.mean(means, axis=0))
+        assert relative[f"layer {layer}"].to_numpy() == pytest.approx(np.mean(ratios, axis=0))
+    for found in (own, relative):
         assert set(found.index.get_level_values("layer")) == {"layer 0", "layer 1"}
-        for layer in (0, 1):
-            rows = [last(run, quantity) for run in trained["adam"]]
-            expected = [found[found["layer"] == layer].groupby("index")["value"].mean() for found in rows]
-            assert found[f"layer {layer}"].to_numpy() == pytest.approx(np.mean(expected, axis=0))
         assert found.xs(1, level="index").to_numpy() == pytest.approx(1)
     one = plots.second_moments(trained["adam"][0], role="ffn_in").rows()[0][0].data
     wanted = last(trained["adam"][0], "moment_sigma").query("role == 'ffn_in' and layer == 1")["value"]
@@ -61,11 +68,16 @@ def test_second_moments_are_means_over_matrices_of_a_layer_and_seeds(trained):
 
 
 def test_moment_error_is_the_mean_over_matrices(trained):
-    data = plots.moment_error(trained["adam"]).data.set_index(["measure", "index"])["value"]
+    data, relative = (
+        panel.data.set_index(["measure", "index"])["value"] for panel in plots.moment_error(trained["adam"]).panels
+    )
     for measure, quantity in (("best rank-k (SVD)", "moment_error"), ("S-RSI", "moment_error_s_rsi")):
         expected = [last(run, quantity).groupby("index")["value"].mean() for run in trained["adam"]]
         assert data[measure].index.tolist() == [1, 2, 4, 8, 16]
         assert data[measure].to_numpy() == pytest.approx(np.mean(expected, axis=0))
+        shuffled = [last(run, "moment_error_dealt").groupby("index")["value"].mean() for run in trained["adam"]]
+        ratios = [error / baseline for error, baseline in zip(expected, shuffled, strict=True)]
+        assert relative[measure].to_numpy() == pytest.approx(np.mean(ratios, axis=0))
     flat = data["row-column product (Adafactor)"]
     expected = np.mean([last(run, "moment_error_rank_one")["value"].mean() for run in trained["adam"]])
     assert flat.to_dict() == pytest.approx({1: expected, 16: expected})
@@ -176,9 +188,22 @@ def test_guidance_plots_loss_and_cosine(tmp_path):
     found = loss.data.set_index(["recipe", "step"])["value"]
     assert found.to_dict() == {("plain", 2): 3.5, ("plain", 4): 1.75, ("guided", 2): 3, ("guided", 4): 0.5}
     angles = cosine.data.set_index(["recipe", "step"])["value"]
-    expected = {("plain", 1): 1, ("plain", 4): 0.3, ("guided", 1): 1, ("guided", 4): 0.6}
+    expected = {("plain", 4): 0.3, ("guided", 4): 0.6}  # at step 1 the direction is its average
     assert angles.to_dict() == pytest.approx(expected)
     assert "windows of 2 steps" in loss.caption
+
+
+def test_guidance_compares_the_cosine_with_that_of_independent_directions(trained):
+    _, cosine = plots.guidance(trained["adapprox"]).panels
+    baseline = cosine.table(cosine.marks_of(Line)[-1])
+    assert set(baseline["recipe"]) == {"independent directions"}
+    directions = np.random.default_rng(0).normal(size=(400, 500))
+    average = np.zeros(500)
+    cosines = []
+    for direction in directions:
+        average = 0.9 * average + 0.1 * direction
+        cosines.append(direction @ average / np.linalg.norm(direction) / np.linalg.norm(average))
+    assert baseline["value"].tolist() == pytest.approx([np.mean(cosines[50:])] * len(baseline), abs=0.01)
 
 
 @pytest.fixture

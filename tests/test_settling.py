@@ -13,6 +13,7 @@ from test_series import Q, V, write
 import lorascope as ls
 from lorascope.analysis import settling, subspace_rotation
 from lorascope.analysis.leading_directions import chance_angle
+from lorascope.charts.marks import Rule
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -80,6 +81,13 @@ def test_run_with_stored_factors_has_the_same_figures(tmp_path: Path) -> None:
     once = plant(tmp_path, "b", {("update_norm", "h.0.q"): {9: 4.0}}, factors={"h.0.q": pair})
     with pytest.raises(ValueError, match=r"two steps or more, got steps \[9\]"):
         settling.update_distances(once)
+
+
+def test_settling_draws_the_step_of_each_layer_below_the_last_step(series: ls.Series) -> None:
+    chart = ls.plots.settling(series)
+    assert chart.data.set_index("place")["value"].to_dict() == {"0": 20, "1": 40}
+    (rule,) = chart.marks_of(Rule)
+    assert (rule.y, rule.label) == (40, "last step")
 
 
 def turned(degrees: float, size: float = 2.0) -> tuple[np.ndarray, np.ndarray]:

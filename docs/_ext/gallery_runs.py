@@ -6,14 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 import lorascope as ls
 from lorascope.papers.setups import planted_teacher
+from lorascope.schema.module_roles import ATTENTION, FFN
 
 LINEAR = "all-linear"
 TWEETS = "sentiment/tweets"
 # High rates, at which 40 steps learn something.
 ADAPTER: dict[str, Any] = {"lr": 3e-3, "head_lr": 3e-3}
-FOURIER: dict[str, Any] = {"lr": 3e-2, "head_lr": 3e-3}
 DENSE: dict[str, Any] = {"lr": 3e-4, "head_lr": 1e-3}
 EVERY_10 = ls.observe.norms(every=10)
 SHORT: dict[str, Any] = {
@@ -26,6 +28,99 @@ SHORT: dict[str, Any] = {
     "observe": [ls.observe.norms()],
 }
 LONG: dict[str, Any] = SHORT | {"observe": [EVERY_10]}
+# The student of a planted teacher learns in a second or two, so that methods differ and three seeds are cheap.
+STUDENT: dict[str, Any] = SHORT | {
+    "steps": 100,
+    "batch_size": 16,
+    "eval_every": 100,
+    "eval_size": 64,
+    "test_size": 256,
+    "observe": [],
+}
+STUDENT_LR: dict[str, Any] = {"lr": 1e-2, "head_lr": 1e-2}
+EXPERTS: dict[str, Any] = {"rank": 1, "lr": 2e-2, "head_lr": 2e-2}
+SPARSE: dict[str, Any] = {"targets": ATTENTION, "alpha": 5.0, "lr": 1e-1}
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def two_teachers() -> ls.tasks.Task:
+    """Return text of two planted teachers, with the teacher as domain."""
+    parts = []
+    for seed in (0, 1):
+        rows = pd.concat(planted_teacher.task(seed).splits.values())
+        parts.append(rows[["text"]].assign(domain=f"teacher {seed}"))
+    return ls.tasks.from_frame(pd.concat(parts), "text of two planted teachers")
+
+
+def train_students(root: Path) -> dict[str, Any]:
+    """Train three seeds of the student of a planted teacher with each method; return them by the name in examples."""
+
+    def seeds(method: ls.Method, task: ls.tasks.Task | None = None, **settings: Any) -> list[ls.Run]:
+        task = task or planted_teacher.task(0)
+        return [
+            ls.train(planted_teacher.student(), task, method, seed=seed, root=root, **STUDENT | settings)
+            for seed in (0, 1, 2)
+        ]
+
+    domains = two_teachers()
+
+    def experts(num_experts: int, **fields: Any) -> list[ls.Run]:
+        return seeds(ls.HydraLoRA(num_experts=num_experts, **fields, **EXPERTS), domains)
+
+    by_number = {number: experts(number) for number in (1, 2, 4, 8)}
+    lora = {rank: seeds(ls.LoRA(rank=rank, targets=LINEAR, **STUDENT_LR)) for rank in (1, 2, 4, 8)}
+    full = {lr: seeds(ls.Full(lr=lr)) for lr in RATES}
+    # Ranks of equal parameters: the matrices of the feed-forward layers are larger by half.
+    ranks = {LINEAR: 1, **dict.fromkeys(ATTENTION, 9), **dict.fromkeys(FFN, 6)}
+    drift = {"observe": [ls.observe.factor_drift(every=10)]}
+    factored = seeds(ls.Adapprox(min_dim=32, lr=3e-3), **drift)
+    steps = {"observe": [ls.observe.factors(every=2)]}
+    return {
+        "types": {
+            targets: seeds(ls.LoRA(rank=rank, targets=targets, **STUDENT_LR), observe=[ls.observe.norms()])
+            for targets, rank in ranks.items()
+        },
+        "uniform_draw": seeds(ls.FourierFT(**SPARSE)),
+        "bands": {
+            f"band around {center}": seeds(ls.FourierFT(center=float(center), width=8.0, **SPARSE))
+            for center in (0, 10, 20, 30)
+        },
+        "bases": {name: seeds(ls.FourierFT(basis=name, **SPARSE)) for name in ("random", "orthogonal")},
+        "sizes": {
+            **{f"LoRA {rank}": runs for rank, runs in lora.items()},
+            **{
+                f"FourierFT {n}": seeds(ls.FourierFT(coefficients=n, **SPARSE | {"targets": LINEAR}))
+                for n in (24, 96, 384)
+            },
+            "full fine-tuning": full[3e-3],
+        },
+        "learning_rates": {
+            **{f"full fine-tuning at {lr:g}": runs for lr, runs in full.items()},
+            **{f"LoRA at {lr:g}": seeds(ls.LoRA(rank=4, targets=LINEAR, lr=lr, head_lr=lr)) for lr in RATES},
+        },
+        "experts": {f"{number} expert{'s' * (number > 1)}": runs for number, runs in by_number.items()},
+        "equal_lora": {"LoRA, rank 4": seeds(ls.LoRA(rank=4, targets=FFN, **STUDENT_LR), domains)},
+        "ablated": {
+            "HydraLoRA": by_number[4],
+            "uniform router": experts(4, router="uniform"),
+            "one expert": by_number[1],
+            "separate A": experts(4, shared_a=False),
+        },
+        "schedules": {
+            label: seeds(ls.LoRA(rank=4, targets=LINEAR, **STUDENT_LR), schedule=label.split()[0], **steps)
+            for label in ("constant rate", "linear decay", "cosine decay")
+        },
+        "draws": {
+            "equal weights": seeds(ls.LISA(n_active=2, interval=5, lr=3e-3)),
+            "weights 4, 3, 2, 1": seeds(ls.LISA(n_active=2, interval=5, weights=(4, 3, 2, 1), lr=3e-3)),
+        },
+        "factored": factored,
+        "guided": {
+            "Adapprox": factored,
+            "with guidance": seeds(ls.Adapprox(min_dim=32, lr=3e-3, cosine=True), **drift),
+        },
+        "moments": seeds(ls.Full(lr=1e-3), observe=[ls.observe.second_moments(), ls.observe.factorings()]),
+    }
 
 
 def train_gallery_runs(
@@ -42,12 +137,6 @@ def train_gallery_runs(
     def train(method: ls.Method, settings: dict[str, Any] = SHORT, seed: int = 0, task: str = TWEETS) -> ls.Run:
         return ls.train(model, load_task(task), adjust(method), seed=seed, root=root, **settings)
 
-    def seeds(method: ls.Method, settings: dict[str, Any] = LONG, task: str = TWEETS) -> list[ls.Run]:
-        return [train(method, settings, seed, task) for seed in (0, 1)]
-
-    def experts(**fields: Any) -> list[ls.Run]:
-        return seeds(ls.HydraLoRA(targets=("ffn_in", "ffn_out"), **ADAPTER, **fields), task="sentiment")
-
     utilization = [EVERY_10, ls.observe.utilization(every=20)]
     with_memory = SHORT | {"observe": [ls.observe.norms(), ls.observe.memory()]}
     full = train(ls.Full(**DENSE), with_memory)
@@ -56,41 +145,18 @@ def train_gallery_runs(
     runs: dict[str, Any] = {
         "full": full,
         "lora": train(lora, with_memory),
-        "hydralora": experts(num_experts=4),
-        "one_expert": experts(num_experts=1),
-        "uniform_router": experts(num_experts=4, router="uniform"),
-        "fourierft": train(ls.FourierFT(**FOURIER)),
         "lisa": train(ls.LISA(interval=5, **DENSE), LONG),
         "neft": train(ls.NeFT(reference=full, **DENSE), LONG | {"observe": utilization}),
         "random_neurons": train(ls.NeFT(select_by="random", **DENSE), LONG | {"observe": utilization}),
-        "sensitive": seeds(lora, sensitivity),
+        "sensitive": [train(lora, sensitivity, seed) for seed in (0, 1)],
         "sensitive_news": train(lora, sensitivity, task="sentiment/news"),
         "adapprox": train(ls.Adapprox(dense="embed", **DENSE), LONG),
-        "guided": train(ls.Adapprox(dense="embed", cosine=True, **DENSE), LONG),
-        "bands": {
-            f"band around {center}": train(ls.FourierFT(center=float(center), width=100.0, **FOURIER))
-            for center in (0, 240)
-        },
-        "bases": {name: train(ls.FourierFT(basis=name, **FOURIER)) for name in ("random", "orthogonal")},
-        "types": {f"W_{role}": train(ls.LoRA(rank=4, targets=(role,), **ADAPTER)) for role in "qv"},
         "lisa_grid": [
             train(ls.LISA(n_active=blocks, interval=interval, **DENSE)) for blocks in (1, 4) for interval in (5, 10)
         ],
-        "learning_rates": {
-            f"{name} at {lr:g}": train(method(lr=lr, head_lr=lr), SHORT | {"eval_every": 40})
-            for name, method in (("full fine-tuning", ls.Full), ("LoRA", ls.LoRA))
-            for lr in (1e-4, 3e-4, 1e-3)
-        },
         "timed": {
             name: ls.step_time.measure(model, load_task(TWEETS), method, steps=6, root=root, batch_size=8)
             for name, method in (("full", ls.Full()), ("LoRA", lora))
         },
-        "moments": ls.train(
-            planted_teacher.student(),
-            planted_teacher.task(0),
-            ls.Full(lr=1e-3),
-            root=root,
-            **SHORT | {"observe": [ls.observe.second_moments(), ls.observe.factorings()]},
-        ),
     }
-    return runs
+    return runs | train_students(root)

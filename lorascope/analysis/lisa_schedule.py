@@ -49,7 +49,8 @@ def count_visits(table: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         ``run, module, place``; ``intervals`` and ``steps`` in which the block was active; ``first``, the first such
-        step or NA; ``frequency``, the fraction of draws that selected it; ``expected``, its selection probability.
+        step or NA; ``draws`` of the run; ``frequency``,
+        the fraction of them that selected it; ``expected``, its selection probability.
     """
     rows = list_intervals(table)
     on = rows[rows["active"]].assign(steps=lambda rows: rows["stop"] - rows["start"] + 1)
@@ -59,7 +60,7 @@ def count_visits(table: pd.DataFrame) -> pd.DataFrame:
     visits = rows[[*per_block, "place"]].drop_duplicates().merge(sums.astype("Int64"), on=per_block, how="left")
     visits = visits.fillna({"intervals": 0, "steps": 0})
     draws = visits["run"].map(rows.groupby("run")["interval"].nunique())
-    visits = visits.assign(frequency=visits["intervals"].astype("float64") / draws)
+    visits = visits.assign(draws=draws, frequency=visits["intervals"].astype("float64") / draws)
     return visits.merge(_chances(table).rename("expected").reset_index(), on=per_block)
 
 

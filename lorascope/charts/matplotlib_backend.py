@@ -293,7 +293,10 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
             ax.set_title(keep_math(wrap_text(_panel_title(settled, panel, cell.frame), room, size)))
         names = [0.0] * len(heights)
         for cell, ax, panel in panels:
-            names[cell.row] = max(names[cell.row], label_categories(ax, panel))
+            room = label_categories(ax, panel)
+            if panel.y.axis.compact:  # further lines of its title and label need height
+                room += 1.2 * size * f"{ax.get_title()}{ax.get_xlabel()}".count("\n")
+            names[cell.row] = max(names[cell.row], room)
         turned = sum(names) / 72
     _stack_foot(drawn_figure, fixed_height or sum(heights) + head + turned + below, foot, depths)
     for _, ax, panel in panels:

@@ -14,7 +14,7 @@ from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import INTERVAL, Group, Runs
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
-_OFFSET = 0.03  # distance between a point and its label, as a fraction of the range of the points
+_OFFSET = 0.03  # vertical distance between a point and its label, as a fraction of the range of the points
 
 
 @figure(
@@ -40,8 +40,9 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
 
     Examples
     --------
-    >>> runs = {"LoRA": ls.example("lora"), "AdaLoRA": ls.example("adalora"), "FourierFT": ls.example("fourierft")}
-    >>> ls.plots.accuracy_by_parameters(runs)
+    ``sizes`` are runs of ``ls.LoRA`` of several ranks, of ``ls.FourierFT`` and of ``ls.Full``, by label.
+
+    >>> ls.plots.accuracy_by_parameters(sizes)
     """
     cohort = gather_runs("accuracy_by_parameters", runs, control)
     cohort.require_same("task")
@@ -52,11 +53,12 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
         Chart(
             cells,
             [
-                Line("parameters", "value", "family"),
+                # A line through one size would only be in the legend.
+                Line("parameters", "value", "family", data=cells[cells.duplicated("family", keep=False)]),
                 *dots(cells, "parameters", color="family"),
                 Text("right", "above", "size"),
             ],
-            title="Test metric by trained parameters",
+            title=cohort.metric_title(" by trained parameters"),
             x=Axis(label="trained parameters", log=True),
             y=Axis(label=cohort.metric),
             caption=cohort.caption(
@@ -71,16 +73,17 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
 def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
     """Return positions of the size labels: right of and above each point, further right for longer labels.
 
-    Among points with similar numbers of parameters, only the highest has its label above; the others have it below.
+    Among neighboring points, only the highest has its label above; the others have it below.
     """
     high, low = cells[["high", "larger", "value"]].max(axis=1), cells[["low", "smaller", "value"]].min(axis=1)
     # A logarithmic axis of one value shows about a factor of 2.
     wide = max(cells["parameters"].max() / cells["parameters"].min(), 2.0)
     # Texts are centered, so a longer one starts further to the right.
-    shift = _OFFSET * (1 + 0.6 * cells["size"].str.len())
+    shift = 0.02 + 0.01 * cells["size"].str.len()
     size = np.log(cells["parameters"].to_numpy())
-    near = np.abs(size[:, None] - size) <= 3 * _OFFSET * np.log(wide)
     value = cells["value"].to_numpy()
+    near = np.abs(size[:, None] - size) <= 3 * _OFFSET * np.log(wide)
+    near &= np.abs(value[:, None] - value) <= 6 * _OFFSET * (high.max() - low.min())
     higher = value > value[:, None]
     # The first of equal values counts as higher, because one label has to give way.
     level = (value == value[:, None]) & (np.arange(len(value)) < np.arange(len(value))[:, None])

@@ -101,7 +101,7 @@ def course(cells: pd.DataFrame, y: Axis | str, *marks: Mark, **settings: Any) ->
     return curves(cells, "step", ("step", y), *marks, **settings)
 
 
-def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:
+def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, *marks: Mark, **settings: Any) -> Chart:
     """Build a chart over layers (per ``step``, if a column): lines over blocks, with gaps, dots of other modules."""
     order = used_places(cells)
     rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
@@ -112,7 +112,7 @@ def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any)
     full = full.fillna({"n": 0}).astype({"n": "int64"})  # the gaps made n a float
     full = full.assign(stretch=block_stretches(full["place"]))
     axes = Axis(label="layer", order=order), y
-    return curves(full, "place", axes, stretch="stretch", colors=cohort.labels, **settings)
+    return curves(full, "place", axes, *marks, stretch="stretch", colors=cohort.labels, **settings)
 
 
 def block_stretches(layers: pd.Series) -> pd.Series:
@@ -146,10 +146,11 @@ def pair_heat(cells: pd.DataFrame, mark: Heat, order: Sequence[str], *marks: Mar
 def metric_dots(cohort: Cohort, *sentences: str) -> Drawable:
     """Build a chart of the final test metric, best recipe first, and one of the differences from the first recipe."""
     scores = cohort.scores()
-    cells = seed_cells(scores, ["recipe", "kind"]).sort_values("value", ascending=False, kind="stable")
+    cells = seed_cells(scores, ["recipe", "kind"])
+    cells = cells.sort_values("value", ascending=cohort.lower_is_better, kind="stable")
     caption = cohort.caption(*filter(None, sentences), interval=f"bars: {INTERVAL}")
     y = Axis(order=list(cells["recipe"]), compact=True)
-    x, title = Axis(label=cohort.metric), cohort.metric.capitalize()
+    x, title = Axis(label=cohort.metric), cohort.metric_title()
     metric = Chart(cells, dots(cells, "value", "recipe"), title=title, x=x, y=y, caption=caption)
     # The first recipe is the one that the caller compares the others with.
     base = cohort.labels[0]

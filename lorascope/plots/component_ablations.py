@@ -15,8 +15,8 @@ import pandas as pd
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
-from lorascope.charts.marks import Axis, Line, Mark, Rule
-from lorascope.plots.builders import dots, metric_dots, paired_differences, ticks_at
+from lorascope.charts.marks import Axis, Band, Line, Mark, Rule
+from lorascope.plots.builders import dots, ends, metric_dots, paired_differences, ticks_at
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import BASIS, FREQUENCIES, HEADS
 from lorascope.plots.run_groups import INTERVAL, Cohort, Runs
@@ -51,9 +51,9 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    ``fourierft`` and ``bands`` are runs of ``ls.FourierFT``, ``bands`` with ``center`` and ``width``.
+    ``uniform_draw`` and ``bands`` are runs of ``ls.FourierFT``, ``bands`` with ``center`` and ``width``.
 
-    >>> ls.plots.bias_curve({"uniform": fourierft, **bands})
+    >>> ls.plots.bias_curve({"uniform": uniform_draw, **bands})
     """
     cohort = gather_runs("bias_curve", runs, control)
     updates = analysis.fourier_updates(cohort.runs[0])
@@ -85,9 +85,9 @@ def metric_by_band(cohort: Cohort, highest: float) -> Drawable:
         curves,
         # A level needs two points: the ends of the axis.
         pd.concat(cells[cells["center"].isna()].assign(center=end) for end in (0.0, highest)),
-        Axis(label="band center (distance from zero)", limits=(-_MARGIN * highest, (1 + _MARGIN) * highest)),
+        Axis(label="band center", limits=(-_MARGIN * highest, (1 + _MARGIN) * highest)),
         (uniform or cohort.labels)[0],
-        "Entries are drawn around one distance from frequency zero (Eq. 5); the axis ends at the highest.",
+        f"Entries are drawn around the band center, a distance from frequency zero (Eq. 5) of at most {highest:.0f}.",
         colors=[*dict.fromkeys(curves["series"]), _UNIFORM],
     )
 
@@ -116,9 +116,9 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    ``fourierft`` and ``bases`` are runs of ``ls.FourierFT``, ``bases`` with ``basis``.
+    ``uniform_draw`` and ``bases`` are runs of ``ls.FourierFT``, ``bases`` with ``basis``.
 
-    >>> ls.plots.basis_ablation({"Fourier": fourierft, **bases})
+    >>> ls.plots.basis_ablation({"Fourier": uniform_draw, **bases})
     """
     cohort = gather_runs("basis_ablation", runs, control)
     cohort.require_differ_only_in("basis")
@@ -156,9 +156,9 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    ``one_expert`` and ``hydralora`` are runs of ``ls.HydraLoRA(num_experts=...)``.
+    ``experts`` are runs of ``ls.HydraLoRA(num_experts=...)`` by label, ``equal_lora`` those of an ``ls.LoRA``.
 
-    >>> ls.plots.number_of_experts({"one expert": one_expert, "four experts": hydralora})
+    >>> ls.plots.number_of_experts(experts, control=equal_lora)
     """
     cohort = gather_runs("number_of_experts", runs, control, check=False)
     cohort.without_controls().require(HEADS)
@@ -214,9 +214,9 @@ def ablations(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    ``hydralora`` and ``uniform_router`` are runs of ``ls.HydraLoRA``, the latter with ``router="uniform"``.
+    ``ablated`` are runs of ``ls.HydraLoRA`` by label, the first with all components.
 
-    >>> ls.plots.ablations({"HydraLoRA": hydralora, "uniform router": uniform_router})
+    >>> ls.plots.ablations(ablated)
     """
     cohort = gather_runs("ablations", runs, control)
     cohort.require_same("model", "task")
@@ -235,10 +235,14 @@ def _curve_and_level(
 ) -> Drawable:
     """Plot the test metric over a setting, with lines across for recipes without it, and differences from ``base``."""
     cells = pd.concat([curve, level])
-    caption = cohort.caption(*filter(None, sentences), interval=f"bars: {INTERVAL}")
+    caption = cohort.caption(*filter(None, sentences), interval=f"bars and bands: {INTERVAL}")
     settings: dict[str, Any] = {"x": x, "caption": caption, "colors": colors}
-    marks: list[Mark] = [Line(along, "value", "series"), *dots(cells, along, color="series")]
-    metric = Chart(cells, marks, title=cohort.metric.capitalize(), y=Axis(label=cohort.metric), **settings)
+    marks: list[Mark] = [Line(along, "value", "series"), *dots(cells, along, color="series", data=curve)]
+    if ends(level):
+        marks.insert(0, Band(along, "low", "high", "series", data=level))
+    else:
+        marks += dots(level, along, color="series", data=level)
+    metric = Chart(cells, marks, title=cohort.metric_title(), y=Axis(label=cohort.metric), **settings)
     differences = paired_differences(cohort, cohort.scores(), base)
     differences = differences.merge(curve[["recipe", along, "series"]], on="recipe").sort_values(["series", along])
     if differences.empty:

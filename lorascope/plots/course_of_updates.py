@@ -12,7 +12,7 @@ from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.settling import THRESHOLD, settling_steps
 from lorascope.analysis.subspace_rotation import AGAINST, SPACES, rotations
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
-from lorascope.charts.marks import Axis, Line
+from lorascope.charts.marks import Axis, Line, Rule
 from lorascope.plots.builders import curves, mean_over_modules, profile
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import STEPS
@@ -46,7 +46,9 @@ def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHO
 
     Examples
     --------
-    >>> ls.plots.settling({"LoRA": ls.example("lora"), "AdaLoRA": ls.example("adalora")})
+    ``schedules`` are runs of ``ls.LoRA`` with ``observe=[ls.observe.factors(...)]``, by learning rate schedule.
+
+    >>> ls.plots.settling(schedules)
     """
     cohort = gather_runs("settling", runs, control)
     if not threshold > 0:
@@ -59,7 +61,8 @@ def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHO
         profile(
             cohort,
             seed_cells(cohort.label(layers), ["recipe", "kind", "place"]),
-            Axis(label="settled at step", limits=(0, 1.04 * ends[-1])),  # room for markers at the last step
+            Axis(label="settled at step"),
+            *(Rule(y=end, label="last step") for end in ends),
             title="Step at which each layer settled",
             caption=cohort.caption(
                 f"First stored step from which on ‖Wₜ − W‖ ≤ {threshold:.3g} ‖W − W₀‖ for all matrices of a layer "

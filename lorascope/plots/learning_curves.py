@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -70,16 +72,25 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
 
     Examples
     --------
-    ``adapprox`` and ``guided`` are runs of ``ls.Adapprox(cosine=...)``.
+    ``guided`` are runs of ``ls.Adapprox(cosine=...)``.
 
-    >>> ls.plots.guidance({"Adapprox": adapprox, "with guidance": guided})
+    >>> ls.plots.guidance(guided)
     """
     cohort = gather_runs("guidance", runs, control)
     losses, averaged = _average_windows(cohort, windows)
     cosines = mean_over_modules(cohort.select("direction_cosine").dropna(subset="layer"))
-    caption = f"{averaged} Cosine: mean over the factored matrices in the blocks."
-    left = _curve_chart(cohort, "loss", losses, caption)
-    return cohort.complete(set_side_by_side(left, _curve_chart(cohort, "direction_cosine", cosines, caption)))
+    cosines = cosines[cosines["step"] > 1]
+    caption = f"{averaged} Cosine: mean over the factored matrices in the blocks, without step 1, where it is 1."
+    loss = replace(_curve_chart(cohort, "loss", losses, caption), title="Training loss")
+    cosine = _curve_chart(cohort, "direction_cosine", cosines, caption)
+    random = _independent_directions(cohort, sorted(set(cosines["step"])))
+    cosine = replace(
+        cosine,
+        marks=(*cosine.marks, Line("step", "value", "recipe", data=random)),
+        title="Cosine of direction and average",
+        colors=[*cohort.labels, *dict.fromkeys(random["recipe"])],
+    )
+    return cohort.complete(set_side_by_side(loss, cosine, title="Adapprox with and without guidance"))
 
 
 @figure(
@@ -101,7 +112,7 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
 
     Examples
     --------
-    ``learning_rates`` are runs of ``ls.Full`` and ``ls.LoRA`` with three rates each, by label.
+    ``learning_rates`` are runs of ``ls.Full`` and ``ls.LoRA`` with five rates each, by label.
 
     >>> ls.plots.learning_rates(learning_rates)
     """
@@ -139,6 +150,17 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
         colors=methods,
     )
     return cohort.complete(set_side_by_side(by_rate, at_best))
+
+
+def _independent_directions(cohort: Cohort, steps: Sequence[int]) -> pd.DataFrame:
+    """Return the cosine of independent directions with their average at every step, per decay of the average."""
+    decays = {run.meta.recipe["betas"][0] for run in cohort.runs if "betas" in run.meta.recipe}
+    rows = []
+    for decay in sorted(decays):
+        label = "independent directions" + f", β₁ = {decay:g}" * (len(decays) > 1)
+        for step in steps:
+            rows.append((step, math.sqrt(1 - decay**2), label))
+    return pd.DataFrame(rows, columns=["step", "value", "recipe"])
 
 
 def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pandas as pd
+from scipy import stats
 
 from lorascope.analysis import lisa_schedule
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
-from lorascope.charts.marks import Axis, Heat, Line
-from lorascope.plots.builders import course, dots
+from lorascope.charts.marks import Axis, Band, Heat, Line, Point
+from lorascope.plots.builders import course
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import INTERVAL, PAIR_IN_DATA, Runs, axis_label
+from lorascope.plots.run_groups import PAIR_IN_DATA, Runs, axis_label
 
 
 @figure(
@@ -72,8 +73,8 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
 @figure(
     topic="schedules",
     needs=("active", "draw_probability"),
-    reads="Dots are the fraction of draws that include a block, the line is its draw probability. Dots scatter around "
-    "the line by chance; an interval over many seeds that excludes the line contradicts the probability.",
+    reads="Dots are the fraction of draws that include a block, the line is its draw probability. In the band are 95% "
+    "of the fractions of as many random draws; several blocks outside it contradict the probability.",
     misleads="Few draws scatter widely, and blocks of one draw exclude others, so one high dot lowers the rest: add "
     "seeds. The frequency does not show how far a block moved: check update_norm.",
 )
@@ -87,33 +88,45 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    ``lisa`` is a run of ``ls.LISA(interval=5)``.
+    ``draws`` are runs of ``ls.LISA(interval=5)``, with and without ``weights``.
 
-    >>> ls.plots.draw_frequency(lisa)
+    >>> ls.plots.draw_frequency(draws)
     """
     cohort = gather_runs("draw_frequency", runs, control)
     visits = cohort.label(lisa_schedule.count_visits(cohort.table).rename(columns={"frequency": "value"}))
     caption = cohort.caption(
-        "Fraction of draws that include a block; the line is its draw probability.", interval=f"bars: {INTERVAL}"
+        "Fraction of draws that include a block; the line is its draw probability.",
+        interval="intervals are in the data",
+        pair=PAIR_IN_DATA,
     )
     panels = []
     for label, frequencies in cohort.split(visits):
         cells = seed_cells(frequencies, ["place"]).assign(what="drawn")
-        probabilities = frequencies.groupby("place", observed=True)["expected"].mean()
-        cells["expected"] = probabilities.reindex(cells["place"]).to_numpy()
-        marks = dots(cells, "place", color="what")
+        by_block = frequencies.groupby("place", observed=True)
+        cells["expected"] = by_block["expected"].mean().reindex(cells["place"]).to_numpy()
+        # The draws of one block are independent, those of several are not.
+        draws = by_block["draws"].sum().reindex(cells["place"]).to_numpy()
+        random = cells[["place"]].assign(
+            what="95% of random draws",
+            low=stats.binom.ppf(0.025, draws, cells["expected"]) / draws,
+            high=stats.binom.ppf(0.975, draws, cells["expected"]) / draws,
+        )
         panels.append(
             Chart(
                 cells,
-                [Line("place", "expected", "what", data=cells.assign(what="probability")), *marks],
+                [
+                    Band("place", "low", "high", "what", data=random),
+                    Line("place", "expected", "what", data=cells.assign(what="probability")),
+                    Point("place", "value", "what"),
+                ],
                 title=label,
                 x=Axis(label="block", order=cells["place"].cat.categories),
-                y=Axis(label="fraction of draws"),
+                y=Axis(label="fraction of draws", limits=(0, None)),
                 caption=caption,
-                colors=("drawn", "probability"),
+                colors=("drawn", "probability", "95% of random draws"),
             )
         )
-    return cohort.complete(wrap(panels, len(panels)))
+    return cohort.complete(wrap(panels, len(panels), "Frequency of drawn blocks"))
 
 
 @figure(
@@ -163,7 +176,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
         Chart(
             cells.astype({"blocks": "str", "steps": "str"}),
             [Heat("steps", "blocks", "value", cohort.metric, ".3f")],
-            title=f"{cohort.metric.capitalize()} by active blocks and interval",
+            title=cohort.metric_title(" by active blocks and interval"),
             x=Axis(label="steps between draws", order=steps_order),
             y=Axis(label="active blocks", order=blocks_order[::-1]),
             caption=cohort.caption(

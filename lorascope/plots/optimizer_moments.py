@@ -11,20 +11,21 @@ from lorascope.analysis import norms, optimizer_moments
 from lorascope.analysis.even_spacing import evenly_spaced
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
-from lorascope.charts.marks import Axis, Heat, Line
+from lorascope.charts.marks import Axis, Heat, Line, Mark, Rule
 from lorascope.plots.builders import course, curves, mean_over_modules, ticks_at, used_places
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import PAIR_IN_DATA, Runs, axis_label
 from lorascope.schema.module_roles import ROLES
 
 _SHUFFLED = "shuffled"
-_BEST = "best rank-k (SVD)"
+_BEST, _S_RSI = "best rank-k (SVD)", "S-RSI"
+_SHUFFLED_BEST = f"{_BEST}, {_SHUFFLED}"
 # Stored quantities; the last one is the error of the shuffled matrix.
 _ERRORS = {
     "moment_error": _BEST,
-    "moment_error_s_rsi": "S-RSI",
+    "moment_error_s_rsi": _S_RSI,
     "moment_error_rank_one": "row-column product (Adafactor)",
-    "moment_error_dealt": f"{_BEST}, {_SHUFFLED}",
+    "moment_error_dealt": _SHUFFLED_BEST,
 }
 _WAYS = {
     "l1_p5": "S-RSI, l = 1, p = 5",
@@ -46,8 +47,8 @@ _MOST_STEPS = 12  # largest number of columns whose cells have room for numbers
 @figure(
     topic="optimizers",
     needs=("moment_sigma",),
-    reads="A steep line means that few directions carry a layer's second moment. Only what falls faster than in the "
-    "shuffled panel, with the same row and column sums, exceeds the row-column product that Adafactor also stores.",
+    reads="Left: a steep line means that few directions carry a layer's second moment. Right: the same relative to a "
+    "shuffled matrix; only what differs from 1 is not in the row and column sums, which Adafactor also stores.",
     misleads="A matrix of positive entries always has one large singular value, so a drop after the first proves "
     "nothing. Early recordings show only a few batches, and spectra flatten during training: compare late steps.",
 )
@@ -57,13 +58,13 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs with ``observe.second_moments()``; one pair of panels per label.
+        Runs with ``observe.second_moments()``; a pair of panels per label.
     role : str, optional
         Role of the matrices to plot; by default the mean over all matrices of a layer.
 
     Examples
     --------
-    ``moments`` is a run of ``ls.Full`` with ``observe=[ls.observe.second_moments()]``.
+    ``moments`` are runs of ``ls.Full`` with ``observe=[ls.observe.second_moments()]``.
 
     >>> ls.plots.second_moments(moments)
     """
@@ -78,34 +79,44 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
     )
     panels = []
     for label in cohort.labels:
-        for quantity, title in (("moment_sigma", "original"), ("moment_sigma_dealt", _SHUFFLED)):
-            rows = optimizer_moments.average_by_layer(table[table["recipe"] == label], quantity, role=role)
-            if rows.empty:
-                raise ValueError(f"second_moments needs a role with second moments, got {role!r} (label {label!r})")
+        of_label = table[table["recipe"] == label]
+        original = optimizer_moments.average_by_layer(of_label, "moment_sigma", role=role)
+        shuffled = optimizer_moments.average_by_layer(of_label, "moment_sigma_dealt", role=role)
+        if original.empty:
+            raise ValueError(f"second_moments needs a role with second moments, got {role!r} (label {label!r})")
+        keys = ["run", "recipe", "kind", "place", "index"]
+        ratios = (original.set_index(keys)["value"] / shuffled.set_index(keys)["value"]).reset_index()
+        sigma = Axis(label=axis_label("moment_sigma"), log=True)
+        relative = Axis(label=f"{sigma.label}, relative to shuffled")
+        marks: list[Mark] = []
+        for rows, title, y in ((original, "Spectrum of V", sigma), (ratios, "Relative to shuffled", relative)):
             # A place outside the blocks, such as "embed", is not a number and stays.
             layers = rows["place"].str.replace(r"^(\d+)$", r"layer \1", regex=True)
             cells = seed_cells(rows.assign(layer=layers), ["recipe", "kind", "layer", "index"])
             panels.append(
                 Chart(
                     cells,
-                    [Line("index", "value", "layer")],
-                    title=", ".join(filter(None, (cohort.title(label), title))),
+                    [*marks, Line("index", "value", "layer")],
+                    title=_join_title(cohort.title(label), title),
                     x=Axis(label="component i", log=True),
-                    y=Axis(label=axis_label("moment_sigma"), log=True),
+                    y=y,
                     caption=caption,
                     colors=dict.fromkeys(cells["layer"]),
                 )
             )
-    return cohort.complete(set_side_by_side(*panels))
+            marks = [Rule(y=1.0, label=_SHUFFLED)]
+    return cohort.complete(set_side_by_side(*panels, title="Singular values of second moments"))
 
 
 @figure(
     topic="optimizers",
     needs=("moment_error",),
-    reads="Lower is better: where S-RSI meets the best rank-k line, power iterations lose nothing against the SVD. "
-    "Below the flat line, factors of this rank describe the second moment better than Adafactor's row-column product.",
+    reads="Left: below the flat line, factors of this rank describe the second moment better than Adafactor's "
+    "row-column product. Right: where S-RSI meets the SVD, power iterations lose nothing; below 1, factors use "
+    "structure that row and column sums do not have.",
     misleads="The largest entries dominate the Frobenius norm, but the optimizer divides by the root of every entry, "
-    "so small ones matter as much. Compare with the shuffled matrix: only the gap to it exceeds row and column sums.",
+    "so small ones matter as much. A ratio near 1 at every rank means that factors only follow the row and column "
+    "sums.",
 )
 def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
     """Plot the relative error of factored second moments by rank, and of Adafactor's rank one (Adapprox).
@@ -113,11 +124,11 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs with ``observe.second_moments()``; one panel per label.
+        Runs with ``observe.second_moments()``; a pair of panels per label.
 
     Examples
     --------
-    ``moments`` is a run of ``ls.Full`` with ``observe=[ls.observe.second_moments()]``.
+    ``moments`` are runs of ``ls.Full`` with ``observe=[ls.observe.second_moments()]``.
 
     >>> ls.plots.moment_error(moments)
     """
@@ -127,20 +138,25 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
         "l = p = 5."
     )
     panels = []
+    error = Axis(label=axis_label("moment_error"), limits=(0, None))
+    ratio = Axis(label="error / error of shuffled")
     for label, table in cohort.split(cohort.select(*_ERRORS)):
-        means = []
-        for quantity, measure in _ERRORS.items():
-            rows = norms.last_recorded(table[table["quantity"] == quantity])
-            over_modules = rows.groupby(["run", "index"], observed=True, dropna=False)["value"]
-            means.append(over_modules.mean().reset_index().assign(measure=measure))
-        errors = pd.concat(means)
-        is_flat = errors["index"].isna()  # an error without a rank is drawn at both ends
-        ranks = pd.DataFrame({"index": [errors["index"].min(), errors["index"].max()]})
-        at_ends = errors[is_flat].drop(columns="index").merge(ranks, how="cross")
-        cells = seed_cells(pd.concat([errors[~is_flat], at_ends]).astype({"index": int}), ["measure", "index"])
-        y = Axis(label=axis_label("moment_error"), limits=(0, None))
-        panels.append(_by_rank(cells, y, cohort.title(label), caption, _ERRORS.values()))
-    return cohort.complete(wrap(panels, len(panels)))
+        errors = _errors_by_rank(table)
+        by_measure = errors.set_index(["run", "index", "measure"])["value"].unstack("measure")
+        ratios = by_measure[[_BEST, _S_RSI]].div(by_measure[_SHUFFLED_BEST], axis=0)
+        ratios = ratios.reset_index().melt(["run", "index"], var_name="measure")
+        panels += [
+            _by_rank(errors, error, _join_title(cohort.title(label), "Error"), caption, _ERRORS.values()),
+            _by_rank(
+                ratios,
+                ratio,
+                _join_title(cohort.title(label), "Relative to shuffled"),
+                caption,
+                _ERRORS.values(),
+                Rule(y=1.0, label=_SHUFFLED),
+            ),
+        ]
+    return cohort.complete(set_side_by_side(*panels, title="Error of factored second moments by rank"))
 
 
 @figure(
@@ -162,7 +178,7 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
 
     Examples
     --------
-    ``moments`` is a run of ``ls.Full`` with ``observe=[ls.observe.factorings()]``.
+    ``moments`` are runs of ``ls.Full`` with ``observe=[ls.observe.factorings()]``.
 
     >>> ls.plots.factorization_methods(moments)
     """
@@ -176,8 +192,8 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
     for label, table in cohort.split(cohort.label(cohort.table)):
         factorings = optimizer_moments.compare_factorings(table, _WAYS)
         for column, y in y_axes.items():
-            cells = seed_cells(factorings.assign(value=factorings[column]), ["measure", "index"])
-            panels.append(_by_rank(cells, y, cohort.title(label), caption, _WAYS.values()))
+            rows = factorings.assign(value=factorings[column])
+            panels.append(_by_rank(rows, y, cohort.title(label), caption, _WAYS.values()))
     return cohort.complete(set_side_by_side(*panels))
 
 
@@ -265,9 +281,9 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    ``adapprox`` is a run of ``ls.Adapprox``.
+    ``factored`` are runs of ``ls.Adapprox`` with ``observe=[ls.observe.factor_drift(...)]``.
 
-    >>> ls.plots.factor_error(adapprox)
+    >>> ls.plots.factor_error(factored)
     """
     cohort = gather_runs("factor_error", runs, control)
     rows = cohort.select(*_COURSES).dropna(subset="layer").astype({"quantity": "str"})
@@ -281,10 +297,31 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
     settings: dict[str, Any] = {"color": "measure", "whiskers": False, "caption": caption, "colors": colors}
     y = Axis(label="relative error", log=True)
     panels = [course(rows, y, title=cohort.title(label), **settings) for label, rows in cohort.split(cells)]
-    return cohort.complete(wrap(panels, len(panels)))
+    return cohort.complete(wrap(panels, len(panels), "Errors of Adapprox's second moments"))
 
 
-def _by_rank(cells: pd.DataFrame, y: Axis, title: str, caption: str, colors: Iterable[str]) -> Chart:
+def _join_title(label: str, title: str) -> str:
+    """Return the title of one of the panels of a label, which has none if it is the only one."""
+    return f"{label}, {title}".removeprefix(", ")
+
+
+def _errors_by_rank(table: pd.DataFrame) -> pd.DataFrame:
+    """Average the errors of second moments over the matrices of each run: ``run, index, measure, value``."""
+    means = []
+    for quantity, measure in _ERRORS.items():
+        rows = norms.last_recorded(table[table["quantity"] == quantity])
+        over_modules = rows.groupby(["run", "index"], observed=True, dropna=False)["value"]
+        means.append(over_modules.mean().reset_index().assign(measure=measure))
+    errors = pd.concat(means)
+    is_flat = errors["index"].isna()  # an error without a rank is drawn at both ends
+    ranks = pd.DataFrame({"index": [errors["index"].min(), errors["index"].max()]})
+    at_ends = errors[is_flat].drop(columns="index").merge(ranks, how="cross")
+    return pd.concat([errors[~is_flat], at_ends]).astype({"index": int})
+
+
+def _by_rank(rows: pd.DataFrame, y: Axis, title: str, caption: str, colors: Iterable[str], *marks: Mark) -> Chart:
     """Plot one line per measure over the rank."""
+    cells = seed_cells(rows, ["measure", "index"])
     axes = (Axis(label="rank k", log=True, ticks=ticks_at(cells["index"].astype(int))), y)
-    return curves(cells, "index", axes, color="measure", whiskers=False, title=title, caption=caption, colors=colors)
+    settings: dict[str, Any] = {"title": title, "caption": caption, "colors": colors}
+    return curves(cells, "index", axes, *marks, color="measure", whiskers=False, **settings)

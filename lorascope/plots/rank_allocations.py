@@ -188,7 +188,7 @@ def adapted_types(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    ``types`` are runs of ``ls.LoRA(targets=...)``, one per role.
+    ``types`` are runs of ``ls.LoRA(targets=...)``, one per role, and of all roles.
 
     >>> ls.plots.adapted_types(types)
     """

@@ -224,6 +224,15 @@ class Cohort:
         return f"test {names.pop()}"
 
     @property
+    def lower_is_better(self) -> bool:
+        """Whether a lower test metric is better, as for a perplexity."""
+        return self.metric == "test perplexity"
+
+    def metric_title(self, by: str = "") -> str:
+        """Return the title of a panel of test metrics ``by`` something, which states if lower ones are better."""
+        return f"{self.metric.capitalize()}{by}" + " (lower is better)" * self.lower_is_better
+
+    @property
     def sample(self) -> str:
         """Number of runs and their seeds as text, by label if the labels differ."""
         return join_by_label({group.label: group.sample for group in self.groups})

@@ -55,11 +55,12 @@ def index_page() -> str:
     training = (Path(__file__).parent / SOURCE).read_text(encoding="utf-8")
     return (
         "# Gallery\n\nThe figures in `ls.plots.FIGURES`, each drawn by the code next to it, most of them from "
-        "`ls.example(...)`. The runs are short, so differences between accuracies are noise: see "
-        "[the findings](../findings.md).\n\n"
+        "`ls.example(...)`. The runs are short and small, so they show how to read a figure, not which method is "
+        "better: see [the findings](../findings.md).\n\n"
         f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}::::\n\n"
         "```{toctree}\n:hidden:\n\n" + topics + "\n```\n\n## Other runs\n\nThe other figures need records that no "
-        "example of the package has. This code trains their runs on the bundled model and text.\n\n"
+        "example of the package has. This code trains their runs, on the bundled model and text or on text of planted "
+        "teachers.\n\n"
         f"```python\n{training}```\n"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -83,7 +82,7 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
     caption = f"{averaged} Cosine: mean over the factored matrices in the blocks, without step 1, where it is 1."
     loss = replace(_curve_chart(cohort, "loss", losses, caption), title="Training loss")
     cosine = _curve_chart(cohort, "direction_cosine", cosines, caption)
-    random = _independent_directions(cohort, sorted(set(cosines["step"])))
+    random = _independent_directions(cohort, cosines["step"].drop_duplicates())
     cosine = replace(
         cosine,
         marks=(*cosine.marks, Line("step", "value", "recipe", data=random)),
@@ -152,7 +151,7 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     return cohort.complete(set_side_by_side(by_rate, at_best))
 
 
-def _independent_directions(cohort: Cohort, steps: Sequence[int]) -> pd.DataFrame:
+def _independent_directions(cohort: Cohort, steps: pd.Series) -> pd.DataFrame:
     """Return the cosine of independent directions with their average at every step, per decay of the average."""
     decays = {run.meta.recipe["betas"][0] for run in cohort.runs if "betas" in run.meta.recipe}
     rows = []

@@ -683,3 +683,11 @@ def test_labels_of_numbers_do_not_overlap_in_a_narrow_panel() -> None:
     boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
     assert len(boxes) > 1
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_numbers_in_cells_have_the_size_of_notes_or_less_where_cells_are_narrow() -> None:
+    for columns, sizes in ((4, (11, 11)), (30, (5, 9))):
+        data = pd.DataFrame({"x": np.arange(columns), "y": "a", "v": 0.25})
+        chart = Chart(data, [Heat("x", "y", "v", text=".2f")])
+        (cells,) = (trace for trace in chart.plotly().data if trace.type == "heatmap")
+        assert sizes[0] <= cells.textfont.size <= sizes[1]

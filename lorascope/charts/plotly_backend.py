@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.figure_style import Palette, figure_theme
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Shape, Words
 from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout, math_to_tags
+from lorascope.charts.text_wrapping import GLYPH
 from lorascope.charts.theme import FAINT, MUTED, Theme, readable_ink
 
 NARROW = 358.0  # pixels: width of a figure on a phone
@@ -57,6 +59,8 @@ def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
         start = len(drawn_figure.data)
         # The slider opens at the last frame.
         drawn_figure.add_traces(traces(panel, (settled.frames or [None])[-1]))
+        for trace in drawn_figure.data[start:]:
+            _size_texts(trace, panel, drawn_figure.layout, width)
         if panel in framed:
             moving += range(start, len(drawn_figure.data))
     drawn_figure.add_traces([_legend_sample(entry, settled.theme) for entry in settled.entries])
@@ -68,13 +72,29 @@ def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
     for frame in settled.frames:
         data: list[Any] = []
         for panel in framed:
-            data += traces(panel, frame)
+            of_panel = traces(panel, frame)
+            for trace in of_panel:
+                _size_texts(trace, panel, drawn_figure.layout, width)
+            data += of_panel
         for trace in data:
             if isinstance(trace, go.Heatmap):
                 trace.customdata = None  # the names of cells are the same in all frames
         frames.append(go.Frame(name=escape_tags(str(frame)), data=data, traces=moving))
     drawn_figure.frames = frames
     return drawn_figure
+
+
+def _size_texts(trace: Any, panel: Panel, settings: Any, width: float) -> None:
+    """Set the size of the numbers in cells, for which plotly would also count the letters of their tags."""
+    if not isinstance(trace, go.Heatmap) or trace.texttemplate is None or not np.size(trace.z):
+        return
+    suffix, margin = axis_suffix(panel.number), settings.margin
+    (left, right), (bottom, top) = settings[f"xaxis{suffix}"].domain, settings[f"yaxis{suffix}"].domain
+    rows, columns = np.shape(trace.z)
+    longest = max(len(re.sub("<[^>]*>", "", text)) for row in trace.text for text in row)
+    across = (right - left) * (width - margin.l - margin.r) / columns / (GLYPH * max(longest, 1))
+    up = 0.7 * (top - bottom) * (settings.height - margin.t - margin.b) / rows
+    trace.textfont.size = max(1.0, min(NOTE, across, up))
 
 
 def ground(settled: FigurePlan, width: float = WIDTH) -> go.Figure:

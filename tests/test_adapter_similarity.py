@@ -16,12 +16,12 @@ from test_hydralora_files import write as write_hydra
 from lorascope import plots
 from lorascope.analysis import adapter_similarity
 from lorascope.analysis.leading_directions import chance_angle
+from lorascope.charts.marks import Rule
 from lorascope.cli.main import main
 from lorascope.files.safetensors_io import write_tensors
 from lorascope.files.whole_files import write_json
 from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
-from lorascope.plots.adapter_similarity import _format_ratio
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import load
 from lorascope.updates import Dense, Fourier, LowRank
@@ -224,15 +224,18 @@ def test_labels_of_folders_with_the_same_name_are_their_paths(
     assert [item["label"] for item in json.loads(printed(capsys, *paths, "--json"))] == list(map(str, paths))
 
 
-def test_figure_shows_the_matrix(three: dict[str, Adapter]) -> None:
-    charts = [chart for row in plots.adapter_pairs(three).rows() for chart in row]
+def test_figure_shows_every_pair_once_with_its_chance_level(three: dict[str, Adapter]) -> None:
+    charts = plots.adapter_pairs(three).panels
     table = adapter_similarity.compare_adapters(three, adapter_similarity.compare_modules(three))
-    ratio, cosine, angles, moved = charts
-    assert ratio.marks[0].limits[1] == pytest.approx(max(1, ratio.data["log_ratio"].abs().max()))
-    assert ratio.data["log_ratio"].tolist() == pytest.approx(np.log2(table["norm_ratio"]).tolist())
-    assert cosine.data["cosine"].tolist() == table["cosine"].tolist()
-    assert angles.data["words"].tolist()[1].startswith(f"{table['angle'][1]:.0f}° (")
-    assert moved.data["rank_moved"].tolist() == table["rank_moved"].tolist()
+    table = table.set_index(table["one"] + " / " + table["other"]).loc[["a / b", "a / c", "b / c"]]
+    shown = ("norm_ratio", "cosine", "angle", "rank_moved")
+    for chart, column in zip(charts, shown, strict=True):
+        assert chart.marks[-1].columns() == {"x": column, "y": "pair"}
+        assert chart.data["pair"].tolist() == table.index.tolist()
+        np.testing.assert_array_equal(chart.data[column], table[column])
+    assert charts[2].marks[0].columns() == {"x": "chance", "y": "pair"}
+    np.testing.assert_array_equal(charts[2].data["chance"], table["chance"])
+    assert [chart.marks[0].x for chart in charts if isinstance(chart.marks[0], Rule)] == [1, 0, 0]
     assert charts[0].caption.endswith("the allocations equal. 1 run.")
     with pytest.raises(ValueError, match=r"adapter_pairs.*got 1"):
         plots.adapter_pairs(three["a"])
@@ -241,7 +244,8 @@ def test_figure_shows_the_matrix(three: dict[str, Adapter]) -> None:
 def test_pairs_of_one_label_without_seeds_are_named_by_their_runs(three) -> None:
     runs = [three["a"], three["b"]]
     chart = plots.adapter_pairs({"mine": runs, "theirs": three["c"]}).panels[0]
-    assert list(dict.fromkeys(chart.data["one"])) == [*(f"mine, run {run.id}" for run in runs), "theirs"]
+    first, second = (f"mine, run {run.id}" for run in runs)
+    assert list(chart.data["pair"]) == [f"{first} / {second}", f"{first} / theirs", f"{second} / theirs"]
 
 
 def test_inspect_lists_notes_on_special_adapters_below_the_matrix(
@@ -266,8 +270,3 @@ def test_inspect_lists_notes_on_special_adapters_below_the_matrix(
     assert "zero update" not in printed(capsys, plain, bare)
     write_hydra(tmp_path / "hydra")
     assert "depend on their input" in printed(capsys, tmp_path / "hydra", plain)
-
-
-@pytest.mark.parametrize(("ratio", "text"), [(0.0123, "0.012×"), (1.0, "1×"), (12.6, "13×"), (187.0, "187×")])
-def test_ratios_of_norms_are_readable(ratio: float, text: str) -> None:
-    assert _format_ratio(ratio) == text

@@ -193,10 +193,9 @@ def test_space_view_in_half_precision_matches_full_precision(tmp_path):
         for run, domain in list(RUNS.items())[::2]
     }  # fmt: skip
     assert runs["film"].factors()["h.0.q"]["A"].dtype == np.float16
-    tsne, pca = plots.factor_embedding(runs, factors=("A",), view="space", perplexity=2).panels
-    assert tsne.title == pca.title
-    assert re.fullmatch(r"A, 1024: \d+% \(chance 50%\)", tsne.title)
-    assert (tsne.y.label, pca.x.label[:11]) == ("t-SNE, perplexity 2", "component 1")
+    (chart,) = plots.factor_embedding(runs, factors=("A",), view="space", perplexity=2).panels
+    assert re.fullmatch(r"A: same module \d+% \(chance 50%\)", chart.title)
+    assert (chart.x.label, chart.y.label) == ("factors of shape 1024", "t-SNE, perplexity 2")
 
 
 def test_clouds_separate_factors_of_different_widths():
@@ -459,65 +458,42 @@ def domains(tmp_path):
     return found, updates
 
 
-def test_figure_shows_a_next_to_b_by_tsne_and_pca_with_their_shared_fractions(domains):
+def test_figure_shows_a_next_to_b_with_their_shared_fractions(domains):
     runs, updates = domains
     panels = plots.factor_embedding(runs)
+    (row,) = panels.rows()
     (cloud,) = build_factor_sets(updates, RUNS, ("B",))
     shared = factor_sharing.sharedness([cloud])["sharedness"]
-    titles = ["A, 2 × 12: 100% (chance 17%)", f"B, 2 × 12: {100 * shared:.0f}% (chance 17%)"]
-    assert [[chart.title for chart in row] for row in panels.rows()] == 2 * [titles]
-    assert panels.rows()[0][0].y.label == "t-SNE, perplexity 12"
-    assert all(chart.square for chart in panels.panels)
-    chart = panels.rows()[1][1]
-    np.testing.assert_allclose(chart.data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
-    assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]
-    assert chart.data["role"].tolist() == [("q", "v")[int(name[2]) % 2] for name in chart.data["module"]]
-    assert (chart.marks[0].color, chart.marks[0].shape) == ("domain", "role")
-    assert dict(zip(chart.data["domain"], chart.data["size"], strict=True)) == {"film": 1.0, "music": 0.6, "news": 0.2}
-    shares = (
-        PCA(2)
-        .fit(
-            np.array(
-                [
-                    (B := updates[row.run][row.module].B).ravel() / np.linalg.norm(B)
-                    for row in cloud.table().itertuples()
-                ]
-            )
-        )
-        .explained_variance_ratio_
-    )
-    assert chart.x.label == f"component 1 ({100 * shares[0]:.0f}%)"
-    assert panels.rows()[0][0].frame is None
-    assert np.abs(panels.rows()[0][0].data[["x", "y"]].to_numpy()).max() == 1
-    assert panels.rows()[0][0].data["start"].unique().tolist() == ["from PCA"]
-    (of_a,) = build_factor_sets(updates, RUNS, ("A",))
-    plane = factor_embeddings.tsne(of_a, 12)
-    plane = plane - (plane.min(axis=0) + plane.max(axis=0)) / 2
-    np.testing.assert_allclose(panels.rows()[0][0].data[["x", "y"]], plane / np.abs(plane).max())
+    titles = ["A: same module 100% (chance 17%)", f"B: same module {100 * shared:.0f}% (chance 17%)"]
+    assert [chart.title for chart in row] == titles
+    assert [chart.y.label for chart in row] == 2 * ["t-SNE, perplexity 12"]
+    assert all(chart.square for chart in row)
+    for chart, factor in zip(row, "AB", strict=True):
+        (cloud,) = build_factor_sets(updates, RUNS, (factor,))
+        plane = factor_embeddings.tsne(cloud, 12)
+        plane = plane - (plane.min(axis=0) + plane.max(axis=0)) / 2
+        np.testing.assert_allclose(chart.data[["x", "y"]], plane / np.abs(plane).max())
+        assert np.abs(chart.data[["x", "y"]].to_numpy()).max() == 1
+        assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]
+        assert chart.data["role"].tolist() == [("q", "v")[int(name[2]) % 2] for name in chart.data["module"]]
+        assert chart.marks[0].columns() == {"x": "x", "y": "y", "color": "domain", "size": "size"}
+        assert chart.data["start"].unique().tolist() == ["from PCA"]
+        assert chart.frame is None
+    sizes = {"film": 1.0, "music": 0.6, "news": 0.2}
+    assert dict(zip(chart.data["domain"], chart.data["size"], strict=True)) == sizes
     assert "film: 2 seeds (0, 1)" in chart.caption.lower()
     assert "another domain is from the same module" in chart.caption
 
 
-@pytest.mark.parametrize(("modules", "sizes"), [(7, ["14"]), (8, ["16", "5.33"])])
-def test_figure_of_enough_points_has_a_second_perplexity(tmp_path, modules, sizes):
-    """A t-SNE of fewer than five neighbors falls apart, so that of a third of the usual number needs 45 points."""
-    places = [{"module": f"h.{m}.q", "stack": "", "layer": m, "role": "q"} for m in range(modules)]
-    runs = {}
-    for seed, (run, held) in enumerate(scattered(0, modules=modules).items()):
-        factors = {name: (update.B, update.A) for name, update in held.items()}
-        planted_run = plant(tmp_path, run, {("loss", ""): {9: 1.0}}, "LoRA", seed, factors, modules=places)
-        runs.setdefault(RUNS[run], []).append(planted_run)
-    labels = [row[0].y.label for row in plots.factor_embedding(runs).rows()]
-    assert labels[:-1] == [f"t-SNE, perplexity {size}" for size in sizes]
-
-
-def test_figure_with_a_control_and_seeds_has_columns_and_frames_for_them(domains):
+def test_figure_with_a_control_and_seeds_has_rows_and_frames_for_them(domains):
     runs, _ = domains
     panels = plots.factor_embedding(runs, control=runs, perplexity=[3, 8], seeds=[4, 5])
-    for row in panels.rows():
-        assert [chart.title.split(",")[0] for chart in row] == ["A", "B", "control: A", "control: B"]
+    titles = [[chart.title.partition(": same")[0] for chart in row] for row in panels.rows()]
+    assert titles == 2 * [["A", "B"]] + 2 * [["control: A", "control: B"]]
+    labels = [chart.y.label for chart in panels.panels]
+    assert labels == 2 * (2 * ["t-SNE, perplexity 3"] + 2 * ["t-SNE, perplexity 8"])
     chart = panels.rows()[0][0]
-    assert [row[0].frame for row in panels.rows()] == ["start", "start", None]
+    assert {chart.frame for chart in panels.panels} == {"start"}
     assert chart.data["start"].unique().tolist() == ["from PCA", "from seed 4", "from seed 5"]
     first, second = (chart.data.loc[chart.data["start"] == f"from seed {seed}", ["x", "y"]] for seed in (4, 5))
     assert not np.allclose(first, second)
@@ -526,7 +502,7 @@ def test_figure_with_a_control_and_seeds_has_columns_and_frames_for_them(domains
     assert len({chart.caption for row in panels.rows() for chart in row}) == 1
 
 
-def test_figure_has_separate_rows_for_different_widths(tmp_path):
+def test_figure_of_modules_has_separate_rows_for_different_widths(tmp_path):
     """Up is 9 x 6 and down 6 x 9: A of one has the width of B of the other. Nothing is truncated or padded."""
     draw = np.random.default_rng(0)
     shapes = {"h.0.up": (9, 6), "h.0.down": (6, 9), "h.1.up": (9, 6), "h.1.down": (6, 9)}
@@ -541,10 +517,9 @@ def test_figure_has_separate_rows_for_different_widths(tmp_path):
             plant(tmp_path, run, {("loss", ""): {9: 1.0}}, "LoRA", seed, factors, modules=places)
         )
     for view, of in (("raw", "2 × "), ("canonical", "2 × "), ("space", "")):
-        rows = plots.factor_embedding(runs, perplexity=2, view=view).rows()
-        assert [[chart.title.split(":")[0] for chart in row] for row in rows] == [
-            *2 * [[f"A, {of}9", f"B, {of}6"]], *2 * [[f"A, {of}6", f"B, {of}9"]],
-        ]  # fmt: skip
+        rows = plots.factor_embedding(runs, perplexity=2, view=view, modules=list(shapes)).rows()
+        shown = [[(chart.title[0], chart.x.label.removeprefix("factors of shape ")) for chart in row] for row in rows]
+        assert shown == [[("A", f"{of}6"), ("B", f"{of}9")], [("A", f"{of}9"), ("B", f"{of}6")]]
         for row in rows:
             assert {chart.data["role"].nunique() for chart in row} == {1}
 
@@ -558,15 +533,16 @@ def test_titles_have_the_random_baseline_of_their_panel_if_widths_differ(tmp_pat
     for run, domain in list(RUNS.items())[::2]:
         factors = {name: (draw.normal(size=(side, 2)), draw.normal(size=(2, 6))) for name, side in sides.items()}
         runs[domain] = plant(tmp_path, run, {("loss", ""): {9: 1.0}}, factors=factors, modules=places)
-    rows = plots.factor_embedding(runs, perplexity=2).rows()
-    chances = [[re.search(r": \d+% \(chance (\d+)%\)$", chart.title)[1] for chart in row] for row in rows]
-    assert chances == [["33", "50"], ["33", "50"], ["100"], ["100"]]
+    for modules, expected in (((), [["33", "50"]]), (list(sides), [["33", "50"], ["100"]])):
+        rows = plots.factor_embedding(runs, perplexity=2, modules=modules).rows()
+        chances = [[re.search(r" \d+% \(chance (\d+)%\)$", chart.title)[1] for chart in row] for row in rows]
+        assert chances == expected  # without names of modules, only the width of the most modules
 
 
 def test_figure_together_has_a_and_b_in_one_plane(domains):
     runs, _ = domains
     chart = plots.factor_embedding(runs, together=True, view="space").rows()[0][0]
-    assert re.fullmatch(r"A and B, 12: \d+% \(chance 8%\)", chart.title)
+    assert re.fullmatch(r"A and B: same module \d+% \(chance 8%\)", chart.title)
     assert chart.y.label == "t-SNE, perplexity 24"
     assert chart.data["factor"].value_counts().to_dict() == {"A": 36, "B": 36}
     names = chart.marks[1].data.set_index("factor")
@@ -591,23 +567,18 @@ def test_dot_labels_with_two_stacks_include_the_stack(tmp_path):
 
 def test_figure_of_few_modules_labels_the_dots(domains):
     """As in figure 10: all dots of a shared A coincide and have one label; those of B are grouped by domain."""
-    runs, updates = domains
+    runs, _ = domains
     few = ["h.1.q", "h.4.q"]
-    rows = plots.factor_embedding(runs, modules=few, perplexity=3).rows()
-    for column, factor in zip(zip(*rows, strict=True), "AB", strict=True):
-        (cloud,) = build_factor_sets(
-            {run: {name: held[name] for name in few} for run, held in updates.items()}, RUNS, (factor,)
-        )
-        np.testing.assert_allclose(column[-1].data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
-        for chart in column:
-            names = chart.marks[1].data
-            assert set(zip(names["module"], names["place"], strict=True)) == {("h.1.q", "1 v"), ("h.4.q", "4 q")}
-            dots = names.merge(chart.data, on=["x", "module", "run"], suffixes=("", "_dot"))
-            assert len(dots) == len(names) < len(chart.data)
-            assert (dots["y"] > dots["y_dot"]).all()
-            assert chart.y.limits is None or names["y"].max() < chart.y.limits[1]
-    assert len(rows[-1][0].marks[1].data) == 2 < len(rows[-1][1].marks[1].data)
-    assert rows[0][0].title == "A, 2 × 12: 100% (chance 50%)"
+    ((of_a, of_b),) = plots.factor_embedding(runs, modules=few, perplexity=3).rows()
+    for chart in (of_a, of_b):
+        names = chart.marks[1].data
+        assert set(zip(names["module"], names["place"], strict=True)) == {("h.1.q", "1 v"), ("h.4.q", "4 q")}
+        dots = names.merge(chart.data, on=["x", "module", "run"], suffixes=("", "_dot"))
+        assert len(dots) == len(names) < len(chart.data)
+        assert (dots["y"] > dots["y_dot"]).all()
+        assert names["y"].max() < chart.y.limits[1]
+    assert len(of_a.marks[1].data) <= len(of_b.marks[1].data)
+    assert of_a.title == "A: same module 100% (chance 50%)"
     with pytest.raises(
         ValueError, match=r"^factor_embedding.*got 'h\.9\.q'; expected one of h\.0\.q, h\.1\.q, "
     ) as raised:

@@ -93,26 +93,28 @@ def test_neurons_draw_a_control_in_a_separate_panel_with_present_setting_names(t
 
 
 def test_neuron_cosine_by_layer_with_the_threshold(tmp_path):
-    chart = plots.neuron_cosine(planted(tmp_path, "a"))
+    panels = plots.neuron_cosine(planted(tmp_path, "a")).panels
     middle = float(np.median(DISTANCES))
-    assert list(lookup(chart, "place", "role")) == [(layer, role) for layer in "01" for role in ("ffn_in", "ffn_out")]
-    assert chart.data["value"].tolist() == pytest.approx([middle * 10**number for number in range(4)])
-    assert chart.data["low"].iloc[0] == pytest.approx(np.quantile(DISTANCES, 0.05))
-    (rule,) = (mark for mark in chart.marks if isinstance(mark, Rule))
-    assert rule.y == pytest.approx(DISTANCES[0])
-    assert "threshold" in chart.caption
-    assert chart.y.log
-    own = plots.neuron_cosine(planted(tmp_path, "b"), quantity="neuron_cosine")
-    assert set(own.data["value"]) == {middle}
-    assert not any(isinstance(mark, Rule) for mark in own.marks)
+    assert [chart.title for chart in panels] == ["ffn_in", "ffn_out"]
+    for number, chart in enumerate(panels):
+        assert lookup(chart, "place") == pytest.approx({"0": middle * 10**number, "1": middle * 10 ** (number + 2)})
+        (rule,) = (mark for mark in chart.marks if isinstance(mark, Rule))
+        assert rule.y == pytest.approx(DISTANCES[0])
+        assert "threshold" in chart.caption
+        assert chart.y.log
+    band = panels[0].marks[0].data
+    assert band["low"].iloc[0] == pytest.approx(np.quantile(DISTANCES, 0.05))
+    for chart in plots.neuron_cosine(planted(tmp_path, "b"), quantity="neuron_cosine").panels:
+        assert set(chart.data["value"]) == {middle}
+        assert not any(isinstance(mark, Rule) for mark in chart.marks)
 
 
 @pytest.mark.parametrize("more", [{"reversed_share": 0.02}, {"neurons": CHOSEN}, {"select_by": "random"}])
 def test_neuron_cosine_has_no_threshold_if_selection_was_not_by_distance(more, tmp_path):
     """With ``reversed_share`` the least rotated neurons are selected too, so there is no threshold."""
-    chart = plots.neuron_cosine(planted(tmp_path, "a", **more))
-    assert not any(isinstance(mark, Rule) for mark in chart.marks)
-    assert "threshold" not in chart.caption
+    for chart in plots.neuron_cosine(planted(tmp_path, "a", **more)).panels:
+        assert not any(isinstance(mark, Rule) for mark in chart.marks)
+        assert "threshold" not in chart.caption
 
 
 def test_neuron_overlap_of_domains_and_seeds_with_random_baseline(tmp_path):
@@ -122,9 +124,10 @@ def test_neuron_overlap_of_domains_and_seeds_with_random_baseline(tmp_path):
         "music": [planted(tmp_path, "c", {IN.format(0): [0, 11, 12, 13, 14, 15]})],
     }
     chart = plots.neuron_overlap(runs)
-    assert lookup(chart, "first", "second", value="overlap") == pytest.approx(
-        {("film", "film"): 5 / 6, ("film", "music"): 1 / 6, ("music", "film"): 1 / 6}
-    )
+    assert lookup(chart, "pair", value="overlap") == pytest.approx({"film, seeds": 5 / 6, "film, music": 1 / 6})
+    assert chart.data.groupby("pair")["overlap"].agg(list).to_dict()["film, music"] == pytest.approx([1 / 6, 1 / 6])
+    baseline, _ = chart.marks
+    assert chart.data[baseline.x].max() == pytest.approx(2 / 6)
     assert "mean 0.09, 95th percentile 0.33" in chart.caption
     assert "6 neurons" in chart.caption
 
@@ -174,8 +177,14 @@ def test_rank_shift_and_its_three_kinds_of_neurons(tmp_path):
     assert set(buckets.x.order) == set(buckets.data["bucket"])
     assert (buckets.x.order[0], buckets.x.order[-2:]) == ("0–1", ("90–97", "all"))
     assert lookup(kinds, "category") == {"strong": 4, "suppressed": 4, "indirect": 3}
-    assert lookup(buckets, "bucket")["0–1"] == 30
-    assert lookup(buckets, "bucket")["all"] == pytest.approx((2 * 30 + 30 * 2) / 32)
+    shifts = lookup(buckets, "recipe", "bucket")
+    (label, *_) = buckets.colors
+    assert shifts[label, "0–1"] == 30
+    assert shifts[label, "all"] == pytest.approx((2 * 30 + 30 * 2) / 32)
+    # The most used of 32 neurons would be anywhere from 0 to 31 ranks lower.
+    assert shifts["random ranks", "0–1"] == pytest.approx(np.arange(32).mean())
+    distances = np.abs(np.subtract.outer(np.arange(32), np.arange(32)))
+    assert shifts["random ranks", "all"] == pytest.approx(distances.mean())
     assert "compared with the model before training" in kinds.caption
 
 

@@ -57,7 +57,7 @@ def test_planted_neurons_are_the_most_sensitive_tenth(run: Run) -> None:
         for layer, numbers in PLANTED.items():
             found = sensitive[(sensitive["role"] == role) & (sensitive["layer"] == layer)]
             assert sorted(found["neuron"]) == numbers
-    shares = panel(plots.neuron_sensitivity(run), "Share of the top 10%").data.set_index(["place", "role"])
+    shares = panel(plots.neuron_sensitivity(run), "Share of the top tenth").data.set_index(["place", "role"])
     for layer in "01":
         for role in ("ffn_in", "ffn_out"):
             assert shares.loc[(layer, role), "value"] > 95
@@ -103,7 +103,7 @@ def test_null_is_the_mean_over_shuffled_gradients(trained: tuple[Run, Any]) -> N
 
 
 def test_names_of_the_most_sensitive_neurons_over_steps(run: Run) -> None:
-    course = panel(plots.neuron_sensitivity(run, k=3), "Top neurons").data
+    course = plots.sensitivity_over_steps(run, k=3).panels[0].data
     assert list(dict.fromkeys(course["step"])) == [0, 2, 4]
     last = analysis.list_sensitivities(run)
     last["value"] /= last.groupby("module")["value"].transform("mean")
@@ -117,11 +117,12 @@ def test_names_of_the_most_sensitive_neurons_over_steps(run: Run) -> None:
 
 def test_both_renderers_show_the_numbers_of_the_tables(run: Run) -> None:
     figure = plots.neuron_sensitivity(run)
-    shares, profile, course = (chart.data for chart in figure.panels)
+    shares, profile = (chart.data for chart in figure.panels)
     mpl, plotly = Mpl(figure), Plotly(figure)
-    for number, table in ((0, shares), (2, course)):
-        assert mpl.heat(number) == plotly.heat(number)
-        assert set(mpl.heat(number)[0]) - {None} == {round(value, 9) for value in table["value"]}
+    course = plots.sensitivity_over_steps(run)
+    for first, other, table in ((mpl, plotly, shares), (Mpl(course), Plotly(course), course.panels[0].data)):
+        assert first.heat(0) == other.heat(0)
+        assert set(first.heat(0)[0]) - {None} == {round(value, 9) for value in table["value"]}
     drawn = [(xs, ys) for xs, ys, _ in mpl.lines(1) if xs]  # without the entries of the legend
     assert drawn == [line[:2] for line in plotly.lines(1)]
     null = figure.panels[1].marks[1].data
@@ -146,15 +147,16 @@ def planted(folder: Path, id: str, first: int, **more: Any) -> Run:
 def test_overlap_between_seeds_and_tasks_with_its_random_baseline(tmp_path: Path) -> None:
     tweets = [planted(tmp_path, "a", 0, seed=0), planted(tmp_path, "b", 1, seed=1)]
     figure = plots.neuron_sensitivity({"tweets": tweets, "news": planted(tmp_path, "c", 10)})
-    cells = panel(figure, "Overlap of the top 10%").data.groupby("pair")["overlap"].agg(list)
+    overlaps = panel(figure, "Overlap of the top tenth").data
+    cells = overlaps.groupby("pair")["overlap"].agg(list)
     assert cells.to_dict() == {"tweets, seeds": [0.5], "tweets, news": [0, 0]}
-    assert "most" not in panel(figure, "Overlap of the top 10%").data
-    assert "mean 0.10 (line), 95th percentile 0.27" in figure.panels[0].caption
+    assert set(overlaps["most"].round(2)) == {0.27}
+    assert "mean 0.10, 95th percentile 0.27" in figure.panels[0].caption
     assert "Null" not in figure.panels[0].caption
-    profile = panel(figure, "tweets: sorted neurons").data
-    assert "gradients shuffled" not in set(profile["role"])
+    profile = panel(figure, "Sorted neurons").data
+    assert list(dict.fromkeys(profile["recipe"])) == ["tweets", "news"]
     heights = np.quantile(np.array([9.0, 8.0, *np.linspace(1, 2, 18)]) / 44 * 20, 1 - profile["percent"].unique() / 100)
-    assert list(profile.loc[profile["role"] == "ffn_out", "value"]) == pytest.approx(list(heights))
+    assert list(profile.loc[profile["recipe"] == "tweets", "value"]) == pytest.approx(list(heights))
 
 
 def test_random_overlap_matches_random_choices_within_modules() -> None:

@@ -96,7 +96,7 @@ def _thin_ticks(axis: Any, room: float, size: float) -> None:
         choices = [ALL]
         ticks = _log_ticks(low, high, ALL)
         # Multiples of a power of ten may end far below the upper end, as from 0.7 to 1.5.
-        if not ticks.size or high - np.log(ticks[-1]) > (high - low) / 3:
+        if len(ticks) < 2 or high - np.log(ticks[-1]) > (high - low) / 3:
             axis.set_major_locator(MaxNLocator(min(5, max(1, int(room / (4 * size)))), steps=[1, 2, 5, 10]))
             return
     for subs in choices:

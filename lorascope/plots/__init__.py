@@ -55,6 +55,7 @@ from lorascope.plots.selected_neurons import neuron_overlap as neuron_overlap
 from lorascope.plots.selected_neurons import neurons as neurons
 from lorascope.plots.selected_neurons import rank_shift as rank_shift
 from lorascope.plots.sensitive_neurons import neuron_sensitivity as neuron_sensitivity
+from lorascope.plots.sensitive_neurons import sensitivity_over_steps as sensitivity_over_steps
 from lorascope.plots.step_cost import memory as memory
 from lorascope.plots.step_cost import step_seconds as step_seconds
 from lorascope.plots.subspaces import spectrum as spectrum

@@ -183,4 +183,4 @@ def stacked_bars(
 ) -> Chart:
     """Build a chart with one lying bar per recipe, stacked of its parts."""
     stack, along = Bar("value", "recipe", "part", mode="stack"), Axis(label=x, limits=(0, None))
-    return Chart(cells, [stack, *marks], x=along, y=Axis(order=order), colors=colors, **settings)
+    return Chart(cells, [stack, *marks], x=along, y=Axis(order=order, compact=True), colors=colors, **settings)

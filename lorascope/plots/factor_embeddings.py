@@ -15,7 +15,7 @@ from lorascope.analysis import factor_embeddings, factor_sharing, norms
 from lorascope.analysis.factor_embeddings import Factor, FactorSet, View
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels
-from lorascope.charts.marks import Axis, Point, Text
+from lorascope.charts.marks import Axis, Mark, Point, Text
 from lorascope.plots.figure_registry import figure, gather_apart
 from lorascope.plots.requirements import UPDATES
 from lorascope.plots.run_groups import Cohort, Runs, require_choices
@@ -27,7 +27,6 @@ _VIEWS = {
 }
 _SAME_PLACE = 0.3  # fraction of the largest coordinate within which dots of one module share a name
 _MOST_NAMED = 12  # largest number of modules whose names are legible
-_LEAST_PERPLEXITY = 5  # with fewer neighbors, t-SNE tears groups apart
 _EDGE = 1.15  # end of the axes over the largest coordinate, so that no dot is cut
 _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the height
 
@@ -36,9 +35,9 @@ _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the
     topic="factors",
     needs=(UPDATES,),
     runs=2,
-    reads="Each dot is the A or B of one module in one run; mixed colors mean factors shared between domains, separate "
-    "colors mean domain-specific factors. Only structure that remains in the control, whose runs have separate initial "
-    "A's, and a percentage in the title above the chance level, were learned.",
+    reads="Each dot is the A or B of one module in one run; a dot in a ring of another color is a factor that domains "
+    "share, separate colors mean domain-specific factors. Only structure that remains in the control, whose runs have "
+    "separate initial A's, and a percentage in the title above the chance level, were learned.",
     misleads="Runs with the same initial A stay together because A moves little, and t-SNE distances between groups "
     "mean nothing: use the numbers of lorascope.analysis.factor_sharing. Raw factors also depend on how the update was "
     "split into B and A, which view='space' avoids.",
@@ -54,14 +53,16 @@ def factor_embedding(
     seeds: Sequence[int] = (),
     modules: Sequence[str] = (),
 ) -> Panels:
-    """Plot t-SNE and PCA embeddings of LoRA factors (HydraLoRA, Fig. 3), A next to B, one row per plane and shape.
+    """Plot t-SNE embeddings of LoRA factors (HydraLoRA, Fig. 3), A next to B and the control below.
+
+    Factors of different shapes are not in one plane: those of the most modules are plotted, or all of ``modules``.
 
     Parameters
     ----------
     runs : mapping domain -> run or runs
         LoRA runs of each domain, trained separately; ideally two or more per domain.
     control : as ``runs``, optional
-        Runs for further columns, such as runs with different initial A's.
+        Runs for further rows, such as runs with different initial A's.
     factors : sequence of {"A", "B"}
         Factors to plot. Before the first step B is zero, so only A can be plotted.
     together : bool
@@ -71,10 +72,10 @@ def factor_embedding(
     step : int, optional
         Step with a snapshot; by default the last step.
     perplexity : float or sequence of float, optional
-        Perplexity of each t-SNE panel. By default 30 as in the paper (a third of the points if these are few), and a
-        third of that if it is at least 5 in all panels: structure in both does not depend on the choice.
+        Perplexity, or several to see which structure does not depend on it. Default: 30 as in the paper, a third of the
+        points if these are few.
     seeds : sequence of int
-        Seeds of random t-SNE initializations, on a slider after the initialization by PCA.
+        Seeds of random initializations, on a slider after the initialization by PCA.
     modules : sequence of str
         Modules to plot, all by default; up to 12 have their layer and role next to their dots (Fig. 10).
 
@@ -86,7 +87,11 @@ def factor_embedding(
 
     Examples
     --------
-    >>> ls.plots.factor_embedding({"seed 0": ls.example("adapter"), "seed 1": ls.example("adapter_seed_1")})
+    ``sensitive`` are two seeds of ``ls.LoRA`` on tweets, ``sensitive_news`` is the first seed on news:
+
+    >>> tweets, other_seed = sensitive
+    >>> same_start = {"tweets": tweets, "news": sensitive_news}
+    >>> ls.plots.factor_embedding(same_start, control={"tweets": other_seed, "news": sensitive_news})
     """
     cohorts = gather_apart("factor_embedding", runs, control)
     require_choices(view=(view, _VIEWS))
@@ -96,10 +101,10 @@ def factor_embedding(
         require_choices(factors=(factor, ("A", "B")))
     caption = (
         f"Each dot is a factor of one module in one run ({_VIEWS[view]}), scaled to norm 1; dots in one place appear "
-        "as rings. PCA axes: fraction of variance in parentheses."
+        "as rings."
     )
     if any(len(cohort.groups) > 1 for cohort in cohorts.values()):
-        caption += " Titles: factors whose nearest factor of another domain is from the same module."
+        caption += " Same module: factors whose nearest factor of another domain is from the same module."
     planes = []
     for prefix, cohort in cohorts.items():
         cohort.require_runs(2)
@@ -115,34 +120,33 @@ def factor_embedding(
         caption += f" {sample[0].upper()}{sample[1:]}"
         for selected in [factors] if together else [(factor,) for factor in factors]:
             clouds = factor_embeddings.build_factor_sets(updates, cohort.label_of_run, selected, view)
-            planes += [(shape, cloud, cohort, _title(cloud, cohort, prefix)) for shape, cloud in enumerate(clouds)]
-    usual = [factor_embeddings.default_perplexity(len(cloud.flat)) for _, cloud, _, _ in planes]
-    has_second = min(usual) / 3 >= _LEAST_PERPLEXITY
-    # A row of panels has one shape of each factor in one plane, so that A is next to B, and runs next to their control.
-    rows: dict[tuple[int, int], list[Chart]] = defaultdict(list)
-    for (shape, cloud, cohort, title), size in zip(planes, usual, strict=True):
-        sizes = [size]
-        if perplexity is not None:
-            sizes = np.atleast_1d(perplexity).tolist()
-        elif has_second:
-            sizes.append(size / 3)
-        charts = [_tsne(cloud, cohort, title, size, seeds) for size in sizes]
-        charts.append(_pca(cloud, cohort, title))
-        if 0 < len(modules) <= _MOST_NAMED:
-            charts = list(map(_name_dots, charts))
-        for plane, chart in enumerate(charts):
-            rows[shape, plane].append(chart)
-    grid = tuple(tuple(rows[key]) for key in sorted(rows))
-    return cohorts[""].complete(Panels(grid, columns=max(map(len, grid))), caption)
+            if not modules:
+                clouds = [max(clouds, key=lambda cloud: len(cloud.flat))]
+            planes += [(shape, cloud, cohort, prefix) for shape, cloud in enumerate(clouds)]
+    # A row of panels has one shape of each factor, so that A is next to B.
+    rows: dict[tuple[str, int, int], list[Chart]] = defaultdict(list)
+    for shape, cloud, cohort, prefix in planes:
+        sizes = perplexity
+        if sizes is None:
+            sizes = factor_embeddings.default_perplexity(len(cloud.flat))
+        for number, size in enumerate(np.atleast_1d(sizes).tolist()):
+            chart = _tsne(cloud, cohort, _title(cloud, cohort, prefix), size, seeds)
+            if 0 < len(modules) <= _MOST_NAMED:
+                chart = _name_dots(chart)
+            rows[prefix, shape, number].append(chart)
+    grid = tuple(map(tuple, rows.values()))
+    panels = Panels(grid, columns=max(map(len, grid)), title="Embedding of LoRA factors (t-SNE)")
+    return cohorts[""].complete(panels, caption)
 
 
 def _title(cloud: FactorSet, cohort: Cohort, prefix: str) -> str:
-    """Return factors, shape, and how often the nearest factor of another domain is from the same module."""
-    title = f"{prefix}{' and '.join(dict.fromkeys(cloud.factors))}, {' × '.join(map(str, cloud.shape))}"
+    """Return factors, and how often the nearest factor of another domain is from the same module."""
+    title = f"{prefix}{' and '.join(dict.fromkeys(cloud.factors))}"
     if len(cohort.groups) == 1:
         return title
     shared = factor_sharing.sharedness([cloud])
-    return f"{title}: {100 * shared['sharedness']:.0f}% (chance {100 * shared['sharedness_chance']:.0f}%)"
+    percent, chance = 100 * shared["sharedness"], 100 * shared["sharedness_chance"]
+    return f"{title}: same module {percent:.0f}% (chance {chance:.0f}%)"
 
 
 def _tsne(cloud: FactorSet, cohort: Cohort, title: str, perplexity: float, seeds: Sequence[int]) -> Chart:
@@ -155,35 +159,17 @@ def _tsne(cloud: FactorSet, cohort: Cohort, title: str, perplexity: float, seeds
         centered = plane - (plane.min(axis=0) + plane.max(axis=0)) / 2
         scaled = centered / (np.abs(centered).max() or 1.0)  # equal factors are all at zero
         points.append(_place_points(cloud, cohort, scaled).assign(start=start))
-    labels = ("", f"t-SNE, perplexity {perplexity:.3g}")
-    axes = [Axis(label=label, ticks={}, limits=(-_EDGE, _EDGE)) for label in labels]
-    return _embedding_chart(pd.concat(points), cohort, title, axes, "start" if seeds else None)
-
-
-def _pca(cloud: FactorSet, cohort: Cohort, title: str) -> Chart:
-    components = factor_embeddings.pca(cloud, len(cloud.flat))
-    variances = (components**2).sum(axis=0)
-    percent = 100 * variances / ((components**2).sum() or 1.0)  # equal factors have no variance
-    largest = _EDGE * (np.abs(components[:, :2]).max() or 1.0)  # both axes have one unit
-    axes = []
-    for number in (0, 1):
-        label = f"component {number + 1} ({percent[number]:.0f}%)"
-        axes.append(Axis(label=label, limits=(-largest, largest)))
-    return _embedding_chart(_place_points(cloud, cohort, components[:, :2]), cohort, title, axes, None)
-
-
-def _embedding_chart(
-    points: pd.DataFrame, cohort: Cohort, title: str, axes: Sequence[Axis], frame: str | None
-) -> Chart:
-    marks: list[Any] = [Point("x", "y", "domain", shape="role", size="size")]
-    if points["factor"].nunique() > 1:
+    table, frame = pd.concat(points), "start" if seeds else None
+    marks: list[Mark] = [Point("x", "y", "domain", size="size")]
+    if table["factor"].nunique() > 1:
         # A and B share this plane, so their names are drawn above the dots of each.
         keys = filter(None, ("factor", frame))
-        names = points.groupby(list(keys), as_index=False).agg({"x": "mean", "y": "max"})
+        names = table.groupby(list(keys), as_index=False).agg({"x": "mean", "y": "max"})
         marks.append(Text("x", "y", "factor", data=names))
-    x, y = axes
+    labels = f"factors of shape {' × '.join(map(str, cloud.shape))}", f"t-SNE, perplexity {perplexity:.3g}"
+    x, y = (Axis(label=label, ticks={}, limits=(-_EDGE, _EDGE)) for label in labels)
     look: dict[str, Any] = {"x": x, "y": y, "frame": frame, "colors": cohort.labels, "square": True}
-    return Chart(points, marks, title=title, meta=cohort.meta, **look)
+    return Chart(table, marks, title=title, meta=cohort.meta, **look)
 
 
 def _name_dots(chart: Chart) -> Chart:

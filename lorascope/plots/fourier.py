@@ -12,7 +12,7 @@ from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
-from lorascope.charts.marks import Axis, Heat, Line, Point
+from lorascope.charts.marks import Axis, Band, Heat, Line, Point
 from lorascope.plots.builders import curves
 from lorascope.plots.figure_registry import document_result, figure, gather_runs
 from lorascope.plots.requirements import FREQUENCIES, UPDATES
@@ -20,15 +20,17 @@ from lorascope.plots.run_groups import INTERVAL, Group, Runs, require_counts
 from lorascope.updates import Fourier, Update
 
 _FAINT = 0.01  # lower end of the color scale, as a fraction of the largest coefficient
+_HALF = 0.52  # of the frequencies, so that no dot is cut
+_SHUFFLED, _DRAWS = "shuffled", 100
 _REACH = 4.0  # ends of the color scale of an image, in units of its root mean square
 
 
 @figure(
     topic="updates",
     needs=(FREQUENCIES,),
-    reads="Each dot is a trained frequency, larger and brighter with its coefficient; frequency zero is in the center. "
-    "The profile below is the root mean square by distance from zero: a flat line means that low and high frequencies "
-    "are used equally.",
+    reads="Each dot is a trained frequency, brighter with its coefficient; frequency zero is in the center. "
+    "The profile is the root mean square by distance from zero: only where it leaves the band of shuffled "
+    "coefficients are some distances used more than others.",
     misleads="Only randomly drawn entries train, and low frequencies are not smooth structure, because rows and "
     "columns of a weight have no order. Without saved factors at step 0, the figure mostly shows the random initial "
     "coefficients.",
@@ -58,22 +60,40 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     update = {run.id: by_module[module] for run, by_module in zip(cohort.runs, updates, strict=True)}
     caption = cohort.caption(
         f"Coefficients of {module}{difference}, root mean square over seeds; the color scale starts at 1% of the "
-        "largest. An entry and its mirror (−j, −k) are one cosine, so both are drawn. Below: root mean square in rings "
-        "around frequency zero.",
+        "largest. An entry and its mirror (−j, −k) are one cosine, so both are drawn. Profile: root mean square in "
+        f"rings around frequency zero; {_SHUFFLED}: 95% of {_DRAWS} permutations of the coefficients.",
         interval=f"bands: {INTERVAL}",
     )
     planes = [_frequency_plane(group, update, caption) for group in cohort.groups]
     rows = pd.concat(analysis.radial_profile(coefficients).assign(run=run) for run, coefficients in update.items())
+    shuffled = cohort.label(pd.concat(_shuffled_profiles(coefficients, run) for run, coefficients in update.items()))
+    means = shuffled.groupby(["recipe", "radius", "draw"], sort=False)["value"].mean()
+    draws = means.groupby(["recipe", "radius"], sort=False)
+    random = pd.DataFrame({"low": draws.quantile(0.025), "high": draws.quantile(0.975)}).reset_index()
+    random["recipe"] += f", {_SHUFFLED}"
     by_radius = curves(
         seed_cells(cohort.label(rows), ["recipe", "kind", "radius"]),
         "radius",
         (Axis(label="radius of the frequency", limits=(0, None)), Axis(label="root mean square", limits=(0, None))),
+        Band("radius", "low", "high", "recipe", data=random),
         points=False,
-        title="by radius",
+        title="Profile by radius",
         caption=caption,
-        colors=cohort.labels,
+        colors=[*cohort.labels, *(f"{label}, {_SHUFFLED}" for label in cohort.labels)],
     )
-    return cohort.complete(stack_vertically(set_side_by_side(*planes), by_radius))
+    title = "Trained frequencies of one update"
+    if len(planes) == 1:
+        return cohort.complete(set_side_by_side(*planes, by_radius, title=title))
+    return cohort.complete(stack_vertically(set_side_by_side(*planes), by_radius, title=title))
+
+
+def _shuffled_profiles(update: Fourier, run: str) -> pd.DataFrame:
+    """Return the radial profiles of an update whose coefficients are permuted among its entries."""
+    generator, tables = np.random.default_rng(0), []
+    for draw in range(_DRAWS):
+        permuted = Fourier(generator.permutation(update.coefficients), update.entries, update.shape, update.scale)
+        tables.append(analysis.radial_profile(permuted).assign(draw=draw, run=run))
+    return pd.concat(tables)
 
 
 @figure(
@@ -214,10 +234,11 @@ def _frequency_plane(group: Group, updates: Mapping[str, Fourier], caption: str)
     height, width = updates[group.runs[0].id].shape
     return Chart(
         table.assign(log=np.log10(visible)),
-        [Point("column", "row", "log", size="size")],
+        [Point("column", "row", "log")],
         title=group.label,
-        x=Axis(label="input frequency", limits=(-(width // 2), width // 2)),
-        y=Axis(label="output frequency", limits=(-(height // 2), height // 2)),
+        x=Axis(label="input frequency", limits=(-_HALF * width, _HALF * width)),
+        y=Axis(label="output frequency", limits=(-_HALF * height, _HALF * height)),
         caption=caption,
         color_label="log₁₀ |coefficient|",
+        square=height == width,
     )

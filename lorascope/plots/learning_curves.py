@@ -26,7 +26,7 @@ from lorascope.plots.run_groups import INTERVAL, PAIR, Cohort, Runs, axis_label,
     "best state is chosen on validation, so its validation score is optimistic: judge runs on the test split.",
 )
 def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) -> Drawable:
-    """Plot learning curves: training loss and, if recorded, validation loss and metric over the steps.
+    """Plot learning curves: training loss and, if recorded, validation loss and metric other than perplexity.
 
     Parameters
     ----------
@@ -42,11 +42,13 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
     cohort = gather_runs("training_curves", runs, control)
     losses, averaged = _average_windows(cohort, windows)
     panels = [_curve_chart(cohort, "loss", losses, averaged)]
-    for quantity in ("eval_loss", "eval_metric"):
+    labels = {"eval_loss": axis_label("eval_loss"), "eval_metric": cohort.metric.replace("test", "validation", 1)}
+    for quantity, label in labels.items():
         rows = cohort.select(quantity)
-        if len(rows):
-            panels.append(_curve_chart(cohort, quantity, rows, averaged))
-    return cohort.complete(wrap(panels, len(panels)))
+        # A perplexity is the exponential of the loss, so its curve would be the same.
+        if len(rows) and not label.endswith("perplexity"):
+            panels.append(_curve_chart(cohort, quantity, rows, averaged, label))
+    return cohort.complete(wrap(panels, len(panels), "Learning curves"))
 
 
 @figure(
@@ -162,16 +164,20 @@ def _independent_directions(cohort: Cohort, steps: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "value", "recipe"])
 
 
-def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:
+def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str, label: str = "") -> Chart:
     """Draw the means of recipes over the steps, with the spread of their seeds at the last step of each."""
     cells = seed_cells(rows, ["recipe", "kind", "step"]).assign(quantity=quantity)
     last = cells[cells["step"] == cells.groupby("recipe")["step"].transform("max")]
+    label = label or axis_label(quantity)
+    title = label.partition(" (")[0].capitalize()
     return course(
         cells,
-        axis_label(quantity),
+        # Training and validation losses share their axis.
+        label.removeprefix("training ").removeprefix("validation "),
         *dots(last, "step", color="recipe", data=last),
         points=quantity != "loss",  # its dots would hide the line
         spread=False,  # bands of several recipes would cover each other
+        title=title,
         caption=cohort.caption(averaged, *cohort.method_notes(), interval=f"bars: {INTERVAL}", pair=PAIR),
         colors=cohort.labels,
     )

@@ -17,7 +17,7 @@ from lorascope.plots.run_groups import PAIR_IN_DATA, Runs, axis_label
 @figure(
     topic="schedules",
     needs=("active", "draw_probability"),
-    reads="Bright cells are blocks that trained in that interval, brighter if more seeds trained them. The right panel "
+    reads="Each dot is a block that trained in that interval, larger if more seeds trained it. The right panel "
     "counts the blocks trained so far: below the expected line, fewer than random draws reach on average.",
     misleads="Parameters outside the blocks (embedding, norm, head) always train and are not shown, though they may be "
     "most of the model. With a decaying learning rate, blocks drawn late move little: check update_norm.",
@@ -40,34 +40,37 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
     intervals = cohort.label(lisa_schedule.list_intervals(cohort.table))
     coverages = cohort.label(lisa_schedule.block_coverage(cohort.table))
     caption = cohort.caption(
-        "Left: fraction of runs in which a block trained, by interval. Right: number of blocks trained so far, and its "
-        "expectation after n draws, the sum over the blocks of 1 − (1 − p)ⁿ, where p is the draw probability."
+        "Left: blocks that trained in each interval; areas are fractions of the runs. Right: number of blocks trained "
+        "so far at each draw, and its expectation after n draws, the sum over the blocks of 1 − (1 − p)ⁿ, where p is "
+        "the draw probability."
     )
     rows = []
     for label, cells in cohort.split(intervals):
         active = cells.astype({"active": "float64"}).groupby(["start", "place"], observed=True)["active"]
         fractions = active.mean().rename("value").reset_index()
         blocks = list(map(str, fractions["place"].cat.categories))
+        trained = fractions[fractions["value"] > 0].astype({"start": "str", "place": "str"})
         activity = Chart(
-            fractions.astype({"start": "str", "place": "str"}),
-            [Heat("start", "place", "value", "fraction of runs", limits=(0.0, 1.0))],
-            title=label,
+            trained,
+            [Point("start", "place", size="value")],
+            title=f"{label}: in each interval",
             x=Axis(label="first step of interval", order=list(map(str, sorted(set(cells["start"]))))),
             y=Axis(label="block", order=blocks[::-1]),  # the first block at the bottom
             caption=caption,
         )
-        expected = f"{label}, expected"
+        expected = f"{label}, expected from random draws"
         counts = coverages[coverages["recipe"] == label]
         series = pd.concat([counts, counts.assign(value=counts["expected"], recipe=expected)])
         coverage = course(
             seed_cells(series, ["recipe", "kind", "step"]),
             Axis(label=axis_label("coverage"), limits=(0, None)),
-            points=False,
+            title=f"{label}: so far",
+            whiskers=False,
             caption=caption,
             colors=[label, expected],
         )
         rows.append(set_side_by_side(activity, coverage))
-    return cohort.complete(stack_vertically(*rows))
+    return cohort.complete(stack_vertically(*rows, title="Blocks trained by LISA"))
 
 
 @figure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,7 @@ from lorascope.analysis import norms
 from lorascope.analysis.even_spacing import select_steps
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, wrap
-from lorascope.charts.marks import Axis, Heat
+from lorascope.charts.marks import Axis, Heat, Point
 from lorascope.charts.scales import to_floats
 from lorascope.plots.builders import heat_by_role, profile
 from lorascope.plots.figure_registry import figure, gather_runs
@@ -22,7 +23,13 @@ _CELL = ["recipe", "kind", "place"]
 _OF_UPDATES = ("update_norm", "learned_norm", "relative_update")
 _MOST_LABELED = 12  # largest number of columns, over all panels, whose cells have room for numbers
 _MOST_DIGITS = 6  # of a number in a cell, before its exponent is shown
-_SINCE_START = "adapter_norm minus step 0"
+_SINCE_START, _DIFFERENCE = "adapter_norm minus step 0", "√(‖A‖² + ‖B‖²) − step 0"
+_READINGS = {
+    "weight_norm": "Whole weight, with its base",
+    "update_norm": "Update",
+    "adapter_norm": "Adapter, with its initial A",
+    _SINCE_START: "Adapter minus step 0",
+}
 
 
 @figure(
@@ -145,11 +152,16 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     """
     cohort = gather_runs("norm_over_steps", runs, control, check=False)
     require_counts(frames=frames)
-    rows = cohort.label(select_steps(_layers(cohort, quantity, history=True), frames))
-    cells, caption = seed_cells(rows, ["step", *_CELL]), cohort.caption(define(quantity))
-    return cohort.complete(
-        profile(cohort, cells, axis_label(quantity), title=_title(quantity), caption=caption, frame="step")
-    )
+    rows = _layers(cohort, quantity, history=True)
+    # The update of most methods starts at zero, so that a frame of step 0 would show nothing.
+    is_drawn = rows.groupby("step")["value"].transform(lambda values: values.abs().max() > 0)
+    cells = seed_cells(cohort.label(select_steps(rows[is_drawn], frames)), ["step", *_CELL])
+    last = cells[cells["step"] == cells["step"].max()].drop(columns="step")
+    caption = cohort.caption(define(quantity))
+    title = f"{_title(quantity)} (hollow: last step)"
+    chart = profile(cohort, cells, axis_label(quantity), title=title, caption=caption, frame="step")
+    ends = Point("place", "value", "recipe", hollow=True, data=last)
+    return cohort.complete(replace(chart, marks=(ends, *chart.marks)))
 
 
 @figure(
@@ -192,20 +204,18 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
     elif (cohort.table["quantity"] == "adapter_norm").any():
         adapters = norms.pool_modules(norms.select_quantity(cohort.table, "adapter_norm"))
         layers |= {"adapter_norm": adapters, _SINCE_START: norms.subtract_start(adapters)}
-    titles = ", ".join(layers).replace("_", " ")
-    caption = f"By layer, mean over the recorded steps after step 0: {titles}."
+    caption = "Mean over the recorded steps after step 0."
     if per_weight:
         caption += " Norms are divided by √n, where n is the number of weights in the matrices of a layer."
     panels = []
     for name, rows in layers.items():
         # Mean over the steps first, then mean and band over seeds.
         cells = seed_cells(cohort.label(norms.mean_over_steps(rows)), _CELL).assign(metric=name)
-        if name == _SINCE_START:  # differences may be negative, so the axis is linear
-            y = Axis(label=f"{axis_label('adapter_norm')} − step 0")
-        else:
-            y = Axis(label=axis_label(name) + " / √n" * per_weight, log=True)
-        panels.append(profile(cohort, cells, y, title=name.replace("_", " "), caption=cohort.caption(caption)))
-    return cohort.complete(wrap(panels, 2))
+        label = axis_label(name) + " / √n" * per_weight if name in QUANTITIES else _DIFFERENCE
+        is_negative = bool((cells[["value", "low"]] < 0).any(axis=None))  # as differences may be
+        y = Axis(label=label, limits=None if is_negative else (0, None))
+        panels.append(profile(cohort, cells, y, title=_READINGS[name], caption=cohort.caption(caption)))
+    return cohort.complete(wrap(panels, 2, "Norm by layer, mean over training"))
 
 
 def _comparable_quantity(cohort: Cohort) -> str:

@@ -32,7 +32,7 @@ _WAYS = {
     "l2_p5": "S-RSI, l = 2, p = 5",
     "l5_p0": "S-RSI, l = 5, p = 0",
     "l5_p5": "S-RSI, l = 5, p = 5",
-    "svd_lowrank": "svd_lowrank, l = 5, p = 5",
+    "svd_lowrank": "torch.svd_lowrank, l = 5, p = 5",
     "svd": "full SVD",
 }
 _COURSES = {
@@ -41,6 +41,7 @@ _COURSES = {
     "factor_drift_least": "best rank-k of the exact average",
     "factor_drift_rank_one": "row-column product of the exact average",
 }
+_ROUNDING = 1e-4  # percent of the error of the SVD
 _MOST_STEPS = 12  # largest number of columns whose cells have room for numbers
 
 
@@ -162,8 +163,8 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
 @figure(
     topic="optimizers",
     needs=("factoring_error_svd",),
-    reads="Left: error relative to the full SVD (1); a line above 1 has too few power iterations l or too little "
-    "oversampling p. Right: time; where the full SVD is no slower, no other method is needed.",
+    reads="Left: how far the error exceeds that of the full SVD; a high line has too few power iterations l or too "
+    "little oversampling p. Right: time; where the full SVD is no slower, no other method is needed.",
     misleads="Times are from one machine and the shapes of one block, the shorter of two runs, and other processes "
     "distort them: measure on your machine. They do not grow evenly, because some libraries multiply by few columns "
     "more slowly than by sixteen.",
@@ -184,17 +185,23 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
     """
     cohort = gather_runs("factorization_methods", runs, control)
     caption = cohort.caption(
-        "Second moments of one block at the last recorded step. Errors: mean Frobenius error over the matrices, "
-        "relative to that of the full SVD. Times: sum over the matrices."
+        "Second moments of one block at the last recorded step. Errors: mean Frobenius error over the matrices; no dot "
+        "where it is that of the full SVD. Times: sum over the matrices."
     )
     panels = []
-    y_axes = {"excess": Axis(label="error / SVD error"), "seconds": Axis(label="time (s)", log=True)}
+    y_axes = {
+        "Error above that of the full SVD": Axis(label="excess error (%)", log=True),
+        "Time": Axis(label="time (ms)", log=True),
+    }
     for label, table in cohort.split(cohort.label(cohort.table)):
         factorings = optimizer_moments.compare_factorings(table, _WAYS)
-        for column, y in y_axes.items():
-            rows = factorings.assign(value=factorings[column])
-            panels.append(_by_rank(rows, y, cohort.title(label), caption, _WAYS.values()))
-    return cohort.complete(set_side_by_side(*panels))
+        # Rounding errors are not drawn.
+        excess = (100 * (factorings["excess"] - 1)).where(lambda percent: percent > _ROUNDING)
+        for values, (title, y) in zip((excess, 1000 * factorings["seconds"]), y_axes.items(), strict=True):
+            rows = factorings.assign(value=values)
+            panel_title = ": ".join(filter(None, (cohort.title(label), title)))
+            panels.append(_by_rank(rows, y, panel_title, caption, _WAYS.values()))
+    return cohort.complete(set_side_by_side(*panels, title="Factorizations of second moments"))
 
 
 @figure(
@@ -209,8 +216,8 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
 def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None) -> Drawable:
     """Plot the rank of Adapprox's second moments by layer, role and step.
 
-    Columns are steps at which ranks were selected and the last step; at most 12 columns. Cells print rank and cap if
-    there is room, else their ratio.
+    Columns are steps at which ranks were selected and the last step; at most 12 columns. Cells below the cap print the
+    rank if there is room.
 
     Parameters
     ----------
@@ -238,20 +245,21 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     rows = rows.astype({"role": "str", "place": "str"})
     caps = rows.groupby(keys, observed=True)[["share", "cap"]].mean().reset_index()
     cells = seed_cells(rows, keys).merge(caps, on=keys)
-    cells["words"] = cells["value"].map("{:.4g}/".format) + cells["cap"].map("{:.4g}".format)
+    # Numbers where the rank was selected, and not limited by its cap.
+    cells["words"] = cells["value"].map("{:.4g}".format).where(cells["share"] < 1, "")
     # Frames follow the order of the roles in a block.
     cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
     by_cap = ", ".join(
         f"{cap:.4g} ({', '.join(roles)})" for cap, roles in cells.groupby("cap")["role"].unique().items()
     )
     caption = cohort.caption(
-        "Rank k of the factors of V, divided by its cap k_max, by layer and step.",
-        f"k_max: {by_cap}. At k_max: {100 * (cells['share'] == 1).mean():.0f}% of the cells.",
+        f"Rank k of the factors of V by layer and step; its cap k_max is {by_cap}. Cells without a number are at the "
+        f"cap: {100 * (cells['share'] == 1).mean():.0f}%.",
         *cohort.method_notes(),
         interval="intervals of k are in the data",
         pair=PAIR_IN_DATA,
     )
-    heat = Heat("step", "place", "share", "k / k_max", ".2f", limits=(0.0, 1.0), words="words")
+    heat = Heat("step", "place", "share", "rank / cap", ".2f", limits=(0.0, 1.0), words="words")
     settings: dict[str, Any] = {
         "x": Axis(label="step", order=steps),
         "y": Axis(label="layer", order=layers),
@@ -259,7 +267,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
         "frame": "role" if cells["role"].nunique() > 1 else None,
     }
     panels = [Chart(rows, [heat], title=cohort.title(label), **settings) for label, rows in cohort.split(cells)]
-    return cohort.complete(wrap(panels, len(panels)))
+    return cohort.complete(wrap(panels, len(panels), "Rank of second moments (no number: at its cap)"))
 
 
 @figure(

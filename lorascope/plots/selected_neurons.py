@@ -13,9 +13,9 @@ import pandas as pd
 from lorascope.analysis import neuron_utilization, selected_neurons
 from lorascope.analysis.norms import layer_places
 from lorascope.analysis.seed_intervals import seed_cells
-from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
-from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Rule
-from lorascope.plots.builders import block_stretches, curves, dots, pair_heat, used_roles
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
+from lorascope.charts.marks import Axis, Band, Bar, Line, Mark, Point, Rule
+from lorascope.plots.builders import block_stretches, curves, ends, used_roles
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import Cohort, Group, Runs, axis_label, list_runs, require_counts
 from lorascope.runs.result import Result
@@ -23,6 +23,7 @@ from lorascope.schema.records import QUANTITIES
 
 _MOST_LAYERS = 14  # largest number of layers whose bars have room in one row of panels
 _KINDS = ("strong", "suppressed", "indirect")
+_SHUFFLED = "random ranks"
 
 
 @figure(
@@ -81,8 +82,8 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     "norm, so small weights rotate easily: compare update norms. Neurons that did not rotate are missing from the "
     "logarithmic axis.",
 )
-def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Drawable:
-    """Plot the cosine distance of neurons from their base weights by layer and projection, one panel per recipe.
+def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Panels:
+    """Plot the cosine distance of neurons from their base weights by layer, a panel per recipe and projection.
 
     Parameters
     ----------
@@ -100,19 +101,18 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
     if quantity is None:
         quantity = "selection_cosine" if cohort.has_recorded("selection_cosine") else "neuron_cosine"
     cohort.require(quantity)
-    return cohort.complete(
-        wrap([_rotation_quantiles(cohort, group, quantity) for group in cohort.groups], len(cohort.groups))
-    )
+    rows = [set_side_by_side(*_rotation_quantiles(cohort, group, quantity)) for group in cohort.groups]
+    return cohort.complete(stack_vertically(*rows, title="Rotation of neurons from their base weights"))
 
 
 @figure(
     topic="neurons",
     needs=("selected",),
     runs=2,
-    reads="Each cell is the fraction of neurons that two selections share, averaged over pairs of runs; the diagonal "
-    "compares seeds of one label. Neurons are task-specific only as far as cells off the diagonal are lower.",
-    misleads="All overlaps exceed the random baseline in the caption, because some layers rotate more on any task: "
-    "compare with the diagonal. Larger selections overlap more at random: compare selections of equal size.",
+    reads="Each dot is the fraction of neurons that two selections share; rows of seeds compare the runs of one label. "
+    "Neurons are task-specific only as far as dots between labels are lower than those between seeds.",
+    misleads="All overlaps exceed the random baseline, because some layers rotate more on any task: "
+    "compare with the seeds of one label. Larger selections overlap more at random: compare selections of equal size.",
 )
 def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None) -> Chart:
     """Plot the overlap of selected neurons between labels, and between the seeds of each label (NeFT, Table 6).
@@ -131,9 +131,9 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
 
     Examples
     --------
-    ``neft`` and ``random_neurons`` are runs of ``ls.NeFT`` with and without ``select_by="random"``.
+    ``sensitive`` and ``sensitive_news`` are runs with ``observe=[ls.observe.neurons()]``:
 
-    >>> ls.plots.neuron_overlap({"NeFT": neft, "random neurons": random_neurons})
+    >>> ls.plots.neuron_overlap({"tweets": sensitive, "news": sensitive_news}, k=1000)
     """
     cohort = gather_runs("neuron_overlap", runs, control, check=False)
     require_counts(k=k)
@@ -146,22 +146,37 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
         selections[group.label] = list(map(selected_neurons.to_set, tables))
     selectable = selected_neurons.count_selectable(cohort.runs[0]).total()
     overlaps = selected_neurons.compare_all_selections(selections, selectable)
-    # The table has every pair of labels once, and the square shows it twice.
-    mirrored = overlaps.rename(columns={"first": "second", "second": "first"})
-    cells = pd.concat([overlaps, mirrored]).groupby(["first", "second"], sort=False)["overlap"].mean().reset_index()
-    baseline = f"Random baseline: mean {overlaps['chance'].mean():.2f}, 95th percentile {overlaps['most'].max():.2f}"
     sizes = sorted(set(map(len, chain(*selections.values()))))
-    shared = f"Fraction of {' or '.join(map('{:,}'.format, sizes))} neurons that two selections share"
+    shared = f"Fraction of {' or '.join(map('{:,}'.format, sizes))} neurons that two selections share, a dot per pair."
     return cohort.complete(
-        pair_heat(
-            cells,
-            Heat("second", "first", "overlap", "overlap", ".2f", limits=(0, 1)),
-            cohort.labels,
+        overlap_dots(
+            overlaps,
             title="Overlap of selected neurons",
-            caption=f"{shared}, mean over pairs; on the diagonal, between seeds. {baseline} (hypergeometric). "
-            f"{cohort.sample_sentence}",
+            caption=f"{shared} {describe_chance(overlaps)} (hypergeometric). {cohort.sample_sentence}",
         )
     )
+
+
+def overlap_dots(overlaps: pd.DataFrame, **settings: Any) -> Chart:
+    """Plot the overlap of selected neurons of every pair of runs by pair of labels, with that of random neurons."""
+    pairs = overlaps["first"] + ", " + overlaps["second"]
+    within = overlaps["first"] == overlaps["second"]
+    cells = overlaps.assign(pair=pairs.mask(within, overlaps["first"] + ", seeds"))
+    return Chart(
+        cells,
+        [
+            Point("most", "pair", symbol="line-ns-open", label="random neurons, 95th percentile"),
+            Point("overlap", "pair", symbol="circle", label="two runs"),
+        ],
+        x=Axis(label="fraction of neurons shared", limits=(0, None)),
+        y=Axis(compact=True),
+        **settings,
+    )
+
+
+def describe_chance(overlaps: pd.DataFrame) -> str:
+    """Return mean and 95th percentile of the overlap of random neurons, which `overlap_dots` shows, as text."""
+    return f"Random neurons: mean {overlaps['chance'].mean():.2f}, 95th percentile {overlaps['most'].max():.2f}"
 
 
 @figure(
@@ -169,8 +184,8 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     needs=("utilisation",),
     history=True,
     reads="Left: mean shift of utilization ranks by percentile in the reference (0: most used) and over all; the paper "
-    "finds both ends stable. Right: neurons that moved by at least 28% of the ranks (strong), and how many of them "
-    "fell (suppressed) or were not trained (indirect).",
+    "finds both ends stable, where random ranks would shift most. Right: neurons that moved by at least 28% of the "
+    "ranks (strong), and how many of them fell (suppressed) or were not trained (indirect).",
     misleads="Ranks in the middle are close together, so small changes shift them far, and ranks also rise because "
     "others fall: compare with random selection. If all neurons train, none counts as indirect.",
 )
@@ -203,16 +218,18 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     compared.require("utilisation", history=not references)
     compared.require_same("model")
     states = _utilization_states(compared)
-    buckets, kinds = [], []
+    buckets, random, kinds = [], [], []
     for run in cohort.runs:
         table = None
         if references:
             table = _reference_of(run, references).table
         shifts = neuron_utilization.rank_shift_of_run(run.table, selected_neurons.list_trained(run), table)
         buckets.append(neuron_utilization.average_shifts(shifts).assign(run=run.id))
+        random.append(neuron_utilization.average_shifts(_random_shifts(shifts)).assign(run=run.id))
         counts = neuron_utilization.count_shifts(shifts)
         kinds += [{"run": run.id, "category": kind, "value": counts[kind]} for kind in _KINDS]
-    moved = pd.concat(buckets)
+    shuffled = pd.concat(random).assign(recipe=_SHUFFLED, kind="control")
+    moved = pd.concat([cohort.label(pd.concat(buckets)), shuffled])
     percent = (100 * moved[["low", "high"]]).map("{:g}".format)
     moved["bucket"] = (percent["low"] + "–" + percent["high"]).replace("0–100", "all")  # over all ranks
     base, order_label = "the model before training", "percentile before (%)"
@@ -222,24 +239,32 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
         "Neurons of each projection are ranked by utilization, the largest absolute Pearson correlation of their "
         f"weights with {states}, and compared with {base}. "
         f"Strong: moved by at least {neuron_utilization.STRONG:.0%} of the ranks; suppressed: strong and lower; "
-        "indirect: strong and not trained."
+        f"indirect: strong and not trained. {_SHUFFLED.capitalize()}: expected shift if all ranks were drawn again."
     )
     order = list(dict.fromkeys(moved.sort_values(["low", "high"])["bucket"]))
     order.append(order.pop(order.index("all")))  # after the percentiles
     settings: dict[str, Any] = {
-        "caption": cohort.caption(caption),
-        "colors": cohort.labels,
+        "caption": cohort.caption(caption, pair="hollow dots and ends of bars: both seeds"),
+        "colors": [*cohort.labels, _SHUFFLED],
         "meta": compared.meta,
     }
-    by_bucket = seed_cells(cohort.label(moved), ["recipe", "bucket"])
+    by_bucket = seed_cells(moved, ["recipe", "bucket"])
     by_kind = seed_cells(cohort.label(pd.DataFrame(kinds)), ["recipe", "category"])
     axes = Axis(label=order_label, order=order), "mean shift (ranks)"
     # A line does not continue from the percentiles to the mean over all.
     by_bucket = by_bucket.assign(is_all=by_bucket["bucket"] == "all")
     shift = curves(by_bucket, "bucket", axes, stretch="is_all", title="Shift by percentile", **settings)
-    marks, x = dots(by_kind, "value", "category", "recipe"), Axis(label="neurons")
-    number = Chart(by_kind, marks, title="Neurons by kind of shift", x=x, y=Axis(order=_KINDS), **settings)
-    return cohort.complete(set_side_by_side(shift, number))
+    by_kind = by_kind.fillna({"low": by_kind["smaller"], "high": by_kind["larger"]})
+    bars, x = Bar("value", "category", "recipe", **ends(by_kind)), Axis(label="neurons")
+    number = Chart(by_kind, [bars], title="Neurons by kind of shift", x=x, y=Axis(order=_KINDS), **settings)
+    return cohort.complete(set_side_by_side(shift, number, title="Shift of utilization ranks"))
+
+
+def _random_shifts(shifts: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of rank shifts with the mean distance of each rank to all ranks of its role as the shift."""
+    size = shifts.groupby("role", observed=True)["rank_2"].transform("size")
+    below, above = shifts["rank_2"] - 1, size - shifts["rank_2"]
+    return shifts.assign(d_rank=(below * (below + 1) + above * (above + 1)) / (2 * size))
 
 
 def _reference_of(run: Result, references: Sequence[Result]) -> Result:
@@ -285,28 +310,38 @@ def _random_marks(chance: pd.DataFrame) -> tuple[list[Mark], str]:
     return rules, f"lines: {random}"
 
 
-def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:
-    """Plot quantiles over the neurons of every layer and role, averaged over the runs of a recipe."""
+def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> list[Chart]:
+    """Plot quantiles over the neurons of every layer, averaged over the runs of a recipe, one chart per role."""
     scores = [selected_neurons.last_scores(run, quantity).assign(run=run.id) for run in group.runs]
     neurons = pd.concat(scores, ignore_index=True)
     neurons["place"] = layer_places(neurons)
     values = neurons.groupby(["place", "role", "run"], observed=True, sort=False)["value"]
     quantiles = pd.DataFrame({"value": values.median(), "low": values.quantile(0.05), "high": values.quantile(0.95)})
     cells = quantiles.groupby(["place", "role"], observed=True, sort=False).mean().reset_index()
-    marks: list[Mark] = [Band("place", "low", "high", "role"), Line("place", "value", "role")]
+    cells = cells.assign(stretch=block_stretches(cells["place"]))
+    rules: list[Mark] = []
     thresholds = [selected_neurons.selection_threshold(run, quantity) for run in group.runs]
     selected = ""
     if None not in thresholds:  # a run without a threshold selected its neurons otherwise
         mean = np.mean(np.array(thresholds, dtype=np.float64))
-        marks.append(Rule(y=float(mean), label="threshold"))
+        rules.append(Rule(y=float(mean), label="threshold"))
         selected = " Neurons above the threshold were selected."
-    return Chart(
-        cells,
-        marks,
-        title=group.label,
-        x=Axis(label="layer", order=cells["place"].cat.categories),
-        y=Axis(label=axis_label(quantity), log=True),
-        caption=f"{axis_label(quantity)}: {QUANTITIES[quantity].definition}. Lines: median over the neurons of a "
-        f"layer; bands: 5% to 95% quantiles; both are means over runs.{selected} {cohort.sample_sentence}",
-        colors=used_roles(cells),
-    )
+    settings: dict[str, Any] = {
+        "x": Axis(label="layer", order=cells["place"].cat.categories),
+        "y": Axis(label=axis_label(quantity), log=True),
+        "caption": f"{axis_label(quantity)}: {QUANTITIES[quantity].definition}. Quantiles are means over "
+        f"runs.{selected} {cohort.sample_sentence}",
+    }
+    charts = []
+    for role in used_roles(cells):
+        of_role = cells[cells["role"] == role].assign(neurons="median")
+        middle = of_role.assign(neurons="90% of the neurons")
+        marks = [
+            Band("place", "low", "high", "neurons", "stretch", data=middle),
+            Line("place", "value", "neurons", stretch="stretch"),
+            Point("place", "value", "neurons"),
+            *rules,
+        ]
+        title = ": ".join(filter(None, (cohort.title(group.label), role)))
+        charts.append(Chart(of_role, marks, title=title, colors=("median", "90% of the neurons"), **settings))
+    return charts

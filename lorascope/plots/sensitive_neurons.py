@@ -1,4 +1,4 @@
-"""Figure of the sensitivity of neurons: where it is concentrated, and whether runs agree on the most sensitive ones."""
+"""Figures of the sensitivity of neurons: where it is concentrated, whether runs agree on it, and its course."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pandas as pd
 from lorascope.analysis import sensitive_neurons as analysis
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.selected_neurons import Neurons, compare_all_selections
-from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically
-from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point, Rule
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
+from lorascope.charts.marks import Axis, Band, Heat, Line, Mark
 from lorascope.plots.builders import heat_by_role, mean_over_modules, ticks_at, used_roles
 from lorascope.plots.figure_registry import FIGURES, figure, gather_runs
 from lorascope.plots.requirements import missing_reason
 from lorascope.plots.run_groups import Cohort, Runs, require_counts
+from lorascope.plots.selected_neurons import describe_chance, overlap_dots
 
 _MULTIPLE = "sensitivity / mean"
 NULL = "Null: expected sensitivity if the gradients are shuffled within the module; band: range over modules and runs."
@@ -33,19 +34,17 @@ NULL = "Null: expected sensitivity if the gradients are shuffled within the modu
     "compare with the null. Runs share the sensitive neurons of their base model: compare tasks with seeds of one "
     "task.",
 )
-def neuron_sensitivity(runs: Runs, control: Runs | None = None, k: int = 8) -> Panels:
-    """Plot the sensitivity of neurons by layer and role, sorted, over steps, and its overlap between runs.
+def neuron_sensitivity(runs: Runs, control: Runs | None = None) -> Panels:
+    """Plot the sensitivity of neurons by layer and role, sorted, and its overlap between runs.
 
     Sensitivity is ``|w ∂L/∂w|``, summed over the weights of a neuron: a row of a linear layer, a column of ``ffn_out``.
-    The null shuffles the gradients of a module. The most sensitive neurons are followed if several steps were recorded,
-    and the overlap of the most sensitive tenth of each module is drawn for several runs.
+    The null shuffles the gradients of a module. The profiles are by role for one label, and by label for several. The
+    overlap of the most sensitive tenth of each module is drawn for several runs.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs with ``observe.neurons()``, labeled by task for example, ideally with several seeds of each label.
-    k : int
-        Number of neurons to follow over the steps: the most sensitive ones at the last step compared with their module.
 
     Raises
     ------
@@ -54,36 +53,86 @@ def neuron_sensitivity(runs: Runs, control: Runs | None = None, k: int = 8) -> P
 
     Examples
     --------
-    >>> ls.plots.neuron_sensitivity(ls.example("full"))
-
     ``sensitive`` and ``sensitive_news`` are runs with ``observe=[ls.observe.neurons()]``:
 
     >>> ls.plots.neuron_sensitivity({"tweets": sensitive, "news": sensitive_news})
     """
     cohort = gather_runs("neuron_sensitivity", runs, control)
-    require_counts(k=k)
     cohort.require_same("model")
     by_run = {run.id: analysis.list_sensitivities(run) for run in cohort.runs}
     neurons = pd.concat(by_run.values(), ignore_index=True)
     sentences = [
-        "Sensitivity |w ∂L/∂w| is summed over a row of a linear layer, or a column of ffn_out. Left: percentage of a "
-        "module's sensitivity in its most sensitive tenth, at the last recorded step. Profiles: sensitivity that a "
-        "percentage of the neurons of a module reaches, over the mean of the module; mean over modules and runs."
+        "Sensitivity |w ∂L/∂w| is summed over a row of a linear layer, or a column of ffn_out. Top tenth: percentage "
+        "of a module's sensitivity in its most sensitive tenth of neurons, at the last recorded step. Sorted neurons: "
+        "sensitivity that a percentage of the neurons of a module reaches, over the mean of the module; mean over "
+        "modules and runs."
     ]
     if neurons["shuffled"].notna().all():
         sentences.append(NULL)
-    heats, profiles, courses = _share_heats(cohort, neurons), _profiles(cohort, neurons), _courses(cohort, k)
-    rows: list[Drawable] = [set_side_by_side(*charts) for charts in zip(heats, profiles, *courses, strict=True)]
-    if courses:
-        sentences.append("Right: neurons by layer, role and number, at each step.")
+    heats = _share_heats(cohort, neurons)
+    profiles, color, colors = analysis.sort_profiles(neurons), "recipe", cohort.labels
+    if len(cohort.groups) == 1:
+        color, colors = "role", used_roles(neurons)
+    others = [_profile_chart(cohort.label(profiles), color, colors, title="Sorted neurons")]
     if len(cohort.runs) > 1:
-        baseline = analysis.random_overlap(by_run[cohort.runs[0].id])
-        rows.append(_overlap(cohort, by_run, baseline))
+        others.append(_overlap(cohort, by_run))
         sentences.append(
-            "Overlap: fraction of the most sensitive tenth of every module that two runs share, one dot per pair. "
-            f"Random baseline: mean {baseline.chance:.2f} (line), 95th percentile {baseline.percentile_95:.2f}."
+            "Overlap: fraction of the most sensitive tenth of every module that two runs share, a dot per pair. "
+            f"{describe_chance(others[-1].data)}."
         )
-    return cohort.complete(stack_vertically(*rows), " ".join([*sentences, cohort.sample_sentence]))
+    rows = [[*heats, *others]]
+    if len(rows[0]) > 2:
+        rows = [heats, others]
+    panels = stack_vertically(*(set_side_by_side(*row) for row in rows), title="Sensitivity of neurons")
+    return cohort.complete(panels, " ".join([*sentences, cohort.sample_sentence]))
+
+
+@figure(
+    topic="neurons",
+    needs=("sensitivity_out", "sensitivity_in"),
+    history=True,
+    reads="Each row is one of the most sensitive neurons at the last step, named by layer, role and number. A row that "
+    "is bright from the start was sensitive in the base model; one that brightens became sensitive in training.",
+    misleads="The neurons are chosen at the last step, so their rows brighten towards it by selection: compare seeds. "
+    "Each step is measured on its own few batches, so single bright cells are noise.",
+)
+def sensitivity_over_steps(runs: Runs, control: Runs | None = None, k: int = 8) -> Drawable:
+    """Plot the sensitivity of the most sensitive neurons over the steps, one panel per label.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs with ``observe.neurons()`` at several steps.
+    k : int
+        Number of neurons: the most sensitive ones at the last step compared with their module.
+
+    Examples
+    --------
+    ``sensitive`` and ``sensitive_news`` are runs with ``observe=[ls.observe.neurons(every=10)]``:
+
+    >>> ls.plots.sensitivity_over_steps({"tweets": sensitive, "news": sensitive_news})
+    """
+    cohort = gather_runs("sensitivity_over_steps", runs, control)
+    require_counts(k=k)
+    courses = {group.label: analysis.follow_top(group.runs, k) for group in cohort.groups}
+    largest = max(float(course["value"].max()) for course in courses.values())
+    caption = (
+        f"Sensitivity |w ∂L/∂w| over the mean of the module, for the {k} largest at the last step; neurons by layer, "
+        f"role and number. {cohort.sample_sentence}"
+    )
+    panels = []
+    for label, course in courses.items():
+        panels.append(
+            Chart(
+                course,
+                [Heat("step", "name", "value", _MULTIPLE, ".2g", limits=(0, largest))],
+                title=cohort.title(label),
+                x=Axis(label="step", order=sorted(set(course["step"]))),
+                y=Axis(order=course["name"].unique()),
+                caption=caption,
+            )
+        )
+    return cohort.complete(wrap(panels, 2, "Most sensitive neurons by step"))
 
 
 def _share_heats(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:
@@ -98,17 +147,9 @@ def _share_heats(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:
         return Heat("place", "role", "value", "% of sensitivity", ".0f", limits=limits)
 
     charts = heat_by_role(cells, cohort.labels, heat, "layer", "")
-    return [replace(chart, title=_title(cohort, chart.title, "Share of the top 10%")) for chart in charts]
-
-
-def _profiles(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:
-    """Plot the sorted sensitivities by role, and those from shuffled gradients, one chart per label."""
-    profiles = cohort.label(analysis.sort_profiles(neurons))
-    charts = []
-    for label, rows in cohort.split(profiles):
-        title = _title(cohort, label, "Sorted neurons")
-        charts.append(_profile_chart(rows, "role", used_roles(neurons), title=title))
-    return charts
+    if len(charts) == 1:
+        return [replace(charts[0], title="Share of the top tenth")]
+    return [replace(chart, title=f"{chart.title}: share of the top tenth") for chart in charts]
 
 
 def profiles_by_recipe(cohort: Cohort) -> Chart | None:
@@ -142,43 +183,12 @@ def _profile_chart(rows: pd.DataFrame, color: str, colors: Sequence[str], **sett
     )
 
 
-def _courses(cohort: Cohort, k: int) -> list[list[Chart]]:
-    """Plot the most sensitive neurons by name over the steps, one chart per label; none if a label has one step."""
-    courses = {group.label: analysis.follow_top(group.runs, k) for group in cohort.groups}
-    if any(course["step"].nunique() < 2 for course in courses.values()):
-        return []
-    largest = max(float(course["value"].max()) for course in courses.values())
-    charts = []
-    for label, course in courses.items():
-        chart = Chart(
-            course,
-            [Heat("step", "name", "value", _MULTIPLE, ".2g", limits=(1, largest))],
-            title=_title(cohort, label, "Top neurons"),
-            x=Axis(label="step", order=sorted(set(course["step"]))),
-            y=Axis(order=course["name"].unique()),
-        )
-        charts.append(chart)
-    return [charts]
-
-
-def _overlap(cohort: Cohort, by_run: dict[str, pd.DataFrame], baseline: analysis.RandomOverlap) -> Chart:
+def _overlap(cohort: Cohort, by_run: dict[str, pd.DataFrame]) -> Chart:
     """Plot the overlap of the most sensitive neurons of every pair of runs, by pair of labels."""
     choices: dict[str, list[Neurons]] = {}
     for group in cohort.groups:
         choices[group.label] = [analysis.sensitive_set(by_run[run.id]) for run in group.runs]
-    overlaps = compare_all_selections(choices, len(by_run[cohort.runs[0].id]))
-    overlaps = overlaps.assign(**baseline._asdict()).drop(columns="most")  # that of equal numbers per module
-    pairs = overlaps["first"] + ", " + overlaps["second"]
-    within = overlaps["first"] == overlaps["second"]
-    return Chart(
-        overlaps.assign(pair=pairs.mask(within, overlaps["first"] + ", seeds")),
-        [Rule(x=baseline.chance, label="random"), Point("overlap", "pair")],
-        title="Overlap of the top 10%",
-        x=Axis(label="fraction of neurons shared", limits=(0, 1)),
-        y=Axis(compact=True),
-    )
-
-
-def _title(cohort: Cohort, label: str, title: str) -> str:
-    """Return the title of a panel, with the label if there are several."""
-    return f"{label}: {title[0].lower()}{title[1:]}" if len(cohort.groups) > 1 else title
+    neurons = by_run[cohort.runs[0].id]
+    chance, most = analysis.random_overlap(neurons)  # of equal numbers per module
+    overlaps = compare_all_selections(choices, len(neurons)).assign(chance=chance, most=most)
+    return overlap_dots(overlaps, title="Overlap of the top tenth")

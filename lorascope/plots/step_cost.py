@@ -56,7 +56,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     --------
     ``full`` and ``lora`` are runs with ``observe=[ls.observe.memory()]``.
 
-    >>> ls.plots.memory({"full fine-tuning": full, "LoRA": lora})
+    >>> ls.plots.memory({"full fine-tuning": full, "LoRA": lora}, computed=("7B",))
     """
     cohort = gather_runs("memory", runs, control)
     for size in computed:
@@ -78,7 +78,6 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
         "Larger models are computed from shapes, not measured, and have no activations.": computed,
         "LLaMA-2: 2 bytes per weight and per gradient, 4 per optimizer entry.": {*_PAPERS} & {*computed},
         "GPT-2: 4 bytes per number.": {*memory_estimate.GPT2} & {*computed},
-        "Dashed line: a 24 GB GPU.": "7B" in computed,
         f"Mean over runs; {_COUNTS}.": are_averaged,
     }
     caption = " ".join(sentence for sentence, applies in notes.items() if applies)
@@ -96,11 +95,13 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
         rows = table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
         # The LISA paper claims that the 7B model trains on a 24 GB GPU.
         card = [Rule(x=_CARD)] if size == "7B" else []
-        label, title = f"memory of {model} ({unit})", f"{model}, computed"
+        label, title = f"memory of {model} ({unit})", f"{model}, computed from shapes without activations"
+        if card:
+            title += " (line: a 24 GB GPU)"
         panels.append(
             stacked_bars(rows, list(rows["recipe"].unique()), label, _COLORS, *card, title=title, caption=caption)
         )
-    return cohort.complete(wrap(panels, 1))
+    return cohort.complete(wrap(panels, 1, "Memory of a training step"))
 
 
 def _runs_of_model(cohort: Cohort, model: str) -> Cohort:

@@ -17,6 +17,7 @@ import lorascope as ls
 from lorascope import plots
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update, leading_directions
+from lorascope.charts.marks import Band
 from lorascope.runs.manifest import Parameters
 from lorascope.runs.run import Run
 from lorascope.updates import Dense, Fourier
@@ -79,10 +80,27 @@ def test_fourier_spectrum_subtracts_saved_initial_coefficients(fourier: Any) -> 
     assert chart.data["log"].tolist() == pytest.approx(np.log10(chart.data["size"]).tolist())
     faint = fourier("f", {"h.0.q": {9: [1e-6, 0.0, 0.0, 3.0]}})
     assert sorted(panels(plots.fourier_spectrum(faint))[0].data["log"]) == pytest.approx(np.log10([0.03, 3, 3]))
-    assert (chart.x.limits, chart.y.limits) == ((-3, 3), (-2, 2))
+    # The frequencies are from -3 to 3 and from -2 to 2, and no dot is cut.
+    assert (chart.x.limits, chart.y.limits) == ((-3.12, 3.12), (-2.08, 2.08))
+    assert chart.marks[0].columns() == {"x": "column", "y": "row", "color": "log"}
     assert "minus step 0" in chart.caption
     assert "h.0.q" in chart.caption  # the larger update
     assert profile.data["value"].dropna().max() == pytest.approx(4.0)
+
+
+def test_fourier_spectrum_has_a_band_of_shuffled_coefficients(fourier: Any) -> None:
+    def band_and_profile(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
+        _, chart = panels(plots.fourier_spectrum(run))
+        (band,) = chart.marks_of(Band)
+        return band.data.dropna(), chart.data.dropna(subset="value")
+
+    band, _ = band_and_profile(fourier("a", {"h.0.q": {9: C}}))
+    assert set(band["recipe"]) == {"FourierFT, shuffled"}
+    assert band["low"].min() >= 0.5
+    assert band["high"].max() <= 3
+    assert (band["low"] < band["high"]).all()
+    equal, flat = band_and_profile(fourier("b", {"h.0.q": {9: np.full(4, 2.0)}}))
+    assert [*equal["low"], *equal["high"]] == pytest.approx(2 * [*flat["value"]])
 
 
 def test_fourier_spectrum_shows_all_coefficients_if_initial_ones_were_not_saved(fourier: Any) -> None:

@@ -66,23 +66,25 @@ def test_coverage_includes_its_expectation(write):
 
 def test_active_layers_shows_the_fraction_of_runs_and_the_coverage(write):
     runs = [write(f"s{seed}", draws(2, seed, 2), seed=seed) for seed in range(2)]
-    (heat, reached), *rest = plots.active_layers(runs).rows()
+    (trained, reached), *rest = plots.active_layers(runs).rows()
     assert not rest
-    found = lookup(heat, "start", "place")
+    found = lookup(trained, "start", "place")
     assert found["1", "2"] == found["9", "2"] == 1
     assert found["5", "0"] == found["5", "1"] == 0.5
     assert sum(found.values()) == 3
-    assert (heat.x.order, heat.y.order) == (("1", "5", "9"), ("2", "1", "0"))
-    assert "2 seeds (0, 1)" in heat.caption
+    assert min(found.values()) > 0  # a block that did not train has no dot
+    assert trained.marks[0].size == "value"
+    assert (trained.x.order, trained.y.order) == (("1", "5", "9"), ("2", "1", "0"))
+    assert "2 seeds (0, 1)" in trained.caption
     lines = lookup(reached, "recipe", "step")
     assert [lines["LISA, n_active 1", step] for step in (1, 5, 9)] == [1, 2, 2]
-    assert lines["LISA, n_active 1, expected", 5] == pytest.approx(1.625)
+    assert lines["LISA, n_active 1, expected from random draws", 5] == pytest.approx(1.625)
 
 
 def test_active_layers_with_a_control_has_a_second_row(write, tmp_path):
     panels = plots.active_layers(write("a", draws(2, 0, 2)), control=write("b", draws(1), label="one draw"))
     (top, _), (below, flat) = panels.rows()
-    assert (top.title, below.title) == ("LISA, n_active 1", "control: one draw")
+    assert (top.title, below.title) == ("LISA, n_active 1: in each interval", "control: one draw: in each interval")
     assert lookup(flat, "recipe", "step")["control: one draw", 9] == 1
     assert panels.save(tmp_path / "figure.png").stat().st_size > 0
     assert panels.plotly().data

@@ -118,8 +118,14 @@ def test_norm_over_steps_has_one_frame_per_step(write: Any) -> None:
     chart = plots.norm_over_steps(write("a", profile(1, 3, 4)))
     assert chart.frame == "step"
     grown = lookup(chart, "step", "place")
-    assert {step: grown[step, "0"] for step in (0, 4, 9)} == {0: 0.0, 4: 2.5, 9: 5.0}
-    assert sorted(set(plots.norm_over_steps(write("b", profile(1, 3, 4)), frames=2).data["step"])) == [0, 9]
+    # All norms are zero at step 0.
+    assert {step: norm for (step, place), norm in grown.items() if place == "0"} == {4: 2.5, 9: 5.0}
+    ends = chart.marks[0]
+    assert ends.hollow
+    assert dict(zip(ends.data["place"], ends.data["value"], strict=True))["0"] == 5.0
+    assert len(plots.norm_over_steps(write("b", profile(1, 3, 4)), frames=1).data["step"].unique()) == 1
+    zero = write("c", {("update_norm", "h.0.q"): {0: 0.0, 9: 0.0}})
+    assert list(plots.norm_over_steps(zero).data["step"].unique()) == [0, 9]
 
 
 def test_mean_norm_has_one_panel_per_reading(write: Any) -> None:
@@ -299,7 +305,7 @@ def test_title_names_a_quantity_that_is_no_update(write: Any) -> None:
     assert plots.update_norm(run).title == "Update by layer"
     label = QUANTITIES["weight_norm"].label.capitalize()
     assert plots.update_norm(run, quantity="weight_norm").title == f"{label} by layer"
-    assert plots.norm_over_steps(run, quantity="weight_norm").title == f"{label} by layer"
+    assert plots.norm_over_steps(run, quantity="weight_norm").title == f"{label} by layer (hollow: last step)"
 
 
 def test_spectrum_without_recorded_norms_shows_the_largest_update(write: Any) -> None:

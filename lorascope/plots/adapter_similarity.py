@@ -36,8 +36,9 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
 
     Examples
     --------
-    >>> adapters = {"LoRA": ls.example("adapter"), "other seed": ls.example("adapter_seed_1")}
-    >>> ls.plots.adapter_pairs({**adapters, "AdaLoRA": ls.example("adalora"), "ALoRA": ls.example("alora")})
+    >>> runs = {"LoRA": ls.example("adapter"), "other seed": ls.example("adapter_seed_1")}
+    >>> runs |= {"AdaLoRA": ls.example("adalora"), "ALoRA": ls.example("alora")}
+    >>> ls.plots.adapter_pairs(runs)
     """
     cohort = gather_runs("adapter_pairs", runs, control, check=False)
     cohort.require_runs(2)

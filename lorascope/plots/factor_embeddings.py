@@ -89,9 +89,8 @@ def factor_embedding(
     --------
     ``sensitive`` are two seeds of ``ls.LoRA`` on tweets, ``sensitive_news`` is the first seed on news:
 
-    >>> tweets, other_seed = sensitive
-    >>> same_start = {"tweets": tweets, "news": sensitive_news}
-    >>> ls.plots.factor_embedding(same_start, control={"tweets": other_seed, "news": sensitive_news})
+    >>> runs = {"tweets": sensitive[0], "news": sensitive_news}
+    >>> ls.plots.factor_embedding(runs, control=runs | {"tweets": sensitive[1]})
     """
     cohorts = gather_apart("factor_embedding", runs, control)
     require_choices(view=(view, _VIEWS))

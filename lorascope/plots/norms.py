@@ -155,8 +155,10 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     rows = _layers(cohort, quantity, history=True)
     # The update of most methods starts at zero, so that a frame of step 0 would show nothing.
     is_drawn = rows.groupby("step")["value"].transform(lambda values: values.abs().max() > 0)
-    cells = seed_cells(cohort.label(select_steps(rows[is_drawn], frames)), ["step", *_CELL])
-    last = cells[cells["step"] == cells["step"].max()].drop(columns="step")
+    if is_drawn.any():
+        rows = rows[is_drawn]
+    cells = seed_cells(cohort.label(select_steps(rows, frames)), ["step", *_CELL])
+    last = seed_cells(cohort.label(norms.last_recorded(rows)), _CELL)
     caption = cohort.caption(define(quantity))
     title = f"{_title(quantity)} (hollow: last step)"
     chart = profile(cohort, cells, axis_label(quantity), title=title, caption=caption, frame="step")

@@ -186,7 +186,7 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
     cohort = gather_runs("factorization_methods", runs, control)
     caption = cohort.caption(
         "Second moments of one block at the last recorded step. Errors: mean Frobenius error over the matrices; no dot "
-        "where it is that of the full SVD. Times: sum over the matrices."
+        "where it equals that of the full SVD. Times: sum over the matrices."
     )
     panels = []
     y_axes = {

@@ -73,16 +73,16 @@ def neuron_sensitivity(runs: Runs, control: Runs | None = None) -> Panels:
     profiles, color, colors = analysis.sort_profiles(neurons), "recipe", cohort.labels
     if len(cohort.groups) == 1:
         color, colors = "role", used_roles(neurons)
-    others = [_profile_chart(cohort.label(profiles), color, colors, title="Sorted neurons")]
+    summaries = [_profile_chart(cohort.label(profiles), color, colors, title="Sorted neurons")]
     if len(cohort.runs) > 1:
-        others.append(_overlap(cohort, by_run))
+        summaries.append(_overlap(cohort, by_run))
         sentences.append(
             "Overlap: fraction of the most sensitive tenth of every module that two runs share, a dot per pair. "
-            f"{describe_chance(others[-1].data)}."
+            f"{describe_chance(summaries[-1].data)}."
         )
-    rows = [[*heats, *others]]
+    rows = [[*heats, *summaries]]
     if len(rows[0]) > 2:
-        rows = [heats, others]
+        rows = [heats, summaries]
     panels = stack_vertically(*(set_side_by_side(*row) for row in rows), title="Sensitivity of neurons")
     return cohort.complete(panels, " ".join([*sentences, cohort.sample_sentence]))
 
@@ -189,6 +189,6 @@ def _overlap(cohort: Cohort, by_run: dict[str, pd.DataFrame]) -> Chart:
     for group in cohort.groups:
         choices[group.label] = [analysis.sensitive_set(by_run[run.id]) for run in group.runs]
     neurons = by_run[cohort.runs[0].id]
-    chance, most = analysis.random_overlap(neurons)  # of equal numbers per module
-    overlaps = compare_all_selections(choices, len(neurons)).assign(chance=chance, most=most)
+    chance, percentile = analysis.random_overlap(neurons)  # of equal numbers per module
+    overlaps = compare_all_selections(choices, len(neurons)).assign(chance=chance, most=percentile)
     return overlap_dots(overlaps, title="Overlap of the top tenth")

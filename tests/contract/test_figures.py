@@ -81,6 +81,17 @@ def test_example_is_readable(name: str, width: str, theme: str, runs: dict[str, 
     assert faults(name, draw_example(name, runs), width=width, theme=theme) == []
 
 
+@pytest.mark.parametrize("name", FIGURES)
+def test_example_has_the_title_of_its_quantity_and_panels_have_their_own(name: str, runs: dict[str, Any]) -> None:
+    drawn: Any = draw_example(name, runs)
+    titles = [drawn.title, *(chart.title for chart in drawn.panels)]
+    assert all(titles)
+    literals = (
+        node.value for node in ast.walk(ast.parse(plots.FIGURES[name].example)) if isinstance(node, ast.Constant)
+    )
+    assert drawn.title not in set(literals)  # the label of a recipe
+
+
 def _has_cells(ax: Axes) -> bool:
     """Return whether axes have a heat map, as an image or as vectors."""
     return bool(ax.images) or any(isinstance(collection, QuadMesh) for collection in ax.collections)

@@ -84,16 +84,16 @@ FILLERS = {
 }
 PROTOCOL = {
     "main", "read", "write", "draw", "load", "forward", "update", "fit", "init", "apply", "lines", "arms", "figures",
-    "measure", "subspace_similarity", "add_run", "study_arms",
+    "measure", "subspace_similarity", "add_run", "study_arms", "dial",
 }  # fmt: skip
 """Public functions that several modules define on purpose: a command, a reader, a backend, an optimizer, a meter.
 
-``subspace_similarity`` is the paper's name of a quantity and of its figure; each edition of the evidence has an
-``add_run``.
+``subspace_similarity`` is the paper's name of a quantity and of its figure, and ``dial`` measures and draws; each
+edition of the evidence has an ``add_run``.
 """
 TERMS = {"part", "parts", "whole", "by"}
 """Terms of the dial, in the files that use them: the parts of an update, the whole, and what divides it."""
-DIAL_FILES = {"dial", "update_parts"}
+DIAL_FILES = {"dial", "update_parts", "learning_and_forgetting"}
 DENSE = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 MOST_SHARED = 3
 """Files of a package with the same name: the floors of one concept, such as analysis, observe and plots."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import lorascope as ls
 from lorascope.adapters import delta
 from lorascope.analysis.dial import KEEP, TASK, WHOLE, Dial
+from lorascope.cli.main import main
+from lorascope.export.scaled_parts import read_scales
 from lorascope.inputs import models, tasks
 from lorascope.insight import dial as instrument
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
@@ -320,3 +322,72 @@ def test_an_exported_adapter_has_the_dial_of_its_run(
     ours, theirs = (ls.dial(item, bert, task, keep, by="module", **QUIET).summary() for item in (run, adapter))
     for name in ("learn", "forget", "learn_share"):
         np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [WHOLE, "ffn_out", "encoder layer 1", "component"])
+def test_an_export_with_scales_computes_what_the_dial_measured(
+    bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path, part: str
+) -> None:
+    """The losses of the exported adapter are those of the dial at the exported scale."""
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=6)[1]
+    if part == "component":
+        part = f"{next(iter(run.updates()))} 2"
+    adapted = open_adapted(run, bert, task, "last")
+    axes = measures(adapted, keep)
+    delta.attach(adapted.base, adapted.deltas)
+    for by in ("role", "layer", "component"):
+        parts, directions = divide(adapted.base, adapted.updates, by)
+        measured = [item for item in parts if item.name == part] or [UpdatePart(WHOLE, tuple(adapted.deltas))]
+        if measured[0].name == part:
+            break
+    with ScaledUpdates(adapted.base, adapted.deltas, directions).scaled(measured[0], 0.5):
+        expected = axes[TASK].values()
+    folder = ls.export.to_peft(run, tmp_path / "scaled", scales={part: 0.5})
+    for source in (folder, ls.export.to_peft(ls.load(folder), tmp_path / "again", scales={WHOLE: 1.0})):
+        scaled = open_adapted(ls.load(source), bert, task, "last")
+        loss = TaskLoss(scaled.base, *encode_rows(scaled.base, scaled.task, "validation", ROWS, 128))
+        delta.attach(scaled.base, scaled.deltas)
+        np.testing.assert_allclose(loss.values(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_scales_of_another_run_or_an_unknown_part_are_refused(
+    bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path
+) -> None:
+    first, second = (
+        trained(bert, task, METHODS["lora"], tmp_path / str(seed), steps=2, seed=seed)[1] for seed in (0, 1)
+    )
+    table = ls.dial(first, bert, task, keep, by="whole", **QUIET).save(tmp_path / "dial.csv")
+    assert read_scales(table, first) in ({}, {WHOLE: read_scales(table, first).get(WHOLE)})
+    with pytest.raises(ValueError, match=f"belong to run {first.id}, not to run {second.id}"):
+        read_scales(table, second)
+    with pytest.raises(ValueError, match="cannot scale 'layer 9' of run"):
+        ls.export.to_peft(first, tmp_path / "scaled", scales={"layer 9": 0.5})
+    with pytest.raises(ValueError, match="scales cannot be combined with a budget"):
+        ls.export.to_peft(first, tmp_path / "scaled", budget=0.5, scales={WHOLE: 0.5})
+
+
+def test_the_command_prints_verdicts_and_writes_scales(
+    bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=4)[1]
+    files = {"task": task, "keep": keep}
+    for name, item in files.items():
+        item.table.drop(columns=["draw"]).to_csv(tmp_path / f"{name}.csv", index=False)
+    arguments = ["dial", str(run.path), "--model", bert, "--task", str(tmp_path / "task.csv")]
+    arguments += ["--keep", str(tmp_path / "keep.csv"), "--rows", "40", "--keep-rows", "40", "--by", "whole"]
+    assert main([*arguments, "-o", str(tmp_path / "dial.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert "Dial of LoRA, rank 3" in shown
+    assert "40 rows" in shown
+    assert main(["export", str(run.path), "--scales", str(tmp_path / "dial.csv"), "--peft", str(tmp_path / "out")]) == 0
+    for wrong, message in (
+        (["dial"], "RUN is required"),
+        (["dial", str(run.path)], "--model and --task are required"),
+        ([*arguments, "--scales", "a"], "--scales must be numbers such as 0.5,0.75,1, got 'a'"),
+        ([*arguments, "-o", str(tmp_path / "dial.csv")], "dial.csv"),
+        (["export", str(run.path), "--scales", "x.csv", "--rank-pattern"], "--scales requires one run with --peft DIR"),
+    ):
+        assert main(wrong) != 0
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ from scipy.stats import false_discovery_control
 from lorascope.analysis.paired_rows import LEVEL, add_estimates, estimate_rows, rows_to_decide
 from lorascope.analysis.seed_intervals import Estimate
 from lorascope.array_types import Bool, Float, Int
+from lorascope.files.safe_csv import csv_text
+from lorascope.files.whole_files import require_absent, write_bytes
 from lorascope.runs.receipt import Receipt
 
 VERDICTS = ("keep", "trade", "only forgets", "idle", "hurts", "undecided")
@@ -158,9 +161,26 @@ class Dial:
         size = (effects.loc[curves] / effects.loc[WHOLE]).abs().sum(axis=1)
         return size.nlargest(number).index.to_list()
 
+    @property
+    def unit(self) -> str:
+        """Unit of the distance from the base: nats or drift."""
+        return str(self.table.loc[self.table["axis"] == KEEP, "unit"].iloc[0])
+
     def _with_curves(self) -> list[str]:
         scales = self.table.groupby("part", sort=False)["scale"].nunique()
         return scales.index[scales > 2].to_list()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the summary as a CSV table, from which ``lorascope export --scales`` reads the best scales.
+
+        Raises
+        ------
+        FileExistsError
+            The file exists.
+        """
+        require_absent(Path(path))
+        write_bytes(Path(path), csv_text(self.parts.assign(run=self.receipt.run)).encode())
+        return Path(path)
 
     def to_json(self) -> dict[str, Any]:
         """Return the dial as a JSON object."""
@@ -176,11 +196,10 @@ class Dial:
 
     def __repr__(self) -> str:
         whole = self.parts.loc[0]
-        units = self.table.drop_duplicates("axis").set_index("axis")["unit"]
         lines = [
             f"Dial of {self.label}",
             f"  learn    {_format_interval(whole, 'learn')} nats",
-            f"  forget   {_format_interval(whole, 'forget')} {units[KEEP]}",
+            f"  forget   {_format_interval(whole, 'forget')} {self.unit}",
         ]
         judged = self.parts[self.parts["exact"] & ~self.parts["control"] & (self.parts["part"] != WHOLE)]
         counts = judged["verdict"].value_counts()

@@ -14,6 +14,7 @@ from lorascope.cli.arguments import File, Folder, Name, command, reject
 from lorascope.cli.opened_runs import open_runs
 from lorascope.export import RankBudget
 from lorascope.export.conversion import require_adapter
+from lorascope.export.scaled_parts import read_scales
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import WIDTH, wrap_paragraph
 from lorascope.runs.lora_config import next_lora_keywords
@@ -42,6 +43,7 @@ def main(
     by: Literal["energy", "ablation"] = "energy",  # names: ok
     model: Name = None,
     task: Name = None,
+    scales: File = None,
     peft: Folder = None,
     kohya: File = None,
     diffusers: Annotated[str | None, arg(metavar="PATH")] = None,
@@ -79,6 +81,8 @@ def main(
         With --budget: base model for measuring the loss: minilm, smollm2, a folder, a GGUF file or a Hub id.
     task
         With --model: sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset.
+    scales
+        With --peft: scale the parts of the update as in this table of lorascope dial.
     peft
         Write the adapter to this new folder; with --budget, the best approximation by the components that are kept.
     kohya
@@ -122,6 +126,8 @@ def main(
             and not (rank_pattern or written),
             "--model and --task require each other: the loss is measured with both": (model is None) != (task is None),
             "--by ablation requires --model NAME and --task NAME": by == "ablation" and model is None,
+            "--scales requires one run with --peft DIR, and no --budget": scales is not None
+            and (peft is None or is_sum or budget is not None),
             "--model requires --budget": model is not None and budget is None,
             "--by, --model and --task require one adapter or run": is_sum and model is not None,
             "--state requires one run, with --rank-pattern, --peft or --summary": selects_state
@@ -152,7 +158,8 @@ def main(
             remarks = [*_budget_remarks(selection, is_minimal=by == "energy"), _SAME_ALPHA, *losses, *_ELSEWHERE]
         return _print_ranks(grid, keywords, remarks, json)
     if peft is not None:
-        path = export.to_peft(opened, peft, state, budget, scores)
+        parts = None if scales is None else read_scales(scales, opened)
+        path = export.to_peft(opened, peft, state, budget, scores, parts)
     elif written:
         ((format, out),) = written.items()
         path = export.convert(require_adapter(opened), out, format, budget, scores, component)

@@ -13,11 +13,12 @@ import numpy as np
 from safetensors.numpy import save
 
 from lorascope.array_types import Float
-from lorascope.export.conversion import convert, series_error
+from lorascope.export.conversion import convert, series_error, write_lora
 from lorascope.export.exporters import RunExporter, find_exporter
-from lorascope.export.lora_layers import require_unchanged_base
+from lorascope.export.lora_layers import layers_of, require_unchanged_base
 from lorascope.export.peft_lora import LoraExporter
 from lorascope.export.rank_budget import select_components, truncate
+from lorascope.export.scaled_parts import scale_products
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.whole_files import require_absent, write_bytes, write_json
@@ -67,6 +68,7 @@ def to_peft(
     state: str = "last",
     budget: float | None = None,
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a run's adapter and other trained weights as a folder for ``PeftModel.from_pretrained``.
 
@@ -85,6 +87,9 @@ def to_peft(
         that it keeps, as LoRA. Default all, which is exact.
     scores : mapping module -> array, optional
         See ``select_components``.
+    scales : mapping part -> scale, optional
+        Scales of parts of the update, such as ``dial.best()``: ``"whole"``, modules, roles, layers or components, as
+        LoRA. Not with a budget.
 
     Returns
     -------
@@ -96,10 +101,15 @@ def to_peft(
     FileExistsError
         The folder exists.
     ValueError
-        PEFT cannot express the updates, or none has a rank.
+        PEFT cannot express the updates, none has a rank, or a part to scale is unknown.
     """
     path = Path(out)
     require_absent(path)
+    if scales is not None and budget is not None:
+        raise ValueError("scales cannot be combined with a budget: the parts of a dial are those of the whole update")
+    if isinstance(run, Adapter) and scales is not None:
+        products = scale_products(run, exact_products(run, run.updates()), scales)
+        return write_lora(layers_of(run, products, source=f"{run.label}, scaled"), path, "peft")
     if isinstance(run, Adapter):
         return convert(run, path, "peft", budget, scores)
     if isinstance(run, Series):
@@ -112,6 +122,9 @@ def to_peft(
     if budget is not None:  # truncated updates are products B A, for any kind of run
         exporter = LoraExporter()
         updates = dict(truncate(exact_products(run, updates), select_components(run, budget, state, scores)))
+    elif scales is not None:
+        exporter = LoraExporter()
+        updates = scale_products(run, exact_products(run, updates), scales)
     hosts = _hosts(run, updates)
     _merge_trained_weights(run, exporter, updates, weights, hosts)
     tensors = dict(weights)

@@ -25,6 +25,8 @@ from lorascope.plots.fourier import frequency_bias as frequency_bias
 from lorascope.plots.fourier import update_image as update_image
 from lorascope.plots.head_count import head_choice as head_choice
 from lorascope.plots.importance_scores import importance as importance
+from lorascope.plots.learning_and_forgetting import dial as dial
+from lorascope.plots.learning_and_forgetting import learn_forget as learn_forget
 from lorascope.plots.learning_curves import guidance as guidance
 from lorascope.plots.learning_curves import learning_rates as learning_rates
 from lorascope.plots.learning_curves import training_curves as training_curves

@@ -100,7 +100,14 @@ def test_parts_without_effect_are_rarely_decided_among_many() -> None:
 def test_rows_needed_are_those_of_the_axis_that_needs_more() -> None:
     learn, forget = effect(0.0, 0.01), effect(0.5)
     expected = ROWS * (1.96 * 0.01 / 0.005) ** 2  # learn is at 0, so only the margin can be excluded
-    assert rows_needed(Effects(learn, forget), *MARGINS, ROWS) == math.ceil(expected)
+    assert rows_needed(Effects(learn, forget), WHOLE, *MARGINS, ROWS) == math.ceil(expected)
+
+
+def test_rows_needed_of_a_part_that_learns_decide_its_proportion() -> None:
+    """It forgets 0.005 more than in proportion, and 0.001 is the error of both effects together."""
+    learn, forget = effect(0.02, 0.0006 / 2), effect(0.045, 0.0008)
+    expected = ROWS * (1.96 * 0.001 / 0.005) ** 2
+    assert rows_needed(Effects(learn, forget), WHOLE, *MARGINS, ROWS) == math.ceil(expected)
 
 
 def test_the_best_scale_forgets_least_within_the_margin() -> None:

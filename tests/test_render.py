@@ -691,3 +691,11 @@ def test_numbers_in_cells_have_the_size_of_notes_or_less_where_cells_are_narrow(
         chart = Chart(data, [Heat("x", "y", "v", text=".2f")])
         (cells,) = (trace for trace in chart.plotly().data if trace.type == "heatmap")
         assert sizes[0] <= cells.textfont.size <= sizes[1]
+
+
+def test_overlapping_stretches_are_lines_of_their_own() -> None:
+    """Two intervals on the x-axis at different heights, of which one lies inside the other."""
+    table = pd.DataFrame({"x": [0, 3, 1, 2], "y": [0, 0, 1, 1], "part": list("aabb")})
+    (line,) = Chart(table, [Line("x", "y", stretch="part")]).mpl().axes[0].get_lines()
+    np.testing.assert_array_equal(line.get_xdata(), [0, 3, np.nan, 1, 2])
+    np.testing.assert_array_equal(line.get_ydata(), [0, 0, np.nan, 1, 1])

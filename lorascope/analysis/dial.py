@@ -38,6 +38,7 @@ COLUMNS = (
     + ["kl", "learn_share", "forget_share", "learn_slope", "forget_slope"]
     + ["exact", "control", "best_scale", "verdict", "rows_needed"]
 )
+_LISTED = 3  # best scales of the representation
 FEWEST_PARTS = 10  # the even share of fewer parts would be too large a margin
 SCALED = ("trade", "only forgets", "hurts")
 """Verdicts whose parts are measured at further scales."""
@@ -206,8 +207,10 @@ class Dial:
         verdicts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts]
         if verdicts:
             lines.append(f"  parts    {', '.join(verdicts)}")
-        for part, scale in self.best().items():
-            lines.append(f"  scale    {part}: {scale:g}")
+        scales = [f"{part}: {scale:g}" for part, scale in self.best().items()]
+        if len(scales) > _LISTED:
+            scales[_LISTED:] = [f"and {len(scales) - _LISTED} more, see best()"]
+        lines += [f"  scale    {line}" for line in scales]
         lines.append("  Intervals are over rows; they do not cover the seed of the training.")
         lines.append(f"  receipt  {self.receipt}")
         return "\n".join(lines)
@@ -318,7 +321,7 @@ def dial_of_rows(
                 interval = estimate.interval(LEVEL)
                 record |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
         if effect is not None and record["verdict"] == "undecided":
-            record["rows_needed"] = rows_needed(effect, *margins, len(rows[TASK].counts))
+            record["rows_needed"] = rows_needed(effect, whole, *margins, len(rows[TASK].counts))
         records.append(record)
     summary = pd.concat([parts, pd.DataFrame(records)], axis=1)
     return Dial(label, table, summary[COLUMNS], *margins, receipt)
@@ -386,16 +389,22 @@ def _reject(p_values: Sequence[float]) -> Bool[np.ndarray, "part"]:
     return false_discovery_control(np.clip(p_values, 0, 1)) < LEVEL
 
 
-def rows_needed(effects: Effects, learn_margin: float, forget_margin: float, rows: int) -> float:
+def rows_needed(effects: Effects, whole: Effects, learn_margin: float, forget_margin: float, rows: int) -> float:
     """Return the number of rows that would decide an undecided part, if its effects and their spread stay."""
+    if effects.learn.p_above(0) < LEVEL:  # what is open is whether it forgets more than in proportion
+        excess = add_estimates(effects.forget, effects.learn, -whole.forget.mean / whole.learn.mean)
+        return _ceil(rows_to_decide(excess, 0.0, rows))
     numbers = []
     for estimate, margin in ((effects.learn, learn_margin), (effects.forget, forget_margin)):
         # A verdict needs one end of the interval on either axis: beyond 0 or below the margin.
         numbers.append(min(rows_to_decide(estimate, 0.0, rows), rows_to_decide(estimate, margin, rows)))
-    largest = max(numbers)
-    if math.isinf(largest):
-        return largest
-    return math.ceil(largest)
+    return _ceil(max(numbers))
+
+
+def _ceil(number: float) -> float:
+    if math.isinf(number):
+        return number
+    return math.ceil(number)
 
 
 def best_scales(table: pd.DataFrame, margin: float) -> dict[str, float]:

@@ -273,6 +273,9 @@ def _split_stretches(mark: Line | Band, rows: pd.DataFrame, *positions: Numbers)
     order = np.argsort(positions[0], kind="stable")
     gaps: Any = []
     if mark.stretch is not None and len(rows):
+        # Stretches may overlap, so each is drawn as a whole.
+        number_of_stretch, _ = pd.factorize(rows[mark.stretch].to_numpy()[order])
+        order = order[np.argsort(number_of_stretch, kind="stable")]
         stretches = rows[mark.stretch].to_numpy()[order]
         gaps = 1 + np.flatnonzero(stretches[1:] != stretches[:-1])
     return [np.insert(values[order], gaps, np.nan) for values in positions]

@@ -8,11 +8,12 @@ import pandas as pd
 
 from lorascope.analysis.dial import KEEP, TASK, WHOLE, Dial
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
-from lorascope.charts.marks import Axis, Band, Line, Point, Rule
+from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.plots.figure_registry import document_result
 
 _ROWS = "95% intervals over rows; they do not cover the seed of the training"
-_LEARN, _FORGET = "learn: task loss without the part, minus with it (nats)", "forget: distance from the base"
+_LEARN, _FORGET = "learn (nats of task loss)", "forget"
+_MARGINS, _PROPORTION = "even share", "as the whole update"
 _PARTS = 8  # curves that are still told apart
 
 
@@ -38,18 +39,16 @@ def learn_forget(dial: Dial) -> Chart:
     color = "role" if parts["role"].notna().all() else "verdict"
     unit = dial.unit
     box = pd.DataFrame({"learn": [-dial.learn_margin, dial.learn_margin]})
-    box = box.assign(low=-dial.forget_margin, high=dial.forget_margin, color="margins")
-    marks = [
+    box = box.assign(low=-dial.forget_margin, high=dial.forget_margin, color=_MARGINS)
+    marks: list[Mark] = [
         Band("learn", "low", "high", "color", data=box),
-        Rule(x=0),
-        Rule(y=0),
         Line("learn", "forget", "color", data=_proportion(parts, whole)),
-        Line("learn", "forget", stretch="part", data=_crosses(parts)),
+        Line("learn", "forget", color, dash="interval", stretch="part", data=_crosses(parts)),
         Point("learn", "forget", color, data=parts[~parts["control"]]),
     ]
     if parts["control"].any():
         marks.append(Point("learn", "forget", color, data=parts[parts["control"]], hollow=True))
-    sentences = [f"Each dot is a part of the update of {dial.label}, removed exactly; {_ROWS}."]
+    sentences = [f"Each dot is a part of the update of {dial.label}; effects of removing it, {_ROWS}."]
     if parts["control"].any():
         sentences.append("Hollow: controls of the same size.")
     outside = (parts["learn"].abs() > dial.learn_margin) | (parts["forget"].abs() > dial.forget_margin)
@@ -60,7 +59,8 @@ def learn_forget(dial: Dial) -> Chart:
         marks,
         title="Learning against forgetting by part",
         x=Axis(label=_LEARN),
-        y=Axis(label=f"{_FORGET} ({unit})"),
+        y=Axis(label=f"{_FORGET} ({unit} from the base)"),
+        colors=[*dict.fromkeys(parts[color]), _MARGINS, _PROPORTION],
         caption=" ".join(sentences),
         meta={"figure": "learn_forget", "receipt": dial.receipt.to_json()},
     )
@@ -71,9 +71,9 @@ def _crosses(parts: pd.DataFrame) -> pd.DataFrame:
     arms = []
     for direction, other in (("learn", "forget"), ("forget", "learn")):
         for end in ("low", "high"):
-            arm = parts[["part", other]].assign(**{direction: parts[f"{direction}_{end}"]})
+            arm = parts[["part", "role", "verdict", other]].assign(**{direction: parts[f"{direction}_{end}"]})
             arms.append(arm.assign(part=parts["part"] + f" {direction}"))
-    return pd.concat(arms, ignore_index=True)
+    return pd.concat(arms, ignore_index=True).assign(interval="95% interval")
 
 
 def _proportion(parts: pd.DataFrame, whole: pd.Series) -> pd.DataFrame:
@@ -81,7 +81,7 @@ def _proportion(parts: pd.DataFrame, whole: pd.Series) -> pd.DataFrame:
     reach = min(parts["learn_high"].max(), parts["forget_high"].max() * whole["learn"] / whole["forget"])
     ends = pd.Series([0.0, max(reach, 0.0)])
     table = pd.DataFrame({"learn": ends, "forget": ends * whole["forget"] / whole["learn"]})
-    return table.assign(color="in proportion to the whole update")
+    return table.assign(color=_PROPORTION)
 
 
 @document_result
@@ -114,24 +114,24 @@ def dial(dial: Dial, parts: Sequence[str] = (WHOLE,)) -> Drawable:
     panels = []
     for axis, label in ((TASK, "change of the task loss (nats)"), (KEEP, f"change of the distance ({dial.unit})")):
         curve = curves[curves["axis"] == axis]
-        marks = [
+        marks: list[Mark] = [
             Band("scale", "low", "high", "part"),
             Line("scale", "change", "part"),
-            Rule(x=0, label="without"),
-            Rule(x=1, label="as trained"),
+            Rule(x=0),
+            Rule(x=1),
         ]
         less = curves[(curves["axis"] == KEEP) & (curves["scale"] == curves["part"].map(best)) & (curves["high"] < 0)]
         chosen = curve.merge(less[["part", "scale"]])
         if len(chosen):
-            marks.append(Point("scale", "change", "part", data=chosen, symbol="diamond", label="best scale"))
+            marks.append(Point("scale", "change", "part", data=chosen, symbol="diamond"))
         panels.append(
             Chart(
                 curve,
                 marks,
                 title="Task" if axis == TASK else "Other text",
-                x=Axis(label="scale of the part"),
+                x=Axis(label="scale (0 without, 1 as trained)"),
                 y=Axis(label=label),
-                caption=f"{dial.label}; change from scale 1, paired by row; bands: {_ROWS}.",
+                caption=f"{dial.label}; change from scale 1, paired by row; bands: {_ROWS}. Diamond: best scale.",
                 meta={"figure": "dial", "receipt": dial.receipt.to_json()},
             )
         )

@@ -9,9 +9,22 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lorascope.analysis.dial import Effects, best_scales, even_share, judge_parts, rows_needed
+from lorascope.analysis.dial import (
+    Dial,
+    Effects,
+    MeasuredRows,
+    RowValues,
+    best_scales,
+    dial_of_rows,
+    even_share,
+    judge_parts,
+    rows_needed,
+)
 from lorascope.analysis.paired_rows import add_estimates, estimate_rows, rows_to_decide
 from lorascope.analysis.seed_intervals import Estimate
+from lorascope.plots import dial as draw_dial
+from lorascope.plots import learn_forget
+from lorascope.runs.receipt import Receipt
 
 ROWS = 200
 
@@ -124,3 +137,43 @@ def test_the_best_scale_forgets_least_within_the_margin() -> None:
     assert best_scales(table, 0.005) == {"whole": 0.75}
     assert best_scales(table, 0.0) == {"whole": 1.0}
     assert best_scales(table, 1.0) == {"whole": 0.0}
+
+
+def test_figures_draw_the_numbers_of_the_tables() -> None:
+    measured = planted_dial()
+    dots = learn_forget(measured).tables()[-1][1]
+    np.testing.assert_array_equal(dots[["learn", "forget"]], measured.summary().loc[1:, ["learn", "forget"]])
+    task, keep = draw_dial(measured).panels
+    for panel, axis in ((task, "task"), (keep, "keep")):
+        curve = measured.curve()
+        np.testing.assert_array_equal(panel.data["change"], curve.loc[curve["axis"] == axis, "change"])
+    with pytest.raises(ValueError, match="parts must be 1 to 8 parts with curves, got 0"):
+        draw_dial(measured, [])
+    with pytest.raises(ValueError, match="part must be one of whole, got 'b'"):
+        draw_dial(measured, ["b"])
+
+
+def planted_dial() -> Dial:
+    """Dial of parts a and b, of which a has all of the effect, with rows that differ little."""
+    noise = np.random.default_rng(3).normal(0, 1e-3, 50)
+    measured = []
+    for part, scale, learn, forget in (
+        ("whole", 1.0, 0.0, 0.5), ("whole", 0.5, 0.02, 0.2), ("whole", 0.0, 0.3, 0.0), ("a", 0.0, 0.3, 0.0),
+        ("b", 0.0, 0.0, 0.5),
+    ):  # fmt: skip
+        # Noise in proportion to the change, so that the intervals of both parts are short.
+        measured.append(RowValues(part, scale, "task", 1 + learn * (1 + noise)))
+        measured.append(RowValues(part, scale, "keep", forget * (1 + noise)))
+    rows = {axis: MeasuredRows("nats", np.ones(50), np.arange(50)) for axis in ("task", "keep")}
+    parts = pd.DataFrame({"part": ["whole", "a", "b"], "module": None, "layer": None, "role": [None, "q", "k"]})
+    parts = parts.assign(component=None, energy=[1.0, 0.5, 0.5], control=False, learn_share=0.0, forget_share=0.0)
+    parts = parts.assign(learn_slope=0.0, forget_slope=0.0)
+    return dial_of_rows("planted", measured, rows, parts, None, Receipt(run="r", base="b", rows={}))
+
+
+def test_a_dial_of_planted_effects_finds_them() -> None:
+    summary = planted_dial().summary().set_index("part")
+    assert summary["verdict"].to_dict() == {"whole": "", "a": "keep", "b": "idle"}
+    assert summary.loc["a", "learn"] == pytest.approx(0.3, rel=1e-3)
+    assert planted_dial().best(0.03) == {"whole": 0.5}
+    assert planted_dial().best(0.0) == {}

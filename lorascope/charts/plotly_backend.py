@@ -154,7 +154,8 @@ def _legend_sample(entry: Entry, theme: Theme) -> Any:
     dash: str | None = None
     if entry.kind == "line":
         mode, shape, dash = "lines+markers" if entry.marker else "lines", entry.marker or None, entry.style
-    marker, line = {"color": entry.color, "symbol": shape, "size": 8}, {"color": entry.color, "dash": dash, "width": 2}
+    marker: dict[str, Any] = {"color": entry.color, "symbol": shape, "size": 8}
+    line: dict[str, Any] = {"color": entry.color, "dash": dash, "width": 2}
     return go.Scatter(x=[None], y=[None], mode=mode, marker=marker, line=line, **fields)
 
 

@@ -251,7 +251,9 @@ class Explorer(AnyWidget):
 
     def _labels_by_cell(self, mark: Point, drawn: pd.DataFrame) -> dict[int, list[int]]:
         """Return the index labels of the rows that each dot shows, by the number of its value."""
-        labels = {cell: rows.tolist() for cell, rows in self._cells.groupby(self._cells).groups.items()}
+        labels: dict[Any, list[Any]] = {}
+        for cell, rows in self._cells.groupby(self._cells).groups.items():
+            labels[cell] = rows.tolist()
         for column in {"smaller", "larger"} & {mark.x, mark.y}:  # dots of one seed each
             for cell, value in drawn[column].items():
                 labels[cell] = [row for row in labels[cell] if self._table["value"][row] == value]

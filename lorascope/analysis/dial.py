@@ -38,7 +38,7 @@ COLUMNS = (
     + ["kl", "learn_share", "forget_share", "learn_slope", "forget_slope"]
     + ["exact", "control", "best_scale", "verdict", "rows_needed"]
 )
-_LISTED = 3  # best scales of the representation
+_MOST_SCALES = 3  # best scales of the representation
 FEWEST_PARTS = 10  # the even share of fewer parts would be too large a margin
 SCALED = ("trade", "only forgets", "hurts")
 """Verdicts whose parts are measured at further scales."""
@@ -208,8 +208,8 @@ class Dial:
         if verdicts:
             lines.append(f"  parts    {', '.join(verdicts)}")
         scales = [f"{part}: {scale:g}" for part, scale in self.best().items()]
-        if len(scales) > _LISTED:
-            scales[_LISTED:] = [f"and {len(scales) - _LISTED} more, see best()"]
+        if len(scales) > _MOST_SCALES:
+            scales[_MOST_SCALES:] = [f"and {len(scales) - _MOST_SCALES} more, see best()"]
         lines += [f"  scale    {line}" for line in scales]
         lines.append("  Intervals are over rows; they do not cover the seed of the training.")
         lines.append(f"  receipt  {self.receipt}")

@@ -40,13 +40,13 @@ def scale_products(run: Result, products: Mapping[str, LowRank], scales: Mapping
         if module in products and component.isdecimal():
             scaled[module] = _scale_component(scaled[module], part, int(component), scale)
             continue
-        selected = positions.index[(positions.index == part) | (positions["role"] == part) | (layers == part)]
+        modules = positions.index[(positions.index == part) | (positions["role"] == part) | (layers == part)]
         if part == WHOLE:
-            selected = positions.index
-        if selected.empty:
+            modules = positions.index
+        if modules.empty:
             allowed = "whole, a module, a role, a layer or a component of this run"
             raise ValueError(f"cannot scale {part!r} of {run.reference}: it must be {allowed}")
-        for name in selected:
+        for name in modules:
             product = scaled[name]
             scaled[name] = LowRank(product.B, product.A, product.scale * scale)
     return scaled

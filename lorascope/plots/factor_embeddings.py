@@ -55,8 +55,6 @@ def factor_embedding(
 ) -> Panels:
     """Plot t-SNE embeddings of LoRA factors (HydraLoRA, Fig. 3), A next to B and the control below.
 
-    Factors of different shapes are not in one plane: those of the most modules are plotted, or all of ``modules``.
-
     Parameters
     ----------
     runs : mapping domain -> run or runs
@@ -68,22 +66,21 @@ def factor_embedding(
     together : bool
         Plot A and B in one plane if they have the same shape, as in the paper.
     view : {"raw", "canonical", "space"}
-        Form of the factors: as stored (the paper's), from the SVD of the update, or the spaces they span.
+        Factors as stored (the paper's), from the SVD of the update, or the spaces they span.
     step : int, optional
         Step with a snapshot; by default the last step.
     perplexity : float or sequence of float, optional
-        Perplexity, or several to see which structure does not depend on it. Default: 30 as in the paper, a third of the
-        points if these are few.
+        Perplexity, or several. Default: 30 as in the paper, a third of the points if these are few.
     seeds : sequence of int
         Seeds of random initializations, on a slider after the initialization by PCA.
     modules : sequence of str
-        Modules to plot, all by default; up to 12 have their layer and role next to their dots (Fig. 10).
+        Modules to plot, by default those of the most common shape, because a plane has factors of one shape; up to 12
+        have their layer and role next to their dots (Fig. 10).
 
     Raises
     ------
     ValueError
-        There are fewer than two runs, they have no factors or not these modules, or a perplexity is not smaller than
-        the number of points.
+        There are fewer than two runs, they have no factors or not these modules, or a perplexity is too large.
 
     Examples
     --------

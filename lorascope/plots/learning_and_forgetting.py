@@ -14,7 +14,7 @@ from lorascope.plots.figure_registry import document_result
 _ROWS = "95% intervals over rows; they do not cover the seed of the training"
 _LEARN, _FORGET = "learn (nats of task loss)", "forget"
 _MARGINS, _PROPORTION = "even share", "as the whole update"
-_PARTS = 8  # curves that are still told apart
+_PARTS = 8  # curves that are distinguished by color
 
 
 @document_result
@@ -120,10 +120,11 @@ def dial(dial: Dial, parts: Sequence[str] = (WHOLE,)) -> Drawable:
             Rule(x=0),
             Rule(x=1),
         ]
-        less = curves[(curves["axis"] == KEEP) & (curves["scale"] == curves["part"].map(best)) & (curves["high"] < 0)]
-        chosen = curve.merge(less[["part", "scale"]])
-        if len(chosen):
-            marks.append(Point("scale", "change", "part", data=chosen, symbol="diamond"))
+        # Only scales that are shown to forget less than scale 1.
+        is_best = (curves["axis"] == KEEP) & (curves["scale"] == curves["part"].map(best)) & (curves["high"] < 0)
+        best_points = curve.merge(curves.loc[is_best, ["part", "scale"]])
+        if len(best_points):
+            marks.append(Point("scale", "change", "part", data=best_points, symbol="diamond"))
         panels.append(
             Chart(
                 curve,

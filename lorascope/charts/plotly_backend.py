@@ -147,8 +147,7 @@ def _legend_sample(entry: Entry, theme: Theme) -> Any:
     if entry.kind == "patch":
         return go.Bar(x=[None], y=[None], marker=_fill(entry.color, entry.style, theme), **fields)
     if entry.kind == "band":
-        marker = {"color": add_opacity(entry.color, FAINT)}
-        return go.Bar(x=[None], y=[None], marker=marker, **fields)
+        return go.Bar(x=[None], y=[None], marker={"color": add_opacity(entry.color, FAINT)}, **fields)
     mode = "markers"
     shape: str | None = entry.style
     dash: str | None = None

@@ -31,6 +31,7 @@ _PUBLIC = {
     "diagnose": "lorascope.diagnosis.doctor:diagnose",
     "survey": "lorascope.diagnosis.survey:survey",
     "report": "lorascope.pages.report_card:report",
+    "turns": "lorascope.analysis.turning_points:find_turns",
     "TrainerRecorder": "lorascope.training.hf_trainer.trainer_recorder:TrainerRecorder",
     "record": "lorascope.training.any_loop:record",
     "LoopRecorder": "lorascope.training.any_loop:LoopRecorder",

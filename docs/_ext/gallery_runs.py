@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 
 import lorascope as ls
 from lorascope.papers.setups import planted_teacher
@@ -123,6 +125,30 @@ def train_students(root: Path) -> dict[str, Any]:
     }
 
 
+def train_changed_task(root: Path) -> ls.Run:
+    """Train LoRA at a constant rate on the text of one planted teacher, and from step 100 of 200 on that of another."""
+    folder = root / "changed-task"
+    if (folder / "run.json").exists():
+        return ls.load(folder)
+    torch.manual_seed(0)
+    model = planted_teacher.student()
+    method = ls.LoRA(rank=4, targets=LINEAR)
+    method.attach(model)
+    optimizer = method.optimizer(model, lr=3e-3, head_lr=3e-3, weight_decay=0.0)
+    draw, batches = np.random.default_rng(0), []
+    for task in (planted_teacher.task(0), planted_teacher.task(1)):
+        rows = task.encode(ls.models.processor(model), task.split("train"), planted_teacher.LENGTH)
+        batches += [rows.batch(draw.choice(len(rows), 16, replace=False)) for _ in range(100)]
+    with ls.record(model, optimizer, folder, [ls.observe.factors(every=10)], steps=200, seed=0) as recorder:
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss)
+            optimizer.zero_grad()
+    return ls.load(folder)
+
+
 def train_gallery_runs(
     root: Path,
     model: str = "minilm",
@@ -159,4 +185,4 @@ def train_gallery_runs(
             for name, method in (("full", ls.Full()), ("LoRA", lora))
         },
     }
-    return runs | train_students(root)
+    return runs | train_students(root) | {"changed_task": train_changed_task(root)}

@@ -16,6 +16,7 @@ from lorascope.plots.component_ablations import bias_curve as bias_curve
 from lorascope.plots.component_ablations import number_of_experts as number_of_experts
 from lorascope.plots.course_of_updates import rotation as rotation
 from lorascope.plots.course_of_updates import settling as settling
+from lorascope.plots.course_of_updates import turns as turns
 from lorascope.plots.factor_embeddings import factor_embedding as factor_embedding
 from lorascope.plots.figure_registry import FIGURES as FIGURES
 from lorascope.plots.figure_registry import Figure as Figure

@@ -1,4 +1,4 @@
-"""Figures of updates stored at several steps: where each layer settled, and how the leading subspaces rotate."""
+"""Figures of updates stored at several steps: where layers settled, how subspaces rotate, where the path turned."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from lorascope.analysis.adapter_similarity import DIRECTIONS
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.settling import THRESHOLD, settling_steps
 from lorascope.analysis.subspace_rotation import AGAINST, SPACES, rotations
-from lorascope.charts.chart import Chart, Panels, set_side_by_side
-from lorascope.charts.marks import Axis, Line, Rule
+from lorascope.analysis.turning_points import Turns, find_turns
+from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
+from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.plots.builders import curves, mean_over_modules, profile
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.requirements import STEPS
+from lorascope.plots.requirements import MANY_STEPS, STEPS
 from lorascope.plots.run_groups import Cohort, Runs, require_choices, require_counts
 
 _RANDOM = "random subspaces"
@@ -146,3 +147,74 @@ def _angle_course(cohort: Cohort, rows: pd.DataFrame, random: pd.DataFrame, agai
         caption=caption,
         colors=[*cohort.labels, _RANDOM],
     )
+
+
+@figure(
+    topic="updates",
+    needs=(MANY_STEPS,),
+    reads="Top: the cosine between the displacements before and after each stored step; a ringed point below the band "
+    "is a turning point, where training left its course. Bottom: the path of the updates on two components.",
+    misleads="A change of the learning rate or of the batches turns the path as well as one of the task, so this shows "
+    "no phase transition by itself. The bottom path has only the variance that its axes state.",
+)
+def turns(runs: Runs, control: Runs | None = None) -> Panels:
+    """Plot the course of updates: cosine of successive displacements with turning points, and the path of each run.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs or series with updates at 12 evenly spaced steps or more, and those to compare with; one column each.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than 12 evenly spaced steps, or the stored steps have no module in common.
+
+    Examples
+    --------
+    ``changed_task`` is a run whose task changes at half of its steps.
+
+    >>> ls.plots.turns(changed_task)
+    """
+    cohort = gather_runs("turns", runs, control)
+    columns, results = [], []
+    for group in cohort.groups:
+        for run in group.runs:
+            title = group.run_names[run.id] if len(group.runs) > 1 else cohort.title(group.label)
+            result = find_turns(run)
+            columns.append(stack_vertically(_cosine_course(result, title), _principal_path(result)))
+            results.append(f"{title}: {_describe_turns(result)}" if title else _describe_turns(result).capitalize())
+    caption = (
+        "Cosine of the displacements before and after each stored step; the band ends at the drop of a turning point "
+        f"below the median of the cosines around. {'; '.join(results)}. {cohort.sample_sentence}"
+    )
+    return cohort.complete(set_side_by_side(*columns, title="Turning points of the updates"), caption)
+
+
+def _describe_turns(turns: Turns) -> str:
+    steps = turns.summary()["step"].astype("str")
+    if steps.empty:
+        return f"no turning point in {len(turns.table)} checkpoints"
+    return f"turning point at step {', '.join(steps)}, of {len(turns.table)} checkpoints"
+
+
+def _cosine_course(turns: Turns, title: str) -> Chart:
+    table = turns.table.dropna(subset="cosine")
+    around = table["cosine"] - table["drop"]
+    table = table.assign(around=around, bound=around + turns.limit)
+    band = Band("step", "bound", "around")
+    axes = Axis(label="step"), Axis(label="cosine of displacements")
+    marks = [band, Line("step", "cosine"), Point("step", "cosine"), *_rings(table, "step", "cosine")]
+    return Chart(table, marks, title=title, x=axes[0], y=axes[1])
+
+
+def _principal_path(turns: Turns) -> Chart:
+    path = turns.path.assign(turn=turns.table["turn"])
+    first, second = (Axis(label=f"component {i} ({share:.0%})") for i, share in enumerate(turns.explained, start=1))
+    marks = [Point("first", "second", "step"), *_rings(path, "first", "second")]
+    return Chart(path, marks, x=first, y=second)
+
+
+def _rings(table: pd.DataFrame, x: str, y: str) -> list[Mark]:
+    rings = table[table["turn"]]
+    return [] if rings.empty else [Point(x, y, symbol="circle-open", data=rings)]

@@ -39,8 +39,8 @@ class Figure:
         Gallery page of the figure: "updates", "ranks", "factors", "routers", "neurons", "schedules" or "optimizers".
     needs : tuple of str
         Quantities that must be recorded. Also possible: ``"updates"`` (adapter factors), ``"updates at several
-        steps"``, ``"spectra"`` (singular values of updates), ``"frequencies"`` (Fourier coefficients), ``"basis"``
-        (coefficients on any basis) and ``"heads"`` (HydraLoRA's experts).
+        steps"``, ``"updates at many steps"`` (12), ``"spectra"`` (singular values of updates), ``"frequencies"``
+        (Fourier coefficients), ``"basis"`` (coefficients on any basis) and ``"heads"`` (HydraLoRA's experts).
     history : bool
         Whether the quantities must be recorded at more than one step.
     runs : int

@@ -7,14 +7,15 @@ from contextlib import suppress
 
 from lorascope.analysis import fourier
 from lorascope.analysis.spectra import singular_values
+from lorascope.analysis.turning_points import FEWEST_CHECKPOINTS
 from lorascope.runs.result import Result
 from lorascope.schema.plugins import load_plugins
 from lorascope.schema.records import QUANTITIES
 
 UPDATES, SPECTRA, FREQUENCIES, BASIS, HEADS = "updates", "spectra", "frequencies", "basis", "heads"
-STEPS = "updates at several steps"
+STEPS, MANY_STEPS = "updates at several steps", "updates at many steps"
 OF_UPDATES = frozenset(
-    {UPDATES, SPECTRA, STEPS, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"}
+    {UPDATES, SPECTRA, STEPS, MANY_STEPS, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"}
 )
 """Needs of figures that show updates."""
 
@@ -31,6 +32,11 @@ _STORED: dict[str, tuple[str, str, Callable[[Result], Sized]]] = {
         "the adapters' factors at more than one step",
         "train with observe=[ls.observe.factors()], or load a folder of checkpoints",
         lambda run: run.update_steps()[1:],
+    ),
+    MANY_STEPS: (
+        f"the adapters' factors at {FEWEST_CHECKPOINTS} steps or more",
+        "train with observe=[ls.observe.factors(every=10)], or load a folder of checkpoints",
+        lambda run: run.update_steps()[FEWEST_CHECKPOINTS - 1 :],
     ),
     FREQUENCIES: ("Fourier coefficients", "train with FourierFT", fourier.fourier_updates),
     BASIS: ("coefficients on a basis", "train with FourierFT", fourier.basis_setting),

@@ -14,6 +14,7 @@ from lorascope.plots.component_ablations import ablations as ablations
 from lorascope.plots.component_ablations import basis_ablation as basis_ablation
 from lorascope.plots.component_ablations import bias_curve as bias_curve
 from lorascope.plots.component_ablations import number_of_experts as number_of_experts
+from lorascope.plots.component_reading import reading as reading
 from lorascope.plots.course_of_updates import rotation as rotation
 from lorascope.plots.course_of_updates import settling as settling
 from lorascope.plots.course_of_updates import turns as turns

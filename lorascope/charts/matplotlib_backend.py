@@ -399,7 +399,7 @@ def _write_cell_texts(ax: Axes, panel: Panel, frame: Any = None) -> None:
         colors = color_scale(cells.ramp)
         words = {cell: cells.words.get(cell, number) for cell, number in cells.texts.items()}
         for texts, smallest in ((words, SMALLEST_WORDS), (cells.texts, SMALLEST_TEXT)):
-            longest = max(map(len, texts.values()))
+            longest = max(1, *map(len, texts.values()))  # all words may be empty
             size = min(text_size(ax), 0.8 * width / columns / (longest * GLYPH), 0.7 * height / rows)  # digits are wide
             if size >= smallest:
                 for (row, column), text in texts.items():

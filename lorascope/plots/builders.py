@@ -159,7 +159,7 @@ def metric_dots(cohort: Cohort, *sentences: str) -> Drawable:
         return metric
     x, marks = Axis(label=f"{cohort.metric} − {base}"), [Rule(x=0), *dots(differences, "value", "recipe")]
     paired = Chart(differences, marks, title="Difference, paired by seed", x=x, y=y, caption=caption)
-    return set_side_by_side(metric, paired)
+    return set_side_by_side(replace(metric, title="Recipes"), paired, title=title)
 
 
 def paired_differences(cohort: Cohort, scores: pd.DataFrame, base: str) -> pd.DataFrame:

@@ -150,7 +150,7 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
         caption=caption,
         colors=methods,
     )
-    return cohort.complete(set_side_by_side(by_rate, at_best))
+    return cohort.complete(set_side_by_side(by_rate, at_best, title="Loss by learning rate"))
 
 
 def _independent_directions(cohort: Cohort, steps: pd.Series) -> pd.DataFrame:

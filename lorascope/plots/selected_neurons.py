@@ -133,7 +133,7 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     --------
     ``sensitive`` and ``sensitive_news`` are runs with ``observe=[ls.observe.neurons()]``:
 
-    >>> ls.plots.neuron_overlap({"tweets": sensitive, "news": sensitive_news}, k=1000)
+    >>> ls.plots.neuron_overlap({"tweets": sensitive, "news": sensitive_news}, k=100)
     """
     cohort = gather_runs("neuron_overlap", runs, control, check=False)
     require_counts(k=k)

@@ -249,7 +249,8 @@ def _curve_and_level(
         return metric
     marks = [Rule(y=0), Line(along, "value", "series"), *dots(differences, along, color="series")]
     y = Axis(label=f"{cohort.metric} − {base}")
-    return set_side_by_side(metric, Chart(differences, marks, title="Difference, paired by seed", y=y, **settings))
+    paired = Chart(differences, marks, title="Difference, paired by seed", y=y, **settings)
+    return set_side_by_side(replace(metric, title="Recipes"), paired, title=metric.title)
 
 
 def _parameter_counts(cohort: Cohort) -> str:

@@ -95,9 +95,9 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
         rows = table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
         # The LISA paper claims that the 7B model trains on a 24 GB GPU.
         card = [Rule(x=_CARD)] if size == "7B" else []
-        label, title = f"memory of {model} ({unit})", f"{model}, computed from shapes without activations"
+        label, title = f"memory of {model} ({unit})", f"{model}, computed"
         if card:
-            title += " (line: a 24 GB GPU)"
+            title += "; line: a 24 GB GPU"
         panels.append(
             stacked_bars(rows, list(rows["recipe"].unique()), label, _COLORS, *card, title=title, caption=caption)
         )

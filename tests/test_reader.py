@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import BAD, FILLER, GOOD, tiny_tokenizer
+from parsed_pages import Tree
 from test_export import trained
 from torch import nn
 
@@ -20,6 +21,7 @@ import lorascope as ls
 from lorascope.adapters import delta
 from lorascope.analysis.component_blocks import tied_components
 from lorascope.analysis.reading import COLUMNS, FIRST_WORDS, VERDICTS, Reading
+from lorascope.cli.main import main
 from lorascope.inputs import tasks
 from lorascope.insight import reader
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
@@ -272,3 +274,30 @@ def test_nothing_of_the_model_changes(opened: tuple[ls.Run, str], task: tasks.Ta
     for module in models[0].modules():
         assert "forward" not in vars(module)
         assert not module._forward_hooks
+
+
+def test_the_command_prints_cards_and_writes_a_page(
+    opened: tuple[ls.Run, str], task: tasks.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = opened
+    rows = tmp_path / "rows.csv"
+    task.table[["text", "label", "split"]].to_csv(rows, index=False)
+    page = tmp_path / "reading.html"
+    words = ["read", str(run.path), "--model", folder, "--rows", str(rows)]
+    assert main([*words, "--top", "1", "-o", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("1  ")
+    assert "receipt" in printed
+    text = Tree(page.read_text(encoding="utf-8")).root
+    assert len(text.all("div", "passages")) == 1
+    assert "http" not in "".join(node.attributes.get("src", "") for node in text.walk())
+    assert main([*words, "--top", "1", "-o", str(page), "--json"]) == 0  # its own page is replaced
+    assert len(json.loads(capsys.readouterr().out)["cards"]) == 1
+    for arguments, line in (
+        ([], "RUN is required: lorascope read runs/lora --model minilm"),
+        (words[1:4], "--model and --rows are required: words are read with both"),
+        ([*words[1:], "-o", "x.pdf"], "--out must end in .html, got x.pdf"),
+        ([*words[1:], "--top", "0"], "top must be an integer >= 1, got 0"),
+    ):
+        assert main(["read", *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"lorascope: {line}")

@@ -354,14 +354,14 @@ class ComponentReader:
     ) -> dict[tuple[int, str], Written]:
         """Return what each component writes where its first words occur, by its number and the word.
 
-        Outputs are those of the classifier, or of the next token; each component is removed by patching its module.
+        Outputs are the classes, or the next token of a language model. Each component is removed in its own pass.
         """
         # Only words that a verdict can name, because outputs of a language model are many.
         first_words = [component.words["word"].head(FIRST_WORDS).to_list() for component in components]
         distinct = sorted({word for words in first_words for word in words})
         numbers = np.searchsorted(self.occurrences.words, distinct)
         marks = self._number_tokens(numbers)
-        # A language model goes on after the last token of a word.
+        # A language model continues after the last token of a word.
         marks[:-1][self.words.occurrence[:-1] == self.words.occurrence[1:]] = -1
         moves: dict[str, list[Move]] = {module: [] for module in self.modules}
         for component in self.targets:

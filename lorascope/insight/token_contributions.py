@@ -114,6 +114,6 @@ def contribute(directions: PartDirections, x: Tensor, gradient: Float[Tensor, "*
     """Return ``a = size * v^T x`` and ``a * u^T g`` of rank-one components for a module's input x and gradient g."""
     # The input of an embedding is an id, the number of a row of V.
     projected = x @ directions.V if x.is_floating_point() else F.embedding(x, directions.V)
-    # Two thin products, because the update of a token is never needed as a matrix.
+    # Two low-rank factors, because the update of a token is never needed as a matrix.
     activations = projected * directions.size
     return TokenContributions(activations, activations * (gradient @ directions.U))

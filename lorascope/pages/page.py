@@ -38,8 +38,10 @@ class Section:
         Heading, first paragraph and reference; the last two may be "".
     tables : mapping title -> DataFrame
         Tables.
+    passages : Markup
+        Rows of text as HTML, below the tables. Default none.
     figures : sequence of ReportFigure
-        Figures below the tables.
+        Figures below the tables and rows.
     notes : sequence of str
         Notes at the end.
     findings : sequence of dict
@@ -55,6 +57,7 @@ class Section:
     lead: str = ""
     source: str = ""
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    passages: Markup = Markup("")  # noqa: RUF009
     figures: Sequence[ReportFigure] = ()
     notes: Sequence[str] = ()
     findings: Sequence[Mapping[str, Any]] = ()

@@ -1,0 +1,80 @@
+"""``lorascope read``: the words that components of an update use, and what they write."""
+
+from __future__ import annotations
+
+import sys
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from lorascope.cli.arguments import File, Folder, Name, command, reject
+from lorascope.cli.opened_runs import open_runs
+from lorascope.files.printable import printable_lines
+from lorascope.files.seals import require_own
+from lorascope.files.typed_json import json_values
+
+
+@command
+def main(
+    run: Annotated[str | None, arg(metavar="RUN")] = None,
+    /,
+    *,
+    model: Name = None,
+    rows: Name = None,
+    top: Annotated[int, arg(metavar="N")] = 8,
+    base: Folder = None,
+    out: Annotated[File, arg(aliases=["-o"])] = None,
+    json: bool = False,
+) -> int:
+    """Read which words the components of an adapter use, and what they make the model say.
+
+    Components are ordered on rows of the training split, and words are measured on rows of the validation split, at
+    least 200. A word is used if its contribution is larger than that of random components. Nothing is trained.
+
+    Example: lorascope read runs/lora --model minilm --rows sentiment/movies -o reading.html
+
+    Parameters
+    ----------
+    run
+        Adapter or run: a folder, a .safetensors file, or a name on the Hugging Face Hub.
+    model
+        Its base model: minilm, smollm2, a folder, a GGUF file or a Hub id.
+    rows
+        Rows to read: sentiment, a CSV, JSONL or Parquet file, or a Hugging Face dataset.
+    top
+        Number of components.
+    base
+        Base model of an adapter whose files have no shapes.
+    out
+        Also write the cards to this .html file, which works offline.
+    json
+        Print JSON.
+    """
+    reject(
+        {
+            "RUN is required: lorascope read runs/lora --model minilm --rows sentiment/movies": run is None,
+            "--model and --rows are required: words are read with both": model is None or rows is None,
+            f"--out must end in .html, got {out}": out is not None and Path(out).suffix != ".html",
+        }
+    )
+    if out is not None:
+        # Before the rows are read, which may take minutes.
+        require_own(Path(out), "html")
+    (opened,) = open_runs([str(run)], base)
+    from lorascope.insight.reader import read  # imports torch
+
+    reading = read(opened, str(model), str(rows), top, progress=sys.stderr.isatty())
+    if out is not None:
+        # Charts take a second to import, and most calls only print.
+        from lorascope.pages.reading_page import write_reading
+
+        write_reading(out, reading)
+    if json:
+        print(dumps(json_values(reading.to_json()), indent=1))
+        return 0
+    for card in reading.cards:
+        print(printable_lines(repr(card)), end="\n\n")
+    print(printable_lines(repr(reading)))
+    return 0

@@ -84,7 +84,8 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     panels = []
     for model, rows in cells.items():
         # Models of different size have separate axes.
-        label, title = f"memory of {model} (MiB)", f"{model}, measured"
+        name = model.rpartition("/")[2]  # of a folder
+        label, title = f"memory of {name} (MiB)", f"{name}, measured"
         panels.append(stacked_bars(rows, models[model].labels, label, _COLORS, title=title, caption=caption))
     for size in computed:
         if size in memory_estimate.GPT2:

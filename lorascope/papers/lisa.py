@@ -65,8 +65,8 @@ READINGS = {
     "factors − start": "factor_change",
 }
 """Readings of "weight norm" in the paper's figure 2 -> recorded quantity."""
-LEARNED = ("update", "factors − start")
-"""Readings that are zero before training."""
+LEARNED = "factors − start"
+"""Reading of the factors that is zero before training."""
 
 
 DEPTH = (truth_names.TWO_BLOCKS, truth_names.ALL_BLOCKS)
@@ -150,10 +150,30 @@ KEPT_TABLES: dict[str, list[KeptTable]] = {
 
 
 def norms_figure(table: pd.DataFrame) -> Panels:
-    """Draw the kept table ``norms``, one column of panels per model.
+    """Draw the norm of the update from the kept table ``norms``: by block, and of embedding and head."""
+    panels = _norm_panels(table, ["update"], ["update"], "Norm of the update by layer, mean over training")
+    return _with_caption(panels, table, "LISA's other blocks have no update.")
 
-    Above: norms of embedding and head over the median of the blocks. Below: what is learned, by block.
-    """
+
+def other_norms_figure(table: pd.DataFrame) -> Panels:
+    """Draw the norms of weight and factors from the kept table ``norms``: of embedding and head, and learned ones."""
+    readings = [reading for reading in READINGS if reading != "update"]
+    panels = _norm_panels(table, readings, [LEARNED], "Norm of weight and factors by layer, mean over training")
+    return _with_caption(panels, table, "Weights hardly change, so their dots coincide.")
+
+
+def _with_caption(panels: Panels, table: pd.DataFrame, sentence: str) -> Panels:
+    caption = (
+        "Norms are means over the recorded steps after step 0; dots, lines and their bars and bands: mean and range "
+        f"over seeds. Dashed line: the median block, for LISA of those that it drew. {sentence} The head of SmolLM2 is "
+        f"tied to its embedding: only LoRA has a second norm there. Seeds per arm: at most {table['seed'].nunique()}."
+    )
+    (first, *others), *rows = panels.grid
+    return replace(panels, grid=((replace(first, caption=caption), *others), *rows))
+
+
+def _norm_panels(table: pd.DataFrame, outer: list[str], by_block: list[str], title: str) -> Panels:
+    """Draw one column of panels per model: readings by block, and of embedding and head over the median block."""
     columns: list[Panels] = []
     for model, arms in {"SmolLM2": DECODER_NORMS, "minilm": ENCODER_NORMS}.items():
         labels = dict(zip(arms.values(), arms, strict=True))
@@ -161,35 +181,28 @@ def norms_figure(table: pd.DataFrame) -> Panels:
         if layers.empty:  # a small version has the encoder only
             continue
         layers = layers.assign(method=layers["arm"].map(labels))
-        charts = [_outer_norms(layers, f"embedding and head of {model}", list(arms))]
-        for reading in LEARNED:
+        charts = []
+        for reading in by_block:
             # Without a label, axes of different panels have different limits.
-            axes = Axis(label=f"block of {model}"), Axis(label="" if columns else f"norm, {reading}", log=True)
-            charts.append(_block_norms(layers[layers["reading"] == reading], axes, f"{reading}, {model}", list(arms)))
+            axes = Axis(label=f"block of {model}"), Axis(label="" if columns else f"norm of {reading}", log=True)
+            charts.append(_block_norms(layers[layers["reading"] == reading], axes, f"blocks of {model}", list(arms)))
+        charts.append(_outer_norms(layers, f"embedding and head of {model}", list(arms), outer))
         columns.append(stack_vertically(*charts))
-    caption = (
-        "Norms are means over the recorded steps after step 0; dots, lines and their bars and bands: mean and range "
-        "over seeds. Dashed line: the median block, for LISA of those that it drew. Weights hardly change, so their "
-        "dots coincide. LISA's other blocks have no update. The head of SmolLM2 is tied to its embedding: only LoRA "
-        f"has a second norm there. Number of seeds per arm: at most {table['seed'].nunique()}."
-    )
-    panels = set_side_by_side(*columns)
-    (first, *others), *rows = panels.grid
-    grid = ((replace(first, caption=caption), *others), *rows)
-    return replace(panels, grid=grid, title="Norm by layer, mean over training")
+    return replace(set_side_by_side(*columns), title=title)
 
 
-def _outer_norms(layers: pd.DataFrame, title: str, methods: list[str]) -> Chart:
-    """Draw the norms of embedding and head of one model over the median norm of its blocks."""
+def _outer_norms(layers: pd.DataFrame, title: str, methods: list[str], readings: list[str]) -> Chart:
+    """Draw some norms of embedding and head of one model over the median norm of its blocks."""
     keys = ["method", "reading", "seed"]
     changed_blocks = layers[layers["block"] & (layers["value"] > 0)]
     medians = changed_blocks.groupby(keys)["value"].median().rename("median").reset_index()
     outer = layers[~layers["block"]].merge(medians)
+    outer = outer[outer["reading"].isin(readings)]
     outer = outer.assign(row=outer["reading"] + ", " + outer["place"], value=outer["value"] / outer["median"])
     cells = _spread_over_seeds(outer, ["method", "row"])
-    order = [f"{reading}, {place}" for reading in READINGS for place in ("embed", "head")]
+    order = [f"{reading}, {place}" for reading in readings for place in ("embed", "head")]
     dots = Point("value", "row", "method", low="low", high="high")
-    x, y = Axis(label="norm / median norm of the blocks", log=True), Axis(order=order)
+    x, y = Axis(label="norm / median norm of the blocks", log=True), Axis(order=order, compact=True)
     return Chart(cells, [Rule(x=1), dots], title=title, x=x, y=y, colors=methods)
 
 

@@ -122,7 +122,7 @@ ROWS = [
         "losses", ALL_METHODS, "Training loss by step of the methods and controls of pairs", of_pairs(pair_losses)
     ),
     FigureRow(
-        "norms", "LISA", "Norms by layer of full fine-tuning, LoRA and LISA: weight, update, factors, learned factors",
+        "norms", "LISA", "Norm of the update by layer of full fine-tuning, LoRA and LISA",
         of_tables(lisa.norms_figure, "norms"),
     ),
     FigureRow(
@@ -134,6 +134,10 @@ ROWS = [
         of_tables(draw_neuron_scores, "neurons"),
     ),
     # After the motives, with which the pages of three papers begin.
+    FigureRow(
+        "other-norms", "LISA", "Norms by layer of full fine-tuning, LoRA and LISA: weight, factors, learned factors",
+        of_tables(lisa.other_norms_figure, "norms"),
+    ),
     *(
         FigureRow(
             f"pairs-{method.lower()}", method, f"Gap that every arm of {method}'s pairs closes, one dot per seed",

@@ -24,6 +24,8 @@ _PUBLIC = {
     "example": "lorascope.runs.examples:example",
     "examples": "lorascope.runs.examples:list_examples",
     "restore": "lorascope.training.state:restore",
+    "fork": "lorascope.training.fork:fork",
+    "fork_effects": "lorascope.analysis.fork_effects:fork_effects",
     "sweep": "lorascope.experiments.sweep:sweep",
     "dial": "lorascope.insight.dial:dial",
     "Dial": "lorascope.analysis.dial:Dial",

@@ -139,7 +139,7 @@ def headline(function: Callable[..., Any]) -> str:
 
 
 def _flag_type(hint: Any) -> Any:
-    """Return the part of a type that a command line can express (sequences of str as tuples), or None."""
+    """Return the part of a type that a command line can express (sequences of str and int as tuples), or None."""
     if get_origin(hint) is Annotated:
         kind = tuple if _WORDS in hint.__metadata__ else _flag_type(hint.__origin__) or hint.__origin__
         return Annotated[kind, *hint.__metadata__]
@@ -148,8 +148,8 @@ def _flag_type(hint: Any) -> Any:
     for kind in get_args(hint) if is_union else [hint]:
         if kind in _PLAIN or get_origin(kind) is Literal:
             kinds.append(kind)
-        elif get_origin(kind) in (tuple, Sequence) and get_args(kind)[0] is str:
-            kinds.append(tuple[str, ...])
+        elif get_origin(kind) in (tuple, Sequence) and get_args(kind)[0] in (str, int):
+            kinds.append(tuple[str, ...] if get_args(kind)[0] is str else tuple[int, ...])
     if str in kinds and Path in kinds:
         kinds.remove(Path)
     if not set(kinds) - {type(None)}:

@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": "write a page of figures of the examples of the package, without training",
     "reproduce": "show what nine papers' claims come to, train small versions of the studies, and report both",
     "train": "train a model with one method, and record its internals",
+    "fork": "continue a run from a stored checkpoint with one change",
     "sweep": "train all runs of a TOML file in parallel, and compare their recipes",
     "inspect": "show norms, ranks and findings of an adapter or run, or compare several",
     "survey": "show one line for each of many adapters and runs",

@@ -18,6 +18,7 @@ from lorascope.files.typed_json import Count, Finite, read_json, to_typed, unrea
 from lorascope.formats.peft_config import RESIDUAL_INITS, Allocation
 from lorascope.runs.layout import Lazy
 from lorascope.runs.module_summary import table_of
+from lorascope.schema.labels import to_words
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import Quantity
 from lorascope.updates.weight_update import form_named
@@ -55,6 +56,20 @@ class Parameters:
     trained: Count
     total: Count | None = None
     head: Count | None = None
+
+
+@dataclass
+class Fork:
+    """Origin of a fork in a run's manifest: id of the run it continues, the step, and what it changes, by name."""
+
+    run: str
+    step: Count
+    change: dict[str, Any]
+
+    @property
+    def description(self) -> str:
+        """The change as text, such as "lr 0.0003"."""
+        return ", ".join(f"{name} {to_words(value)}" for name, value in self.change.items()) or "no change"
 
 
 @dataclass
@@ -122,6 +137,8 @@ class Manifest:
         Score of the final state, None before the end.
     parents : list of str
         Folders of earlier phases, relative to this one.
+    fork : Fork or None
+        Run and step from which ``ls.fork`` continued, and the change.
     facts : dict
         What readers need to know about the method, by ``Method.describe``.
     source : str or None
@@ -154,6 +171,7 @@ class Manifest:
     hosts: dict[str, str] | None = None
     w0_hash: str | None = None
     data_hash: str | None = None
+    fork: Fork | None = None
     error: str | None = None
     commit: str | None = None
     versions: dict[str, str] | None = None

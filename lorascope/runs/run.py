@@ -1,7 +1,8 @@
 """Training run, finished or not: its description, records, snapshots and saved parameters.
 
 A run is a folder: ``run.json``, ``records.parquet``, ``predictions.parquet``, ``snapshots/step-000500.safetensors``,
-``state/last.safetensors`` and ``state/best.safetensors``, plus ``resume/`` while it is unfinished.
+``state/last.safetensors`` and ``state/best.safetensors``, plus ``resume/`` while it is unfinished, and ``checkpoints/``
+if some were kept.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,10 @@ from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import unreadable
+from lorascope.files.typed_json import read_json, unreadable
 from lorascope.files.whole_files import file_hash
 from lorascope.runs.finding_lines import RECORDED_BY
-from lorascope.runs.folders import new_folder
+from lorascope.runs.folders import RunManifest, new_folder
 from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, Lazy, snapshot_file
 from lorascope.runs.manifest import Axes, Manifest, SnapshotAbout, read_about, read_manifest
 from lorascope.runs.result import Result
@@ -116,6 +118,27 @@ class Run(Result):
     def parents(self) -> list[Run]:
         """Runs of the phases before this one."""
         return [Run.read(self._folder / parent) for parent in self.meta.parents]
+
+    @cached_property
+    def trunk(self) -> Run | None:
+        """Run that a fork continues, found by its id next to the fork; None for other runs.
+
+        Raises
+        ------
+        FileNotFoundError
+            It is not in the folder that contains the fork.
+        """
+        if self.meta.fork is None:
+            return None
+        trunk, folder = self.meta.fork.run, self._folder.absolute().parent
+        # The run of a last phase is in the folder of its recipe.
+        for file in sorted([*folder.glob("*/run.json"), *folder.glob("*/*/run.json")]):
+            with suppress(OSError, ValueError):
+                if read_json(file, RunManifest).id == trunk:
+                    return Run.read(file.parent)
+        raise FileNotFoundError(
+            f"cannot find the trunk of run {self.id}: run {trunk} is not in {printable(folder)}; move it next to it"
+        )
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
         if step is None and not self.ranks(state):  # nothing is adapted, so that the step may have no snapshot

@@ -58,6 +58,7 @@ def train(
     root: str | Path = "runs",
     overwrite: bool = False,
     checkpoint_every: int = 100,
+    keep_checkpoints: Sequence[int] = (),
     device: str | None = None,
     progress: bool = True,
     report_to: str | Sequence[str] | None = None,
@@ -115,6 +116,9 @@ def train(
         link, or if it contains files that are not of the run, such as a copy of a run.
     checkpoint_every : int
         Steps between checkpoints, from which an interrupted run resumes.
+    keep_checkpoints : sequence of int
+        Steps of each phase whose checkpoints stay in the run folder, so that ``ls.fork`` can continue from them. They
+        do not change the run's id.
     device : str, optional
         Device; by default an accelerator if available, else the CPU.
     progress : bool
@@ -144,10 +148,11 @@ def train(
     require_observers(observers)
     if not is_integer(checkpoint_every) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}")
+    _require_steps(keep_checkpoints, steps)
     if not is_integer(seed) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r}")
     seed = int(seed)  # random.seed accepts no integers of numpy
-    trackers, device = tracker_names(report_to), _usable_device(device)
+    trackers, device = tracker_names(report_to), usable_device(device)
     if isinstance(method, str):
         method = from_config({"name": method})
     if not isinstance(method, Method):
@@ -196,12 +201,12 @@ def train(
                     write_phases(folder, plan, started, "running")
                     # This creates the folder, which would look foreign without recipe.json.
                     locks.enter_context(lock_run(path))
-                _reset(model, marker.base)
+                reset_model(model, marker.base)
                 # Each phase has the random numbers that it would have as the only one.
                 with seed_generators(seed):
                     session = Session(model, spec, marker.base, path, runs, device, trackers)
                     marker.attach(model, plan.id)  # now the model has changed
-                    runs.append(fit(session, checkpoint_every, progress))
+                    runs.append(fit(session, checkpoint_every, progress, keep_checkpoints))
             else:
                 runs.append(stored)
         if phase.name and (locked or identify_folder(folder).status != "done"):
@@ -209,14 +214,21 @@ def train(
     if stored is not None:
         if not stored.restorable:
             raise StateRemoved(stored)
-        _reset(model, marker.base)
+        reset_model(model, marker.base)
         marker.attach(model, plan.id)
         # Training would have changed the model of the caller, so it gets the trained weights.
         stored.restore(model, method=replace(phase.method))
     return runs[-1]
 
 
-def _usable_device(device: str | None) -> str:
+def _require_steps(keep_checkpoints: Any, steps: int) -> None:
+    is_sequence = isinstance(keep_checkpoints, Sequence) and all(map(is_integer, keep_checkpoints))
+    # Settings rejects invalid steps.
+    if is_integer(steps) and not (is_sequence and all(0 < step < steps for step in keep_checkpoints)):
+        raise ValueError(f"keep_checkpoints must be steps from 1 to {steps - 1}, got {keep_checkpoints!r}")
+
+
+def usable_device(device: str | None) -> str:
     """Return the device, or the accelerator or CPU by default; raise a ValueError if torch cannot use it."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -235,15 +247,17 @@ def _rates(method: Method, lr: float | None, head_lr: float | None) -> dict[str,
     return {"lr": default_if_none(lr, method.lr), "head_lr": default_if_none(head_lr, method.head_lr)}
 
 
-def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
+def fit(session: Session, checkpoint_every: int, progress: bool, keep_checkpoints: Sequence[int] = ()) -> Run:
     """Run the training loop of one phase and return its run."""
     try:
-        return _train_steps(session, session.begin(), checkpoint_every, progress)
+        return _train_steps(session, session.begin(), checkpoint_every, progress, keep_checkpoints)
     finally:
         session.abandon_report()
 
 
-def _train_steps(session: Session, start: int, checkpoint_every: int, progress: bool) -> Run:
+def _train_steps(
+    session: Session, start: int, checkpoint_every: int, progress: bool, keep_checkpoints: Sequence[int]
+) -> Run:
     """Train the steps of a phase from ``start`` on, and close its run."""
     step, name = session.step, session.plan.phase.name or session.method.name
     with catch_interrupt() as interrupted, progress_bar(name, step.total, start, progress) as bar:
@@ -256,6 +270,8 @@ def _train_steps(session: Session, start: int, checkpoint_every: int, progress: 
             if step.stop:
                 raise RuntimeError(_end_broken(session, step.stop))
             bar.show(values[0], score)
+            if step.finished in keep_checkpoints and not step.last:
+                session.keep_checkpoint()
             if interrupted.is_set():
                 session.checkpoint()
                 raise KeyboardInterrupt(
@@ -294,7 +310,7 @@ def _end_broken(session: Session, reason: str) -> str:
     return f"{reason}; the records up to this step are in {session.path}"
 
 
-def _reset(model: nn.Module, base: Base) -> None:
+def reset_model(model: nn.Module, base: Base) -> None:
     """Remove adapters, restore W_0 and make all parameters trainable, as at the start of every phase."""
     delta.detach(model)
     base.restore()

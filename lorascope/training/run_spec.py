@@ -20,7 +20,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, Phase, Step, config, task_head, trained_parameters
 from lorascope.observe import Observer
 from lorascope.runs.layout import identify
-from lorascope.runs.manifest import SCHEMA, Manifest, Parameters, describe_modules
+from lorascope.runs.manifest import SCHEMA, Fork, Manifest, Parameters, describe_modules
 from lorascope.runs.run import Run
 from lorascope.training.processor import processor_name
 from lorascope.training.settings import Settings
@@ -31,6 +31,7 @@ class RunSpec:
     """Specification of one phase: everything that its run id is computed from.
 
     ``recipe`` is the method that was passed to ``train``; ``settings`` have the learning rates and steps of the phase.
+    In a fork, ``fork`` is its origin, and ``rows`` the task whose training rows replace those of ``task``.
     """
 
     recipe: Method
@@ -40,10 +41,12 @@ class RunSpec:
     seed: int
     w0_hash: str
     observers: tuple[Observer, ...]
+    rows: Task | None = None
+    fork: Fork | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the run id is computed from."""
-        return {
+        identity = {
             "method": config(self.phase.method),
             "phase": [self.phase.name, self.phase.split],
             "w0_hash": self.w0_hash,
@@ -54,6 +57,10 @@ class RunSpec:
             "seed": self.seed,
             "schema": SCHEMA,
         }
+        # Only for forks, because other runs keep the ids that they had before there were any.
+        if self.fork is not None:
+            identity["fork"] = dataclasses.asdict(self.fork)
+        return identity
 
     @property
     def id(self) -> str:
@@ -72,7 +79,7 @@ class RunSpec:
             parents=[f"../{run.path.name}" for run in parents if run.path],
             total_seconds=sum(run.meta.seconds for run in parents),
             facts=self.phase.method.describe(),
-            **self.identity(),
+            **self.identity() | {"fork": self.fork},
             **circumstances(step, method, trained_parameters(step.optimizer), device),
         )
 

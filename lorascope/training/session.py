@@ -18,6 +18,7 @@ from torch.func import functional_call
 from lorascope.files.printable import printable
 from lorascope.files.whole_files import write_bytes
 from lorascope.inputs.models import processor, require_positions
+from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.method import Batch, HeldOut, Method, Step, trained_parameters
 from lorascope.observe.trainable import are_finite
@@ -66,10 +67,10 @@ class Session(Recording):
         self.optimizer, modules = begin_training(self.method, model, base, plan.settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, plan.settings.rate())
         reader = processor(model)
-        self.train = self._encode(reader, plan.phase.split)
-        self.search = self._encode(reader, "search") if self.method.search_share else None
-        self.validation = self._encode(reader, "validation", plan.settings.eval_size)
-        self.test = self._encode(reader, "test", plan.settings.test_size)
+        self.train = self._encode(reader, plan.rows or plan.task, plan.phase.split)
+        self.search = self._encode(reader, plan.task, "search") if self.method.search_share else None
+        self.validation = self._encode(reader, plan.task, "validation", plan.settings.eval_size)
+        self.test = self._encode(reader, plan.task, "test", plan.settings.test_size)
         self._search_generator = torch.Generator().manual_seed(plan.seed)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.best: Best | None = None
@@ -81,11 +82,11 @@ class Session(Recording):
 
     # -- data ---------------------------------------------------------------------------------------------------
 
-    def _encode(self, reader: Any, splits: str, rows: int | None = None) -> EncodedRows:
-        tables = [self.task.split(split, float(self.method.search_share)) for split in splits.split("+")]
+    def _encode(self, reader: Any, task: Task, splits: str, rows: int | None = None) -> EncodedRows:
+        tables = [task.split(split, float(self.method.search_share)) for split in splits.split("+")]
         # Rows of a task are sorted by a hash of their content, so the first ones are a random sample.
-        table = pd.concat(tables, ignore_index=True).head(rows or len(self.task.table))
-        encoded = self.task.encode(reader, table, self.settings.max_length)
+        table = pd.concat(tables, ignore_index=True).head(rows or len(task.table))
+        encoded = task.encode(reader, table, self.settings.max_length)
         require_positions(self.model, int(max(encoded.lengths, default=0)), self.settings.max_length)
         return encoded
 
@@ -174,21 +175,10 @@ class Session(Recording):
         self.model.train()
         newest = self.checkpoints.newest()
         if newest is None:
-            self.begin_rows(None)
-            if self.settings.eval_every != 0:
-                self.evaluate()
-            self.record()
-            self.flush_report()
-            return 0
+            return self.start()
         checkpoint, table = newest
         try:
-            load_tensors(self.model, checkpoint.model)
-            freeze(self.model, checkpoint.frozen)
-            self.method.restore(checkpoint.method)
-            load_optimizer_state(self.model, self.optimizer, checkpoint.optimizer)
-            self.scheduler.last_epoch = checkpoint.scheduler
-            self.resume(checkpoint.observers, checkpoint.seconds)
-            load_generators_state(checkpoint.generators)
+            self.load(checkpoint)
         # The checkpoint is intact, but another version of a method or an observer may have stored another state.
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
@@ -196,15 +186,42 @@ class Session(Recording):
                 f"{printable(self.checkpoints.folder)}: it does not fit this run ({printable(error)}); remove it to "
                 "resume from an earlier step"
             ) from error
-        self._search_generator, self.best = checkpoint.search, checkpoint.best
-        self.step.index = checkpoint.finished - 1
         self.begin_rows(table)
         return checkpoint.finished
+
+    def start(self) -> int:
+        """Record the state before the first step of a training without a checkpoint, and return that step."""
+        self.begin_rows(None)
+        if self.settings.eval_every != 0:
+            self.evaluate()
+        self.record()
+        self.flush_report()
+        return 0
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint, except for its rows."""
+        load_tensors(self.model, checkpoint.model)
+        freeze(self.model, checkpoint.frozen)
+        self.method.restore(checkpoint.method)
+        load_optimizer_state(self.model, self.optimizer, checkpoint.optimizer)
+        self.scheduler.last_epoch = checkpoint.scheduler
+        self.resume(checkpoint.observers, checkpoint.seconds)
+        load_generators_state(checkpoint.generators)
+        self._search_generator, self.best = checkpoint.search, checkpoint.best
+        self.step.index = checkpoint.finished - 1
 
     def checkpoint(self) -> None:
         """Save everything that is needed to resume from here bit for bit."""
         self.writer.require_folder()
-        checkpoint = Checkpoint(
+        self.checkpoints.save(self._describe(), self.writer.table())
+
+    def keep_checkpoint(self) -> None:
+        """Save a checkpoint for forks, which stays when the run finishes."""
+        self.writer.require_folder()
+        self.checkpoints.keep(self._describe(), self.writer.table())
+
+    def _describe(self) -> Checkpoint:
+        return Checkpoint(
             finished=self.step.finished,
             model=trained_tensors(self.model, self.optimizer),
             frozen=frozen_names(self.model),
@@ -216,7 +233,6 @@ class Session(Recording):
             best=self.best,
             **self.state(),
         )
-        self.checkpoints.save(checkpoint, self.writer.table())
 
     def finish(self) -> Run:
         """Evaluate the final state on the test split, save it and close the run folder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from forks import WALL_CLOCK
 from killing import SETTINGS
 
 import lorascope as ls
+from lorascope.cli.main import main
 from lorascope.inputs import models, tasks
 from lorascope.methods import METHODS, LoRA
 from lorascope.training.session import Session
@@ -322,3 +324,36 @@ def test_name_and_task_of_the_run_are_used_by_default(bert, task, tmp_path):
     run = ls.train(bert, str(table), LORA, out=tmp_path / "run", **KEEP)
     forked = ls.fork(run, step=2, out=tmp_path / "fork", device="cpu", progress=False)
     require_equal(forked, run)
+
+
+def test_command_forks_a_run_and_prints_its_effect(bert, task, tmp_path, capsys):
+    table = tmp_path / "reviews.csv"
+    task.table[["text", "label"]].to_csv(table, index=False)
+    run = ls.train(bert, str(table), LORA, out=tmp_path / "run", **KEEP)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = main(["fork", *words])
+        return code, *capsys.readouterr()
+
+    options = ["--step", "2", "--device", "cpu", "--no-progress"]
+    capsys.readouterr()
+    code, out, _ = call(str(run.path), *options, "--set", "lr=3e-3", "clip=none", "-o", str(tmp_path / "fork"))
+    assert code == 0
+    assert "lr 0.003, clip None, from step 2 on (40% of the training)" in out
+    forked = ls.load(tmp_path / "fork")
+    assert forked.meta.fork.change == {"lr": 3e-3, "clip": None}
+    code, out, _ = call(str(run.path), *options, "--json")
+    assert json.loads(out)["table"][0]["effect"] == 0
+    for words, message in (
+        ([], "RUN is required"),
+        ([str(run.path)], "--step is required"),
+        ([str(run.path), *options, "--set", "lr"], "--set must be NAME=VALUE, got 'lr'"),
+        ([str(run.path), *options, "--set", "lr=1", "lr=2"], "--set must have each name once, got lr twice"),
+        ([str(run.path), *options, "--set", "out=x"], "--set cannot change out"),
+        ([str(run.path), *options, "--set", "lr=high"], "lr must be a number, got 'high'"),
+        ([str(run.path), "--step", "4"], "step must be 0 or one of 2, 3 (stored checkpoints), got 4"),
+    ):
+        code, _, error = call(*words)
+        assert code == 2
+        assert message in error
+        assert error.count("\n") == 1

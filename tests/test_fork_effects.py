@@ -133,3 +133,32 @@ def test_bad_input_is_one_line(forks, tmp_path):
         ls.fork_effects([forks[0], forks[0]])
     with pytest.raises(ValueError, match="margin must be >= 0, got -1"):
         ls.fork_effects(forks, margin=-1)
+
+
+def test_figure_shows_each_trunk_and_its_forks_from_their_step_on(forks):
+    left, right = ls.plots.forks(forks).panels
+    losses = left.data.groupby("arm")["step"].agg(["min", "max"])
+    assert losses.loc["trunk"].to_list() == [0, 5]
+    assert losses.loc["lr 0.001"].to_list() == [2, 5]
+    assert left.data["run"].nunique() == 15
+    assert [mark.x for mark in left.marks_of(ls.Rule)] == [2]
+    assert list(right.y.order) == ["lr 0.001", "no change"]
+    ticks, dots = right.marks_of(ls.Point)
+    assert len(right.table(ticks)) == 2 * 5 * 4
+    assert len(right.table(dots)) == 10
+    assert "no change, from step 2 (40% of the training): effect 0, bitwise equal predictions." in left.caption
+
+
+def test_figure_of_one_pair_has_an_interval_over_rows_and_no_ticks(forks):
+    _, right = ls.plots.forks(forks[0]).panels
+    (dot,) = right.marks_of(ls.Point)
+    assert (dot.low, dot.high) == ("low", "high")
+    assert "95% t-interval over test rows, 1 pair." in right.caption
+
+
+def test_figure_needs_validation_losses_at_several_steps(bert, task, tmp_path):
+    method, settings = LoRA(rank=2), SETTINGS | {"eval_every": 0, "keep_checkpoints": (2,)}
+    trunk = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "trunk", **settings)
+    fork = ls.fork(trunk, models.load(bert, task=task), task, step=2, device="cpu", progress=False)
+    with pytest.raises(ValueError, match="forks needs eval_loss at more than one step"):
+        ls.plots.forks(fork)

@@ -176,6 +176,7 @@ def _pair_row(pair: Pair) -> dict[str, Any]:
     if len(rows[0]) != len(rows[1]):
         raise ValueError(f"fork {fork.id} must have the {len(rows[1])} test rows of its trunk, got {len(rows[0])}")
     effect = fork.score.loss - trunk.score.loss
+    # Predictions are stored in 16 bits, so they give only the width of the interval.
     half = t_estimate((rows[0]["nll"].astype(float) - rows[1]["nll"].astype(float)).to_numpy()).half_width(LEVEL)
     return {
         "trunk": trunk.id,
@@ -196,6 +197,7 @@ def _summarize(table: pd.DataFrame, fractions: pd.Series, margin: float | None) 
     """Return one row per change and step, with a verdict."""
     records: list[dict[str, Any]] = []
     judged: dict[int, Estimate] = {}
+    # Rows of one group differ in their seed only.
     for (change, step), rows in table.groupby(_SETTING, sort=False):
         if rows["trunk"].duplicated().any():
             trunk = rows["trunk"][rows["trunk"].duplicated()].iloc[0]
@@ -225,6 +227,7 @@ def judge_effects(estimates: Sequence[Estimate], margins: Sequence[float]) -> li
     """Return the verdict on each effect: lower, higher, no difference above its margin, or undecided."""
     if not estimates:
         return []
+    # Two-sided, from the one-sided values that agree with the interval.
     p_values = [min(1.0, 2 * min(estimate.p_above(0), estimate.p_below(0))) for estimate in estimates]
     verdicts = []
     for estimate, margin, q in zip(estimates, margins, false_discovery_control(p_values), strict=True):

@@ -69,7 +69,7 @@ def main(
         changes[name] = _read_value(text)
     for name in _ARGUMENTS:
         if name in changes:
-            raise ValueError(f"--set cannot change {name}: it is no setting of the training")
+            raise ValueError(f"--set cannot change {name}: use its option")
     (trunk,) = open_runs([run], None)
     forked = fork(trunk, model, task, step=step, out=out, device=device, progress=progress, **changes)
     effects = fork_effects(forked)
@@ -82,12 +82,13 @@ def main(
     return 0
 
 
-# Parameters of ``fork`` that are no change.
+# Parameters of ``fork`` that a change could overwrite.
 _ARGUMENTS = ("run", "model", "task", "step", "out", "method", "device", "progress")
 
 
 def _read_value(text: str) -> Any:
     """Return a value as JSON has it, none as None, and anything else as text."""
+    # As in sweep files: a setting may be None, such as clip.
     if text.lower() == "none":
         return None
     try:

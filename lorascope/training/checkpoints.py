@@ -67,6 +67,7 @@ class Checkpoints:
     def keep(self, checkpoint: Checkpoint, table: pd.DataFrame) -> None:
         """Write a checkpoint that stays when the run finishes, with its best state."""
         if checkpoint.best is not None:
+            # A later step may replace the best state, and the end of the run removes its file.
             best = self.best_file(checkpoint.best.step)
             write_bytes(self.kept_folder / best.name, best.read_bytes())
         _write(self.kept_folder, checkpoint, table)

@@ -104,6 +104,7 @@ def fork(
     >>> run = ls.train("minilm", "sentiment", "lora", steps=100, keep_checkpoints=(50,))  # doctest: +SKIP
     >>> ls.fork(run, step=50, lr=1e-4)  # doctest: +SKIP
     """
+    # Before the model is loaded, which takes longest.
     _require_step(run, step)
     device, task, model = usable_device(device), _open_task(run, task), _open_model(run, model, task)
     task = task.fit(model)
@@ -117,11 +118,13 @@ def fork(
     prepare_folder(folder, spec.id, overwrite=False)
     forked = finished_run(folder, spec)
     if forked is not None:
+        # As after a training, the model of the caller has the trained weights.
         forked.restore(model, method=dataclasses.replace(spec.phase.method))
         marker.attach(model, spec.id)
     else:
         begun = _begin_trunk(trunk, model, marker)
         with seed_generators(run.seed):
+            # It rejects a change that does not fit before the folder is created.
             session = ForkSession(model, spec, marker.base, folder, run, begun, device)
             with lock_run(folder):
                 marker.attach(model, spec.id)
@@ -143,7 +146,8 @@ class ForkSpec(RunSpec):
         assert self.trunk is not None
         manifest = super().meta(step, method, parents, device)
         manifest.label = f"{self.trunk.label}, from step {self.fork.step}: {self.fork.description}"
-        if self.trunk.recipe != self.trunk.method:  # a recipe of several phases
+        # A fork of one phase does not change the recipe of all phases.
+        if self.trunk.recipe != self.trunk.method:
             manifest.recipe = self.trunk.recipe
         return manifest
 
@@ -196,7 +200,7 @@ class ForkSession(Session):
         self._resize_factors(initial)
         for group, options in zip(self.optimizer.param_groups, changed, strict=True):
             group.update(options)
-        # Without a change, a method of the user may have set a rate of its own.
+        # Without a change, keep the rates of a method that sets them itself.
         if self.plan.fork.change:
             factor = self.settings.rate()(self.scheduler.last_epoch)
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
@@ -208,12 +212,15 @@ class ForkSession(Session):
     def _require_fit(self, checkpoint: Checkpoint) -> None:
         """Raise a ValueError if the tensors or the optimizer of the fork do not fit a checkpoint."""
         tensors, stored = trained_tensors(self.model, self.optimizer), checkpoint.model
+        # Other targets, for example.
         if single := sorted(tensors.keys() ^ stored.keys()):
             raise self._misfit(f"only one of both has {single[0]}")
+        # Classes with equal groups may store other moments.
         if type(self.optimizer) is not self._begun.kind:
             raise self._misfit(f"the optimizer was {self._begun.kind.__name__}")
         free = set()
         for name, delta in attached_deltas(self.model).items():
+            # Methods that allocate ranks have other shapes after the first steps anyway.
             if delta.resized or name in self._resized_deltas():
                 free |= {f"{name}.delta.{parameter}" for parameter, _ in delta.named_parameters()}
         for name, tensor in tensors.items():
@@ -253,6 +260,7 @@ class ForkSession(Session):
         for group, before in zip(self.optimizer.param_groups, self._begun.groups, strict=True):
             options = {}
             for name, value in group.items():
+                # The rate follows from initial_lr below, and a generator is state.
                 is_option = name not in ("params", "lr", "initial_lr") and not isinstance(value, torch.Generator)
                 if is_option and value != before[name]:
                     options[name] = value
@@ -265,6 +273,7 @@ class ForkSession(Session):
             file = self.checkpoints.best_file(checkpoint.best.step)
             file.parent.mkdir(exist_ok=True)
             shutil.copyfile(self._trunk_path / "checkpoints" / file.name, file)
+        # A snapshot is complete once its step has passed, so the trunk does not change these any more.
         for file in self._trunk_path.glob("snapshots/step-*.safetensors"):
             if int(file.stem.removeprefix("step-")) <= checkpoint.finished:
                 (self.path / "snapshots").mkdir(exist_ok=True)
@@ -334,6 +343,7 @@ def _rebuild_spec(run: Run, marker: TrainingMarker, task: Task, method: Method |
     name, split = meta.phase
     observers = tuple(map(_rebuild_observer, meta.settings["observers"]))
     spec = RunSpec(method, Phase(method, name, split), task, settings, meta.seed, marker.w0_hash, observers)
+    # First, because the id would not say what differs.
     if config(method) != meta.method:
         raise ValueError(f"method must be that of run {run.id} ({run.label}), got {method.label()}")
     if spec.id != run.id:

@@ -124,11 +124,15 @@ def test_result_is_json_with_a_receipt(tmp_path: Path) -> None:
 def test_figure_rings_the_turn_and_has_a_column_per_run(tmp_path: Path) -> None:
     turned, straight = (write_series(tmp_path / str(turn), alternating(turn)) for turn in (90.0, 0.0))
     (cosines, *_), (path, *_) = ls.plots.turns(turned).rows()
+    assert (cosines.title, path.title) == ("Cosine by step", "Path of the updates")
     rings = [mark.data["step"].tolist() for chart in (cosines, path) for mark in chart.marks if mark.data is not None]
     assert rings == [[10 * TURN], [10 * TURN]]
     assert "Turning point at step 80, of 16 checkpoints" in cosines.caption
     both = ls.plots.turns({"turned": turned, "straight": straight})
-    assert [chart.title for chart in both.rows()[0]] == ["turned", "straight"]
+    assert [chart.title for row in both.rows() for chart in row] == [
+        *("turned", "straight"),
+        *("turned, path", "straight, path"),
+    ]
     assert "straight: no turning point in 16 checkpoints" in both.panels[0].caption
     assert all(mark.data is None for mark in both.rows()[0][1].marks)
 

@@ -137,11 +137,13 @@ def rotation(
 
 def _angle_course(cohort: Cohort, rows: pd.DataFrame, random: pd.DataFrame, against: str, caption: str) -> Chart:
     angles = rows[rows["against"] == against]
+    # The last step is not compared with itself, and axes with one label would share its end.
+    steps = "step before the last" if against == "last" else "step"
     return curves(
         seed_cells(mean_over_modules(angles), ["recipe", "kind", "step"]),
         "step",
-        ("step", Axis(label="angle (degrees)", limits=(0, None))),
-        # The first stored step has no previous one, and the last one is not compared with itself.
+        (steps, Axis(label="angle (degrees)", limits=(0, None))),
+        # The first stored step has no previous one.
         Line("step", "value", "recipe", data=random[random["step"].isin(angles["step"])]),
         title=f"To the {against} stored step",
         caption=caption,
@@ -182,7 +184,8 @@ def turns(runs: Runs, control: Runs | None = None) -> Panels:
         for run in group.runs:
             title = group.run_names[run.id] if len(group.runs) > 1 else cohort.title(group.label)
             result = find_turns(run)
-            columns.append(stack_vertically(_cosine_course(result, title), _principal_path(result)))
+            cosines, path = (title, f"{title}, path") if title else ("Cosine by step", "Path of the updates")
+            columns.append(stack_vertically(_cosine_course(result, cosines), _principal_path(result, path)))
             results.append(f"{title}: {_describe_turns(result)}" if title else _describe_turns(result).capitalize())
     caption = (
         "Cosine of the displacements before and after each stored step; the band ends at the drop of a turning point "
@@ -208,11 +211,11 @@ def _cosine_course(turns: Turns, title: str) -> Chart:
     return Chart(table, marks, title=title, x=axes[0], y=axes[1])
 
 
-def _principal_path(turns: Turns) -> Chart:
+def _principal_path(turns: Turns, title: str) -> Chart:
     path = turns.path.assign(turn=turns.table["turn"])
     first, second = (Axis(label=f"component {i} ({share:.0%})") for i, share in enumerate(turns.explained, start=1))
     marks = [Point("first", "second", "step"), *_rings(path, "first", "second")]
-    return Chart(path, marks, x=first, y=second)
+    return Chart(path, marks, title=title, x=first, y=second)
 
 
 def _rings(table: pd.DataFrame, x: str, y: str) -> list[Mark]:

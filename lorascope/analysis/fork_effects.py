@@ -99,7 +99,7 @@ class ForkEffects:
         return self.table.to_html(index=False, na_rep="")
 
 
-def fork_effects(forks: Run | Sequence[Run], margin: float | None = None) -> ForkEffects:
+def fork_effects(forks: Result | Sequence[Result], margin: float | None = None) -> ForkEffects:
     """Compare forks with their trunks: the effect of each change on the test loss, paired by seed.
 
     Parameters
@@ -145,7 +145,7 @@ def fork_effects(forks: Run | Sequence[Run], margin: float | None = None) -> For
     return ForkEffects(table, _summarize(table, table["step"] / steps, margin), receipt)
 
 
-def pairs_of(forks: Run | Sequence[Run]) -> list[Pair]:
+def pairs_of(forks: Result | Sequence[Result]) -> list[Pair]:
     """Return forks with their trunks; a ValueError reports another run."""
     pairs: list[Pair] = []
     for fork in [forks] if isinstance(forks, Result) else forks:

@@ -12,6 +12,7 @@ from lorascope.charts.marks import Axis, Line, Mark, Point, Rule
 from lorascope.plots.figure_registry import document_result
 from lorascope.plots.requirements import missing_reason
 from lorascope.plots.run_groups import axis_label
+from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 
 TRUNK = "trunk"
@@ -19,7 +20,7 @@ _OTHER_SEEDS = "trunks of other seeds"
 
 
 @document_result
-def forks(forks: Run | Sequence[Run], margin: float | None = None) -> Panels:
+def forks(forks: Result | Sequence[Result], margin: float | None = None) -> Panels:
     """Plot forks: validation loss over the steps, and the effect of each pair above that of independent seeds.
 
     Left, a fork that leaves its trunk after the vertical line shows the effect of the change; coinciding lines mean

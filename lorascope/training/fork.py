@@ -48,7 +48,7 @@ _CHECKPOINT_EVERY = 100  # as in train
 
 
 def fork(
-    run: Run,
+    run: Result,
     model: nn.Module | str | Path | None = None,
     task: Task | str | Path | None = None,
     *,
@@ -105,7 +105,7 @@ def fork(
     >>> ls.fork(run, step=50, lr=1e-4)  # doctest: +SKIP
     """
     # Before the model is loaded, which takes longest.
-    _require_step(run, step)
+    run = _require_step(run, step)
     device, task, model = usable_device(device), _open_task(run, task), _open_model(run, model, task)
     task = task.fit(model)
     model.to(device)
@@ -291,8 +291,8 @@ def _cut_factors(
     return (Q @ U[:, :rank]) * root, root.unsqueeze(1) * (Vh[:rank] @ P.T)
 
 
-def _require_step(run: Result, step: Any) -> None:
-    """Raise a ValueError unless a result is a run of ``train`` with a stored checkpoint of this step, or it is 0."""
+def _require_step(run: Result, step: Any) -> Run:
+    """Return a run of ``train``; a ValueError reports another result, or a step that is neither 0 nor stored."""
     if not isinstance(run, Run) or run.meta.w0_hash is None:
         raise ValueError(f"cannot fork {run.kind} {run.id} ({run.label}): no optimizer state; fork a run of ls.train")
     if run.meta.fork is not None:
@@ -304,6 +304,7 @@ def _require_step(run: Result, step: Any) -> None:
             allowed = f"0, because run {run.id} has no stored checkpoints"
         fix = f"train it with keep_checkpoints=({step!r},) to store it"
         raise ValueError(f"step must be {allowed}, got {step!r}: {fix}")
+    return run
 
 
 def _open_task(run: Run, task: Task | str | Path | None) -> Task:

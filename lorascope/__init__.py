@@ -33,6 +33,8 @@ _PUBLIC = {
     "align": "lorascope.analysis.direction_alignment:align",
     "Reading": "lorascope.analysis.reading:Reading",
     "ReadingCard": "lorascope.analysis.reading:ReadingCard",
+    "price": "lorascope.insight.price:price",
+    "Price": "lorascope.analysis.rank_prices:Price",
     "explore": "lorascope.plots.explore:explore",
     "diagnose": "lorascope.diagnosis.doctor:diagnose",
     "survey": "lorascope.diagnosis.survey:survey",

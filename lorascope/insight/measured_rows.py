@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lorascope.adapters.activation_patching import Batch, Move, moved_measures
 from lorascope.analysis.dial import MeasuredRows
 from lorascope.analysis.domain_probe import DomainProbe
-from lorascope.array_types import Float
+from lorascope.array_types import Float, Int
 from lorascope.inputs.tokenization import IGNORED, EncodedRows
 from lorascope.training.evaluation import align_targets, token_losses
 
@@ -50,13 +50,13 @@ class RowMeasure(ABC):
         self.clusters = np.arange(len(table))
         if "cluster" in table:
             self.clusters = pd.factorize(table["cluster"])[0].astype(np.int64)
-        self.counts = self._in_order(self._count_targets(batch) for batch in self.batches)
+        self.counts = self._in_order(self.count_targets(batch) for batch in self.batches)
 
     @abstractmethod
     def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
         """Measure the model on a batch, with gradients."""
 
-    def _count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
+    def count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
         """Return the number of targets of each row, over which a mean is taken."""
         labels = batch["labels"]
         if labels.ndim == 1:
@@ -111,14 +111,22 @@ class TaskLoss(RowMeasure):
 
     def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
         """Measure the task loss of a batch."""
-        inputs, labels = _inputs(batch), batch["labels"]
+        logits, labels = self.target_logits(batch)
         if labels.ndim == 1:
-            logits = self.model(**inputs).logits
             wide = torch.promote_types(logits.dtype, torch.float32)
             return F.cross_entropy(logits.to(wide), labels, reduction="none")
+        return token_losses(logits, labels).sum(1)
+
+    def target_logits(
+        self, batch: Batch
+    ) -> tuple[Float[Tensor, "rows *targets outputs"], Int[Tensor, "rows *targets"]]:
+        """Return logits and labels of the same classes or target tokens."""
+        inputs, labels = _inputs(batch), batch["labels"]
+        if labels.ndim == 1:
+            return self.model(**inputs).logits, labels
         if not self.shifted:  # an encoder-decoder derives its decoder's inputs from the labels
             inputs["labels"] = labels
-        return token_losses(*align_targets(self.model(**inputs).logits, labels, self.shifted)).sum(1)
+        return align_targets(self.model(**inputs).logits, labels, self.shifted)
 
 
 class DistanceFromBase(RowMeasure):
@@ -175,7 +183,7 @@ class Drift(DistanceFromBase):
         """Measure the drift of each row."""
         return (self.outputs(_inputs(batch)) - batch[_REFERENCE]).square().sum(-1) / 2
 
-    def _count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
+    def count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
         return torch.ones(len(batch["labels"]))
 
 
@@ -196,7 +204,7 @@ class ProbeDivergence(DistanceFromBase):
         outputs = self.outputs(_inputs(batch))
         return F.kl_div(outputs, batch[_REFERENCE], reduction="none", log_target=True).sum(-1)
 
-    def _count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
+    def count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
         return torch.ones(len(batch["labels"]))
 
 

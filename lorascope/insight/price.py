@@ -1,0 +1,364 @@
+"""Price of the rank of an adapter: exact cuts to smaller ranks, directions beyond it, and retraining at other ranks."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from lorascope.adapters.activation_patching import Batch
+from lorascope.adapters.delta import attach, detach
+from lorascope.adapters.hidden_states import evaluation_mode
+from lorascope.analysis.dial import even_share
+from lorascope.analysis.gradient_signal import ModuleSignal, count_directions, signal_p, smallest_signal, total_inside
+from lorascope.analysis.rank_prices import (
+    RUNS,
+    CutPrice,
+    Evidence,
+    Price,
+    components_within,
+    count_unused,
+    describe_modules,
+    judge_rank,
+    rows_for_verdict,
+    tabulate_prices,
+)
+from lorascope.analysis.seed_intervals import Estimate, t_estimate
+from lorascope.analysis.track_record import RECORD, add_entries, read_residuals
+from lorascope.array_types import Float
+from lorascope.inputs.tasks import Task
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted
+from lorascope.insight.cut_updates import component_shares, cut_updates
+from lorascope.insight.measured_rows import TaskLoss
+from lorascope.insight.missing_directions import DRAWN, REAL, find_signals
+from lorascope.insight.retraining import (
+    RetrainedSpec,
+    describe_cost,
+    list_retrainings,
+    missing_for_retraining,
+    tabulate_runs,
+    train_ranks,
+)
+from lorascope.insight.text_rows import TextRows, encode_rows
+from lorascope.insight.update_parts import ScaledUpdates, component_parts
+from lorascope.runs.receipt import Receipt
+from lorascope.runs.result import Result
+from lorascope.runs.run import Run
+from lorascope.schema import module_table
+from lorascope.training.settings import Settings
+from lorascope.updates import LowRank
+from lorascope.updates.low_rank import Residual
+
+RANKS = (1, 2, 4, 8)
+BLOCKS, FEWEST_BLOCKS = 40, 16
+_BLOCK_ROWS = 8  # gradients of fewer rows are too far from normal for tests over blocks
+_SHARE_BLOCKS = 10  # path shares take a pass per node of the quadrature, so not on all blocks
+_SEEDS = 3  # of a suggested retraining: with two, an interval reaches 12.7 standard errors to each side
+
+
+def price(
+    run: Result,
+    model: str | Path,
+    task: str | Path | Task,
+    ranks: Sequence[int] = RANKS,
+    rows: int = 1280,
+    retrain: int = 0,
+    *,
+    budgets: Sequence[int] = (),
+    tolerance: float | None = None,
+    state: str = "last",
+    progress: bool = True,
+) -> Price:
+    """Measure what smaller ranks would cost, and whether the present one is too small.
+
+    The cut price is exact for this adapter. It is not the price of training at a smaller rank, which only retraining
+    measures.
+
+    Parameters
+    ----------
+    run : Run or Adapter
+        Run or adapter whose updates are products B A.
+    model : str or path
+        Its base model; see ``ls.models.load``.
+    task : str, path or Task
+        Task on whose validation rows all is measured; see ``ls.tasks.load``. For retraining, the task of the run.
+    ranks : sequence of int
+        Ranks per module to cut to, and to train at. Half the present rank is always among those to cut to.
+    rows : int
+        Maximum number of rows.
+    retrain : int
+        Number of seeds with which to train at each rank, at the same and at three times the learning rate. The runs are
+        stored next to the run, and their prices are added to the track record ``prices.jsonl`` there.
+    budgets : sequence of int
+        Numbers of components of all modules to cut to as well, keeping the largest singular values.
+    tolerance : float, optional
+        Increase of the mean task loss that counts as none, in nats; by default a tenth of what the update gained.
+    state : {"last", "best"}
+        Saved parameters.
+    progress : bool
+        Show a progress bar, and announce the cost of retraining.
+
+    Returns
+    -------
+    Price
+        With ``table``, ``summary()`` and ``ranks(budget)``.
+
+    Raises
+    ------
+    ValueError
+        The run has no low-rank update, the model is not its base, there are fewer than 16 blocks of 8 rows, the run
+        cannot be trained again, or an argument is out of range.
+    """
+    began = time.process_time()
+    _require_arguments(ranks, retrain, tolerance)
+    products = _require_products(run, state)
+    adapted = open_adapted(run, model, task, state)
+    if retrain and (reason := missing_for_retraining(run, adapted.task)):
+        raise ValueError(f"cannot retrain at another rank: {reason}")
+    max_length = run.meta.settings.get("max_length", Settings.max_length)
+    text = encode_rows(adapted.base, adapted.task, "validation", rows, max_length)
+    if retrain and progress:
+        print(f"retraining: {describe_cost(cast(Run, run), ranks, retrain)}", file=sys.stderr)
+    with tqdm(desc="price", unit="pass", disable=not progress, leave=False) as bar:
+        measured = _MeasuredRank(adapted, products, text, bar)
+        rank = measured.rank
+        cuts = measured.cut_prices(sorted({*ranks, rank // 2}), budgets)
+        learn = measured.increase(dict.fromkeys(products, 0))
+        signals = measured.signals()
+        unused = measured.unused()
+        detach(adapted.base)
+        runs, doubled = pd.DataFrame(columns=RUNS), None
+        if retrain:
+            repeated = _Retraining(cast(Run, run), model, adapted.task, text, bar)
+            runs, doubled = repeated.measure(ranks, retrain)
+            repeated.record(cuts, runs)
+    tolerance = even_share(learn.mean, 0) if tolerance is None else tolerance
+    half = next(cut.increase for cut in cuts if cut.rank == rank // 2)
+    assert half is not None
+    smaller = runs[runs["rank"] < run.meta.recipe.get("rank", 0)].groupby(["rank", "lr"])["change"]
+    evidence = Evidence(
+        retrained=[t_estimate(changes.to_numpy()) for _, changes in smaller if len(changes) > 1],
+        half=half,
+        directions=sum(count_directions(signals[REAL]).values()),
+        control=sum(count_directions(signals[DRAWN]).values()),
+        doubled=doubled,
+        inside_p=signal_p(total_inside(signals[REAL])),
+    )
+    verdict = judge_rank(evidence, tolerance)
+    receipt = Receipt(
+        run=run.id,
+        base=str(model),
+        rows={"task": measured.loss.receipt},
+        call={"task": adapted.task.name, "ranks": [*ranks], "retrain": retrain, "budgets": [*budgets], "state": state},
+        seconds=time.process_time() - began,
+    )
+    return Price(
+        label=str(run.path or run.label),
+        rank=rank,
+        table=tabulate_prices(cuts, runs),
+        modules=describe_modules(measured.describe(), measured.sigma, unused, signals[REAL], signals[DRAWN]),
+        runs=runs,
+        sigma=measured.sigma,
+        verdict=verdict,
+        tolerance=tolerance,
+        rows_needed=rows_for_verdict(half, tolerance, len(text.table)) if verdict == "undecided" else np.nan,
+        smallest_signal=smallest_signal(signals[REAL]),
+        residuals=_read_record(run),
+        next_command=_next_command(run, str(model), adapted.task, evidence),
+        receipt=receipt,
+    )
+
+
+def _require_arguments(ranks: Sequence[int], retrain: int, tolerance: float | None) -> None:
+    if not ranks or min(ranks) < 0 or len(set(ranks)) < len(ranks):
+        raise ValueError(f"ranks must be different integers >= 0, got {', '.join(map(str, ranks)) or 'none'}")
+    if retrain < 0:
+        raise ValueError(f"retrain must be a number of seeds >= 0, got {retrain}")
+    if retrain and min(ranks) < 1:
+        raise ValueError("ranks must be >= 1 for retraining, got 0")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance must be > 0, got {tolerance:g}")
+
+
+def _require_products(run: Result, state: str) -> dict[str, LowRank]:
+    """Return the updates as the products whose factors train."""
+    updates = dict(run.updates(state=state)) if run.ranks(state) else {}
+    if not updates:
+        raise ValueError(f"price requires low-rank updates, but {run.reference} has none")
+    for module, update in updates.items():
+        # Other products, such as VeRA's, have factors that do not train, so that their steps are not B X + Y A.
+        if type(update) not in (LowRank, Residual) or not update.whole:
+            raise ValueError(f"price requires low-rank updates B A, got {type(update).__name__} in {module}")
+    return cast(dict[str, LowRank], updates)
+
+
+class _MeasuredRank:
+    """Adapted model with the rows on which its rank is measured; its adapters stay attached."""
+
+    def __init__(self, adapted: AdaptedBase, products: Mapping[str, LowRank], text: TextRows, bar: tqdm) -> None:
+        self.base, self.products, self.bar = adapted.base, products, bar
+        self.loss = TaskLoss(adapted.base, *text)
+        self.blocks = make_blocks(text, self.loss.clusters)
+        self.components = component_parts(adapted.base, adapted.updates).directions
+        self.sigma: dict[str, Float[np.ndarray, "_"]] = {}
+        for module, directions in self.components.items():
+            self.sigma[module] = directions.size.double().numpy()
+        self.rank = max(map(len, self.sigma.values()))
+        if self.rank == 0:
+            raise ValueError("cannot price a rank: the update is zero in all modules")
+        attach(adapted.base, adapted.deltas)
+        self.updates = ScaledUpdates(adapted.base, adapted.deltas, self.components)
+        with evaluation_mode(adapted.base):
+            self.values = self.loss.values()
+
+    def increase(self, ranks: Mapping[str, int]) -> Estimate:
+        """Estimate the loss increase of a cut to a number of components per module."""
+        self.bar.update()
+        with evaluation_mode(self.base), cut_updates(self.base, self.components, ranks):
+            return self.loss.rows().estimate(self.loss.values() - self.values)
+
+    def cut_prices(self, ranks: Sequence[int], budgets: Sequence[int]) -> list[CutPrice]:
+        """Measure cuts to ranks and to budgets; a rank above that of the update only has its size."""
+        prices = []
+        for rank in ranks:
+            kept = dict.fromkeys(self.sigma, rank)
+            if rank > self.rank:
+                prices.append(CutPrice(rank, *self._count(kept), None))
+                continue
+            for module, sigma in self.sigma.items():
+                kept[module] = min(rank, len(sigma))
+            prices.append(CutPrice(rank, *self._count(kept), self.increase(kept)))
+        for budget in budgets:
+            kept = components_within(self.sigma, budget)
+            prices.append(CutPrice(None, *self._count(kept), self.increase(kept)))
+        return prices
+
+    def _count(self, kept: Mapping[str, int]) -> tuple[int, int]:
+        """Return the numbers of components and of their parameters."""
+        parameters = sum(number * sum(self.products[module].shape) for module, number in kept.items())
+        return sum(kept.values()), parameters
+
+    def signals(self) -> dict[str, dict[str, ModuleSignal]]:
+        """Measure the gradient signal of every module, with real and with drawn labels."""
+        with evaluation_mode(self.base):
+            return find_signals(self.base, self.products, self.loss, self.blocks, self.bar)
+
+    def unused(self) -> dict[str, int]:
+        """Count the unused components of every module."""
+        blocks = self.blocks[:: max(1, len(self.blocks) // _SHARE_BLOCKS)]
+        counts = np.array([float(self.loss.count_targets(block).sum()) for block in blocks])
+        with evaluation_mode(self.base):
+            return count_unused(component_shares(self.updates, self.loss, blocks, self.bar), counts)
+
+    def describe(self) -> pd.DataFrame:
+        """Return module, layer and role of the adapted modules."""
+        table = module_table.describe(self.base)
+        return table.loc[table["module"].isin(list(self.sigma)), ["module", "layer", "role"]]
+
+
+def make_blocks(text: TextRows, clusters: Any) -> list[Batch]:
+    """Divide rows into blocks of similar size, each of whole clusters, because rows of a cluster are not independent.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than 16 blocks of 8 rows.
+    """
+    rows = len(clusters)
+    sizes = np.bincount(clusters)
+    starts = np.cumsum(sizes) - sizes
+    count = min(BLOCKS, rows // _BLOCK_ROWS)
+    blocks = (starts * count // rows)[clusters]
+    numbers = np.unique(blocks)
+    if len(numbers) < FEWEST_BLOCKS:
+        raise ValueError(
+            f"cannot price a rank: {FEWEST_BLOCKS} blocks of {_BLOCK_ROWS} validation rows or more are required, got "
+            f"{rows} rows in {len(sizes)} clusters"
+        )
+    return [text.encoded.batch(np.flatnonzero(blocks == number)) for number in numbers]
+
+
+@dataclass(frozen=True)
+class _Retraining:
+    """Training of a run at other ranks, and measurement of the results on the same rows."""
+
+    run: Run
+    model: str | Path
+    task: Task
+    text: TextRows
+    bar: tqdm
+
+    def measure(self, ranks: Sequence[int], seeds: int) -> _Retrained:
+        """Train at ranks, and return the runs and the number of directions beyond twice the present rank."""
+        specs = list_retrainings(self.run, ranks, seeds)
+        runs = train_ranks(self.run, self.model, self.task, specs, self.bar)
+        doubled = runs.get(
+            RetrainedSpec(2 * self.run.meta.recipe["rank"], self.run.meta.settings["lr"], self.run.meta.seed or 0)
+        )
+        directions = None
+        if doubled is not None:
+            signals = self._open(doubled).signals()
+            directions = sum(count_directions(signals[REAL]).values())
+        return _Retrained(tabulate_runs(runs, self.run, self._loss), directions)
+
+    def _open(self, run: Run) -> _MeasuredRank:
+        adapted = open_adapted(run, self.model, self.task, "last")
+        return _MeasuredRank(adapted, _require_products(run, "last"), self.text, self.bar)
+
+    def _loss(self, run: Run) -> float:
+        measured = self._open(run)
+        return float(measured.values.sum() / measured.loss.counts.sum())
+
+    def record(self, cuts: Sequence[CutPrice], runs: pd.DataFrame) -> None:
+        """Add the prices of smaller ranks at the same learning rate to the track record."""
+        meta = self.run.meta
+        entries = []
+        for cut in cuts:
+            same_rate = runs[(runs["rank"] == cut.rank) & (runs["lr"] == meta.settings["lr"])]
+            if cut.increase is None or cut.rank is None or cut.rank >= meta.recipe["rank"] or same_rate.empty:
+                continue
+            entries.append(
+                {
+                    "run": meta.id,
+                    "task": meta.task,
+                    "base": meta.model,
+                    "rank": meta.recipe["rank"],
+                    "to": cut.rank,
+                    "seeds": len(same_rate),
+                    "cut": cut.increase.mean,
+                    "retrained": float(same_rate["change"].mean()),
+                }
+            )
+        assert self.run.path is not None
+        add_entries(self.run.path.parent / RECORD, entries)
+
+
+class _Retrained(NamedTuple):
+    runs: pd.DataFrame
+    directions: int | None
+
+
+def _read_record(run: Result) -> Float[np.ndarray, "cell"]:
+    if run.path is None:
+        return np.zeros(0)
+    return read_residuals(run.path.parent / RECORD, run.id)
+
+
+def _next_command(run: Result, model: str, task: Task, evidence: Evidence) -> str:
+    """Return the command that retrains where the answer is open: above the rank if directions are missing, or below."""
+    if missing_for_retraining(run, task) or evidence.retrained:
+        return ""
+    rank = run.meta.recipe["rank"]
+    is_open_above = rank == 1 or (evidence.directions > 0 and not evidence.control)
+    target = 2 * rank if is_open_above else rank // 2
+    words = ["lorascope", "price", str(run.path), "--model", model, "--task", task.name]
+    command = shlex.join([*words, "--ranks", str(target), "--retrain", str(_SEEDS)])
+    return f"{command}     {describe_cost(cast(Run, run), [target], _SEEDS)}"

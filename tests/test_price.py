@@ -26,8 +26,8 @@ from lorascope.inputs import tasks
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.measured_rows import TaskLoss
 from lorascope.insight.missing_directions import (
+    CONTROL,
     DIRECTIONS,
-    DRAWN,
     REAL,
     draw_labels,
     find_signals,
@@ -213,10 +213,10 @@ def test_signals_equal_projected_gradients_of_every_block(opened: tuple[ls.Run, 
     name = next(iter(run.updates()))
     host: Any = adapted.base.get_submodule(name)
     host.weight.requires_grad_(True)
-    gradients: dict[str, list[torch.Tensor]] = {REAL: [], DRAWN: []}
+    gradients: dict[str, list[torch.Tensor]] = {REAL: [], CONTROL: []}
     for index, block in enumerate(blocks):
         logits, labels = loss.target_logits(block)
-        for kind, targets in ((REAL, labels), (DRAWN, draw_labels(logits, labels, index))):
+        for kind, targets in ((REAL, labels), (CONTROL, draw_labels(logits, labels, index))):
             total = token_losses(logits, targets).sum() * scale
             (gradient,) = torch.autograd.grad(total, [host.weight], retain_graph=True)
             gradients[kind].append(orient_weight(host, gradient).double())
@@ -244,7 +244,7 @@ def test_only_real_labels_have_missing_directions(llama: str, task: tasks.Task, 
     adapted, loss, blocks = open_attached(run, llama, text)
     signals = find_signals(adapted.base, dict(run.updates()), loss, blocks, tqdm(disable=True))
     assert sum(count_directions(signals[REAL]).values()) > 5
-    assert sum(count_directions(signals[DRAWN]).values()) == 0
+    assert sum(count_directions(signals[CONTROL]).values()) == 0
 
 
 def test_blocks_contain_whole_clusters(bert: str, task: tasks.Task) -> None:

@@ -239,5 +239,5 @@ def test_record_has_one_residual_per_cell(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_residuals(record, "c"), [-0.2, 0.1])
     assert len(read_residuals(record, "a")) == 1
     record.write_text(json.dumps(ENTRY) + "\n[1]\n")
-    with pytest.raises(ValueError, match="line 2 is no entry of a track record"):
+    with pytest.raises(ValueError, match="line 2 is not an entry of a track record"):
         read_residuals(record, "z")

@@ -64,7 +64,7 @@ def count_directions(signals: Mapping[str, ModuleSignal]) -> dict[str, int]:
     """Count the directions of every module that its factors cannot follow and that the loss asks for.
 
     A direction counts if its gradients are above 0 by a one-sided t-test over blocks, by Bonferroni over the directions
-    of all modules. Both halves have directions of their own, and the smaller of the two counts is returned.
+    of all modules. The directions of both halves are different vectors, so the smaller of the two counts is returned.
     """
     counts = dict.fromkeys(signals, np.iinfo(np.int64).max)
     for half in (0, 1):

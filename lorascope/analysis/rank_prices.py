@@ -61,7 +61,7 @@ def count_unused(
     p_values = [estimate_rows(values, counts, blocks).p_below(margin) for values in all_shares.T]
     is_unused = false_discovery_control(np.clip(p_values, 0, 1)) < LEVEL
     ends = np.cumsum([array.shape[1] for array in shares.values()])[:-1]
-    return {module: int(part.sum()) for module, part in zip(shares, np.split(is_unused, ends), strict=True)}
+    return {module: int(flags.sum()) for module, flags in zip(shares, np.split(is_unused, ends), strict=True)}
 
 
 def components_within(sigma: Mapping[str, Float[np.ndarray, "_"]], budget: int) -> dict[str, int]:
@@ -81,7 +81,7 @@ def components_within(sigma: Mapping[str, Float[np.ndarray, "_"]], budget: int) 
 
 
 class Evidence(NamedTuple):
-    """What the verdict on a rank depends on.
+    """Measurements on which the verdict on a rank depends.
 
     Parameters
     ----------
@@ -121,6 +121,7 @@ def judge_rank(evidence: Evidence, tolerance: float) -> str:
     A condition further up precedes. The last two verdicts depend on gradients, and are not given if the control with
     drawn labels has any direction.
     """
+    # Losses that were measured precede gradients, which only say in which direction the loss would fall.
     if any(estimate.interval(LEVEL).high < tolerance for estimate in evidence.retrained):
         return "enough"
     if evidence.half.interval(LEVEL).high < tolerance:
@@ -134,15 +135,16 @@ def judge_rank(evidence: Evidence, tolerance: float) -> str:
     return "undecided"
 
 
-def describe_modules(
+def tabulate_modules(
     modules: pd.DataFrame,
     sigma: Mapping[str, Float[np.ndarray, "_"]],
     unused: Mapping[str, int],
     real: Mapping[str, ModuleSignal],
-    drawn: Mapping[str, ModuleSignal],
+    control: Mapping[str, ModuleSignal],
 ) -> pd.DataFrame:
     """Return the summary of a price; ``modules`` has the columns module, layer and role."""
-    directions, control = count_directions(real), count_directions(drawn)
+    # Directions of the control are false by construction.
+    directions, false_directions = count_directions(real), count_directions(control)
     records = []
     for module in modules["module"]:
         signal = real[module]
@@ -153,7 +155,7 @@ def describe_modules(
                 "signal": signal.signal,
                 "signal_p": signal_p(signal.outside),
                 "directions": directions[module],
-                "control": control[module],
+                "control": false_directions[module],
                 "reach": signal.reach,
             }
         )
@@ -244,7 +246,7 @@ class Price:
     def ranks(self, budget: int) -> dict[str, int]:
         """Return the rank of every module if only the largest components of all modules remain.
 
-        This is no advice for a training: a uniform rank of the same budget may be as good, or better.
+        This is not a recommendation for a training: a uniform rank of the same budget may be as good, or better.
 
         Parameters
         ----------
@@ -277,6 +279,7 @@ class Price:
 
     def __repr__(self) -> str:
         lines = [f"{self.label}: {self._describe_verdict()}"]
+        # A budget has no rank, and the rows of a rank differ in their learning rates.
         for _, rows in self.table.groupby(["rank", "components"], sort=False, dropna=False):
             lines.append(self._describe_rank(rows))
         lines.append(f"{f'beyond rank {self.rank}':<14} {self._describe_directions()}")
@@ -340,5 +343,5 @@ def _format_interval(row: Any, name: str) -> str:
 
 def rows_for_verdict(half: Estimate, tolerance: float, rows: int) -> float:
     """Return the number of rows that would decide whether half the rank costs less than the tolerance."""
-    needed = rows_to_decide(half, tolerance, rows)
-    return needed if math.isinf(needed) else math.ceil(needed)
+    number = rows_to_decide(half, tolerance, rows)
+    return number if math.isinf(number) else math.ceil(number)

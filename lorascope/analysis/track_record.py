@@ -47,6 +47,7 @@ def conformal_bounds(residuals: Float[np.ndarray, "cell"]) -> ConformalBounds:
     n = len(residuals)
     if n < FEWEST_CELLS:
         raise ValueError(f"residuals must be of at least {FEWEST_CELLS} cells, got {n}")
+    # The end is the residual of this place from either side.
     rank = math.floor((n + 1) * LEVEL)
     ordered = np.sort(residuals)
     return ConformalBounds(float(ordered[rank - 1]), float(ordered[n - rank]), 1 - 2 * rank / (n + 1))
@@ -55,8 +56,7 @@ def conformal_bounds(residuals: Float[np.ndarray, "cell"]) -> ConformalBounds:
 def read_residuals(record: Path, excluded_run: str) -> Float[np.ndarray, "cell"]:
     """Return retrained minus cut price of every cell of a track record: task, base and both ranks.
 
-    Entries of the run itself and those of fewer than 3 seeds are excluded. Of several runs of a cell the last one is
-    taken.
+    Entries of the run itself and those of fewer than 3 seeds are excluded. A later run of a cell replaces an earlier one.
 
     Raises
     ------
@@ -65,6 +65,7 @@ def read_residuals(record: Path, excluded_run: str) -> Float[np.ndarray, "cell"]
     """
     cells = {}
     for entry in _read_entries(record):
+        # The price of a run must not be predicted from itself.
         if entry["run"] != excluded_run and entry["seeds"] >= MINIMUM_SEEDS:
             cells[tuple(map(entry.get, _CELL))] = entry["retrained"] - entry["cut"]
     return np.array(list(cells.values()))
@@ -90,6 +91,6 @@ def _read_entries(record: Path) -> list[dict[str, Any]]:
         except ValueError:
             is_entry = False
         if not is_entry:
-            raise ValueError(f"cannot read {printable(record)}: line {number} is no entry of a track record")
+            raise ValueError(f"cannot read {printable(record)}: line {number} is not an entry of a track record")
         entries.append(entry)
     return entries

@@ -23,8 +23,8 @@ from lorascope.insight.update_parts import PartDirections, ScaledUpdates
 def cut_updates(model: nn.Module, components: Mapping[str, PartDirections], ranks: Mapping[str, int]) -> Iterator[None]:
     """Keep only the largest components of every update in this context.
 
-    A module that keeps all of its components computes bit by bit what it did, and one that keeps none what it does
-    without its adapter.
+    A module that keeps all of its components computes bit by bit what it did, and a module without components what it
+    does without its adapter.
 
     Parameters
     ----------

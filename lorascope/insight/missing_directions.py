@@ -1,7 +1,7 @@
 """Gradient signal that the factors of an adapter cannot follow, with labels drawn from the model as its exact null.
 
-A step of the factors changes the update by B X + Y A. Of the gradient G_b (out, in) of a block b of rows it cannot
-follow
+A step of the factors changes the update by B X + Y A. It cannot follow a component of the gradient G_b (out, in) of a
+block b of rows:
 
 .. math::
 
@@ -34,13 +34,13 @@ from lorascope.updates import LowRank
 
 DIRECTIONS = 6
 """Singular vectors of a module that are tested."""
-REAL, DRAWN = "real", "drawn"
+REAL, CONTROL = "real", "control"
 _MOST_ELEMENTS = 1 << 26  # of the weights whose mean gradients are in memory together: 256 MiB per mean
 _NEGLIGIBLE = 1e-6  # of the largest singular value; the Gram matrix loses half of the digits
 
 
 class Reach(NamedTuple):
-    """What the factors of a module can follow: orthonormal bases of the columns of B and of the rows of A."""
+    """Orthonormal bases of the columns of B and of the rows of A, along which the factors of a module can follow."""
 
     U: Float[Tensor, "out left"]
     V: Float[Tensor, "in right"]
@@ -68,13 +68,13 @@ def _basis(factor: Float[np.ndarray, "side rank"]) -> Float[Tensor, "side k"]:
 def draw_labels(
     logits: Float[Tensor, "rows *targets outputs"], labels: Int[Tensor, "rows *targets"], seed: int
 ) -> Int[Tensor, "rows *targets"]:
-    """Draw a label for every target from the model's prediction; ignored positions stay ignored."""
+    """Sample labels of all targets from the predictions of the model; ignored positions stay ignored."""
     is_target = labels != IGNORED
     generator = torch.Generator(logits.device).manual_seed(seed)
-    drawn = labels.clone()
+    sample = labels.clone()
     probabilities = logits.detach()[is_target].double().softmax(-1)
-    drawn[is_target] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-    return drawn
+    sample[is_target] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    return sample
 
 
 def find_signals(
@@ -97,7 +97,7 @@ def find_signals(
     -------
     dict kind of labels -> dict module -> ModuleSignal
     """
-    signals: dict[str, dict[str, ModuleSignal]] = {REAL: {}, DRAWN: {}}
+    signals: dict[str, dict[str, ModuleSignal]] = {REAL: {}, CONTROL: {}}
     for modules in _groups(model, updates):
         gradients = _BlockGradients(model, modules, loss, blocks, bar)
         means = gradients.means()
@@ -106,7 +106,7 @@ def find_signals(
             halves[kind, half, module] = _measured_half(mean.double(), reach_of(updates[module]))
         values: dict[tuple[str, int, str], list[_BlockValues]] = {key: [] for key in means}
         for kind, half, module, gradient in gradients:
-            # What one half leads to is tested on the other one.
+            # The directions of one half are tested on the other one.
             values[kind, half, module].append(halves[kind, 1 - half, module].measure(gradient.double()))
         for kind, by_module in signals.items():
             for module in modules:
@@ -151,7 +151,7 @@ class _BlockGradients:
                 self.bar.update()
                 half = int(index >= len(self.blocks) // 2)
                 logits, labels = self.loss.target_logits(block)
-                for kind, targets in ((REAL, labels), (DRAWN, draw_labels(logits, labels, index))):
+                for kind, targets in ((REAL, labels), (CONTROL, draw_labels(logits, labels, index))):
                     total = token_losses(logits, targets).sum() * self.scale
                     gradients = torch.autograd.grad(
                         total, weights, retain_graph=kind == REAL, materialize_grads=True
@@ -164,6 +164,7 @@ class _BlockGradients:
 
     def means(self) -> dict[tuple[str, int, str], Float[Tensor, "out in"]]:
         """Return the mean gradient of each half, by kind of labels, half and module."""
+        # With an odd number of blocks, the second half has one more.
         middle = len(self.blocks) // 2
         sizes = middle, len(self.blocks) - middle
         means: dict[tuple[str, int, str], Tensor] = {}
@@ -183,7 +184,7 @@ class _BlockValues(NamedTuple):
 
 
 class _MeasuredHalf(NamedTuple):
-    """What the mean gradient of one half leads to: its parts outside and inside the reach, and leading directions."""
+    """Mean gradient of one half, outside and inside the reach, and its leading directions outside."""
 
     outside: Float[Tensor, "out in"]
     inside: Float[Tensor, "out in"]

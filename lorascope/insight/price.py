@@ -26,9 +26,9 @@ from lorascope.analysis.rank_prices import (
     Price,
     components_within,
     count_unused,
-    describe_modules,
     judge_rank,
     rows_for_verdict,
+    tabulate_modules,
     tabulate_prices,
 )
 from lorascope.analysis.seed_intervals import Estimate, t_estimate
@@ -38,7 +38,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.cut_updates import component_shares, cut_updates
 from lorascope.insight.measured_rows import TaskLoss
-from lorascope.insight.missing_directions import DRAWN, REAL, find_signals
+from lorascope.insight.missing_directions import CONTROL, REAL, find_signals
 from lorascope.insight.retraining import (
     RetrainedSpec,
     describe_cost,
@@ -77,7 +77,7 @@ def price(
     state: str = "last",
     progress: bool = True,
 ) -> Price:
-    """Measure what smaller ranks would cost, and whether the present one is too small.
+    """Measure the cost of smaller ranks, and whether the present one is too small.
 
     The cut price is exact for this adapter. It is not the price of training at a smaller rank, which only retraining
     measures.
@@ -100,7 +100,7 @@ def price(
     budgets : sequence of int
         Numbers of components of all modules to cut to as well, keeping the largest singular values.
     tolerance : float, optional
-        Increase of the mean task loss that counts as none, in nats; by default a tenth of what the update gained.
+        Increase of the mean task loss that counts as none, in nats; by default a tenth of what the update removed.
     state : {"last", "best"}
         Saved parameters.
     progress : bool
@@ -134,6 +134,7 @@ def price(
         learn = measured.increase(dict.fromkeys(products, 0))
         signals = measured.signals()
         unused = measured.unused()
+        # Retrained runs open bases of their own, and this one is not needed any more.
         detach(adapted.base)
         runs, doubled = pd.DataFrame(columns=RUNS), None
         if retrain:
@@ -148,7 +149,7 @@ def price(
         retrained=[t_estimate(changes.to_numpy()) for _, changes in smaller if len(changes) > 1],
         half=half,
         directions=sum(count_directions(signals[REAL]).values()),
-        control=sum(count_directions(signals[DRAWN]).values()),
+        control=sum(count_directions(signals[CONTROL]).values()),
         doubled=doubled,
         inside_p=signal_p(total_inside(signals[REAL])),
     )
@@ -164,7 +165,7 @@ def price(
         label=str(run.path or run.label),
         rank=rank,
         table=tabulate_prices(cuts, runs),
-        modules=describe_modules(measured.describe(), measured.sigma, unused, signals[REAL], signals[DRAWN]),
+        modules=tabulate_modules(measured.describe(), measured.sigma, unused, signals[REAL], signals[CONTROL]),
         runs=runs,
         sigma=measured.sigma,
         verdict=verdict,
@@ -229,22 +230,23 @@ class _MeasuredRank:
         """Measure cuts to ranks and to budgets; a rank above that of the update only has its size."""
         prices = []
         for rank in ranks:
-            kept = dict.fromkeys(self.sigma, rank)
+            kept_ranks = dict.fromkeys(self.sigma, rank)
+            # A larger rank is only trained.
             if rank > self.rank:
-                prices.append(CutPrice(rank, *self._count(kept), None))
+                prices.append(CutPrice(rank, *self._count(kept_ranks), None))
                 continue
             for module, sigma in self.sigma.items():
-                kept[module] = min(rank, len(sigma))
-            prices.append(CutPrice(rank, *self._count(kept), self.increase(kept)))
+                kept_ranks[module] = min(rank, len(sigma))
+            prices.append(CutPrice(rank, *self._count(kept_ranks), self.increase(kept_ranks)))
         for budget in budgets:
-            kept = components_within(self.sigma, budget)
-            prices.append(CutPrice(None, *self._count(kept), self.increase(kept)))
+            kept_ranks = components_within(self.sigma, budget)
+            prices.append(CutPrice(None, *self._count(kept_ranks), self.increase(kept_ranks)))
         return prices
 
-    def _count(self, kept: Mapping[str, int]) -> tuple[int, int]:
+    def _count(self, kept_ranks: Mapping[str, int]) -> tuple[int, int]:
         """Return the numbers of components and of their parameters."""
-        parameters = sum(number * sum(self.products[module].shape) for module, number in kept.items())
-        return sum(kept.values()), parameters
+        parameters = sum(number * sum(self.products[module].shape) for module, number in kept_ranks.items())
+        return sum(kept_ranks.values()), parameters
 
     def signals(self) -> dict[str, dict[str, ModuleSignal]]:
         """Measure the gradient signal of every module, with real and with drawn labels."""
@@ -357,6 +359,7 @@ def _next_command(run: Result, model: str, task: Task, evidence: Evidence) -> st
     if missing_for_retraining(run, task) or evidence.retrained:
         return ""
     rank = run.meta.recipe["rank"]
+    # Below rank 1 there is nothing to train.
     is_open_above = rank == 1 or (evidence.directions > 0 and not evidence.control)
     target = 2 * rank if is_open_above else rank // 2
     words = ["lorascope", "price", str(run.path), "--model", model, "--task", task.name]

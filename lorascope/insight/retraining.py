@@ -68,6 +68,7 @@ def train_ranks(
 
     Alpha stays the same, so that the scale alpha / rank is larger at a smaller rank, as in ``export.rank_pattern``.
     """
+    # Observers are no settings: what the run recorded is not needed again.
     settings: dict[str, Any] = {}
     for field in fields(Settings):
         settings[field.name] = run.meta.settings[field.name]
@@ -77,6 +78,7 @@ def train_ranks(
     runs = {}
     for spec in specs:
         bar.set_postfix_str(f"rank {spec.rank}, lr {spec.lr:g}, seed {spec.seed}")
+        # The same training gives the same weights, bit by bit.
         if spec == RetrainedSpec(run.meta.recipe["rank"], settings["lr"], run.meta.seed or 0):
             runs[spec] = run
         else:

@@ -84,12 +84,12 @@ FILLERS = {
 }
 PROTOCOL = {
     "main", "read", "write", "draw", "load", "forward", "update", "fit", "init", "apply", "lines", "arms", "figures",
-    "measure", "subspace_similarity", "add_run", "study_arms", "dial",
+    "measure", "subspace_similarity", "add_run", "study_arms", "dial", "price",
 }  # fmt: skip
 """Public functions that several modules define on purpose: a command, a reader, a backend, an optimizer, a meter.
 
-``subspace_similarity`` is the paper's name of a quantity and of its figure, and ``dial`` measures and draws; each
-edition of the evidence has an ``add_run``.
+``subspace_similarity`` is the paper's name of a quantity and of its figure, and ``dial`` and ``price``
+measure and draw; each edition of the evidence has an ``add_run``.
 """
 TERMS = {"part", "parts", "whole", "by"}
 """Terms of the dial, in the files that use them: the parts of an update, the whole, and what divides it."""

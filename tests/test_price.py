@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorascope.adapters import delta
 from lorascope.adapters.host_weights import orient_weight
 from lorascope.analysis.gradient_signal import count_directions
 from lorascope.analysis.rank_prices import Price
+from lorascope.cli.main import main
 from lorascope.export import RankBudget
 from lorascope.inputs import tasks
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
@@ -99,7 +101,7 @@ def test_projections_are_orthogonal_to_every_step_of_the_factors() -> None:
     assert float(M.norm()) > 1
 
 
-def test_reach_before_the_first_step_is_that_of_A() -> None:
+def test_reach_before_the_first_step_has_only_the_rows_of_A() -> None:
     reach = reach_of(LowRank(np.zeros((5, 2)), np.eye(2, 4)))
     assert (reach.U.shape, reach.V.shape) == ((5, 0), (4, 2))
 
@@ -346,3 +348,44 @@ def test_the_next_command_can_be_pasted(bert: str, task: tasks.Task, tmp_path: P
     command = f"lorascope price {tmp_path / 'run'} --model {bert} --task reviews --ranks "
     assert result.next_command.startswith(command)
     assert result.next_command.endswith("runs, less than a minute")
+
+
+def test_command_prints_prices(bert: str, task: tasks.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=4)[1]
+    task.table.drop(columns=["draw"]).to_csv(tmp_path / "task.csv", index=False)
+    arguments = ["price", str(run.path), "--model", bert, "--task", str(tmp_path / "task.csv"), "--rows", "128"]
+    assert main([*arguments, "--ranks", "1,2"]) == 0
+    output = capsys.readouterr().out
+    for start in (
+        "rank 4 -> 1    cut now ",
+        "rank 4 -> 2    cut now ",
+        "beyond rank 4  signal in ",
+        "next           lorascope",
+    ):
+        assert f"\n{start}" in output
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rank"] == 4
+    for wrong, message in (
+        (["price"], "RUN is required: lorascope price runs/lora"),
+        (["price", str(run.path), "--model", bert], "--model and --task are required"),
+        ([*arguments, "--ranks", "1,b"], "--ranks must be integers such as 1,2,4, got '1,b'"),
+        ([*arguments, "--ranks", "1,1"], "ranks must be different integers >= 0, got 1, 1"),
+        ([*arguments[:-1], "64"], "got 64 rows in 64 clusters"),
+    ):
+        assert main(wrong) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_figure_draws_the_table(opened: tuple[ls.Run, str], task: tasks.Task, tmp_path: Path) -> None:
+    run, folder = opened
+    result = ls.price(run, folder, task, ranks=(1, 2), **QUIET)
+    drawn = ls.plots.price(result)
+    cuts, cells = drawn.panels
+    assert cuts.data["cut"].to_list() == result.table["cut"].to_list()
+    assert cells.data["signal"].sum() == pytest.approx(result.summary()["signal"].sum())
+    false = replace(result, modules=result.modules.assign(control=1))
+    assert ls.plots.price(false).panels[1].data["signal"].isna().all()
+    drawn.save(tmp_path / "price.png", width="column")
+    drawn.plotly()

@@ -94,7 +94,7 @@ def test_total_inside_adds_modules_block_by_block() -> None:
     signals = noise(5, 4)
     for half, values in enumerate(total_inside(signals)):
         np.testing.assert_allclose(values, sum(signal.inside[half] for signal in signals.values()))
-    assert smallest_signal(signals) == pytest.approx(stats.t.ppf(0.975, BLOCKS - 1) / math.sqrt(BLOCKS), rel=0.3)
+    assert smallest_signal(signals) == pytest.approx(stats.t.ppf(1 - 0.05 / 24, BLOCKS - 1) ** 2 / BLOCKS, rel=0.3)
 
 
 def test_unused_components_have_less_than_an_even_share() -> None:
@@ -198,9 +198,7 @@ def test_printed_form() -> None:
     assert "do not cover the seed" in lines[7]
     assert lines[8].startswith("receipt        run abc, task 192 rows 5f2a1c")
     nothing = made_price(modules=made_price().modules.assign(directions=0), verdict="wasteful", rows_needed=math.nan)
-    assert "signal in 0 directions; 0 with drawn labels (control); a signal above 0.25 in a module would" in repr(
-        nothing
-    )
+    assert "signal in 0 directions; 0 with drawn labels (control); one above 0.25 would" in repr(nothing)
     assert repr(nothing).startswith("runs/lora: wasteful, tolerance 0.01 nats\n")
 
 
@@ -234,7 +232,7 @@ def test_record_has_one_residual_per_cell(tmp_path: Path) -> None:
     assert len(read_residuals(record, "z")) == 0
     add_entries(record, [ENTRY, ENTRY | {"to": 2, "retrained": 0.6}, ENTRY | {"to": 1, "seeds": 2}])
     add_entries(record, [ENTRY, ENTRY | {"run": "c", "retrained": 0.4}])
-    assert len(record.read_text().splitlines()) == 4  # a repeated measurement is no second entry
+    assert len(record.read_text().splitlines()) == 4  # a repeated measurement is not added
     np.testing.assert_allclose(read_residuals(record, "z"), [-0.1, 0.1])  # the last run of a cell
     np.testing.assert_allclose(read_residuals(record, "c"), [-0.2, 0.1])
     assert len(read_residuals(record, "a")) == 1

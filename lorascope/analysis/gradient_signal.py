@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorascope.analysis.paired_rows import LEVEL
 from lorascope.analysis.seed_intervals import t_estimate
 from lorascope.array_types import Float
 
@@ -76,5 +75,9 @@ def count_directions(signals: Mapping[str, ModuleSignal]) -> dict[str, int]:
 
 
 def smallest_signal(signals: Mapping[str, ModuleSignal]) -> float:
-    """Return the signal of a module that would have been found: of the median module, by a t-test of error 2.5%."""
-    return float(np.median([t_estimate(signal.outside[0]).half_width(LEVEL) for signal in signals.values()]))
+    """Return the squared gradient along a direction that would have been counted: the median over all directions."""
+    tests = sum(signal.projections[0].shape[1] for signal in signals.values())
+    sizes = []
+    for signal in signals.values():
+        sizes += [t_estimate(values).half_width(FAMILY / tests) for values in signal.projections[0].T]
+    return float(np.median(sizes)) ** 2

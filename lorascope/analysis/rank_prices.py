@@ -188,7 +188,7 @@ class Price:
     Parameters
     ----------
     label : str
-        Path or name of the run.
+        Name of the run.
     rank : int
         Largest number of components of a module.
     table : DataFrame
@@ -207,7 +207,7 @@ class Price:
     rows_needed : float
         Rows that would decide whether half the rank is enough, if the verdict is undecided; NaN otherwise.
     smallest_signal : float
-        Signal of a module that would have been found, from the spread over blocks.
+        Squared gradient along one direction that would have been found, from the spread over blocks.
     residuals : array (cell,)
         Retrained minus cut price of earlier cells of the track record, in nats.
     next_command : str
@@ -325,8 +325,8 @@ class Price:
         directions, control = int(self.modules["directions"].sum()), int(self.modules["control"].sum())
         text = f"signal in {directions} directions; {control} with drawn labels (control)"
         if not directions:
-            return f"{text}; a signal above {self.smallest_signal:.2g} in a module would have been found"
-        largest = self.modules.loc[self.modules["signal"].idxmax()]
+            return f"{text}; one above {self.smallest_signal:.2g} would have been found"
+        largest = self.modules.sort_values("signal").iloc[-1]
         name = largest["role"] if pd.isna(largest["layer"]) else f"layer {largest['layer']} {largest['role']}"
         return f"{text}; largest in {name}"
 

@@ -56,7 +56,7 @@ def conformal_bounds(residuals: Float[np.ndarray, "cell"]) -> ConformalBounds:
 def read_residuals(record: Path, excluded_run: str) -> Float[np.ndarray, "cell"]:
     """Return retrained minus cut price of every cell of a track record: task, base and both ranks.
 
-    Entries of the run itself and those of fewer than 3 seeds are excluded. A later run of a cell replaces an earlier one.
+    Entries of the run itself and those of fewer than 3 seeds are excluded. Later runs of a cell replace earlier ones.
 
     Raises
     ------

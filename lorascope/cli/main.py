@@ -33,6 +33,7 @@ COMMANDS = {
     "survey": "show one line for each of many adapters and runs",
     "doctor": "diagnose problems of an adapter or run",
     "dial": "measure what the parts of an adapter buy on its task and cost on other text",
+    "price": "measure what smaller ranks of an adapter cost, and whether its rank is too small",
     "read": "read which words the components of an adapter use, and what they write",
     "report": "write the report card of an adapter or run as one page",
     "plot": "plot one or more runs as a figure",

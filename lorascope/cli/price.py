@@ -7,21 +7,20 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import Name, command
+from lorascope.cli.arguments import Name, command, reject
 from lorascope.cli.opened_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import json_values
-from lorascope.insight.price import RANKS, price
 
 
 @command
 def main(
-    path: Annotated[str | None, arg(metavar="RUN")] = None,
+    run: Annotated[str | None, arg(metavar="RUN")] = None,
     /,
     *,
     model: Name = None,
     task: Name = None,
-    ranks: Annotated[str, arg(metavar="K,K")] = ",".join(map(str, RANKS)),
+    ranks: Annotated[str, arg(metavar="K,K,...")] = "1,2,4,8",
     rows: Annotated[int, arg(metavar="N")] = 1280,
     retrain: Annotated[int, arg(metavar="N")] = 0,
     json: bool = False,
@@ -34,7 +33,7 @@ def main(
 
     Parameters
     ----------
-    path
+    run
         Run or adapter: a folder, a .safetensors file, or a name on the Hugging Face Hub (user/adapter).
     model
         Base model: minilm, smollm2, a folder, a GGUF file or a Hub id.
@@ -49,14 +48,16 @@ def main(
     json
         Print JSON.
     """
-    example = "lorascope price runs/lora --model minilm --task sentiment/movies"
-    for name, value in (("RUN", path), ("--model", model), ("--task", task)):
-        if value is None:
-            raise ValueError(f"{name} is required: {example}")
-    assert path is not None
-    assert model is not None
-    assert task is not None
-    result = price(open_runs([path], None)[0], model, task, _parse_ranks(ranks), rows, retrain)
+    reject(
+        {
+            "RUN is required: lorascope price runs/lora --model minilm --task sentiment/movies": run is None,
+            "--model and --task are required: losses are measured with both": model is None or task is None,
+        }
+    )
+    (opened,) = open_runs([str(run)], None)
+    from lorascope.insight.price import price  # imports torch
+
+    result = price(opened, str(model), str(task), _parse_ranks(ranks), rows, retrain)
     if json:
         print(dumps(json_values(result.to_json()), indent=1))
     else:

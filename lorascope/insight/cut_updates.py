@@ -55,7 +55,7 @@ def _output_without(forward: Callable[[Tensor], Tensor], removed: PartDirections
 
 def component_shares(
     updates: ScaledUpdates, loss: TaskLoss, blocks: Sequence[Batch], bar: tqdm
-) -> dict[str, Float[np.ndarray, "block component"]]:
+) -> dict[str, Float[np.ndarray, "block _"]]:
     """Return the path share of every component on each block of rows, summed over the targets of the block.
 
     The removal of every single component would take a pass per component; see ``lorascope.insight.dial`` for shares.

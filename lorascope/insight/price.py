@@ -100,7 +100,7 @@ def price(
     budgets : sequence of int
         Numbers of components of all modules to cut to as well, keeping the largest singular values.
     tolerance : float, optional
-        Increase of the mean task loss that counts as none, in nats; by default a tenth of what the update removed.
+        Increase of the mean task loss that counts as none, in nats; by default a tenth of the decrease by the update.
     state : {"last", "best"}
         Saved parameters.
     progress : bool
@@ -123,6 +123,7 @@ def price(
     adapted = open_adapted(run, model, task, state)
     if retrain and (reason := missing_for_retraining(run, adapted.task)):
         raise ValueError(f"cannot retrain at another rank: {reason}")
+    residuals = _read_record(run)
     max_length = run.meta.settings.get("max_length", Settings.max_length)
     text = encode_rows(adapted.base, adapted.task, "validation", rows, max_length)
     if retrain and progress:
@@ -134,19 +135,20 @@ def price(
         learn = measured.increase(dict.fromkeys(products, 0))
         signals = measured.signals()
         unused = measured.unused()
-        # Retrained runs open bases of their own, and this one is not needed any more.
+        # Retrained runs open separate bases, and this one is not needed any more.
         detach(adapted.base)
         runs, doubled = pd.DataFrame(columns=RUNS), None
+        smaller: list[Estimate] = []
         if retrain:
             repeated = _Retraining(cast(Run, run), model, adapted.task, text, bar)
             runs, doubled = repeated.measure(ranks, retrain)
             repeated.record(cuts, runs)
+            smaller = repeated.prices_below(runs)
     tolerance = even_share(learn.mean, 0) if tolerance is None else tolerance
     half = next(cut.increase for cut in cuts if cut.rank == rank // 2)
     assert half is not None
-    smaller = runs[runs["rank"] < run.meta.recipe.get("rank", 0)].groupby(["rank", "lr"])["change"]
     evidence = Evidence(
-        retrained=[t_estimate(changes.to_numpy()) for _, changes in smaller if len(changes) > 1],
+        retrained=smaller,
         half=half,
         directions=sum(count_directions(signals[REAL]).values()),
         control=sum(count_directions(signals[CONTROL]).values()),
@@ -162,7 +164,7 @@ def price(
         seconds=time.process_time() - began,
     )
     return Price(
-        label=str(run.path or run.label),
+        label=run.label,
         rank=rank,
         table=tabulate_prices(cuts, runs),
         modules=tabulate_modules(measured.describe(), measured.sigma, unused, signals[REAL], signals[CONTROL]),
@@ -172,7 +174,7 @@ def price(
         tolerance=tolerance,
         rows_needed=rows_for_verdict(half, tolerance, len(text.table)) if verdict == "undecided" else np.nan,
         smallest_signal=smallest_signal(signals[REAL]),
-        residuals=_read_record(run),
+        residuals=residuals,
         next_command=_next_command(run, str(model), adapted.task, evidence),
         receipt=receipt,
     )
@@ -318,6 +320,12 @@ class _Retraining:
     def _loss(self, run: Run) -> float:
         measured = self._open(run)
         return float(measured.values.sum() / measured.loss.counts.sum())
+
+    def prices_below(self, runs: pd.DataFrame) -> list[Estimate]:
+        """Estimate the prices of retraining at smaller ranks, by rank and learning rate."""
+        smaller = runs[runs["rank"] < self.run.meta.recipe["rank"]].groupby(["rank", "lr"])["change"]
+        # A single seed has no interval.
+        return [t_estimate(changes.to_numpy()) for _, changes in smaller if len(changes) > 1]
 
     def record(self, cuts: Sequence[CutPrice], runs: pd.DataFrame) -> None:
         """Add the prices of smaller ranks at the same learning rate to the track record."""

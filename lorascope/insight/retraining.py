@@ -68,7 +68,7 @@ def train_ranks(
 
     Alpha stays the same, so that the scale alpha / rank is larger at a smaller rank, as in ``export.rank_pattern``.
     """
-    # Observers are no settings: what the run recorded is not needed again.
+    # Observers are not among the settings, because only losses are compared.
     settings: dict[str, Any] = {}
     for field in fields(Settings):
         settings[field.name] = run.meta.settings[field.name]

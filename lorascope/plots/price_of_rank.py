@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 from lorascope.analysis.rank_prices import Price
@@ -34,15 +37,17 @@ def price(price: Price) -> Drawable:
     return stack_vertically(_draw_prices(price, meta), _draw_signal(price, meta), title="Price of rank")
 
 
-def _draw_prices(price: Price, meta: dict[str, object]) -> Chart:
+def _draw_prices(price: Price, meta: Mapping[str, Any]) -> Chart:
     """Draw the loss increase of cuts and of retrained runs over the number of parameters."""
     ranks = price.table[price.table["rank"].fillna(0) > 0].drop_duplicates("rank")
     cuts = ranks.dropna(subset="cut").assign(kind=_CUT)
     runs = price.runs.merge(ranks[["rank", "parameters"]].astype({"rank": "int64"}), on="rank")
     runs = runs.assign(kind=[f"retrained, lr {lr:g}" for lr in runs["lr"]])
-    marks = [Rule(y=0, label="present rank"), Band("parameters", "cut_low", "cut_high", "kind")]
+    marks = [Rule(y=0), Band("parameters", "cut_low", "cut_high", "kind")]
     marks += [Line("parameters", "cut", "kind"), Point("parameters", "cut", "kind")]
-    sentences = f"Task loss of {price.label} against rank {price.rank}, paired by row; band: 95% interval over rows."
+    sentences = (
+        f"Task loss of {price.label} against its rank {price.rank} (0), paired by row; band: 95% interval over rows."
+    )
     reference = price.runs[price.runs["change"] == 0].drop_duplicates("seed")["loss"]
     if len(reference) > 1:
         spread = float(reference.std())
@@ -63,7 +68,7 @@ def _draw_prices(price: Price, meta: dict[str, object]) -> Chart:
     )
 
 
-def _draw_signal(price: Price, meta: dict[str, object]) -> Chart:
+def _draw_signal(price: Price, meta: Mapping[str, Any]) -> Chart:
     """Draw the signal beyond the rank by layer and role."""
     modules = price.modules
     cells = modules.assign(layer=modules["layer"].astype("object").where(modules["layer"].notna(), "no layer"))
@@ -73,7 +78,7 @@ def _draw_signal(price: Price, meta: dict[str, object]) -> Chart:
     directions, control = modules["directions"].sum(), modules["control"].sum()
     caption = f"{directions} directions beyond the rank, {control} with drawn labels (control)."
     if not directions:
-        caption += f" A signal above {price.smallest_signal:.2g} would have been found."
+        caption += f" A squared gradient above {price.smallest_signal:.2g} would have been found."
     caption += " A signal does not locate the missing rank."
     used = set(cells["role"])
     return Chart(

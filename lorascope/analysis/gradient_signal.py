@@ -67,6 +67,7 @@ def count_directions(signals: Mapping[str, ModuleSignal]) -> dict[str, int]:
     """
     counts = dict.fromkeys(signals, np.iinfo(np.int64).max)
     for half in (0, 1):
+        # A module of low rank has fewer directions than others.
         tests = sum(signal.projections[half].shape[1] for signal in signals.values())
         for module, signal in signals.items():
             p_values = [t_estimate(values).p_above(0) for values in signal.projections[half].T]

@@ -60,6 +60,7 @@ def count_unused(
     margin = even_share(all_shares.sum() / counts.sum(), all_shares.shape[1])
     p_values = [estimate_rows(values, counts, blocks).p_below(margin) for values in all_shares.T]
     is_unused = false_discovery_control(np.clip(p_values, 0, 1)) < LEVEL
+    # All components are judged together, because the false discovery rate is over all of them.
     ends = np.cumsum([array.shape[1] for array in shares.values()])[:-1]
     return {module: int(flags.sum()) for module, flags in zip(shares, np.split(is_unused, ends), strict=True)}
 
@@ -76,6 +77,7 @@ def components_within(sigma: Mapping[str, Float[np.ndarray, "_"]], budget: int) 
     if not 1 <= budget <= total:
         raise ValueError(f"budget must be a number of components from 1 to {total}, got {budget}")
     largest = np.argsort(-np.concatenate(list(sigma.values())), kind="stable")[:budget]
+    # The module of every component, in the order of the singular values above.
     owners = np.repeat(list(sigma), list(map(len, sigma.values())))[largest]
     return {module: int((owners == module).sum()) for module in sigma}
 

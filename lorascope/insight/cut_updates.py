@@ -40,6 +40,7 @@ def cut_updates(model: nn.Module, components: Mapping[str, PartDirections], rank
         host, rank = model.get_submodule(name), ranks[name]
         if rank >= len(directions.size):
             continue
+        # Subtracting all components would leave their rounding errors.
         if rank == 0:
             forwards[host] = partial(base_output, host)
             continue

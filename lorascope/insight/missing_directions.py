@@ -72,6 +72,7 @@ def draw_labels(
     is_target = labels != IGNORED
     generator = torch.Generator(logits.device).manual_seed(seed)
     sample = labels.clone()
+    # In float64, because probabilities of many classes would not add up to 1 in 16 bits.
     probabilities = logits.detach()[is_target].double().softmax(-1)
     sample[is_target] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     return sample
@@ -215,6 +216,7 @@ def leading_directions(M: Float[Tensor, "out in"], number: int) -> tuple[Float[T
         V, U = leading_directions(M.T, number)
         return U, V
     V = torch.linalg.eigh(M.T @ M)[1][:, -number:].flip(1)
+    # The columns of U have the singular values as their lengths.
     U = M @ V
     sigma = U.norm(dim=0)
     used = sigma > _NEGLIGIBLE * sigma.max()

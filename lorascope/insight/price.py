@@ -146,6 +146,7 @@ def price(
             smaller = repeated.prices_below(runs)
     tolerance = even_share(learn.mean, 0) if tolerance is None else tolerance
     half = next(cut.increase for cut in cuts if cut.rank == rank // 2)
+    # Half the rank is never above the rank.
     assert half is not None
     evidence = Evidence(
         retrained=smaller,
@@ -277,6 +278,7 @@ def make_blocks(text: TextRows, clusters: Any) -> list[Batch]:
         There are fewer than 16 blocks of 8 rows.
     """
     rows = len(clusters)
+    # A cluster belongs to the block in which its first row would be.
     sizes = np.bincount(clusters)
     starts = np.cumsum(sizes) - sizes
     count = min(BLOCKS, rows // _BLOCK_ROWS)
@@ -333,6 +335,7 @@ class _Retraining:
         entries = []
         for cut in cuts:
             same_rate = runs[(runs["rank"] == cut.rank) & (runs["lr"] == meta.settings["lr"])]
+            # Only a smaller rank at the same rate has both prices.
             if cut.increase is None or cut.rank is None or cut.rank >= meta.recipe["rank"] or same_rate.empty:
                 continue
             entries.append(

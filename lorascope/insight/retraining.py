@@ -36,6 +36,7 @@ def list_retrainings(run: Run, ranks: Sequence[int], seeds: int) -> list[Retrain
     specs = []
     for seed in range(first, first + seeds):
         specs.append(RetrainedSpec(rank, lr, seed))
+        # Every rank is paired with the present one at the same seed.
         for other in ranks:
             specs += [RetrainedSpec(other, lr * factor, seed) for factor in FACTORS]
     return list(dict.fromkeys(specs))
@@ -73,6 +74,7 @@ def train_ranks(
     for field in fields(Settings):
         settings[field.name] = run.meta.settings[field.name]
     method: Any = from_config(run.meta.recipe)
+    # Not in the folder of the run, whose files are its own.
     assert run.path is not None
     root = run.path.parent / f"{run.path.name}-retrained"
     runs = {}

@@ -39,6 +39,7 @@ def price(price: Price) -> Drawable:
 
 def _draw_prices(price: Price, meta: Mapping[str, Any]) -> Chart:
     """Draw the loss increase of cuts and of retrained runs over the number of parameters."""
+    # Rank 0 has no place on a logarithmic axis, and budgets have no rank.
     ranks = price.table[price.table["rank"].fillna(0) > 0].drop_duplicates("rank")
     cuts = ranks.dropna(subset="cut").assign(kind=_CUT)
     runs = price.runs.merge(ranks[["rank", "parameters"]].astype({"rank": "int64"}), on="rank")
@@ -48,6 +49,7 @@ def _draw_prices(price: Price, meta: Mapping[str, Any]) -> Chart:
     sentences = (
         f"Task loss of {price.label} against its rank {price.rank} (0), paired by row; band: 95% interval over rows."
     )
+    # Only the runs of the present rank at the same rate have no change.
     reference = price.runs[price.runs["change"] == 0].drop_duplicates("seed")["loss"]
     if len(reference) > 1:
         spread = float(reference.std())
@@ -80,6 +82,7 @@ def _draw_signal(price: Price, meta: Mapping[str, Any]) -> Chart:
     if not directions:
         caption += f" A squared gradient above {price.smallest_signal:.2g} would have been found."
     caption += " A signal does not locate the missing rank."
+    # Roles in the order of a block, not of their first appearance.
     used = set(cells["role"])
     return Chart(
         cells.assign(layer=cells["layer"].astype(str)),

@@ -106,8 +106,10 @@ def fork(
     """
     # Before the model is loaded, which takes longest.
     run = _require_step(run, step)
-    device, task, model = usable_device(device), _open_task(run, task), _open_model(run, model, task)
-    task = task.fit(model)
+    device = usable_device(device)
+    opened_task = _open_task(run, task)
+    model = _open_model(run, model, opened_task)
+    task = opened_task.fit(model)
     model.to(device)
     marker = prepare_model(model, task, run.seed)
     trunk = _rebuild_spec(run, marker, task, method)

@@ -70,6 +70,4 @@ def _parse_ranks(text: str) -> list[int]:
     try:
         return list(map(int, text.split(",")))
     except ValueError:
-        raise ValueError(
-            f"--ranks must be integers separated by commas, such as 1,2,4, got {printable(text)}"
-        ) from None
+        raise ValueError(f"--ranks must be integers such as 1,2,4, got {printable(text)!r}") from None

@@ -145,6 +145,7 @@ def test_mean_norm_has_one_panel_per_reading(write: Any) -> None:
         ("adapter_norm", "LoRA rank 2"): 52.0,
         ("adapter_norm minus step 0", "LoRA rank 2"): 2.0,
     }
+    assert all(chart.y.limits is None for chart in panels.panels)
     assert [len(row) for row in plots.mean_norm(write("c", full, "full")).rows()] == [2]
     sized = [place | {"out_features": 4, "in_features": 25} for place in MODULES]
     (row,) = plots.mean_norm(write("d", values, modules=sized), per_weight=True).rows()
@@ -219,6 +220,12 @@ def test_subspace_similarity_of_a_hand_example_is_minus_its_random_baseline(writ
     assert (seeds.marks[0].value, seeds.marks[0].scale) == ("excess", "diverging")
     assert "φ(1, 1) = 0.00, random 0.33; φ(2, 2) = 0.50, random 0.67" in seeds.caption
     assert "one pair of runs" in seeds.caption
+    assert (seeds.y.label, seeds.x.label) == ("i: directions of one seed", "j: directions of another")
+    # Of the same subspaces no cell is below chance.
+    same = write("c", profile(1, 1, 1), seed=1, factors={"h.0.q": (B, [[2, 0, 0], [0, 1, 0]])})
+    (alike,) = plots.subspace_similarity({"a": one, "b": same}).panels
+    assert (alike.marks[0].scale, alike.marks[0].limits) == ("sequence", (0, None))
+    assert alike.y.label == "i: directions of a"
 
 
 def test_subspace_similarity_shows_queries_and_values_of_the_block_whose_queries_changed_most(write: Any) -> None:

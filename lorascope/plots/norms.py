@@ -214,9 +214,7 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
         # Mean over the steps first, then mean and band over seeds.
         cells = seed_cells(cohort.label(norms.mean_over_steps(rows)), _CELL).assign(metric=name)
         label = axis_label(name) + " / √n" * per_weight if name in QUANTITIES else _DIFFERENCE
-        is_negative = bool((cells[["value", "low"]] < 0).any(axis=None))  # as differences may be
-        y = Axis(label=label, limits=None if is_negative else (0, None))
-        panels.append(profile(cohort, cells, y, title=_READINGS[name], caption=cohort.caption(caption)))
+        panels.append(profile(cohort, cells, label, title=_READINGS[name], caption=cohort.caption(caption)))
     return cohort.complete(wrap(panels, 2, "Norm by layer, mean over training"))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations, product
+from dataclasses import replace
+from itertools import chain, combinations, product
 
 import pandas as pd
 
@@ -21,6 +22,8 @@ from lorascope.runs.result import Result
 
 _MOST_DOTS = 64  # largest number of components with a dot each
 _ROLES = ("q", "v")  # whose similarity LoRA's paper shows
+_ROUNDING = 1e-6  # of an overlap
+_EXCESS = Heat("j", "i", "excess", "φ(i, j) − chance", scale="diverging")
 _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
 
 
@@ -96,7 +99,7 @@ def spectrum(
     needs=(UPDATES,),
     runs=2,
     reads="Cell (i, j) is the overlap of the first i directions of one run with the first j of another, minus that of "
-    "random directions. Red: more is shared than at random; white: as much.",
+    "random directions. 0: as much is shared as at random.",
     misleads="Runs with the same random initial A are similar before they learn anything: use different seeds. In "
     "narrow models, or for large i or j, the random baseline itself is close to 1, and hides what is shared.",
 )
@@ -148,6 +151,9 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
             values.append(f"{title}: {_corner_values(cells)}.")
             row.append(_excess_heat(cells, title, cohort))
         rows.append(tuple(row))
+    if all(chart.data["excess"].min() >= -_ROUNDING for chart in chain(*rows)):  # no negative colors are needed
+        upwards = replace(_EXCESS, scale="sequence", limits=(0, None))
+        rows = [tuple(replace(chart, marks=(upwards,)) for chart in row) for row in rows]
     caption = (
         f"φ(i, j) = ‖U₁ᵀU₂‖² / min(i, j) of the top i and j directions of {_SIDES[side]} in {' and '.join(modules)}, "
         f"minus the random baseline, max(i, j) / dimension; {join_by_label(samples)}. {' '.join(values)}"
@@ -201,11 +207,12 @@ def _corner_values(cells: pd.DataFrame) -> str:
 
 
 def _excess_heat(cells: pd.DataFrame, title: str, cohort: Cohort) -> Chart:
+    ones, others = cohort.labels if len(cohort.groups) == 2 else ("one seed", "another")
     return Chart(
         cells.assign(excess=cells["phi"] - cells["phi_random"]),
-        [Heat("j", "i", "excess", "φ(i, j) − chance", scale="diverging")],
+        [_EXCESS],
         title=title,
-        x=Axis(label="j"),
-        y=Axis(label="i"),
+        x=Axis(label=f"j: directions of {others}"),
+        y=Axis(label=f"i: directions of {ones}"),
         meta=cohort.meta,
     )

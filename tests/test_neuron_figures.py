@@ -106,14 +106,15 @@ def test_neuron_cosine_by_layer_with_the_threshold(tmp_path):
     assert band["low"].iloc[0] == pytest.approx(np.quantile(DISTANCES, 0.05))
     for chart in plots.neuron_cosine(planted(tmp_path, "b"), quantity="neuron_cosine").panels:
         assert set(chart.data["value"]) == {middle}
-        assert not any(isinstance(mark, Rule) for mark in chart.marks)
+        (rule,) = (mark for mark in chart.marks if isinstance(mark, Rule))
+        assert (rule.y, rule.label) == (middle, "all neurons")
 
 
 @pytest.mark.parametrize("more", [{"reversed_share": 0.02}, {"neurons": CHOSEN}, {"select_by": "random"}])
 def test_neuron_cosine_has_no_threshold_if_selection_was_not_by_distance(more, tmp_path):
     """With ``reversed_share`` the least rotated neurons are selected too, so there is no threshold."""
     for chart in plots.neuron_cosine(planted(tmp_path, "a", **more)).panels:
-        assert not any(isinstance(mark, Rule) for mark in chart.marks)
+        assert [mark.label for mark in chart.marks if isinstance(mark, Rule)] == ["all neurons"]
         assert "threshold" not in chart.caption
 
 

@@ -326,6 +326,9 @@ def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> list[Cha
         mean = np.mean(np.array(thresholds, dtype=np.float64))
         rules.append(Rule(y=float(mean), label="threshold"))
         selected = " Neurons above the threshold were selected."
+    else:
+        rules.append(Rule(y=float(neurons.groupby("run")["value"].median().mean()), label="all neurons"))
+        selected = " Dashed: median of all neurons."
     settings: dict[str, Any] = {
         "x": Axis(label="layer", order=cells["place"].cat.categories),
         "y": Axis(label=axis_label(quantity), log=True),

@@ -359,7 +359,7 @@ def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's figure 10: the A's and B's of four modules of LoRAs on several texts."""
     caption = (
         "A's and B's of four modules (role and layer) of LoRAs on three texts, two orders each, placed by t-SNE; a dot "
-        "per run."
+        "per run. Titles: factors whose nearest factor of another text, among all modules, is from the same module."
     )
     charts = []
     sets = {"shared start": hydralora_factors.TEXT_SHARED, "separate starts": hydralora_factors.TEXT}
@@ -367,8 +367,12 @@ def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
         rows = read_factors(evidence, name)
         if rows.empty:
             return None
-        cells = rows[(rows["factor"] == factor) & rows["label"].isin(FEW_MODULES)]
-        chart = hydralora_factors.factor_plane(cells, f"{factor}, {start}", FEW_MODULES, "label", shape="task")
+        first = rows[(rows["factor"] == factor) & (rows["seed"] == rows["seed"].min())]
+        cells = first[first["label"].isin(FEW_MODULES)]
+        shared = hydralora_factors.shared_fraction(cells, factor, "raw")
+        chance = 100 / rows["module"].nunique()  # all modules have one shape
+        title = f"{factor}, {start}\nsame module: {shared:.0f}%\n(chance {chance:.0f}%)"
+        chart = hydralora_factors.factor_plane(cells, title, FEW_MODULES, "label", shape="task")
         charts.append(replace(chart, caption=caption))
     return replace(set_side_by_side(*charts), title="A's and B's of four modules on three texts")
 

@@ -27,7 +27,7 @@ ROWS = {
 """Methods of each row of panels, and the units on text and where the truth is known."""
 _TEXT_ROWS = {_ON_ACCURACY: (_ACCURACY,), ("LISA", "Adapprox"): ("nats",)}
 TEXT, TRUTH = "On text", "Where the truth is known"
-_TITLE = "Effect of a method: above 0, it is better than its control"
+_TITLE = "Effect of a method: right of 0, it is better than its control"
 EDITION_2, EDITION_1, PRINTED, BOUND, POSITIVE = "edition 2", "edition 1", "printed gain", "bound", "positive control"
 SYMBOLS = {
     BOUND: "line-ns-open", POSITIVE: "x", EDITION_1: "circle-open", OTHER: "circle-open",

@@ -82,6 +82,7 @@ class ForkEffects:
 
     def __repr__(self) -> str:
         lines = ["Effects of forks on the test loss"]
+        row: Any
         for row in self.changes.itertuples():
             lines.append(f"  {row.change}, from step {row.step} on ({100 * row.fraction:.0f}% of the training)")
             count = "1 pair" if row.pairs == 1 else f"{row.pairs} pairs"

@@ -369,7 +369,12 @@ def reading_of_components(
     tables = []
     for number, component in enumerate(components, start=1):
         block = component.block
-        identity = {"card": number, "module": block.module, "component": block.component, "sigma": block.norm}
+        identity: dict[str, Any] = {
+            "card": number,
+            "module": block.module,
+            "component": block.component,
+            "sigma": block.norm,
+        }
         tables.append(component.words.assign(**identity, total=component.total.mean))
     table = judge_words(pd.concat(tables, ignore_index=True))
     # Words beyond the first ones are not patched.

@@ -224,8 +224,8 @@ def _to_component(model: nn.Module, block: ComponentBlock) -> ReaderComponent:
     number = DRAWS * len(block.sigma)
     vectors = []
     for length in (len(block.U), len(block.V)):
-        random = generator.standard_normal((length, number))
-        vectors.append(random / np.linalg.norm(random, axis=0))
+        drawn_vectors = generator.standard_normal((length, number))
+        vectors.append(drawn_vectors / np.linalg.norm(drawn_vectors, axis=0))
     random = _to_directions(model, block.module, vectors[0], np.tile(block.sigma, DRAWS), vectors[1])
     return ReaderComponent(block, _to_directions(model, block.module, *block[2:]), random)
 
@@ -289,8 +289,8 @@ class ComponentReader:
         counts = np.bincount(self.occurrences.word)[self.testable]
         components = []
         for index, component in enumerate(self.targets):
-            random = sums[index].numpy() / counts[:, None]
-            components.append(self._read_component(component.block, sizes[index], values[index], random))
+            random_means = sums[index].numpy() / counts[:, None]
+            components.append(self._read_component(component.block, sizes[index], values[index], random_means))
         return components
 
     def _traced_batches(self) -> Iterator[tuple[Int[np.ndarray, "token"], dict[str, list[TracedCall]]]]:

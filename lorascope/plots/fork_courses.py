@@ -111,6 +111,7 @@ def _describe_effects(effects: ForkEffects) -> str:
     sentences = ["Mean validation loss in nats, one line per run.", "Right: test loss of each fork minus its trunk."]
     if (effects.summary()["pairs"] > 1).any():
         sentences.append(f"Ticks: minus the {_OTHER_SEEDS}.")
+    row: Any
     for row in effects.summary().itertuples():
         rows = effects.table[(effects.table["change"] == row.change) & (effects.table["step"] == row.step)]
         start = f"{row.change}, from step {row.step} ({100 * row.fraction:.0f}% of the training)"

@@ -371,7 +371,7 @@ def _rebuild_method(run: Run) -> Method:
 
 
 def _rebuild_observer(stored: Mapping[str, Any]) -> Observer:
-    options = {}
+    options: dict[str, Any] = {}
     for name, value in stored.items():
         if name != "name":
             options[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples

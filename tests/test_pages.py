@@ -139,7 +139,7 @@ def test_every_chart_has_data_caption_and_accessible_label(three: Any) -> None:
         assert "title" not in stored["figure"]["layout"] or not stored["figure"]["layout"]["title"].get("text")
         assert set(stored["changes"]) == {"dark", "narrow", "narrow dark"}
     assert [n.text.split(":")[0] for n in page.all("h3") if "Figure" in n.text] == ["Figure 1", "Figure 2", "Figure 3"]
-    assert len(figures(page)[0]["figure"]["frames"]) == 3
+    assert len(figures(page)[0]["figure"]["frames"]) == 2  # not at step 0, where all updates are zero
 
 
 def test_headings_and_captions_have_math_as_unicode() -> None:

@@ -38,8 +38,6 @@ class Section:
         Heading, first paragraph and reference; the last two may be "".
     tables : mapping title -> DataFrame
         Tables.
-    passages : Markup
-        Rows of text as HTML, below the tables. Default none.
     figures : sequence of ReportFigure
         Figures below the tables and rows.
     notes : sequence of str
@@ -50,6 +48,8 @@ class Section:
         Column of the tables by whose values, up to the first comma, a reader can filter the rows. Default none.
     folded : bool
         Whether the section is folded at first. Default False.
+    passages : Markup
+        Rows of text as HTML, below the tables. Default none.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Section:
     lead: str = ""
     source: str = ""
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    passages: Markup = Markup("")  # noqa: RUF009
     figures: Sequence[ReportFigure] = ()
     notes: Sequence[str] = ()
     findings: Sequence[Mapping[str, Any]] = ()
     filter: str = ""
     folded: bool = False
+    passages: Markup = Markup("")  # noqa: RUF009
 
 
 def _printable(value: Any) -> Any:

@@ -116,9 +116,9 @@ def align_targets(
 
 
 def token_losses(
-    logits: Float[Tensor, "rows targets vocabulary"], labels: Int[Tensor, "rows targets"]
-) -> Float[Tensor, "rows targets"]:
-    """Compute the negative log-likelihood of every target token in nats, 0 at ignored ones."""
+    logits: Float[Tensor, "*targets outputs"], labels: Int[Tensor, "*targets"]
+) -> Float[Tensor, "*targets"]:
+    """Compute the negative log-likelihood of every target token or class in nats, 0 at ignored ones."""
     is_target = labels != IGNORED
     wide = torch.promote_types(logits.dtype, torch.float32)
     nll = torch.zeros(labels.shape, dtype=wide, device=labels.device)

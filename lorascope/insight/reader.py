@@ -42,7 +42,7 @@ from lorascope.insight.measured_rows import BATCH
 from lorascope.insight.text_rows import TextRows, encode_rows
 from lorascope.insight.token_contributions import MARKS, Margin, TracedCall, contribute, model_inputs, traced_calls
 from lorascope.insight.token_words import TokenWords, find_words
-from lorascope.insight.update_parts import PartDirections, ScaledUpdates
+from lorascope.insight.update_parts import PartDirections, ScaledUpdates, to_directions
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
 from lorascope.training.settings import Settings
@@ -176,7 +176,7 @@ def _largest_blocks(adapted: AdaptedBase, margin: Margin, top: int) -> list[Comp
         module_blocks = component_blocks(module, adapted.updates[module])
         if module_blocks:
             arrays = zip(*(block[2:] for block in module_blocks), strict=True)
-            directions[module] = _to_directions(adapted.base, module, *(np.concatenate(a, -1) for a in arrays))
+            directions[module] = to_directions(adapted.base, module, *(np.concatenate(a, -1) for a in arrays))
             blocks += module_blocks
     with ScaledUpdates(adapted.base, adapted.deltas, directions).gated(1.0) as gates:
         gradients = dict(zip(gates, margin.slopes(list(gates.values())), strict=True))
@@ -205,11 +205,6 @@ def _token_modules(adapted: AdaptedBase, batch: Batch) -> list[str]:
     return modules
 
 
-def _to_directions(model: nn.Module, module: str, *arrays: Float[np.ndarray, "*shape"]) -> PartDirections:
-    weight: Any = model.get_submodule(module).weight
-    return PartDirections(*(torch.from_numpy(np.ascontiguousarray(array)).to(weight) for array in arrays))
-
-
 class ReaderComponent(NamedTuple):
     """Component to read, and random components of the same module and singular values."""
 
@@ -226,8 +221,8 @@ def _to_component(model: nn.Module, block: ComponentBlock) -> ReaderComponent:
     for length in (len(block.U), len(block.V)):
         drawn_vectors = generator.standard_normal((length, number))
         vectors.append(drawn_vectors / np.linalg.norm(drawn_vectors, axis=0))
-    random = _to_directions(model, block.module, vectors[0], np.tile(block.sigma, DRAWS), vectors[1])
-    return ReaderComponent(block, _to_directions(model, block.module, *block[2:]), random)
+    random = to_directions(model, block.module, vectors[0], np.tile(block.sigma, DRAWS), vectors[1])
+    return ReaderComponent(block, to_directions(model, block.module, *block[2:]), random)
 
 
 @dataclass(eq=False)

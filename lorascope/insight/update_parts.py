@@ -116,7 +116,7 @@ def component_parts(model: nn.Module, updates: Mapping[str, Update]) -> PartsOfU
         U, sigma, V = updates[module].svd()
         nonzero = sigma > 0  # the SVD pads an update of lower rank
         U, sigma, V = U[:, nonzero], sigma[nonzero], V[:, nonzero]
-        directions[module] = _to_directions(model, module, U, sigma, V)
+        directions[module] = to_directions(model, module, U, sigma, V)
         shares = energies[module] * sigma**2 / (sigma @ sigma)
         for index, energy in enumerate(shares.tolist()):
             name = f"{module} {index + 1}"
@@ -148,7 +148,7 @@ def intruder_parts(model: nn.Module, updates: Mapping[str, Update]) -> PartsOfUp
             name = f"{module} {vector + 1}, {kind}"
             parts.append(UpdatePart(name, (module,), layer, role, index, vector + 1, energy, is_control))
         vectors = [vector for vector, _ in pairs]
-        directions[module] = _to_directions(model, module, U[:, vectors], sizes[vectors], V[:, vectors])
+        directions[module] = to_directions(model, module, U[:, vectors], sizes[vectors], V[:, vectors])
     return PartsOfUpdate(parts, directions)
 
 
@@ -171,13 +171,14 @@ def _energies(updates: Mapping[str, Update]) -> dict[str, float]:
     return {module: square / total for module, square in squares.items()}
 
 
-def _to_directions(
+def to_directions(
     model: nn.Module,
     module: str,
     U: Float[np.ndarray, "out k"],
     size: Float[np.ndarray, "k"],
     V: Float[np.ndarray, "in k"],
 ) -> PartDirections:
+    """Return the sum of ``size[i] * U[:, i] V[:, i]^T`` as tensors like the module's weight."""
     weight: Any = model.get_submodule(module).weight
     return PartDirections(*(torch.from_numpy(np.ascontiguousarray(array)).to(weight) for array in (U, size, V)))
 

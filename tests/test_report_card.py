@@ -235,7 +235,7 @@ def test_several_adapters_are_shown_side_by_side(adapter: Path, tmp_path: Path):
     modules = section(page, "modules").all("table")[1]
     assert [row[0] for row in rows(modules)[1:]] == ["mine"] * 12 + ["other"] * 12
     shown = section(page, "figures").all(class_="chart")
-    assert any("Adapter pairs" in each.attributes["aria-label"] for each in shown)
+    assert any("Similarity of adapters" in each.attributes["aria-label"] for each in shown)
 
 
 def test_adapters_of_different_models_have_no_pairs(adapter: Path, tmp_path: Path):

@@ -277,9 +277,9 @@ def test_ablations_by_perplexity_have_the_lowest_on_top_and_state_it(tmp_path: A
     for label, score in {"worst": 30.0, "best": 10.0, "middle": 20.0}.items():
         test = {"name": "perplexity", "metric": score, "loss": score}
         runs.append(plant(tmp_path, label, {("test_metric", ""): {9: score}}, label, test=test))
-    metric = plots.ablations(runs).panels[0]
-    assert metric.y.order == ("best", "middle", "worst")
-    assert metric.title == "Test perplexity (lower is better)"
+    drawn: Any = plots.ablations(runs)
+    assert drawn.panels[0].y.order == ("best", "middle", "worst")
+    assert drawn.title == "Test perplexity (lower is better)"
 
 
 def test_recipes_of_other_seeds_have_no_paired_difference(tmp_path: Any) -> None:

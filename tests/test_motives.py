@@ -321,7 +321,7 @@ def test_the_figure_of_norms_has_means_and_ranges_over_seeds() -> None:
     arms = [*lisa.DECODER_NORMS.values(), *lisa.ENCODER_NORMS.values()]
     tables = [made_norms(seed * 2.0, 3.0).assign(arm=arm, seed=seed) for seed in (1, 2, 6) for arm in arms]
     panels = lisa.norms_figure(pd.concat(tables))
-    others = lisa.other_norms_figure(pd.concat(tables))
+    others = lisa.factor_norms_figure(pd.concat(tables))
     assert [len(row) for row in panels.rows()] == [len(row) for row in others.rows()] == [2, 2]
     for number, arms_of_model in enumerate((lisa.DECODER_NORMS, lisa.ENCODER_NORMS)):
         update, outer = (row[number] for row in panels.rows())

@@ -155,11 +155,13 @@ def norms_figure(table: pd.DataFrame) -> Panels:
     return _with_caption(panels, table, "LISA's other blocks have no update.")
 
 
-def other_norms_figure(table: pd.DataFrame) -> Panels:
-    """Draw the norms of weight and factors from the kept table ``norms``: of embedding and head, and learned ones."""
-    readings = [reading for reading in READINGS if reading != "update"]
-    panels = _norm_panels(table, readings, [LEARNED], "Norm of weight and factors by layer, mean over training")
-    return _with_caption(panels, table, "Weights hardly change, so their dots coincide.")
+def factor_norms_figure(table: pd.DataFrame) -> Panels:
+    """Draw the norms of factors from the kept table ``norms``: learned ones by block, and of embedding and head.
+
+    The norm of the weight, the paper's fourth reading, hardly changes in training.
+    """
+    panels = _norm_panels(table, ["factors", LEARNED], [LEARNED], "Norm of LoRA's factors by layer, mean over training")
+    return _with_caption(panels, table, "Learned: factors minus their start.")
 
 
 def _with_caption(panels: Panels, table: pd.DataFrame, sentence: str) -> Panels:

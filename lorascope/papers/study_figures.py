@@ -135,8 +135,8 @@ ROWS = [
     ),
     # After the motives, with which the pages of three papers begin.
     FigureRow(
-        "other-norms", "LISA", "Norms by layer of full fine-tuning, LoRA and LISA: weight, factors, learned factors",
-        of_tables(lisa.other_norms_figure, "norms"),
+        "factor-norms", "LISA", "Norm of LoRA's factors by layer, as they are and learned",
+        of_tables(lisa.factor_norms_figure, "norms"),
     ),
     *(
         FigureRow(

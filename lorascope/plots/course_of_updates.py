@@ -108,7 +108,9 @@ def rotation(
 
     Examples
     --------
-    >>> ls.plots.rotation(ls.example("checkpoints"), k=4)
+    ``changed_task`` is a run whose task changes at half of its steps.
+
+    >>> ls.plots.rotation({"task changes at step 100": changed_task}, k=4)
     """
     cohort = gather_runs("rotation", runs, control)
     require_counts(k=k)
@@ -149,6 +151,9 @@ def _angle_course(cohort: Cohort, rows: pd.DataFrame, random: pd.DataFrame, agai
         caption=caption,
         colors=[*cohort.labels, _RANDOM],
     )
+
+
+_COSINE, _RANGE = "cosine before and after", "fall below the median that is no turn"
 
 
 @figure(
@@ -204,11 +209,12 @@ def _describe_turns(turns: Turns) -> str:
 def _cosine_course(turns: Turns, title: str) -> Chart:
     table = turns.table.dropna(subset="cosine")
     around = table["cosine"] - table["drop"]
-    table = table.assign(around=around, bound=around + turns.limit)
-    band = Band("step", "bound", "around")
+    table = table.assign(around=around, bound=around + turns.limit, shown=_COSINE, range=_RANGE)
+    band = Band("step", "bound", "around", "range")
     axes = Axis(label="step"), Axis(label="cosine of displacements")
-    marks = [band, Line("step", "cosine"), Point("step", "cosine"), *_rings(table, "step", "cosine")]
-    return Chart(table, marks, title=title, x=axes[0], y=axes[1])
+    line, dots = Line("step", "cosine", "shown"), Point("step", "cosine", "shown")
+    marks = [band, line, dots, *_rings(table, "step", "cosine")]
+    return Chart(table, marks, title=title, x=axes[0], y=axes[1], colors=(_COSINE, _RANGE))
 
 
 def _principal_path(turns: Turns, title: str) -> Chart:
@@ -220,4 +226,4 @@ def _principal_path(turns: Turns, title: str) -> Chart:
 
 def _rings(table: pd.DataFrame, x: str, y: str) -> list[Mark]:
     rings = table[table["turn"]]
-    return [] if rings.empty else [Point(x, y, symbol="circle-open", data=rings)]
+    return [] if rings.empty else [Point(x, y, symbol="diamond", label="turning point", data=rings)]

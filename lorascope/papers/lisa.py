@@ -152,7 +152,11 @@ KEPT_TABLES: dict[str, list[KeptTable]] = {
 def norms_figure(table: pd.DataFrame) -> Panels:
     """Draw the norm of the update from the kept table ``norms``: by block, and of embedding and head."""
     panels = _norm_panels(table, ["update"], ["update"], "Norm of the update by layer, mean over training")
-    return _with_caption(panels, table, "LISA's other blocks have no update.")
+    return _with_caption(
+        panels,
+        f"{_mean_and_range(table)} Vertical line: the median block, for LISA of those that it drew; its other blocks "
+        "have no update. The head of SmolLM2 is tied to its embedding: only LoRA has a second norm there.",
+    )
 
 
 def factor_norms_figure(table: pd.DataFrame) -> Panels:
@@ -161,15 +165,22 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
     The norm of the weight, the paper's fourth reading, hardly changes in training.
     """
     panels = _norm_panels(table, ["factors", LEARNED], [LEARNED], "Norm of LoRA's factors by layer, mean over training")
-    return _with_caption(panels, table, "Learned: factors minus their start.")
-
-
-def _with_caption(panels: Panels, table: pd.DataFrame, sentence: str) -> Panels:
-    caption = (
-        "Norms are means over the recorded steps after step 0; dots, lines and their bars and bands: mean and range "
-        f"over seeds. Dashed line: the median block, for LISA of those that it drew. {sentence} The head of SmolLM2 is "
-        f"tied to its embedding: only LoRA has a second norm there. Seeds per arm: at most {table['seed'].nunique()}."
+    return _with_caption(
+        panels,
+        f"{_mean_and_range(table)} Factors − start: change of A and B in training, without their initial values. "
+        "Vertical line: the median block. The small start was trained on SmolLM2 only, and minilm's new head has no "
+        "LoRA.",
     )
+
+
+def _mean_and_range(table: pd.DataFrame) -> str:
+    seeds = table.groupby("arm")["seed"].nunique()
+    number = " to ".join(map(str, dict.fromkeys([seeds.min(), seeds.max()])))
+    drawn = "lines and dots, bands and bars: mean and range over"
+    return f"Means over the recorded steps after step 0; {drawn} {number} seeds."
+
+
+def _with_caption(panels: Panels, caption: str) -> Panels:
     (first, *others), *rows = panels.grid
     return replace(panels, grid=((replace(first, caption=caption), *others), *rows))
 
@@ -202,7 +213,8 @@ def _outer_norms(layers: pd.DataFrame, title: str, methods: list[str], readings:
     outer = outer[outer["reading"].isin(readings)]
     outer = outer.assign(row=outer["reading"] + ", " + outer["place"], value=outer["value"] / outer["median"])
     cells = _spread_over_seeds(outer, ["method", "row"])
-    order = [f"{reading}, {place}" for reading in readings for place in ("embed", "head")]
+    rows = [f"{reading}, {place}" for reading in readings for place in ("embed", "head")]
+    order = [row for row in rows if row in set(cells["row"])]
     dots = Point("value", "row", "method", low="low", high="high")
     x, y = Axis(label="norm / median norm of the blocks", log=True), Axis(order=order, compact=True)
     return Chart(cells, [Rule(x=1), dots], title=title, x=x, y=y, colors=methods)

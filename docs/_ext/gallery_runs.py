@@ -128,8 +128,8 @@ def train_students(root: Path) -> dict[str, Any]:
 def train_changed_task(root: Path) -> ls.Run:
     """Train LoRA at a constant rate on the text of one planted teacher, and from step 100 of 200 on that of another."""
     folder = root / "changed-task"
-    if (folder / "run.json").exists():
-        return ls.load(folder)
+    if (folder / "run.json").exists() and (run := ls.load(folder)).finished:
+        return run
     torch.manual_seed(0)
     model = planted_teacher.student()
     method = ls.LoRA(rank=4, targets=LINEAR)

@@ -176,13 +176,15 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
 def _mean_and_range(table: pd.DataFrame) -> str:
     seeds = table.groupby("arm")["seed"].nunique()
     number = " to ".join(map(str, dict.fromkeys([seeds.min(), seeds.max()])))
-    drawn = "lines and dots, bands and bars: mean and range over"
-    return f"Means over the recorded steps after step 0; {drawn} {number} seeds."
+    return (
+        "Means over the recorded steps after step 0; lines and dots, bands and bars: mean and range over "
+        f"{number} seeds."
+    )
 
 
 def _with_caption(panels: Panels, caption: str) -> Panels:
-    (first, *others), *rows = panels.grid
-    return replace(panels, grid=((replace(first, caption=caption), *others), *rows))
+    (first, *next_panels), *rows = panels.grid
+    return replace(panels, grid=((replace(first, caption=caption), *next_panels), *rows))
 
 
 def _norm_panels(table: pd.DataFrame, outer: list[str], by_block: list[str], title: str) -> Panels:

@@ -99,11 +99,11 @@ def _effect_marks(effects: ForkEffects) -> list[Mark]:
     if len(independent):
         marks.append(Point("effect", "change", symbol="line-ns-open", label=_OTHER_SEEDS, data=independent))
     counts = effects.table.groupby("change")["effect"].transform("size")
-    single, several = effects.table[counts == 1], effects.table[counts > 1]
+    single, repeated = effects.table[counts == 1], effects.table[counts > 1]
     if len(single):
         marks.append(Point("effect", "change", "change", low="low", high="high", data=single))
-    if len(several):
-        marks.append(Point("effect", "change", "change", data=several))
+    if len(repeated):
+        marks.append(Point("effect", "change", "change", data=repeated))
     return marks
 
 

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control
 
 from lorascope.analysis.paired_rows import LEVEL, add_estimates, estimate_rows, rows_to_decide
 from lorascope.analysis.seed_intervals import Estimate
 from lorascope.array_types import Bool, Float, Int
+from lorascope.files.lazy_scipy import false_discovery_control
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.whole_files import require_absent, write_bytes
 from lorascope.runs.receipt import Receipt

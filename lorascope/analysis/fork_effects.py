@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control
 
 from lorascope.analysis.paired_rows import LEVEL, rows_to_decide
 from lorascope.analysis.seed_intervals import Estimate, t_estimate
 from lorascope.array_types import Float
+from lorascope.files.lazy_scipy import false_discovery_control
 from lorascope.files.typed_json import to_json_rows
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control
 
 from lorascope.analysis.dial import even_share
 from lorascope.analysis.gradient_signal import FAMILY, ModuleSignal, count_directions, signal_p
@@ -22,6 +21,7 @@ from lorascope.analysis.paired_rows import LEVEL, estimate_rows, rows_to_decide
 from lorascope.analysis.seed_intervals import Estimate, t_estimate
 from lorascope.analysis.track_record import FEWEST_CELLS, conformal_bounds
 from lorascope.array_types import Float
+from lorascope.files.lazy_scipy import false_discovery_control
 from lorascope.runs.receipt import Receipt
 
 VERDICTS = ("enough", "wasteful", "short", "not finished", "undecided")

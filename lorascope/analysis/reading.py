@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control
 
 from lorascope.analysis.component_blocks import ComponentBlock
 from lorascope.analysis.paired_rows import LEVEL, estimate_rows
 from lorascope.analysis.seed_intervals import Estimate, Interval
 from lorascope.array_types import Bool, Float, Int
+from lorascope.files.lazy_scipy import false_discovery_control
 from lorascope.files.printable import count_phrase, printable
 from lorascope.runs.receipt import Receipt
 

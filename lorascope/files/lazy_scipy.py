@@ -18,6 +18,8 @@ def _import_on_call(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+binom = _import_on_call("scipy.stats", "binom")
+false_discovery_control = _import_on_call("scipy.stats", "false_discovery_control")
 hypergeom = _import_on_call("scipy.stats", "hypergeom")
 rankdata = _import_on_call("scipy.stats", "rankdata")
 stdtr = _import_on_call("scipy.special", "stdtr")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pandas as pd
-from scipy import stats
 
 from lorascope.analysis import lisa_schedule
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Point
+from lorascope.files.lazy_scipy import binom
 from lorascope.plots.builders import course
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import PAIR_IN_DATA, Runs, axis_label
@@ -109,10 +109,11 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
         cells["expected"] = by_block["expected"].mean().reindex(cells["place"]).to_numpy()
         # The draws of one block are independent, those of several are not.
         draws = by_block["draws"].sum().reindex(cells["place"]).to_numpy()
+        random_draws = binom(draws, cells["expected"])
         random = cells[["place"]].assign(
             what="95% of random draws",
-            low=stats.binom.ppf(0.025, draws, cells["expected"]) / draws,
-            high=stats.binom.ppf(0.975, draws, cells["expected"]) / draws,
+            low=random_draws.ppf(0.025) / draws,
+            high=random_draws.ppf(0.975) / draws,
         )
         panels.append(
             Chart(

@@ -238,6 +238,15 @@ def test_path_shares_add_up_to_the_effect_of_the_whole(
             assert parts.sum() == pytest.approx(whole[f"{name}_share"])
 
 
+@pytest.mark.parametrize("by", [WHOLE, "intruder"])
+def test_parts_that_do_not_divide_the_update_give_the_whole_no_share(
+    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task, by: str
+) -> None:
+    whole = ls.dial(*opened, task, keep, by=by, **QUIET).summary().iloc[0]
+    assert whole["learn"] != 0
+    assert np.isnan([whole["learn_share"], whole["forget_share"], whole["learn_slope"], whole["forget_slope"]]).all()
+
+
 def test_drift_is_one_minus_the_cosine(bert: str, task: tasks.Task, keep: tasks.Task) -> None:
     base = models.load(bert, task=task)
     rows = encode_rows(base, load_keep(keep, task, base), "validation", ROWS, 128)

@@ -170,9 +170,11 @@ def dial(
         seconds=time.process_time() - began,
     )
     described = pd.DataFrame([part.to_row() for part in (whole, *parts)])
+    # Intruder dimensions are only some of the update, so their shares do not add up to that of the whole.
+    divided = 1.0 if parts and by != "intruder" else np.nan
     for axis, name in ((TASK, "learn"), (KEEP, "forget")):
-        described[f"{name}_share"] = [shares[axis].sum(), *shares[axis]]
-        described[f"{name}_slope"] = [slopes[axis].sum(), *slopes[axis]]
+        described[f"{name}_share"] = [divided * shares[axis].sum(), *shares[axis]]
+        described[f"{name}_slope"] = [divided * slopes[axis].sum(), *slopes[axis]]
     return dial_of_rows(run.label, values, axes, described, margin, receipt)
 
 

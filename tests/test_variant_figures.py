@@ -350,7 +350,9 @@ def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots
     assert titles[2] == "B, domains\nsame module: 0%\n(chance 8%)"
     panels = drawn("sub-modules", evidence).panels
     assert [chart.title for chart in panels] == [
-        f"{factor}, {start}" for factor in "AB" for start in ("shared start", "separate starts")
+        f"{factor}, {start}\nsame module: {shared}%\n(chance 8%)"
+        for factor, shared in (("A", 67), ("B", 0))
+        for start in ("shared start", "separate starts")
     ]
     for chart in panels:
         assert chart.square

@@ -167,6 +167,12 @@ def test_rank_replay_draws_the_budget_once_in_print(write: Any) -> None:
     assert len([line for line in budgets[0].get_lines() if line.get_linestyle() != "None"]) == 1
 
 
+def test_rank_replay_draws_the_budget_lower_than_the_ranks(write: Any) -> None:
+    drawn = plots.rank_replay(write("a", allotted()), frames=3).mpl()
+    box = next(ax for ax in drawn.axes if ax.get_title(loc="left").endswith("budget")).get_window_extent()
+    assert box.height < box.width / 4
+
+
 def test_rank_replay_phases_follow_changes_of_the_budget(write: Any) -> None:
     _, budget = plots.rank_replay(write("a", allotted())).rows()[0]
     bands = next(mark for mark in budget.marks if mark.kind == "band").data

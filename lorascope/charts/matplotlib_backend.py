@@ -55,6 +55,7 @@ FRAMES = 8  # maximum number of small multiples
 MULTIPLE, MIN_PANEL = 1.5, 1.3  # minimum width in inches of a small multiple, and of a panel next to others
 SHAPE = 0.68  # height of a panel as a fraction of its width
 SQUARE = 2.8  # largest side of a square panel in inches, with its labels
+LOW_ROW = 1.4  # smallest usual height in inches of a panel, with its labels
 LEAST_ROW = 1.0  # inches that a row of panels needs with its labels
 LABELS = 0.7  # inches for the title and labels of an axis
 _GAP = 0.08  # inches between the caption, the legend and the panels
@@ -235,9 +236,11 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
     widths = {cell: width * (cell.stop - cell.start) / columns for cell in cells}
     heights = [0.0] * (cells[-1].row + 1)
     for cell in cells:
-        usual, scale = max(1.4, SHAPE * min(widths[cell], 4.5)), settled.panels[cell.panel].y
+        usual, scale = max(LOW_ROW, SHAPE * min(widths[cell], 4.5)), settled.panels[cell.panel].y
         if settled.panels[cell.panel].chart.square:
             usual = min(widths[cell], SQUARE)
+        elif settled.frames and cell.frame is None:
+            usual = max(LOW_ROW, usual / 2)  # what all frames share is less than the frames
         lines = LABELS + len(scale.names) * 1.45 * size / 72
         heights[cell.row] = max(heights[cell.row], scale.height(usual, lines, 0.95 * widths[cell], 0.75 * usual))
     if fixed_height is not None:

@@ -23,13 +23,7 @@ _CELL = ["recipe", "kind", "place"]
 _OF_UPDATES = ("update_norm", "learned_norm", "relative_update")
 _MOST_LABELED = 12  # largest number of columns, over all panels, whose cells have room for numbers
 _MOST_DIGITS = 6  # of a number in a cell, before its exponent is shown
-_SINCE_START, _DIFFERENCE = "adapter_norm minus step 0", "√(‖A‖² + ‖B‖²) − step 0"
-_READINGS = {
-    "weight_norm": "Whole weight, with its base",
-    "update_norm": "Update",
-    "adapter_norm": "Adapter, with its initial A",
-    _SINCE_START: "Adapter minus step 0",
-}
+_READINGS = {"weight_norm": "Whole weight", "update_norm": "Update", "adapter_norm": "Adapter"}
 
 
 @figure(
@@ -170,19 +164,19 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     topic="updates",
     needs=("weight_norm", "update_norm"),
     history=True,
-    reads="Each panel is one reading of LISA's weight norm, averaged over the steps of training. A skew toward the "
-    "first and last layers was learned only if it remains in the adapter norm minus its value at step 0.",
+    reads="Each panel is one reading of LISA's weight norm, averaged over the steps of training; hollow marks are step "
+    "0. A skew toward the first and last layers was learned only as far as the distance from hollow marks shows it.",
     misleads="The norm of the whole weight hardly changes in training, so the first panel shows the base model. The "
-    "raw adapter norm is mostly initialization, because B of an embedding starts random and large: use the panel minus "
-    "step 0.",
+    "adapter norm is mostly initialization, because B of an embedding starts random and large: compare distances to "
+    "step 0, not heights.",
 )
 def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False) -> Drawable:
     """Plot norms by layer averaged over training, for each reading of "weight norm" (LISA, section 3.1 and Fig. 2).
 
     LISA's Figure 2 suggests that LoRA mostly changes the first and last layers. The panels show the norms of weight and
-    update and, for recipes with adapters, the adapter norm and the adapter norm minus its value at step 0. The update
-    starts at zero, but the update of an embedding's adapter scales with its random B. If the head is tied to the
-    embedding, compare with the head, whose adapter has no such B.
+    update and, for recipes with adapters, of the adapter, each with its value at step 0, and in the title the smallest
+    and largest percentage of a norm that it had there. The update of an embedding's adapter scales with its random B.
+    If the head is tied to the embedding, compare with the head, whose adapter has no such B.
 
     Parameters
     ----------
@@ -204,18 +198,28 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
         for name in quantities:
             layers[name] = norms.norm_per_weight(norms.select_quantity(cohort.table, name), modules)
     elif (cohort.table["quantity"] == "adapter_norm").any():
-        adapters = norms.pool_modules(norms.select_quantity(cohort.table, "adapter_norm"))
-        layers |= {"adapter_norm": adapters, _SINCE_START: norms.subtract_start(adapters)}
-    caption = "Mean over the recorded steps after step 0."
+        layers["adapter_norm"] = norms.pool_modules(norms.select_quantity(cohort.table, "adapter_norm"))
+    caption = "Mean over the recorded steps after step 0; percentages: step 0 over this mean, in every layer."
     if per_weight:
         caption += " Norms are divided by √n, where n is the number of weights in the matrices of a layer."
     panels = []
     for name, rows in layers.items():
         # Mean over the steps first, then mean and band over seeds.
         cells = seed_cells(cohort.label(norms.mean_over_steps(rows)), _CELL).assign(metric=name)
-        label = axis_label(name) + " / √n" * per_weight if name in QUANTITIES else _DIFFERENCE
-        panels.append(profile(cohort, cells, label, title=_READINGS[name], caption=cohort.caption(caption)))
-    return cohort.complete(wrap(panels, 2, "Norm by layer, mean over training"))
+        start = seed_cells(cohort.label(rows[(rows["step"] == 0).fillna(False)]), _CELL)
+        label = axis_label(name) + " / √n" * per_weight
+        title = f"{_READINGS[name]}{_percent_at_start(cells, start)}"
+        chart = profile(cohort, cells, label, title=title, caption=cohort.caption(caption))
+        hollow = Point("place", "value", "recipe", hollow=True, data=start)
+        panels.append(replace(chart, marks=(hollow, *chart.marks)))
+    return cohort.complete(wrap(panels, len(panels), "Norm by layer, mean over training (hollow: step 0)"))
+
+
+def _percent_at_start(cells: pd.DataFrame, start: pd.DataFrame) -> str:
+    """Return the smallest and largest percentage of a norm that it had at step 0, as the end of a title."""
+    percent = 100 * start.set_index(_CELL)["value"] / cells.set_index(_CELL)["value"]
+    ends = dict.fromkeys(f"{end:.0f}" for end in (percent.min(), percent.max()) if math.isfinite(end))
+    return f": {'–'.join(ends)}% at step 0" if ends else ""
 
 
 def _comparable_quantity(cohort: Cohort) -> str:

@@ -146,7 +146,9 @@ def test_one_outlier_does_not_take_the_color_scale() -> None:
     assert ramp.beyond == "max"
     assert ramp.label == "norm (values up to 100)"
     (low,) = plan(heat([-v for v in values])).ramps
-    assert (low.limits, low.beyond, low.label) == ((-2.0, -1.0), "min", "norm (values down to -100)")
+    assert (low.limits, low.beyond, low.label) == ((-2.0, -1.0), "min", "norm (values down to −100)")
+    (both,) = plan(heat([-1.5, *values], limits=(0, 2))).ramps
+    assert (both.beyond, both.label) == ("both", "norm (−1.5 to 100)")
     drawn = heat(values).mpl()
     bar = drawn.axes[-1]._colorbar
     assert bar.extend == "max"

@@ -156,6 +156,7 @@ def test_update_image_is_in_units_of_its_root_mean_square(fourier: Any, write: A
     assert corner.data["row"].max() == corner.data["column"].max() == 2
     assert "the first 3 rows and columns" in corner.caption
     assert "all rows and columns" in left.caption
+    assert plots.update_image([wave, flat]).title == "Update of h.0.q"
 
 
 START = [0.5, 0.0, 0.5, -1.0]

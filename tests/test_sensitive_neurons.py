@@ -109,7 +109,10 @@ def test_names_of_the_most_sensitive_neurons_over_steps(run: Run) -> None:
     last["value"] /= last.groupby("module")["value"].transform("mean")
     top = last.nlargest(3, "value")
     names = [f"{row.layer} {row.role} {row.neuron}" for row in top.itertuples()]
-    assert list(dict.fromkeys(course["name"])) == names
+    assert list(dict.fromkeys(course["name"])) == [*names, analysis.RANDOM]
+    random = course[course["name"] == analysis.RANDOM].set_index("step")["value"]
+    assert list(random.index) == [0, 2, 4]
+    assert random[4] == pytest.approx(last["value"].quantile(0.95))
     assert {(row.role, row.neuron in PLANTED[row.layer]) for row in top.itertuples()} <= {("ffn_in", 1), ("ffn_out", 1)}
     ends = course[course["step"] == 4].set_index("name")["value"]
     assert list(ends[names]) == pytest.approx(list(top["value"]))

@@ -19,6 +19,8 @@ TOP = 0.1
 """Fraction of the neurons of a module that are called its most sensitive ones."""
 GRADIENTS = {"value": "recorded", "shuffled": "gradients shuffled"}
 """Columns of ``list_sensitivities`` with a sensitivity, and the gradients that it is computed from."""
+RANDOM = "random (95%)"
+"""Name of the row of ``follow_top`` that 95% of random neurons are below."""
 # Logarithmic, so that the few most sensitive neurons have most of the axis.
 _PERCENTS = np.geomspace(1, 100, 21)
 _Z95 = 1.645  # 95th percentile of a normal distribution
@@ -132,7 +134,7 @@ def follow_top(runs: Sequence[Result], k: int) -> pd.DataFrame:
     -------
     DataFrame
         ``name, step, value``, means over runs of the sensitivity as a multiple of the mean of the module. Neurons are
-        in the order of their value at the last step.
+        in the order of their value at the last step; last, as ``RANDOM``, the 95th percentile of all neurons.
     """
     tables = []
     for run in runs:
@@ -148,4 +150,5 @@ def follow_top(runs: Sequence[Result], k: int) -> pd.DataFrame:
     courses["value"] /= values.transform("mean")
     means = courses.groupby(["name", "step"])["value"].mean().reset_index()
     order = means[means["step"] == means["step"].max()].nlargest(k, "value")["name"]
-    return means.set_index("name").loc[order].reset_index()
+    random = means.groupby("step")["value"].quantile(0.95).reset_index().assign(name=RANDOM)
+    return pd.concat([means.set_index("name").loc[order].reset_index(), random], ignore_index=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels
-from lorascope.charts.geometry import Numbers, Panel, group
+from lorascope.charts.geometry import MINUS, Numbers, Panel, group
 from lorascope.charts.marks import Bar, Heat, Point
 from lorascope.charts.math_text import math_to_unicode
 from lorascope.charts.scales import (
@@ -270,17 +270,15 @@ def _label_outside(label: str, numbers: Float[np.ndarray, "n"], limits: Limits) 
     """Return the label of a color scale with the ends of numbers outside its limits, and at which ends these are."""
     low, high = min(numbers, default=limits[0]), max(numbers, default=limits[1])
     room = 1e-9 * (limits[1] - limits[0])  # rounding errors of limits that were computed from the numbers
-    sides = {}
-    if low < limits[0] - room:
-        sides["min"] = f"down to {number_text(low, '.3g')}"
-    if high > limits[1] + room:
-        sides["max"] = f"up to {number_text(high, '.3g')}"
-    if not sides:
-        return label, "neither"
-    beyond, *other_sides = sides
-    if other_sides:
-        beyond = "both"
-    return f"{label} (values {', '.join(sides.values())})".strip(), beyond
+    texts = [number_text(end, ".3g").replace("-", MINUS) for end in (low, high)]
+    is_below, is_above = low < limits[0] - room, high > limits[1] + room
+    if is_below and is_above:
+        return f"{label} ({' to '.join(texts)})".strip(), "both"
+    if is_below:
+        return f"{label} (values down to {texts[0]})".strip(), "min"
+    if is_above:
+        return f"{label} (values up to {texts[1]})".strip(), "max"
+    return label, "neither"
 
 
 def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:

@@ -165,7 +165,7 @@ def update_image(
                 caption=" ".join([caption, *notes]),
             )
         )
-    return cohort.complete(wrap(panels, len(panels), "Entries of one update"))
+    return cohort.complete(wrap(panels, len(panels), f"Update of {module}"))
 
 
 @document_result

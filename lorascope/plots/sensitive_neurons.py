@@ -93,8 +93,9 @@ def neuron_sensitivity(runs: Runs, control: Runs | None = None) -> Panels:
     history=True,
     reads="Each row is one of the most sensitive neurons at the last step, named by layer, role and number. A row that "
     "is bright from the start was sensitive in the base model; one that brightens became sensitive in training.",
-    misleads="The neurons are chosen at the last step, so their rows brighten towards it by selection: compare seeds. "
-    "Each step is measured on its own few batches, so single bright cells are noise.",
+    misleads="The neurons are chosen at the last step, so their rows brighten towards it by selection: compare seeds, "
+    "and with the last row, which few neurons exceed. Each step is measured on its own few batches, so single bright "
+    "cells are noise.",
 )
 def sensitivity_over_steps(runs: Runs, control: Runs | None = None, k: int = 8) -> Drawable:
     """Plot the sensitivity of the most sensitive neurons over the steps, one panel per label.
@@ -118,7 +119,7 @@ def sensitivity_over_steps(runs: Runs, control: Runs | None = None, k: int = 8) 
     largest = max(float(course["value"].max()) for course in courses.values())
     caption = (
         f"Sensitivity |w ∂L/∂w| over the mean of the module, for the {k} largest at the last step; neurons by layer, "
-        f"role and number. {cohort.sample_sentence}"
+        f"role and number. 95% of the neurons are below the last row. {cohort.sample_sentence}"
     )
     panels = []
     for label, course in courses.items():
@@ -132,7 +133,7 @@ def sensitivity_over_steps(runs: Runs, control: Runs | None = None, k: int = 8) 
                 caption=caption,
             )
         )
-    return cohort.complete(wrap(panels, 2, "Most sensitive neurons by step"))
+    return cohort.complete(wrap(panels, 2, "Most sensitive neurons by step; last row: 95th percentile of all neurons"))
 
 
 def _share_heats(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:

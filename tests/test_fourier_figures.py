@@ -130,7 +130,7 @@ def test_atlas_subtracts_the_random_initial_update(fourier: Any) -> None:
     expected, _ = leading_directions.angle_and_chance(
         *(leading_directions.leading_singular_vectors(Fourier(c, ENTRIES, SHAPE), 2) for c in (C - start, C))
     )
-    assert lookup(heat, "row", "column")["kept", "lost"] == pytest.approx(expected)
+    assert lookup(heat, "row", "column", value="angle")["kept", "lost"] == pytest.approx(expected)
     assert re.search(r"initial update.*not saved: lost\.", heat.caption)
 
 

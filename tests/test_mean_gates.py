@@ -181,7 +181,7 @@ def test_figures_compare_the_updates_on_two_texts(run, bert, task):
     found = {"film": ls.mean_gates(model, ["film film film"]), "music": ls.mean_gates(model, ["music music"])}
     views = {f"on {kind}": ls.at_gates(run, gates, f"mean gates on {kind}") for kind, gates in found.items()}
     panels = plots.atlas(views)
-    angles = panels.rows()[1][0].data.set_index(["row", "column"])["value"]
+    angles = panels.rows()[1][0].data.set_index(["row", "column"])["angle"]
     assert angles["on film", "on music"] > 0.1
     for caption in {chart.caption for row in panels.rows() for chart in row}:
         assert "Updates of on film at mean gates on film. Updates of on music at mean gates on music." in caption

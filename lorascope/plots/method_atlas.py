@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations, product
+from dataclasses import replace
+from itertools import combinations, combinations_with_replacement, product
 from typing import Any
 
 import pandas as pd
@@ -13,8 +14,8 @@ from lorascope.analysis import leading_directions as analysis
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.spectra import added_values
 from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
-from lorascope.charts.marks import Axis, Band, Heat, Text
-from lorascope.plots.builders import curves, pair_heat
+from lorascope.charts.marks import Axis, Band, Heat, Mark, Text
+from lorascope.plots.builders import curves
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.norms import update_profile
 from lorascope.plots.requirements import SPECTRA
@@ -22,14 +23,16 @@ from lorascope.plots.run_groups import Cohort, Runs, common_names, define, requi
 from lorascope.plots.sensitive_neurons import NULL, profiles_by_recipe
 from lorascope.runs.result import Result
 
+_LEAST_REACH = 10.0  # degrees at the end of the color scale, so that noise is pale
+
 
 @figure(
     topic="updates",
     needs=("learned_norm", SPECTRA),
     runs=2,
     reads="The panels show the singular values of each method's update, its norm by layer, and the angles between "
-    "leading singular vectors of two methods. Only angles well below the random baseline in brackets show shared "
-    "directions; the diagonal compares seeds of one recipe.",
+    "leading singular vectors of two methods. Only angles well below those of random directions (dark blue) show "
+    "shared directions; the diagonal compares seeds of one recipe.",
     misleads="Heights of spectra and norms follow the learning rates, which differ between methods: compare shapes. "
     "Small angles may come from shared initial factors (runs of one seed) or shared frequencies (all FourierFT runs): "
     "compare different seeds and methods.",
@@ -75,8 +78,8 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     caption = cohort.caption(
         f"Singular values of the learned update ΔW − ΔW₀: {modules}. {define('learned_norm')}",
         f"Angles: principal angles between the first {k} singular vectors (fewer if an update has fewer), averaged "
-        "over outputs, inputs, the modules that both runs have and pairs of runs; in brackets, the same for random "
-        "directions.",
+        "over outputs, inputs, the modules that both runs have and pairs of runs; color: minus the same for random "
+        "directions, in brackets.",
         *notes,
         *cohort.missing_initial_updates(),
     )
@@ -134,7 +137,7 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
 
     directions = {group.label: list(map(directions_of, group.runs)) for group in cohort.groups}
     rows = []
-    for row, column in product(cohort.labels, repeat=2):
+    for row, column in combinations_with_replacement(cohort.labels, 2):
         # Within one recipe, two of its seeds form a pair.
         pairs = list(combinations(directions[row], 2))
         if row != column:
@@ -142,16 +145,24 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
         if not pairs:
             continue
         mean, chance = analysis.average_angles(pairs)
-        words = f"{mean:.0f}° ({chance:.0f}°)"
+        words = f"{mean:.0f}° (random {chance:.0f}°)"
         if pd.isna(mean):
             # A run that saved only singular values has no directions at all.
             words = "none shared" if all(map(all, pairs)) else "not saved"
-        rows.append({"row": row, "column": column, "value": mean, "chance": chance, "words": words})
+        rows.append({"row": row, "column": column, "angle": mean, "value": mean - chance, "words": words})
     table = pd.DataFrame(rows)
     empty = table[table["value"].isna()]
-    heat = Heat("column", "row", "value", "mean angle (°)", ".0f", limits=(0, 90), words="words")
-    marks = [Text("column", "row", "words", data=empty)] if len(empty) else []
-    chart = pair_heat(table, heat, cohort.labels, *marks, title="Angles between updates")
+    reach = max(_LEAST_REACH, table["value"].abs().max())
+    heat = Heat("column", "row", "value", "degrees", "+.0f", "diverging", (-reach, reach), words="words")
+    marks: list[Mark] = [heat, Text("column", "row", "words", data=empty)] if len(empty) else [heat]
+    x, y = (Axis(order=[label for label in cohort.labels if label in set(table[side])]) for side in ("column", "row"))
+    chart = Chart(
+        table,
+        marks,
+        title="Angle between updates (color: minus that of random directions)",
+        x=x,
+        y=replace(y, compact=True),
+    )
     unsaved = [label for label, runs in directions.items() if not any(runs)]
     if not unsaved:
         return chart, []

@@ -193,10 +193,15 @@ def test_guidance_plots_loss_and_cosine(tmp_path):
     expected = {("plain", 4): 0.3, ("guided", 4): 0.6}  # at step 1 the direction is its average
     assert angles.to_dict() == pytest.approx(expected)
     assert "windows of 2 steps" in loss.caption
+    guided = [guided, planted("guided", [4, 2, 1, 3], [(1, 0.5), (1, 0.7), (9, 9)], 1)]
+    paired = plots.guidance({"plain": plain, "guided": guided}, windows=2).panels[1]
+    found = paired.data.set_index(["recipe", "step"])[["smaller", "larger"]]
+    assert found.T.to_dict("list") == {("guided", 2): [-0.5, -0.5], ("guided", 4): [-1.0, 0.0]}
+    assert "paired by seed" in paired.title
 
 
 def test_guidance_compares_the_cosine_with_that_of_independent_directions(trained):
-    _, cosine = plots.guidance(trained["adapprox"]).panels
+    *_, cosine = plots.guidance(trained["adapprox"]).panels
     baseline = cosine.table(cosine.marks_of(Line)[-1])
     assert set(baseline["recipe"]) == {"independent directions"}
     directions = np.random.default_rng(0).normal(size=(400, 500))

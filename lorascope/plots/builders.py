@@ -165,17 +165,20 @@ def metric_dots(cohort: Cohort, *sentences: str) -> Drawable:
 def paired_differences(cohort: Cohort, scores: pd.DataFrame, base: str) -> pd.DataFrame:
     """Tabulate the difference of every recipe of a built chart from ``base``, paired by seed, if their seeds are equal.
 
-    Pairs of one seed share data order and initialization, so their difference varies less.
+    Pairs of one seed share data order and initialization, so their difference varies less. Scores with a ``step`` are
+    also paired by step.
     """
     seeds = {run.id: run.meta.seed for run in cohort.runs}
-    values = scores.assign(seed=scores["run"].astype("str").map(seeds)).set_index("seed")
+    steps = ["step"] if "step" in scores else []
+    values = scores.assign(seed=scores["run"].astype("str").map(seeds)).set_index(["seed", *steps])
     by_label = {label: rows["value"].sort_index() for label, rows in values.groupby("recipe", sort=False)}
-    tables = [pd.DataFrame(columns=["recipe", "value"]).astype({"value": "float64"})]
+    tables = [pd.DataFrame(columns=["recipe", "value", *steps]).astype({"value": "float64"})]
     for label in cohort.labels:
         index = by_label[label].index
         if label != base and index.is_unique and index.equals(by_label[base].index):
-            tables.append(pd.DataFrame({"recipe": label, "value": by_label[label] - by_label[base]}))
-    return seed_cells(pd.concat(tables[1:] or tables), ["recipe"])
+            differences = (by_label[label] - by_label[base]).reset_index()
+            tables.append(differences.assign(recipe=label))
+    return seed_cells(pd.concat(tables[1:] or tables), ["recipe", *steps])
 
 
 def stacked_bars(

@@ -10,8 +10,8 @@ import pandas as pd
 from lorascope.analysis.learning_rates import average_losses_by_rate, best_rates
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
-from lorascope.charts.marks import Axis, Line
-from lorascope.plots.builders import course, dots, mean_over_modules
+from lorascope.charts.marks import Axis, Band, Line, Mark, Rule
+from lorascope.plots.builders import course, dots, mean_over_modules, paired_differences
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import INTERVAL, PAIR, Cohort, Runs, axis_label, require_counts
 
@@ -55,8 +55,8 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
     topic="optimizers",
     needs=("loss", "direction_cosine"),
     history=True,
-    reads="Left: training loss with and without guidance; right: the cosine c, where guidance divides the step by 1 − "
-    "c. Guidance helps only if it also beats a higher learning rate without it.",
+    reads="Left: training loss, and its difference from the first recipe by seed; right: the cosine c, where guidance "
+    "divides the step by 1 − c. Guidance helps only if it also beats a higher learning rate without it.",
     misleads="The paper's formula and results could not be verified, and the first step depends only on the floor, "
     "because its cosine is 1. Independent directions already have cosine 0.44 with their average at β₁ = 0.9, so steps "
     "grow even without a signal.",
@@ -82,16 +82,22 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
     cosines = mean_over_modules(cohort.select("direction_cosine").dropna(subset="layer"))
     cosines = cosines[cosines["step"] > 1]
     caption = f"{averaged} Cosine: mean over the factored matrices in the blocks, without step 1, where it is 1."
-    loss = replace(_curve_chart(cohort, "loss", losses, caption), title="Training loss")
-    cosine = _curve_chart(cohort, "direction_cosine", cosines, caption)
+    loss = replace(_curve_chart(cohort, "loss", losses, caption, bars=False), title="Training loss")
+    cosine = _curve_chart(cohort, "direction_cosine", cosines, caption, bars=False)
     random = _independent_directions(cohort, cosines["step"].drop_duplicates())
     cosine = replace(
         cosine,
-        marks=(*cosine.marks, Line("step", "value", "recipe", data=random)),
-        title="Cosine of direction and average",
+        marks=(Band("step", "low", "high", "recipe"), *cosine.marks, Line("step", "value", "recipe", data=random)),
+        title="Cosine with the average",
         colors=[*cohort.labels, *dict.fromkeys(random["recipe"])],
     )
-    return cohort.complete(set_side_by_side(loss, cosine, title="Adapprox with and without guidance"))
+    panels = [loss, cosine]
+    differences = paired_differences(cohort, losses, cohort.labels[0])
+    if len(differences):
+        y, look = f"loss − {cohort.labels[0]}", {"colors": cohort.labels, "caption": loss.caption}
+        paired = course(differences, y, title="Difference, paired by seed", whiskers=False, **look)
+        panels.insert(1, replace(paired, marks=(Rule(y=0), *paired.marks)))
+    return cohort.complete(set_side_by_side(*panels, title="Adapprox with and without guidance"))
 
 
 @figure(
@@ -164,21 +170,28 @@ def _independent_directions(cohort: Cohort, steps: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "value", "recipe"])
 
 
-def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str, label: str = "") -> Chart:
-    """Draw the means of recipes over the steps, with the spread of their seeds at the last step of each."""
+def _curve_chart(
+    cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str, label: str = "", bars: bool = True
+) -> Chart:
+    """Draw the means of recipes over the steps, with ``bars`` also the spread of their seeds at the last of each."""
     cells = seed_cells(rows, ["recipe", "kind", "step"]).assign(quantity=quantity)
-    last = cells[cells["step"] == cells.groupby("recipe")["step"].transform("max")]
+    ends: list[Mark] = []
+    spread = "bands"
+    if bars:
+        spread = "bars"
+        last = cells[cells["step"] == cells.groupby("recipe")["step"].transform("max")]
+        ends = dots(last, "step", color="recipe", data=last)
     label = label or axis_label(quantity)
     title = label.partition(" (")[0].capitalize()
     return course(
         cells,
         # Training and validation losses share their axis.
         label.removeprefix("training ").removeprefix("validation "),
-        *dots(last, "step", color="recipe", data=last),
+        *ends,
         points=quantity != "loss",  # its dots would hide the line
         spread=False,  # bands of several recipes would cover each other
         title=title,
-        caption=cohort.caption(averaged, *cohort.method_notes(), interval=f"bars: {INTERVAL}", pair=PAIR),
+        caption=cohort.caption(averaged, *cohort.method_notes(), interval=f"{spread}: {INTERVAL}", pair=PAIR),
         colors=cohort.labels,
     )
 

@@ -21,10 +21,9 @@ from lorascope.analysis.dial import KEEP, TASK, WHOLE, Dial
 from lorascope.cli.main import main
 from lorascope.export.scaled_parts import read_scales
 from lorascope.inputs import models, tasks
+from lorascope.inputs.text_rows import encode_rows, load_keep
 from lorascope.insight import dial as instrument
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
-from lorascope.insight.measured_rows import BATCH, Divergence, Drift, RowMeasure, TaskLoss, pooled_states
-from lorascope.insight.text_rows import encode_rows, load_keep
 from lorascope.insight.update_parts import (
     PartsOfUpdate,
     ScaledUpdates,
@@ -34,6 +33,7 @@ from lorascope.insight.update_parts import (
     intruder_parts,
 )
 from lorascope.methods import DoRA, Full, HydraLoRA, LoRA, PiSSA
+from lorascope.observe.measured_rows import BATCH, Divergence, Drift, RowMeasure, TaskLoss, pooled_states
 
 ROWS = 64
 QUIET: dict[str, Any] = {"rows": ROWS, "keep_rows": ROWS, "progress": False}

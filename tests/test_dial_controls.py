@@ -14,12 +14,12 @@ import lorascope as ls
 from lorascope.adapters import delta
 from lorascope.analysis.dial import KEEP, TASK, WHOLE, judge_rows
 from lorascope.inputs import tasks
+from lorascope.inputs.text_rows import encode_rows, load_keep
 from lorascope.insight.adapted_base import open_adapted
 from lorascope.insight.dial import DialedModel, tqdm
-from lorascope.insight.measured_rows import Divergence, TaskLoss
-from lorascope.insight.text_rows import encode_rows, load_keep
 from lorascope.insight.update_parts import ScaledUpdates, UpdatePart, group_parts
 from lorascope.methods import LoRA
+from lorascope.observe.measured_rows import Divergence, TaskLoss
 from lorascope.papers.setups import planted_teacher
 
 SEEDS = range(20)

@@ -25,8 +25,9 @@ from lorascope.analysis.rank_prices import Price
 from lorascope.cli.main import main
 from lorascope.export import RankBudget
 from lorascope.inputs import tasks
+from lorascope.inputs.text_rows import encode_rows
+from lorascope.inputs.tokenization import token_losses
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
-from lorascope.insight.measured_rows import TaskLoss
 from lorascope.insight.missing_directions import (
     CONTROL,
     DIRECTIONS,
@@ -37,9 +38,8 @@ from lorascope.insight.missing_directions import (
     reach_of,
 )
 from lorascope.insight.price import make_blocks
-from lorascope.insight.text_rows import encode_rows
 from lorascope.methods import AdaLoRA, DoRA, Full, LoRA, PiSSA, VeRA
-from lorascope.training.evaluation import token_losses
+from lorascope.observe.measured_rows import TaskLoss
 from lorascope.updates import LowRank
 
 ROWS = 256

@@ -17,11 +17,11 @@ from lorascope.adapters import delta
 from lorascope.adapters.host_weights import host_weight
 from lorascope.analysis.gradient_signal import count_directions
 from lorascope.inputs import tasks
+from lorascope.inputs.text_rows import encode_rows
 from lorascope.insight.adapted_base import open_adapted
-from lorascope.insight.measured_rows import TaskLoss
 from lorascope.insight.missing_directions import CONTROL, REAL, find_signals
 from lorascope.insight.price import make_blocks
-from lorascope.insight.text_rows import encode_rows
+from lorascope.observe.measured_rows import TaskLoss
 from lorascope.papers.setups import planted_teacher
 from lorascope.updates import LowRank
 

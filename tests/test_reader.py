@@ -23,9 +23,9 @@ from lorascope.analysis.component_blocks import tied_components
 from lorascope.analysis.reading import COLUMNS, FIRST_WORDS, VERDICTS, Reading
 from lorascope.cli.main import main
 from lorascope.inputs import tasks
+from lorascope.inputs.text_rows import encode_rows
 from lorascope.insight import reader
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
-from lorascope.insight.text_rows import encode_rows
 from lorascope.insight.token_contributions import Margin, contribute, model_inputs, traced_calls
 from lorascope.insight.token_words import find_words
 from lorascope.insight.update_parts import ScaledUpdates, component_parts, slopes_of

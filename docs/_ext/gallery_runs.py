@@ -121,6 +121,13 @@ def train_students(root: Path) -> dict[str, Any]:
             "Adapprox": factored,
             "with guidance": seeds(ls.Adapprox(min_dim=32, lr=3e-3, cosine=True), **drift),
         },
+        "gauged": ls.train(
+            planted_teacher.student(),
+            planted_teacher.task(0),
+            ls.LoRA(rank=4, targets=LINEAR, **STUDENT_LR),
+            root=root,
+            **STUDENT | {"observe": [ls.observe.kl(every=5, keep=planted_teacher.task(1))]},
+        ),
         "moments": seeds(ls.Full(lr=1e-3), observe=[ls.observe.second_moments(), ls.observe.factorings()]),
     }
 

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lorascope.array_types import Int
+from lorascope.array_types import Float, Int
 
 IGNORED = -100
 """Label of tokens that the loss ignores."""
@@ -180,3 +181,23 @@ def class_numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, 
 def groups_of(rows: pd.DataFrame) -> list[str] | None:
     """Return the group of each row of tokenized text or of images, or None without groups."""
     return rows["group"].to_list() if "group" in rows else None
+
+
+def align_targets(
+    logits: Float[Tensor, "rows tokens vocabulary"], labels: Int[Tensor, "rows tokens"], shifted: bool
+) -> tuple[Float[Tensor, "rows targets vocabulary"], Int[Tensor, "rows targets"]]:
+    """Return the logits and labels of the same targets: those of a causal LM predict the next token."""
+    if shifted:
+        return logits[:, :-1], labels[:, 1:]
+    return logits, labels
+
+
+def token_losses(
+    logits: Float[Tensor, "*targets outputs"], labels: Int[Tensor, "*targets"]
+) -> Float[Tensor, "*targets"]:
+    """Compute the negative log-likelihood of every target token or class in nats, 0 at ignored ones."""
+    is_target = labels != IGNORED
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    nll = torch.zeros(labels.shape, dtype=wide, device=labels.device)
+    nll[is_target] = F.cross_entropy(logits[is_target].to(wide), labels[is_target], reduction="none")
+    return nll

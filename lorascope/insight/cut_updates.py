@@ -15,8 +15,8 @@ from lorascope.adapters.activation_patching import Batch, replaced_forwards
 from lorascope.adapters.delta import base_output
 from lorascope.array_types import Float
 from lorascope.insight.dial import NODES
-from lorascope.insight.measured_rows import TaskLoss
 from lorascope.insight.update_parts import PartDirections, ScaledUpdates
+from lorascope.observe.measured_rows import TaskLoss
 
 
 @contextmanager

@@ -42,9 +42,8 @@ from lorascope.analysis.domain_probe import fit_probe
 from lorascope.array_types import Float
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
+from lorascope.inputs.text_rows import encode_rows, load_keep, require_disjoint
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
-from lorascope.insight.measured_rows import Divergence, Drift, ProbeDivergence, RowMeasure, TaskLoss, state_rows
-from lorascope.insight.text_rows import encode_rows, load_keep, require_disjoint
 from lorascope.insight.update_parts import (
     KINDS,
     PartsOfUpdate,
@@ -55,6 +54,7 @@ from lorascope.insight.update_parts import (
     intruder_parts,
     slopes_of,
 )
+from lorascope.observe.measured_rows import Divergence, Drift, ProbeDivergence, RowMeasure, TaskLoss, state_rows
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
 from lorascope.training.settings import Settings

@@ -27,9 +27,8 @@ from lorascope.adapters.activation_patching import Batch
 from lorascope.adapters.host_weights import orient_weight
 from lorascope.analysis.rank_prices import ModuleSignal
 from lorascope.array_types import Float, Int
-from lorascope.inputs.tokenization import IGNORED
-from lorascope.insight.measured_rows import TaskLoss
-from lorascope.training.evaluation import token_losses
+from lorascope.inputs.tokenization import IGNORED, token_losses
+from lorascope.observe.measured_rows import TaskLoss
 from lorascope.updates import LowRank
 
 DIRECTIONS = 6

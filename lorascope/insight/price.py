@@ -35,9 +35,9 @@ from lorascope.analysis.seed_intervals import Estimate, t_estimate
 from lorascope.analysis.track_record import RECORD, add_entries, read_residuals
 from lorascope.array_types import Float
 from lorascope.inputs.tasks import Task
+from lorascope.inputs.text_rows import TextRows, encode_rows
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.cut_updates import component_shares, cut_updates
-from lorascope.insight.measured_rows import TaskLoss
 from lorascope.insight.missing_directions import CONTROL, REAL, find_signals
 from lorascope.insight.retraining import (
     RetrainedSpec,
@@ -47,8 +47,8 @@ from lorascope.insight.retraining import (
     tabulate_runs,
     train_ranks,
 )
-from lorascope.insight.text_rows import TextRows, encode_rows
 from lorascope.insight.update_parts import ScaledUpdates, component_parts
+from lorascope.observe.measured_rows import TaskLoss
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run

@@ -37,12 +37,12 @@ from lorascope.analysis.reading import (
 from lorascope.array_types import Bool, Float, Int
 from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
+from lorascope.inputs.text_rows import TextRows, encode_rows
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
-from lorascope.insight.measured_rows import BATCH
-from lorascope.insight.text_rows import TextRows, encode_rows
 from lorascope.insight.token_contributions import MARKS, Margin, TracedCall, contribute, model_inputs, traced_calls
 from lorascope.insight.token_words import TokenWords, find_words
 from lorascope.insight.update_parts import PartDirections, ScaledUpdates, to_directions
+from lorascope.observe.measured_rows import BATCH
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
 from lorascope.training.settings import Settings

@@ -14,10 +14,9 @@ from torch.nn import functional as F
 
 from lorascope.adapters.activation_patching import Batch, replaced_forwards
 from lorascope.array_types import Float, Int
-from lorascope.inputs.tokenization import IGNORED
-from lorascope.insight.measured_rows import RowMeasure
+from lorascope.inputs.tokenization import IGNORED, align_targets
 from lorascope.insight.update_parts import PartDirections
-from lorascope.training.evaluation import align_targets
+from lorascope.observe.measured_rows import RowMeasure
 
 MARKS = "marks"
 """Key of a batch with the words after whose occurrences outputs are compared."""

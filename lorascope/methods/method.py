@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach, attached_deltas
 from lorascope.inputs.models import missing
+from lorascope.inputs.tasks import Task
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 from lorascope.schema.labels import to_words
@@ -221,6 +222,10 @@ class Step:
         Reason for which an observer asks to stop the training; empty to continue.
     adapter_names : tuple of str, optional
         Names of the PEFT adapters that train, as they were active at the start; by default those active now.
+    task : Task, optional
+        Task of the training; None in the training of another program.
+    max_length : int, optional
+        Maximum number of tokens per text of the task.
     """
 
     index: int
@@ -238,6 +243,8 @@ class Step:
     values: dict[str, tuple[int, Any]] = field(default_factory=dict, repr=False)
     stop: str = ""
     adapter_names: tuple[str, ...] | None = None
+    task: Task | None = field(default=None, repr=False)
+    max_length: int | None = None
 
     @property
     def finished(self) -> int:

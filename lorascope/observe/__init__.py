@@ -7,6 +7,7 @@ Other packages add observers through the entry point group ``lorascope.observers
 class statement.
 """
 
+from lorascope.observe.distance_from_base import kl
 from lorascope.observe.factor_snapshots import factors, factors_of
 from lorascope.observe.fault_alarms import alarms
 from lorascope.observe.gradient_norms import gradients
@@ -29,6 +30,7 @@ __all__ = [
     "factors",
     "factors_of",
     "gradients",
+    "kl",
     "memory",
     "neurons",
     "norms",

@@ -22,6 +22,7 @@ from lorascope.plots.factor_embeddings import factor_embedding as factor_embeddi
 from lorascope.plots.figure_registry import FIGURES as FIGURES
 from lorascope.plots.figure_registry import Figure as Figure
 from lorascope.plots.figure_registry import available as available
+from lorascope.plots.forgetting_course import kl as kl
 from lorascope.plots.fork_courses import forks as forks
 from lorascope.plots.fourier import fourier_spectrum as fourier_spectrum
 from lorascope.plots.fourier import frequency_bias as frequency_bias

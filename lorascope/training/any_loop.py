@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
+from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import default_if_none, is_integer
 from lorascope.methods.method import Step, trained_parameters
-from lorascope.observe import Observer, norms
+from lorascope.observe import Observer
 from lorascope.observe.observer import require_observers
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
@@ -27,6 +28,7 @@ from lorascope.training.base_weights import Base
 from lorascope.training.curve_report import CurveReport
 from lorascope.training.foreign_loop import (
     describe_recipe,
+    foreign_observers,
     reject_distributed_stop,
     run_manifest,
     step_of,
@@ -52,6 +54,7 @@ def record(
     seed: int | None = None,
     task: str | None = None,
     report_to: str | Sequence[str] | None = None,
+    kl: str | Path | Task | None = None,
 ) -> LoopRecorder:
     """Record a training in any PyTorch loop, as ``TrainerRecorder`` does under a Trainer.
 
@@ -80,6 +83,8 @@ def record(
         Name of the data.
     report_to : str or sequence of str, optional
         Trackers that show the values of the training, as in ``train``.
+    kl : str, path or Task, optional
+        Text on which the model should stay as it was: adds ``observe.kl(keep=kl)`` to the observers.
 
     Returns
     -------
@@ -103,7 +108,7 @@ def record(
     ...         optimizer.zero_grad()
     """
     report = tracker_report(tracker_names(report_to))
-    observers = default_if_none(observe, (norms(),))
+    observers = foreign_observers(observe, kl)
     return LoopRecorder(model, optimizer, Path(out), observers, steps, seed, task, report)
 
 

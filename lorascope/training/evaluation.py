@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lorascope.array_types import Bool, Float, Int, Int8
 from lorascope.files.predictions import quantize_margins
-from lorascope.inputs.tokenization import IGNORED, EncodedRows
+from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,26 +104,6 @@ def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device 
     if encoded.classes is None and encoded.choices is None:
         return Score("perplexity", nll, counts, None, encoded.groups)
     return Score("accuracy", nll, counts, margins > 0, encoded.groups, margins)
-
-
-def align_targets(
-    logits: Float[Tensor, "rows tokens vocabulary"], labels: Int[Tensor, "rows tokens"], shifted: bool
-) -> tuple[Float[Tensor, "rows targets vocabulary"], Int[Tensor, "rows targets"]]:
-    """Return the logits and labels of the same targets: those of a causal LM predict the next token."""
-    if shifted:
-        return logits[:, :-1], labels[:, 1:]
-    return logits, labels
-
-
-def token_losses(
-    logits: Float[Tensor, "*targets outputs"], labels: Int[Tensor, "*targets"]
-) -> Float[Tensor, "*targets"]:
-    """Compute the negative log-likelihood of every target token or class in nats, 0 at ignored ones."""
-    is_target = labels != IGNORED
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    nll = torch.zeros(labels.shape, dtype=wide, device=labels.device)
-    nll[is_target] = F.cross_entropy(logits[is_target].to(wide), labels[is_target], reduction="none")
-    return nll
 
 
 def _score_tokens(

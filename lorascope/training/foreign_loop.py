@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,8 +17,11 @@ from torch import distributed, nn
 from lorascope.adapters.delta import adapters, frozen_parameters
 from lorascope.adapters.peft_layers import active_adapters, is_peft_layer, unreadable_adapters
 from lorascope.files.printable import first_of
+from lorascope.inputs.tasks import Task
+from lorascope.methods.field_checks import default_if_none
 from lorascope.methods.method import Method, Step
-from lorascope.observe.observer import Observer
+from lorascope.observe import kl, norms
+from lorascope.observe.observer import Observer, require_observers
 from lorascope.runs.manifest import Manifest
 from lorascope.training.base_weights import Base
 from lorascope.training.run_spec import circumstances
@@ -46,6 +50,15 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, base: Base, modu
 
 def _fail(where: str, source: str, *_: Any) -> Any:
     raise ValueError(f"cannot access {source} {where}; train with ls.train")
+
+
+def foreign_observers(observe: Sequence[Observer] | None, keep: str | Path | Task | None) -> tuple[Observer, ...]:
+    """Return the observers of a foreign loop, ``[norms()]`` by default, with ``kl`` if there is text to keep."""
+    observers = default_if_none(observe, (norms(),))
+    require_observers(observers)
+    if keep is None:
+        return tuple(observers)
+    return (*observers, kl(keep=keep))
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

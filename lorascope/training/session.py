@@ -77,6 +77,7 @@ class Session(Recording):
         self.checkpoints = Checkpoints(path)
         sources = self._batch_loss, self._draw_validation, self._held_out_batch
         step = Step(-1, plan.settings.steps, model, self.optimizer, base, modules, *sources)
+        step.task, step.max_length = plan.task, plan.settings.max_length
         meta = plan.meta(step, self.method, parents, device)
         super().__init__(path, meta, step, self.method, plan.observers, tracker_report(trackers))
 

@@ -10,13 +10,18 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
-from lorascope.methods.field_checks import default_if_none
-from lorascope.observe import Observer, norms
-from lorascope.observe.observer import require_observers
+from lorascope.inputs.tasks import Task
+from lorascope.observe import Observer
 from lorascope.schema import module_table
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
-from lorascope.training.foreign_loop import reject_distributed_stop, step_of, unwrap_optimizer, warn_unreadable
+from lorascope.training.foreign_loop import (
+    foreign_observers,
+    reject_distributed_stop,
+    step_of,
+    unwrap_optimizer,
+    warn_unreadable,
+)
 from lorascope.training.hf_trainer.method_callback import (
     LOOP,
     MARKER,
@@ -49,15 +54,20 @@ class TrainerRecorder(TrainerCallback):
         Observers; ``[observe.norms()]`` by default. ``neurons`` and ``utilization`` are rejected: no held-out text.
     report : bool
         Send the recorded values, pooled by layer and role, to the ``report_to`` of the Trainer, as ``lorascope/...``.
+    kl : str, path or Task, optional
+        Text on which the model should stay as it was: adds ``observe.kl(keep=kl)`` to the observers.
     """
 
     def __init__(
-        self, out: str | Path | None = None, observe: Sequence[Observer] | None = None, *, report: bool = False
+        self,
+        out: str | Path | None = None,
+        observe: Sequence[Observer] | None = None,
+        *,
+        report: bool = False,
+        kl: str | Path | Task | None = None,
     ) -> None:
         self.out = None if out is None else Path(out)
-        observers = default_if_none(observe, (norms(),))
-        require_observers(observers)
-        self.observers = tuple(observers)
+        self.observers = foreign_observers(observe, kl)
         self.report = report
         self._recording: ForeignRecording | None = None
 

@@ -17,8 +17,7 @@ from lorascope.adapters.activation_patching import Batch, Move, moved_measures
 from lorascope.analysis.dial import MeasuredRows
 from lorascope.analysis.domain_probe import DomainProbe
 from lorascope.array_types import Float, Int
-from lorascope.inputs.tokenization import IGNORED, EncodedRows
-from lorascope.training.evaluation import align_targets, token_losses
+from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
 
 BATCH = 32
 _REFERENCE = "reference"  # key of a batch with what the base returns on it
@@ -41,11 +40,13 @@ class RowMeasure(ABC):
 
     def __init__(self, model: nn.Module, encoded: EncodedRows, table: pd.DataFrame) -> None:
         self.model, self.shifted = model, encoded.shifted
+        device = next(model.parameters()).device
         # Rows of similar length are batched together.
         self.order = np.argsort(encoded.lengths, kind="stable")
         self.batches: list[Batch] = []
         for start in range(0, len(self.order), BATCH):
-            self.batches.append(encoded.batch(self.order[start : start + BATCH]))
+            rows = encoded.batch(self.order[start : start + BATCH])
+            self.batches.append({key: value.to(device) for key, value in rows.items()})
         self.receipt = f"{len(table)} rows {hash_rows(table)}"
         self.clusters = np.arange(len(table))
         if "cluster" in table:
@@ -100,7 +101,7 @@ class RowMeasure(ABC):
         return total
 
     def _in_order(self, batches: Any) -> Float[np.ndarray, "row"]:
-        values = torch.cat(list(batches)).double().numpy()
+        values = torch.cat(list(batches)).double().cpu().numpy()
         ordered = np.empty(len(values))
         ordered[self.order] = values
         return ordered

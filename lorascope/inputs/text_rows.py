@@ -62,12 +62,17 @@ def load_keep(keep: str | Path | Task | None, task: Task, model: nn.Module) -> T
     """
     if keep is None:
         keep = _other_domains(task)
+    return load_text(keep, model, task.classifies)
+
+
+def load_text(keep: str | Path | Task, model: nn.Module, classifies: bool) -> Task:
+    """Return text without labels in a form for the model; ``classifies`` is whether it has a head for classes."""
     if not isinstance(keep, Task):
         keep = tasks.load(keep)
     columns = [column for column in ("text", "pair", "cluster", "split", "draw") if column in keep.table]
     if "text" not in keep.table:  # images, or prompts whose responses are the targets
         return keep.fit(model)
-    if task.classifies:  # labels are required to encode, but not used
+    if classifies:  # labels are required to encode, but not used
         return replace(keep, kind="classification", labels=("",), table=keep.table[columns].assign(label=""))
     if not getattr(model.config, "is_encoder_decoder", False):
         return replace(keep, kind="lm", labels=(), table=keep.table[columns].drop(columns="pair", errors="ignore"))

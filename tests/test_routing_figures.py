@@ -43,23 +43,26 @@ def test_gates_cell_is_the_gate_of_a_domain_minus_a_uniform_weight(tmp_path):
     chart = plots.gates(routed(tmp_path, "a", shift=0.1))
     found = lookup(chart, "layer", "column", "domain")
     assert len(found) == 2 * 3 * 2
-    assert found["0", "ffn_in 0", "film"] == pytest.approx(0.5 - 1 / 3)
-    assert found["1", "ffn_in 1", "film"] == pytest.approx(0.3 - 0.1 - 1 / 3)
-    assert found["0", "ffn_in 2", "music"] == pytest.approx(0.6 - 1 / 3)
+    assert found["0", "ffn_in 0", "film"] == pytest.approx(100 * (0.5 - 1 / 3))
+    assert found["1", "ffn_in 1", "film"] == pytest.approx(100 * (0.3 - 0.1 - 1 / 3))
+    assert found["0", "ffn_in 2", "music"] == pytest.approx(100 * (0.6 - 1 / 3))
     assert (chart.frame, chart.x.order, chart.y.order) == (
         "layer", ("ffn_in 0", "ffn_in 1", "ffn_in 2"), ("film", "music"),
     )  # fmt: skip
     heat = chart.marks[0]
     assert isinstance(heat, Heat)
     assert heat.scale == "diverging"
-    assert heat.limits == pytest.approx((-0.6 + 1 / 3, 0.6 - 1 / 3))
-    assert "after step 9. One run (seed 0)" in chart.caption
+    assert heat.limits == pytest.approx((-100 * (0.6 - 1 / 3), 100 * (0.6 - 1 / 3)))
+    assert heat.text == "+.0f"
+    assert chart.title.endswith("Hydra, information on the group 0.25 nats (shuffled 0.01)")  # of 0.2 and 0.3
+    assert "after step 9." in chart.caption
+    assert "One run (seed 0)" in chart.caption
 
 
 def test_gates_at_step_zero_are_available_and_unsaved_steps_raise(tmp_path):
     run = routed(tmp_path, "a")
     early = lookup(plots.gates(run, step=0), "layer", "column", "domain")
-    assert early["0", "ffn_in 2", "music"] == pytest.approx(0.1 * (0.6 - 1 / 3))
+    assert early["0", "ffn_in 2", "music"] == pytest.approx(10 * (0.6 - 1 / 3))
     with pytest.raises(ValueError, match=r"step must be one of 0, 9.*got 4"):
         plots.gates(run, step=4)
 
@@ -75,15 +78,15 @@ def test_gates_draw_the_first_of_several_seeds(tmp_path):
     """The experts of different seeds do not correspond, so they are not averaged."""
     runs = [routed(tmp_path, f"s{seed}", 0.1 * seed, seed) for seed in range(2)]
     assert "seed 0" in plots.gates(runs).caption
-    assert lookup(plots.gates(runs), "layer", "column", "domain")["1", "ffn_in 0", "film"] == pytest.approx(1 / 6)
+    assert lookup(plots.gates(runs), "layer", "column", "domain")["1", "ffn_in 0", "film"] == pytest.approx(100 / 6)
 
 
 def test_gates_stack_recipes_with_one_color_scale(tmp_path):
     panels = plots.gates(routed(tmp_path, "a"), control=routed(tmp_path, "b", shift=0.3, label="other"))
     (one,), (other,) = panels.rows()
-    assert (one.title, other.title) == ("Hydra", "control: other")
+    assert [chart.title.partition(", ")[0] for chart in (one, other)] == ["Hydra", "control: other"]
     assert one.marks[0].limits == other.marks[0].limits
-    assert one.marks[0].limits[1] == pytest.approx(0.5 + 0.3 - 1 / 3)
+    assert one.marks[0].limits[1] == pytest.approx(100 * (0.5 + 0.3 - 1 / 3))
 
 
 def test_gate_course_is_the_mean_over_modules_with_a_band_over_seeds(tmp_path):

@@ -23,15 +23,15 @@ _COURSES = {
     "gate_entropy": ("Entropy per token", "entropy (nats)"),
     "gate_information": ("Information on the group", "information (nats)"),
 }
-_MOST_NUMBERED = 6  # largest number of columns whose cells have room for numbers
+_MOST_NUMBERED = 16  # largest number of columns whose cells have room for numbers
 
 
 @figure(
     topic="routers",
     needs=("gate_information",),
     reads="Each cell is the mean gate weight of an expert on one group of texts (a domain or a task) minus a uniform "
-    "weight, in one layer. Rows that differ within an expert mean group-specific routing; equal rows mean that all "
-    "groups prefer the expert.",
+    "weight, in one layer. Rows that differ within an expert mean group-specific routing, if the information in the "
+    "title exceeds that of shuffled groups; equal rows mean that all groups prefer the expert.",
     misleads="Experts of different layers or seeds do not correspond, so one run is drawn, and random routers also "
     "separate groups slightly: compare with step 0. Means hide tokens that are routed sharply to different experts: "
     "check gate_course.",
@@ -56,24 +56,25 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     largest = float(pd.concat(gates_by_group)["value"].abs().max())
     panels = []
     for group, cells in zip(cohort.groups, gates_by_group, strict=True):
+        run, last = group.runs[0], cells["step"].iloc[0]
         experts = sorted(cells["head"].unique())
         columns = [f"{role} {expert}" for role in used_roles(cells) for expert in experts]
-        numbers = ".2f" if len(columns) <= _MOST_NUMBERED else None
-        definition = (
-            f"Mean gate weight of each expert over held-out tokens of a group, minus 1/{len(experts)}; modules of "
-            f"a role pooled by mean; after step {cells['step'].iloc[0]}."
+        numbers = "+.0f" if len(columns) <= _MOST_NUMBERED else None
+        sentences = (
+            f"Mean gate weight of each expert over held-out tokens of a group, minus 1/{len(experts)}, in percentage "
+            f"points; modules of a role pooled by mean; after step {last}. {define('gate_information')} Shuffled: the "
+            "same with permuted groups of the texts."
         )
-        seed = group.runs[0].meta.seed
-        run = "One run" if seed is None else f"One run (seed {seed})"
+        sample = "One run" if run.meta.seed is None else f"One run (seed {run.meta.seed})"
         limits = (-largest, largest)  # one scale for all panels
         panels.append(
             Chart(
                 cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),
-                [Heat("column", "domain", "value", f"gate − 1/{len(experts)}", numbers, "diverging", limits)],
-                title=group.label,
+                [Heat("column", "domain", "value", f"gate − 1/{len(experts)} (points)", numbers, "diverging", limits)],
+                title=f"{group.label}, {_information(run, last)}",
                 x=Axis(label="role and expert", order=columns),
-                y=Axis(label="group", order=sorted(cells["domain"].unique())),
-                caption=f"{definition} {run}, so no interval.",
+                y=Axis(label="group", order=sorted(cells["domain"].unique()), compact=True),
+                caption=f"{sentences} {sample}, so no interval.",
                 frame="layer",
             )
         )
@@ -116,7 +117,7 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
 
 
 def _gates_by_group(run: Result, step: int | None) -> pd.DataFrame:
-    """Return the gate weights of a run by group, and in ``value`` minus uniform ones, by layer and role."""
+    """Return the gate weights of a run by group, and in ``value`` minus uniform ones in points, by layer and role."""
     rows = run.table[run.table["quantity"] == "gate_information"].drop_duplicates("module")
     names = [f"{module}/gate_by_domain" for module in rows["module"]]
     saved = run.snapshot_steps(names[0])  # all modules are saved at the same steps
@@ -131,7 +132,15 @@ def _gates_by_group(run: Result, step: int | None) -> pd.DataFrame:
         tables.append(run.snapshot(name, step).assign(layer=str(position), role=role))
     keys = ["step", "layer", "role", "domain", "head"]
     cells = pd.concat(tables).groupby(keys, sort=False)["value"].mean().rename("gate").reset_index()
-    return cells.assign(value=cells["gate"] - 1 / cells["head"].nunique())
+    return cells.assign(value=100 * (cells["gate"] - 1 / cells["head"].nunique()))
+
+
+def _information(run: Result, step: int) -> str:
+    """Return the information of the gates on the group at a step, and that with shuffled groups, as text."""
+    rows = run.table[run.table["step"] == step].astype({"quantity": "str"})
+    means = rows.groupby("quantity")["value"].mean()
+    shuffled = f" (shuffled {means['gate_chance']:.2g})" if "gate_chance" in means else ""
+    return f"information on the group {means['gate_information']:.2g} nats{shuffled}"
 
 
 def _module_means(cohort: Cohort, quantity: str) -> pd.DataFrame:

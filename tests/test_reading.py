@@ -30,7 +30,7 @@ from lorascope.runs.receipt import Receipt
 ROWS = 300
 
 
-def occurrences(word: Any, row: Any, clusters: Any = None, base_correct: float = 0.0) -> WordOccurrences:
+def occurrences(word: Any, row: Any, clusters: Any = None, gains: Any = None) -> WordOccurrences:
     rows = np.max(row) + 1
     words = tuple(f"word {number}" for number in range(np.max(word) + 1))
     return WordOccurrences(
@@ -38,8 +38,7 @@ def occurrences(word: Any, row: Any, clusters: Any = None, base_correct: float =
         np.array(word),
         np.array(row),
         np.ones(rows),
-        np.ones(rows),
-        np.full(rows, base_correct),
+        np.ones(rows) if gains is None else np.array(gains),
         np.arange(rows) if clusters is None else np.array(clusters),
     )
 
@@ -79,6 +78,13 @@ def test_the_rank_among_random_components_ignores_their_sign() -> None:
     assert table["random_p"].item() == 0.5
     assert np.isnan(table["t"].item())  # no spread
     assert table["p"].item() == 0
+
+
+def test_a_word_is_learned_if_the_margin_of_its_rows_rises() -> None:
+    """A row counts once for each of its words."""
+    words = occurrences([0, 0, 0, 1, 1], [0, 0, 1, 1, 2], gains=[1.0, -1.5, 2.0])
+    assert not words.has_learned(0)
+    assert words.has_learned(1)
 
 
 def table_of(**columns: Any) -> pd.DataFrame:

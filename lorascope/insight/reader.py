@@ -107,9 +107,9 @@ def read(
     with evaluation_mode(adapted.base), tqdm(desc="read", unit="pass", disable=not progress, leave=False) as bar:
         margin = Margin(adapted.base, *measured)
         # What the base predicts is measured before its adapter is attached.
-        base_correct = margin.correct()
+        base_margins = margin.values()
         attach(adapted.base, adapted.deltas)
-        occurrences = _count_occurrences(words, margin, base_correct)
+        occurrences = _count_occurrences(words, margin, margin.values() - base_margins)
         if not occurrences.testable().any():
             raise ValueError(
                 f"cannot read on {adapted.task.name}: no word occurs {FEWEST_OCCURRENCES} times in the "
@@ -153,15 +153,13 @@ def _token_ids(rows: TextRows) -> list[list[int]]:
     return encoded.tokens["input_ids"]
 
 
-def _count_occurrences(words: TokenWords, margin: Margin, base_correct: Float[np.ndarray, "row"]) -> WordOccurrences:
-    """Return the occurrences of all words but special tokens; the adapter is attached."""
+def _count_occurrences(words: TokenWords, margin: Margin, gains: Float[np.ndarray, "row"]) -> WordOccurrences:
+    """Return the occurrences of all words but special tokens."""
     mask = _are_words(words)
     # As objects, because the longest word would set the width of all.
     texts = np.array(words.texts, dtype=object)[mask]
     names, numbers = np.unique(texts.astype(str), return_inverse=True)
-    return WordOccurrences(
-        tuple(names.tolist()), numbers, words.row[mask], margin.counts, margin.correct(), base_correct, margin.clusters
-    )
+    return WordOccurrences(tuple(names.tolist()), numbers, words.row[mask], margin.counts, gains, margin.clusters)
 
 
 def _are_words(words: TokenWords) -> Bool[np.ndarray, "occurrence"]:

@@ -7,27 +7,18 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorascope.adapters.activation_patching import Batch, replaced_forwards
-from lorascope.array_types import Float, Int
+from lorascope.array_types import Float
 from lorascope.inputs.tokenization import IGNORED, align_targets
 from lorascope.insight.update_parts import PartDirections
 from lorascope.observe.measured_rows import RowMeasure
 
 MARKS = "marks"
 """Key of a batch with the words after whose occurrences outputs are compared."""
-
-
-class _Targets(NamedTuple):
-    """Targets of a batch: the logits from which each is predicted, its label, and its row."""
-
-    logits: Float[Tensor, "target outputs"]
-    labels: Int[Tensor, "target"]
-    rows: Int[Tensor, "target"]
 
 
 class Margin(RowMeasure):
@@ -38,22 +29,6 @@ class Margin(RowMeasure):
 
     def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
         """Measure the margin of a batch."""
-        targets = self._targets(batch)
-        label = targets.labels[:, None]
-        other_outputs = targets.logits.scatter(1, label, -torch.inf).logsumexp(1)
-        return _sum_by_row(targets.logits.gather(1, label)[:, 0] - other_outputs, targets.rows, len(batch["labels"]))
-
-    @torch.no_grad()
-    def correct(self) -> Float[np.ndarray, "row"]:
-        """Return the number of targets in each row whose label has the largest logit."""
-        return self._in_order(self._count_correct(batch) for batch in self.batches)
-
-    def _count_correct(self, batch: Batch) -> Float[Tensor, "rows"]:
-        targets = self._targets(batch)
-        is_correct = targets.logits.argmax(1) == targets.labels
-        return _sum_by_row(is_correct.to(targets.logits), targets.rows, len(batch["labels"]))
-
-    def _targets(self, batch: Batch) -> _Targets:
         logits, labels = self.model(**model_inputs(batch)).logits, batch["labels"]
         if labels.ndim == 1:
             rows = torch.arange(len(labels))
@@ -63,11 +38,10 @@ class Margin(RowMeasure):
             # A row of a language model has as many targets as its response has tokens.
             rows = is_target.nonzero()[:, 0]
             logits, labels = logits[is_target], labels[is_target]
-        return _Targets(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, rows)
-
-
-def _sum_by_row(values: Float[Tensor, "target"], rows: Int[Tensor, "target"], number: int) -> Float[Tensor, "rows"]:
-    return values.new_zeros(number).index_add(0, rows, values)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        label = labels[:, None]
+        margins = logits.gather(1, label)[:, 0] - logits.scatter(1, label, -torch.inf).logsumexp(1)
+        return margins.new_zeros(len(batch["labels"])).index_add(0, rows, margins)
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> Batch:

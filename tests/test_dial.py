@@ -25,9 +25,11 @@ from lorascope.inputs.text_rows import encode_rows, load_keep
 from lorascope.insight import dial as instrument
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.update_parts import (
+    PartDirections,
     PartsOfUpdate,
     ScaledUpdates,
     UpdatePart,
+    add_random_controls,
     component_parts,
     group_parts,
     intruder_parts,
@@ -37,7 +39,6 @@ from lorascope.observe.measured_rows import BATCH, Divergence, Drift, RowMeasure
 
 ROWS = 64
 QUIET: dict[str, Any] = {"rows": ROWS, "keep_rows": ROWS, "progress": False}
-FINDERS = {"component": component_parts, "intruder": intruder_parts}
 METHODS = {
     "lora": LoRA(rank=3, alpha=12.0, targets=("q", "ffn_out"), lr=1e-2, head_lr=1e-2),
     "dora": DoRA(rank=2, alpha=8.0, targets=("q", "ffn_out"), lr=1e-2, head_lr=1e-2),
@@ -76,8 +77,11 @@ def opened(
 
 
 def divide(model: nn.Module, updates: Any, by: str) -> PartsOfUpdate:
-    if by in FINDERS:
-        return FINDERS[by](model, updates)
+    if by == "intruder":
+        return intruder_parts(model, updates)
+    if by == "component":
+        components = component_parts(model, updates)
+        return add_random_controls(components, set(components.parts))
     return group_parts(model, updates, by)
 
 
@@ -234,8 +238,8 @@ def test_path_shares_add_up_to_the_effect_of_the_whole(
         whole = result.summary().iloc[0]
         for name in ("learn", "forget"):
             assert whole[f"{name}_share"] == pytest.approx(whole[name], rel=0.01, abs=1e-6)
-            parts = result.summary()[f"{name}_share"].iloc[1:]
-            assert parts.sum() == pytest.approx(whole[f"{name}_share"])
+            parts = result.summary().query("not control").iloc[1:]
+            assert parts[f"{name}_share"].sum() == pytest.approx(whole[f"{name}_share"])
 
 
 @pytest.mark.parametrize("by", [WHOLE, "intruder"])
@@ -245,6 +249,50 @@ def test_parts_that_do_not_divide_the_update_give_the_whole_no_share(
     whole = ls.dial(*opened, task, keep, by=by, **QUIET).summary().iloc[0]
     assert whole["learn"] != 0
     assert np.isnan([whole["learn_share"], whole["forget_share"], whole["learn_slope"], whole["forget_slope"]]).all()
+
+
+def test_controls_of_components_are_as_large_and_in_the_span_of_the_update(
+    opened: tuple[ls.Run, str], task: tasks.Task
+) -> None:
+    adapted = open_adapted(*opened, task, "last")
+    components = component_parts(adapted.base, adapted.updates)
+    parts, directions = add_random_controls(components, set(components.parts[::2]))
+    assert [part for part in parts if not part.control] == components.parts
+    for component in components.parts[::2]:
+        control = parts[parts.index(component) + 1]
+        (module,) = component.modules
+        assert (control.control, control.modules, control.energy) == (True, component.modules, component.energy)
+        drawn, own = directions[module], components.directions[module]
+        assert drawn.size[control.direction] == own.size[component.direction]
+        for vectors, basis in ((drawn.U, own.U), (drawn.V, own.V)):
+            coordinates = basis.T @ vectors[:, control.direction]
+            np.testing.assert_allclose(basis @ coordinates, vectors[:, control.direction], atol=1e-5)
+            assert coordinates.norm() == pytest.approx(1, abs=1e-5)
+            assert coordinates.abs().max() < 0.9999  # no component of the update
+
+
+def test_a_single_component_has_no_random_control() -> None:
+    component = UpdatePart("q 1", ("q",), direction=0)
+    update = PartsOfUpdate([component], {"q": PartDirections(torch.ones(4, 1), torch.ones(1), torch.ones(3, 1))})
+    assert add_random_controls(update, {component}).parts == [component]
+
+
+def test_every_removed_component_is_judged_next_to_its_control(
+    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+) -> None:
+    result = ls.dial(*opened, task, keep, by="component", exact=2, **QUIET)
+    summary = result.summary()
+    controls = summary[summary["control"]]
+    assert len(controls) == 2
+    components = summary.loc[controls.index - 1]
+    assert (components["part"] + ", control").to_list() == controls["part"].to_list()
+    assert components["exact"].all()
+    assert controls["exact"].all()
+    assert controls["best_scale"].isna().all()
+    assert (controls["verdict"] != "").all()
+    assert "\n  controls " in repr(result)
+    number = (~summary["control"]).sum() - 1
+    assert result.learn_margin == pytest.approx(abs(summary["learn"].iloc[0]) / max(number, 10))
 
 
 def test_drift_is_one_minus_the_cosine(bert: str, task: tasks.Task, keep: tasks.Task) -> None:

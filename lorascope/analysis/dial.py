@@ -119,9 +119,9 @@ class Dial:
         DataFrame
             ``part, module, layer, role, component`` (from 1), ``energy`` (fraction of the squared norm), ``learn,
             learn_low, learn_high`` (nats), ``forget, forget_low, forget_high`` (nats or drift), ``kl`` (nats; NaN
-            without a probe), ``learn_share, forget_share`` (path shares, which add up), ``learn_slope, forget_slope``
-            (per unit of scale), ``exact`` (whether the part was removed), ``control``, ``best_scale`` (NaN without a
-            curve), ``verdict``, ``rows_needed``.
+            without a probe), ``learn_share, forget_share`` (path shares; those of parts add up, controls excluded),
+            ``learn_slope, forget_slope`` (per unit of scale), ``exact`` (whether the part was removed), ``control``,
+            ``best_scale`` (NaN without a curve), ``verdict``, ``rows_needed``.
         """
         return self.parts.copy()
 
@@ -202,11 +202,12 @@ class Dial:
             f"  learn    {_format_interval(whole, 'learn')} nats",
             f"  forget   {_format_interval(whole, 'forget')} {self.unit}",
         ]
-        judged = self.parts[self.parts["exact"] & ~self.parts["control"] & (self.parts["part"] != WHOLE)]
-        counts = judged["verdict"].value_counts()
-        verdicts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts]
-        if verdicts:
-            lines.append(f"  parts    {', '.join(verdicts)}")
+        removed = self.parts[self.parts["exact"] & (self.parts["part"] != WHOLE)]
+        for name, is_control in (("parts", False), ("controls", True)):
+            counts = removed.loc[removed["control"] == is_control, "verdict"].value_counts()
+            verdicts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts]
+            if verdicts:
+                lines.append(f"  {name:<8} {', '.join(verdicts)}")
         scales = [f"{part}: {scale:g}" for part, scale in self.best().items()]
         if len(scales) > _MOST_SCALES:
             scales[_MOST_SCALES:] = [f"and {len(scales) - _MOST_SCALES} more, see best()"]
@@ -303,7 +304,7 @@ def dial_of_rows(
         Increase of the task loss that a best scale may cost, by default the even share of a part.
     receipt : Receipt
     """
-    number = len(parts) - 1
+    number = int((~parts["control"]).sum()) - 1  # without the whole
     effects = _effects(measured, rows)
     whole = effects[WHOLE]
     margins = even_share(whole.learn.mean, number), even_share(whole.forget.mean, number)

@@ -49,6 +49,7 @@ from lorascope.insight.update_parts import (
     PartsOfUpdate,
     ScaledUpdates,
     UpdatePart,
+    add_random_controls,
     component_parts,
     group_parts,
     intruder_parts,
@@ -95,8 +96,8 @@ def dial(
         than the task's. A language model is compared with its base by KL divergence, an encoder with a new head by the
         drift of its mean hidden state.
     by : {"module", "component", "layer", "role", "intruder", "whole"}
-        Parts of the update: modules, singular components, layers, roles, intruder dimensions with equally large
-        controls, or only the whole.
+        Parts of the update: modules, singular components with random controls, layers, roles, intruder dimensions with
+        equally large controls, or only the whole.
     rows, keep_rows : int
         Maximum numbers of rows.
     scales : sequence of float
@@ -145,21 +146,24 @@ def dial(
         if probe := texts.probe():
             measures[PROBE] = probe
         attach(adapted.base, adapted.deltas)
+        removed = parts
+        if selecting:
+            updates = ScaledUpdates(adapted.base, adapted.deltas, directions)
+            largest = set(DialedModel(updates, selecting, bar).largest_shares(parts, exact))
+            parts, directions = add_random_controls(PartsOfUpdate(parts, directions), largest)
+            removed = [part for part in parts if part in largest or part.control]
         dialed = DialedModel(ScaledUpdates(adapted.base, adapted.deltas, directions), measures, bar)
         whole = UpdatePart(WHOLE, tuple(adapted.deltas), energy=1.0)
         values = dialed.curve(whole, scales)
-        removed = parts
-        if selecting:
-            removed = DialedModel(dialed.updates, selecting, bar).largest_shares(parts, exact)
         values += dialed.removals(removed)
         axes: dict[str, MeasuredRows] = {}
         for axis, measure in measures.items():
             axes[axis] = measure.rows()
         controls = {part.name for part in removed if part.control}
-        verdicts = judge_rows(values, axes, len(parts), controls)
-        # Most parts need no other scale, and a curve takes as long as four removals.
+        verdicts = judge_rows(values, axes, len(parts) - len(controls), controls)
+        # Most parts need no other scale, and a curve takes as long as four removals. Controls are never shipped.
         for part in removed:
-            if verdicts[part.name] in SCALED:
+            if verdicts[part.name] in SCALED and not part.control:
                 values += dialed.curve(part, [scale for scale in scales if scale != 0])
         shares, slopes = dialed.path_shares(parts), dialed.slopes(parts, 1.0)
     receipt = Receipt(
@@ -172,9 +176,10 @@ def dial(
     described = pd.DataFrame([part.to_row() for part in (whole, *parts)])
     # Intruder dimensions are only some of the update, so their shares do not add up to that of the whole.
     divided = 1.0 if parts and by != "intruder" else np.nan
+    is_part = ~described["control"].to_numpy()[1:]
     for axis, name in ((TASK, "learn"), (KEEP, "forget")):
-        described[f"{name}_share"] = [divided * shares[axis].sum(), *shares[axis]]
-        described[f"{name}_slope"] = [divided * slopes[axis].sum(), *slopes[axis]]
+        described[f"{name}_share"] = [divided * shares[axis][is_part].sum(), *shares[axis]]
+        described[f"{name}_slope"] = [divided * slopes[axis][is_part].sum(), *slopes[axis]]
     return dial_of_rows(run.label, values, axes, described, margin, receipt)
 
 

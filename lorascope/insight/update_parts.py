@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -121,6 +121,27 @@ def component_parts(model: nn.Module, updates: Mapping[str, Update]) -> PartsOfU
         for index, energy in enumerate(shares.tolist()):
             name = f"{module} {index + 1}"
             parts.append(UpdatePart(name, (module,), layer, role, index, index + 1, energy))
+    return PartsOfUpdate(parts, directions)
+
+
+def add_random_controls(components: PartsOfUpdate, controlled: Set[UpdatePart]) -> PartsOfUpdate:
+    """Add a control after some components: random directions inside the span of the update, with the same sigma.
+
+    In a module with singular vectors U (out, k) and V (in, k), the control of component i is ``sigma_i (U a) (V b)^T``
+    with random unit vectors a and b (k,). One component spans no other direction, so it has no control.
+    """
+    generator = torch.Generator().manual_seed(0)
+    directions = {}
+    for module, (U, size, V) in components.directions.items():
+        a, b = F.normalize(torch.randn(2, len(size), len(size), generator=generator), dim=1).to(U)
+        directions[module] = PartDirections(torch.cat([U, U @ a], 1), size.repeat(2), torch.cat([V, V @ b], 1))
+    parts = []
+    for part in components.parts:
+        parts.append(part)
+        number = len(components.directions[part.modules[0]].size)
+        if part in controlled and part.direction is not None and number > 1:
+            index = number + part.direction
+            parts.append(replace(part, name=f"{part.name}, control", direction=index, control=True))
     return PartsOfUpdate(parts, directions)
 
 

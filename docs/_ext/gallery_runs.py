@@ -116,6 +116,12 @@ def train_students(root: Path) -> dict[str, Any]:
             "equal weights": seeds(ls.LISA(n_active=2, interval=5, lr=3e-3)),
             "weights 4, 3, 2, 1": seeds(ls.LISA(n_active=2, interval=5, weights=(4, 3, 2, 1), lr=3e-3)),
         },
+        "lisa_grid": [
+            run
+            for blocks in (0, 1, 2)
+            for interval in (5, 50)
+            for run in seeds(ls.LISA(n_active=blocks, interval=interval, lr=3e-3))
+        ],
         "factored": factored,
         "guided": {
             "Adapprox": factored,
@@ -184,9 +190,6 @@ def train_gallery_runs(
         "sensitive": [train(lora, sensitivity, seed) for seed in (0, 1)],
         "sensitive_news": train(lora, sensitivity, task="sentiment/news"),
         "adapprox": train(ls.Adapprox(dense="embed", **DENSE), LONG),
-        "lisa_grid": [
-            train(ls.LISA(n_active=blocks, interval=interval, **DENSE)) for blocks in (1, 4) for interval in (5, 10)
-        ],
         "timed": {
             name: ls.step_time.measure(model, load_task(TWEETS), method, steps=6, root=root, batch_size=8)
             for name, method in (("full", ls.Full()), ("LoRA", lora))

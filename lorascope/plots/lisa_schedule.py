@@ -11,7 +11,7 @@ from lorascope.charts.marks import Axis, Band, Heat, Line, Point
 from lorascope.files.lazy_scipy import binom
 from lorascope.plots.builders import course
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import PAIR_IN_DATA, Runs, axis_label
+from lorascope.plots.run_groups import INTERVAL, PAIR_IN_DATA, Runs, axis_label
 
 
 @figure(
@@ -139,9 +139,8 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
     runs=2,
     reads="Each cell is the test metric for a number of active blocks and of steps between draws; hatched cells: no "
     "data. Higher rows train more blocks at once, columns further right draw less often, down to a single draw.",
-    misleads="More blocks also need more memory, so the brightest cell need not be the best choice. All cells share "
-    "one learning rate, which the paper lowers for more blocks, and differences within the caption's interval do not "
-    "order cells.",
+    misleads="More blocks also need more memory, so the best cell need not be the best choice: compare 0 blocks. All "
+    "cells share one learning rate, which the paper lowers for more blocks; overlapping intervals do not order cells.",
 )
 def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     """Plot test metric by LISA's schedule: active blocks and steps between draws (Table 6 and Figs. 7 to 9).
@@ -173,19 +172,22 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
                 f"{steps}"
             )
     cells = seed_cells(rows, ["blocks", "steps"])
-    half: float = ((cells["high"] - cells["low"]) / 2).max()
-    widest = "" if pd.isna(half) else f" Widest interval of a cell: ±{half:.3f}."
+    digits = ".3f" if cells["value"].max() <= 1 else ".2f"  # of fractions, and of perplexities
+    halves = (cells["high"] - cells["low"]) / 2
+    widths = halves.map(f" ± {{:{digits}}}".format).where(halves.notna(), "")
+    cells = cells.assign(words=cells["value"].map(f"{{:{digits}}}".format) + widths)
     blocks_order, steps_order = (list(map(str, sorted(set(cells[name])))) for name in ("blocks", "steps"))
     return cohort.complete(
         Chart(
             cells.astype({"blocks": "str", "steps": "str"}),
-            [Heat("steps", "blocks", "value", cohort.metric, ".3f")],
+            [Heat("steps", "blocks", "value", cohort.metric, digits, words="words")],
             title=cohort.metric_title(" by active blocks and interval"),
             x=Axis(label="steps between draws", order=steps_order),
             y=Axis(label="active blocks", order=blocks_order[::-1]),
             caption=cohort.caption(
-                f"Test metric after the last step; a run that is no longer than the interval draws once.{widest}",
-                interval="95% t-intervals are in the data",
+                "Test metric after the last step; a run that is no longer than the interval draws once, and with 0 "
+                "active blocks only the parameters outside the blocks train.",
+                interval=f"±: {INTERVAL}",
                 pair=PAIR_IN_DATA,
             ),
         )

@@ -21,6 +21,7 @@ import lorascope as ls
 from lorascope.adapters import delta
 from lorascope.adapters.host_weights import orient_weight
 from lorascope.analysis.gradient_signal import count_directions
+from lorascope.analysis.paired_rows import estimate_rows
 from lorascope.analysis.rank_prices import Price
 from lorascope.cli.main import main
 from lorascope.export import RankBudget
@@ -28,6 +29,7 @@ from lorascope.inputs import tasks
 from lorascope.inputs.text_rows import encode_rows
 from lorascope.inputs.tokenization import token_losses
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
+from lorascope.insight.cut_updates import cut_updates
 from lorascope.insight.missing_directions import (
     CONTROL,
     DIRECTIONS,
@@ -38,6 +40,7 @@ from lorascope.insight.missing_directions import (
     reach_of,
 )
 from lorascope.insight.price import make_blocks
+from lorascope.insight.cut_updates import cut_updates
 from lorascope.methods import AdaLoRA, DoRA, Full, LoRA, PiSSA, VeRA
 from lorascope.observe.measured_rows import TaskLoss
 from lorascope.updates import LowRank
@@ -150,6 +153,21 @@ def test_cuts_equal_pruned_losses(opened: tuple[ls.Run, str], task: tasks.Task) 
         losses = ls.component_importance.pruned_losses(run, cut, folder, task, rows=ROWS)
         assert row.cut == pytest.approx(losses.after - losses.before, abs=1e-6)
         assert row.components == sum(map(np.sum, kept.values()))
+
+
+def test_placed_cuts_are_paired_by_row_with_uniform_ones(opened: tuple[ls.Run, str], task: tasks.Task) -> None:
+    run, folder = opened
+    result = ls.price(run, folder, task, ranks=(1, 2), **QUIET)
+    adapted, loss, _ = open_attached(run, folder, task)
+    components = component_parts(adapted.base, adapted.updates).directions
+    for row in result.table.dropna(subset="placed").itertuples():
+        values = []
+        for ranks in (result.ranks(row.components), dict.fromkeys(components, int(row.rank))):
+            with torch.no_grad(), cut_updates(adapted.base, components, ranks):
+                values.append(loss.values())
+        estimate = estimate_rows(values[0] - values[1], loss.counts, loss.clusters)
+        assert (row.placed, row.placed_low, row.placed_high) == estimate.interval(0.025)[:3]
+    assert result.table["placed"].notna().sum() >= 1
 
 
 def test_budgets_keep_the_components_that_the_export_selects(bert: str, task: tasks.Task, tmp_path: Path) -> None:
@@ -321,8 +339,8 @@ def test_an_exported_adapter_has_the_price_of_its_run(bert: str, task: tasks.Tas
 
 def test_retraining_pairs_runs_by_seed_and_adds_to_the_record(bert: str, task: tasks.Task, tmp_path: Path) -> None:
     run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=4)[1]
-    result = ls.price(run, bert, task, ranks=(2, 4, 8), retrain=3, **QUIET)
-    runs = result.runs.set_index(["rank", "lr", "seed"])
+    result = ls.price(run, bert, task, ranks=(2, 4, 8), retrain=3, placed=True, **QUIET)
+    runs = result.runs[result.runs["placed"] == 0].set_index(["rank", "lr", "seed"])
     assert len(runs) == 3 * (2 * 3)  # rank 4 at the same rate is the reference
     assert (runs.loc[4, 0.01]["change"] == 0).all()
     table = result.table.set_index(["rank", "lr"])
@@ -336,7 +354,14 @@ def test_retraining_pairs_runs_by_seed_and_adds_to_the_record(bert: str, task: t
     (entry,) = entries
     assert (entry["rank"], entry["to"], entry["seeds"]) == (4, 2, 3)
     assert entry["retrained"] == pytest.approx(changes.mean())
-    repeated = ls.price(run, bert, task, ranks=(2, 4, 8), retrain=3, **QUIET)
+    assert result.runs["placed"].sum() == 3 * 2  # only the smaller rank has another placement
+    placed = []
+    for path in (tmp_path / "run-retrained").rglob("run.json"):
+        rank = ls.load(path.parent).meta.recipe["rank"]
+        if isinstance(rank, dict):
+            placed.append(rank)
+    assert placed == 6 * [result.ranks(8)]
+    repeated = ls.price(run, bert, task, ranks=(2, 4, 8), retrain=3, placed=True, **QUIET)
     pd.testing.assert_frame_equal(repeated.runs, result.runs)  # finished runs are opened again
     assert len((tmp_path / "prices.jsonl").read_text().splitlines()) == 1
     assert "at lr 0.03 (3 seeds)" in repr(result)

@@ -141,15 +141,18 @@ def test_rows_for_a_verdict_are_those_that_take_the_interval_to_the_tolerance() 
 
 CUTS = [
     CutPrice(1, 4, 400, estimate(0.2)),
-    CutPrice(2, 8, 800, estimate(0.05)),
+    CutPrice(2, 8, 800, estimate(0.05), estimate(-0.01)),
     CutPrice(8, 32, 3200, None),
     CutPrice(None, 6, 600, estimate(0.1)),
 ]
 
 
 def test_table_has_a_row_per_cut_and_rate() -> None:
-    runs = pd.DataFrame([(2, 0.1, seed, 1.0, change) for seed, change in enumerate((0.01, 0.02, 0.03))], columns=RUNS)
-    runs = pd.concat([runs, runs.assign(lr=0.3, change=0.05)], ignore_index=True)
+    runs = pd.DataFrame(
+        [(2, 0, 0.1, seed, 1.0, change) for seed, change in enumerate((0.01, 0.02, 0.03))], columns=RUNS
+    )
+    placed = runs.assign(placed=1, change=-1.0)  # not among those of the rank
+    runs = pd.concat([runs, runs.assign(lr=0.3, change=0.05), placed], ignore_index=True)
     table = tabulate_prices(CUTS, runs)
     assert table["rank"].to_list()[:4] == [1, 2, 2, 8]
     assert table["components"].to_list() == [4, 8, 8, 32, 6]
@@ -186,20 +189,39 @@ def made_price(**changes: Any) -> Price:
 
 def test_printed_form() -> None:
     lines = repr(made_price()).splitlines()
-    assert lines[:7] == [
+    assert lines[:8] == [
         "runs/lora: undecided, tolerance 0.01 nats; about 900 rows would decide on rank 2",
         "rank 4 -> 1    cut now +0.200 nats [0.198, 0.202]   after retraining: not measured",
         "rank 4 -> 2    cut now +0.050 nats [0.048, 0.052]   after retraining: not measured",
         "rank 4 -> 8    cannot cut to a larger rank          after retraining: not measured",
         "6 components   cut now +0.100 nats [0.098, 0.102]   after retraining: not measured",
+        "placed by size the 8 largest components instead of rank 2: -0.010 nats [-0.012, -0.008]",
         "beyond rank 4  signal in 7 directions; 0 with drawn labels (control); largest in layer 4 ffn_in",
         "next           lorascope price runs/lora --ranks 2 --retrain 3     9 runs, about 19 minutes",
     ]
-    assert "do not cover the seed" in lines[7]
-    assert lines[8].startswith("receipt        run abc, task 192 rows 5f2a1c")
+    assert "do not cover the seed" in lines[8]
+    assert lines[9].startswith("receipt        run abc, task 192 rows 5f2a1c")
     nothing = made_price(modules=made_price().modules.assign(directions=0), verdict="wasteful", rows_needed=math.nan)
     assert "signal in 0 directions; 0 with drawn labels (control); one above 0.25 would" in repr(nothing)
     assert repr(nothing).startswith("runs/lora: wasteful, tolerance 0.01 nats\n")
+
+
+def test_placement_compares_each_at_its_better_rate() -> None:
+    losses = {
+        (0, 0.1): (1.0, 1.1, 1.2),
+        (0, 0.3): (2.0, 2.0, 2.0),
+        (1, 0.1): (3.0, 3.0, 3.0),
+        (1, 0.3): (0.9, 1.2, 1.2),
+    }
+    rows = []
+    for (placed, lr), values in losses.items():
+        rows += [(2, placed, lr, seed, value, 0.0) for seed, value in enumerate(values)]
+    price = made_price(runs=pd.DataFrame(rows, columns=RUNS))
+    placement = price.placement(2)
+    assert placement is not None
+    expected = stats.ttest_rel(losses[1, 0.3], losses[0, 0.1]).confidence_interval(0.95)
+    assert placement.interval(0.025)[1:3] == pytest.approx(tuple(expected))
+    assert price.placement(1) is None
 
 
 def test_interval_after_retraining_is_printed_from_39_cells_on() -> None:

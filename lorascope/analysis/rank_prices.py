@@ -25,22 +25,24 @@ from lorascope.files.lazy_scipy import false_discovery_control
 from lorascope.runs.receipt import Receipt
 
 VERDICTS = ("enough", "wasteful", "short", "not finished", "undecided")
-CUTS = ["rank", "components", "parameters", "cut", "cut_low", "cut_high"]
+CUTS = ["rank", "components", "parameters", "cut", "cut_low", "cut_high", "placed", "placed_low", "placed_high"]
 RETRAINED = ["retrained", "retrained_low", "retrained_high", "seeds", "lr"]
 MODULES = ["module", "layer", "role", "rank", "unused", "signal", "signal_p", "directions", "control", "reach"]
-RUNS = ["rank", "lr", "seed", "loss", "change"]
+RUNS = ["rank", "placed", "lr", "seed", "loss", "change"]
 
 
 class CutPrice(NamedTuple):
     """Price of a cut: rank of every module, None for a budget over all; kept components; and loss increase in nats.
 
-    A rank above that of the run has no loss increase.
+    ``placed`` is the loss of as many components that are the largest of all modules, minus that of the rank. A rank
+    above that of the run has neither, and a budget has no rank to compare with.
     """
 
     rank: int | None
     components: int
     parameters: int
     increase: Estimate | None
+    placed: Estimate | None = None
 
 
 def count_unused(
@@ -169,11 +171,12 @@ def tabulate_prices(cuts: Sequence[CutPrice], runs: pd.DataFrame) -> pd.DataFram
     records = []
     for cut in cuts:
         record: dict[str, Any] = {"rank": cut.rank, "components": cut.components, "parameters": cut.parameters}
-        record |= dict.fromkeys(["cut", "cut_low", "cut_high", *RETRAINED], math.nan) | {"seeds": 0}
-        if cut.increase is not None:
-            interval = cut.increase.interval(LEVEL)
-            record |= {"cut": interval.mean, "cut_low": interval.low, "cut_high": interval.high}
-        of_rank = runs[runs["rank"] == cut.rank]
+        record |= dict.fromkeys([*CUTS[3:], *RETRAINED], math.nan) | {"seeds": 0}
+        for name, estimate in (("cut", cut.increase), ("placed", cut.placed)):
+            if estimate is not None:
+                interval = estimate.interval(LEVEL)
+                record |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        of_rank = runs[(runs["rank"] == cut.rank) & (runs["placed"] == 0)]
         if of_rank.empty:
             records.append(record)
         for lr, of_rate in of_rank.groupby("lr"):
@@ -194,12 +197,15 @@ class Price:
     rank : int
         Largest number of components of a module.
     table : DataFrame
-        Columns rank (missing for a budget over all modules), components, parameters, cut, cut_low, cut_high, retrained,
-        retrained_low, retrained_high (nats against the present rank), seeds and lr (of retrained runs).
+        Columns rank (missing for a budget over all modules), components, parameters, cut, cut_low, cut_high (nats
+        against the present rank), placed, placed_low, placed_high (loss of as many components that are the largest of
+        all modules, minus that of the rank), retrained, retrained_low, retrained_high, seeds and lr (of retrained
+        runs).
     modules : DataFrame
         Result of :meth:`summary`.
     runs : DataFrame
-        Retrained runs: rank, lr, seed, loss and change from the run of the present rank with the same seed (nats).
+        Retrained runs: rank, placed (1 if as many components were given to the modules by :meth:`ranks`), lr, seed,
+        loss and change from the run of the present rank with the same seed (nats).
     sigma : mapping module -> array
         Singular values, the largest first.
     verdict : str
@@ -284,6 +290,7 @@ class Price:
         # A budget has no rank, and the rows of a rank differ in their learning rates.
         for _, rows in self.table.groupby(["rank", "components"], sort=False, dropna=False):
             lines.append(self._describe_rank(rows))
+        lines += self._describe_placement()
         lines.append(f"{f'beyond rank {self.rank}':<14} {self._describe_directions()}")
         if self.next_command:
             lines.append(f"{'next':<14} {self.next_command}")
@@ -322,6 +329,32 @@ class Price:
         low, high = cut["cut"] + bounds.low, cut["cut"] + bounds.high
         source = f"conformal, {bounds.coverage:.0%}, {len(self.residuals)} cells"
         return f"{low:+.3f} to {high:+.3f} nats expected ({source})"
+
+    def _describe_placement(self) -> list[str]:
+        """Return the line that compares half the rank in every module with as many components placed by their size."""
+        half = self.table[(self.table["rank"] == self.rank // 2) & self.table["placed"].notna()]
+        if half.empty:
+            return []
+        row = half.iloc[0]
+        components = f"the {row['components']:.0f} largest components instead of rank {row['rank']:.0f}"
+        return [f"{'placed by size':<14} {components}: {_format_interval(row, 'placed')}"]
+
+    def placement(self, rank: int) -> Estimate | None:
+        """Estimate what placed ranks add to the loss of a uniform rank after retraining, each at its better rate.
+
+        Returns
+        -------
+        Estimate or None
+            Paired by seed; negative if the placed ranks of as many components are better. None if not retrained.
+        """
+        losses = []
+        for placed in (1, 0):
+            runs = self.runs[(self.runs["rank"] == rank) & (self.runs["placed"] == placed)]
+            if runs.empty:
+                return None
+            by_rate = runs.pivot(index="seed", columns="lr", values="loss")
+            losses.append(by_rate[by_rate.mean().idxmin()])
+        return t_estimate((losses[0] - losses[1]).to_numpy())
 
     def _describe_directions(self) -> str:
         directions, control = int(self.modules["directions"].sum()), int(self.modules["control"].sum())

@@ -23,6 +23,7 @@ def main(
     ranks: Annotated[str, arg(metavar="K,K,...")] = "1,2,4,8",
     rows: Annotated[int, arg(metavar="N")] = 1280,
     retrain: Annotated[int, arg(metavar="N")] = 0,
+    placed: bool = False,
     json: bool = False,
 ) -> int:
     """Measure the cost of smaller ranks for a run or an adapter, and whether its rank is too small.
@@ -45,6 +46,8 @@ def main(
         Maximum number of rows.
     retrain
         Number of seeds with which to train at each rank, at the same and at three times the learning rate.
+    placed
+        With --retrain: also train every smaller rank with its components placed by size.
     json
         Print JSON.
     """
@@ -52,12 +55,13 @@ def main(
         {
             "RUN is required: lorascope price runs/lora --model minilm --task sentiment/movies": run is None,
             "--model and --task are required: losses are measured with both": model is None or task is None,
+            "--placed requires --retrain N": placed and not retrain,
         }
     )
     (opened,) = open_runs([str(run)], None)
     from lorascope.insight.price import price  # imports torch
 
-    result = price(opened, str(model), str(task), _parse_ranks(ranks), rows, retrain)
+    result = price(opened, str(model), str(task), _parse_ranks(ranks), rows, retrain, placed=placed)
     if json:
         print(dumps(json_values(result.to_json()), indent=1))
     else:

@@ -73,6 +73,7 @@ def price(
     retrain: int = 0,
     *,
     budgets: Sequence[int] = (),
+    placed: bool = False,
     tolerance: float | None = None,
     state: str = "last",
     progress: bool = True,
@@ -99,6 +100,9 @@ def price(
         stored next to the run, and their prices are added to the track record ``prices.jsonl`` there.
     budgets : sequence of int
         Numbers of components of all modules to cut to as well, keeping the largest singular values.
+    placed : bool
+        With ``retrain``, also train every smaller rank with as many components that the modules have among the largest
+        of all, to see whether this is better than a uniform rank.
     tolerance : float, optional
         Increase of the mean task loss that counts as none, in nats; by default a tenth of the decrease by the update.
     state : {"last", "best"}
@@ -127,7 +131,7 @@ def price(
     max_length = run.meta.settings.get("max_length", Settings.max_length)
     text = encode_rows(adapted.base, adapted.task, "validation", rows, max_length)
     if retrain and progress:
-        print(f"retraining: {describe_cost(cast(Run, run), ranks, retrain)}", file=sys.stderr)
+        print(f"retraining: {describe_cost(cast(Run, run), ranks, retrain, placed)}", file=sys.stderr)
     with tqdm(desc="price", unit="pass", disable=not progress, leave=False) as bar:
         measured = _MeasuredRank(adapted, products, text, bar)
         rank = measured.rank
@@ -140,8 +144,8 @@ def price(
         runs, doubled = pd.DataFrame(columns=RUNS), None
         smaller: list[Estimate] = []
         if retrain:
-            repeated = _Retraining(cast(Run, run), model, adapted.task, text, bar)
-            runs, doubled = repeated.measure(ranks, retrain)
+            repeated = _Retraining(cast(Run, run), model, adapted.task, text, measured.placements(ranks), bar)
+            runs, doubled = repeated.measure(ranks, retrain, placed)
             repeated.record(cuts, runs)
             smaller = repeated.prices_below(runs)
     tolerance = even_share(learn.mean, 0) if tolerance is None else tolerance
@@ -161,7 +165,14 @@ def price(
         run=run.id,
         base=str(model),
         rows={"task": measured.loss.receipt},
-        call={"task": adapted.task.name, "ranks": [*ranks], "retrain": retrain, "budgets": [*budgets], "state": state},
+        call={
+            "task": adapted.task.name,
+            "ranks": [*ranks],
+            "retrain": retrain,
+            "budgets": [*budgets],
+            "placed": placed,
+            "state": state,
+        },
         seconds=time.process_time() - began,
     )
     return Price(
@@ -223,24 +234,41 @@ class _MeasuredRank:
         with evaluation_mode(adapted.base):
             self.values = self.loss.values()
 
-    def increase(self, ranks: Mapping[str, int]) -> Estimate:
-        """Estimate the loss increase of a cut to a number of components per module."""
+    def _cut_values(self, ranks: Mapping[str, int]) -> Float[np.ndarray, "row"]:
+        """Return the loss of each row after a cut to a number of components per module."""
         self.bar.update()
         with evaluation_mode(self.base), cut_updates(self.base, self.components, ranks):
-            return self.loss.rows().estimate(self.loss.values() - self.values)
+            return self.loss.values()
+
+    def increase(self, ranks: Mapping[str, int]) -> Estimate:
+        """Estimate the loss increase of a cut to a number of components per module."""
+        return self.loss.rows().estimate(self._cut_values(ranks) - self.values)
+
+    def placements(self, ranks: Sequence[int]) -> dict[int, dict[str, int]]:
+        """Return the ranks of the modules if as many components as a smaller rank has are the largest of all."""
+        return {rank: components_within(self.sigma, self._count(self._kept(rank))[0]) for rank in ranks}
+
+    def _kept(self, rank: int) -> dict[str, int]:
+        """Return the number of components of every module at a rank; a module may have fewer."""
+        return {module: min(rank, len(sigma)) for module, sigma in self.sigma.items()}
 
     def cut_prices(self, ranks: Sequence[int], budgets: Sequence[int]) -> list[CutPrice]:
         """Measure cuts to ranks and to budgets; a rank above that of the update only has its size."""
         prices = []
         for rank in ranks:
-            kept_ranks = dict.fromkeys(self.sigma, rank)
             # A larger rank is only trained.
             if rank > self.rank:
-                prices.append(CutPrice(rank, *self._count(kept_ranks), None))
+                prices.append(CutPrice(rank, *self._count(dict.fromkeys(self.sigma, rank)), None))
                 continue
-            for module, sigma in self.sigma.items():
-                kept_ranks[module] = min(rank, len(sigma))
-            prices.append(CutPrice(rank, *self._count(kept_ranks), self.increase(kept_ranks)))
+            kept_ranks = self._kept(rank)
+            cut_values = self._cut_values(kept_ranks)
+            increase = self.loss.rows().estimate(cut_values - self.values)
+            size = self._count(kept_ranks)
+            placed = None
+            if size[0]:
+                placed_values = self._cut_values(components_within(self.sigma, size[0]))
+                placed = self.loss.rows().estimate(placed_values - cut_values)
+            prices.append(CutPrice(rank, *size, increase, placed))
         for budget in budgets:
             kept_ranks = components_within(self.sigma, budget)
             prices.append(CutPrice(None, *self._count(kept_ranks), self.increase(kept_ranks)))
@@ -300,15 +328,15 @@ class _Retraining:
     model: str | Path
     task: Task
     text: TextRows
+    placements: Mapping[int, Mapping[str, int]]
     bar: tqdm
 
-    def measure(self, ranks: Sequence[int], seeds: int) -> _Retrained:
+    def measure(self, ranks: Sequence[int], seeds: int, placed: bool) -> _Retrained:
         """Train at ranks, and return the runs and the number of directions beyond twice the present rank."""
-        specs = list_retrainings(self.run, ranks, seeds)
-        runs = train_ranks(self.run, self.model, self.task, specs, self.bar)
-        doubled = runs.get(
-            RetrainedSpec(2 * self.run.meta.recipe["rank"], self.run.meta.settings["lr"], self.run.meta.seed or 0)
-        )
+        specs = list_retrainings(self.run, ranks, seeds, placed)
+        runs = train_ranks(self.run, self.model, self.task, specs, self.placements, self.bar)
+        meta = self.run.meta
+        doubled = runs.get(RetrainedSpec(2 * meta.recipe["rank"], 0, meta.settings["lr"], meta.seed or 0))
         directions = None
         if doubled is not None:
             signals = self._open(doubled).signals()
@@ -325,7 +353,8 @@ class _Retraining:
 
     def prices_below(self, runs: pd.DataFrame) -> list[Estimate]:
         """Estimate the prices of retraining at smaller ranks, by rank and learning rate."""
-        smaller = runs[runs["rank"] < self.run.meta.recipe["rank"]].groupby(["rank", "lr"])["change"]
+        uniform = runs[runs["placed"] == 0]
+        smaller = uniform[uniform["rank"] < self.run.meta.recipe["rank"]].groupby(["rank", "lr"])["change"]
         # A single seed has no interval.
         return [t_estimate(changes.to_numpy()) for _, changes in smaller if len(changes) > 1]
 
@@ -334,7 +363,8 @@ class _Retraining:
         meta = self.run.meta
         entries = []
         for cut in cuts:
-            same_rate = runs[(runs["rank"] == cut.rank) & (runs["lr"] == meta.settings["lr"])]
+            is_uniform = (runs["rank"] == cut.rank) & (runs["placed"] == 0)
+            same_rate = runs[is_uniform & (runs["lr"] == meta.settings["lr"])]
             # Only a smaller rank at the same rate has both prices.
             if cut.increase is None or cut.rank is None or cut.rank >= meta.recipe["rank"] or same_rate.empty:
                 continue

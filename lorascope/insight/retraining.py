@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,28 +23,35 @@ FACTORS = (1.0, 3.0)
 
 
 class RetrainedSpec(NamedTuple):
-    """Rank, learning rate and seed of a run to train."""
+    """Rank of a run to train, whether its components are placed by size instead, learning rate and seed."""
 
     rank: int
+    placed: int
     lr: float
     seed: int
 
 
-def list_retrainings(run: Run, ranks: Sequence[int], seeds: int) -> list[RetrainedSpec]:
-    """Return the runs that the prices of some ranks need, those of the present rank first; the run itself is there."""
+def list_retrainings(run: Run, ranks: Sequence[int], seeds: int, placed: bool) -> list[RetrainedSpec]:
+    """Return the runs that the prices of some ranks need, those of the present rank first; the run itself is there.
+
+    Smaller ranks are placed as well if asked for.
+    """
     rank, lr, first = run.meta.recipe["rank"], run.meta.settings["lr"], run.meta.seed or 0
     specs = []
     for seed in range(first, first + seeds):
-        specs.append(RetrainedSpec(rank, lr, seed))
+        specs.append(RetrainedSpec(rank, 0, lr, seed))
         # Every rank is paired with the present one at the same seed.
         for other in ranks:
-            specs += [RetrainedSpec(other, lr * factor, seed) for factor in FACTORS]
+            for factor in FACTORS:
+                specs.append(RetrainedSpec(other, 0, lr * factor, seed))
+                if placed and other < rank:
+                    specs.append(RetrainedSpec(other, 1, lr * factor, seed))
     return list(dict.fromkeys(specs))
 
 
-def describe_cost(run: Run, ranks: Sequence[int], seeds: int) -> str:
+def describe_cost(run: Run, ranks: Sequence[int], seeds: int, placed: bool = False) -> str:
     """Return how many runs the prices of some ranks need, and how long they take if they are as fast as the run."""
-    count = len(list_retrainings(run, ranks, seeds)) - 1  # the run itself is trained
+    count = len(list_retrainings(run, ranks, seeds, placed)) - 1  # the run itself is trained
     minutes = count * run.meta.seconds / 60
     return f"{count} runs, about {minutes:.0f} minutes" if minutes >= 1 else f"{count} runs, less than a minute"
 
@@ -63,9 +70,16 @@ def missing_for_retraining(run: Result, task: Task | None = None) -> str:
 
 
 def train_ranks(
-    run: Run, model: str | Path, task: Task, specs: Sequence[RetrainedSpec], bar: tqdm
+    run: Run,
+    model: str | Path,
+    task: Task,
+    specs: Sequence[RetrainedSpec],
+    placements: Mapping[int, Mapping[str, int]],
+    bar: tqdm,
 ) -> dict[RetrainedSpec, Run]:
     """Train the runs in a folder next to that of the run, or open those that are finished.
+
+    ``placements`` are the ranks of the modules by the uniform rank of as many components.
 
     Alpha stays the same, so that the scale alpha / rank is larger at a smaller rank, as in ``export.rank_pattern``.
     """
@@ -81,11 +95,12 @@ def train_ranks(
     for spec in specs:
         bar.set_postfix_str(f"rank {spec.rank}, lr {spec.lr:g}, seed {spec.seed}")
         # The same training gives the same weights, bit by bit.
-        if spec == RetrainedSpec(run.meta.recipe["rank"], settings["lr"], run.meta.seed or 0):
+        if spec == RetrainedSpec(run.meta.recipe["rank"], 0, settings["lr"], run.meta.seed or 0):
             runs[spec] = run
         else:
+            rank = placements[spec.rank] if spec.placed else spec.rank
             changed = {"lr": spec.lr, "seed": spec.seed, "root": root, "observe": (), "progress": False}
-            runs[spec] = train(str(model), task, replace(method, rank=spec.rank), **settings | changed)
+            runs[spec] = train(str(model), task, replace(method, rank=rank), **settings | changed)
         bar.update()
     return runs
 
@@ -96,6 +111,6 @@ def tabulate_runs(runs: dict[RetrainedSpec, Run], run: Run, loss: Callable[[Run]
     losses = {spec: loss(retrained) for spec, retrained in runs.items()}
     records = []
     for spec, value in losses.items():
-        reference = losses[RetrainedSpec(rank, lr, spec.seed)]
+        reference = losses[RetrainedSpec(rank, 0, lr, spec.seed)]
         records.append((*spec, value, value - reference))
-    return pd.DataFrame(records, columns=RUNS).sort_values(["rank", "lr", "seed"], ignore_index=True)
+    return pd.DataFrame(records, columns=RUNS).sort_values(RUNS[:4], ignore_index=True)

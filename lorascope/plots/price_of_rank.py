@@ -43,7 +43,8 @@ def _draw_prices(price: Price, meta: Mapping[str, Any]) -> Chart:
     ranks = price.table[price.table["rank"].fillna(0) > 0].drop_duplicates("rank")
     cuts = ranks.dropna(subset="cut").assign(kind=_CUT)
     runs = price.runs.merge(ranks[["rank", "parameters"]].astype({"rank": "int64"}), on="rank")
-    runs = runs.assign(kind=[f"retrained, lr {lr:g}" for lr in runs["lr"]])
+    names = runs["placed"].map({0: "retrained", 1: "placed by size"})
+    runs = runs.assign(kind=names + runs["lr"].map(", lr {:g}".format))
     marks = [Rule(y=0), Band("parameters", "cut_low", "cut_high", "kind")]
     marks += [Line("parameters", "cut", "kind"), Point("parameters", "cut", "kind")]
     sentences = (

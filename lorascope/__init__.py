@@ -27,6 +27,8 @@ _PUBLIC = {
     "fork": "lorascope.training.fork:fork",
     "fork_effects": "lorascope.analysis.fork_effects:fork_effects",
     "sweep": "lorascope.experiments.sweep:sweep",
+    "advise": "lorascope.insight.advise:advise",
+    "Advice": "lorascope.analysis.advice:Advice",
     "dial": "lorascope.insight.dial:dial",
     "Dial": "lorascope.analysis.dial:Dial",
     "read": "lorascope.insight.reader:read",

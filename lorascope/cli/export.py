@@ -14,7 +14,7 @@ from lorascope.cli.arguments import File, Folder, Name, command, reject
 from lorascope.cli.opened_runs import open_runs
 from lorascope.export import RankBudget
 from lorascope.export.conversion import require_adapter
-from lorascope.export.scaled_parts import read_scales
+from lorascope.export.scaled_parts import parse_scales
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import WIDTH, wrap_paragraph
 from lorascope.runs.lora_config import next_lora_keywords
@@ -82,7 +82,7 @@ def main(
     task
         With --model: sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset.
     scales
-        With --peft: scale the parts of the update as in this table of lorascope dial.
+        With --peft: scale parts of the update, such as whole=0.75, or all as in this table of lorascope dial.
     peft
         Write the adapter to this new folder; with --budget, the best approximation by the components that are kept.
     kohya
@@ -158,7 +158,7 @@ def main(
             remarks = [*_budget_remarks(selection, is_minimal=by == "energy"), _SAME_ALPHA, *losses, *_ELSEWHERE]
         return _print_ranks(grid, keywords, remarks, json)
     if peft is not None:
-        parts = None if scales is None else read_scales(scales, opened)
+        parts = None if scales is None else parse_scales(scales, opened)
         path = export.to_peft(opened, peft, state, budget, scores, parts)
     elif written:
         ((format, out),) = written.items()

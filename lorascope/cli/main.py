@@ -32,6 +32,7 @@ COMMANDS = {
     "inspect": "show norms, ranks and findings of an adapter or run, or compare several",
     "survey": "show one line for each of many adapters and runs",
     "doctor": "diagnose problems of an adapter or run",
+    "advise": "say what to change about an adapter or run, from measurements within a budget",
     "dial": "measure what the parts of an adapter buy on its task and cost on other text",
     "price": "measure what smaller ranks of an adapter cost, and whether its rank is too small",
     "read": "read which words the components of an adapter use, and what they write",

@@ -63,6 +63,26 @@ def _scale_component(product: LowRank, part: str, component: int, scale: float) 
     return LowRank(U * root, root[:, None] * V.T)
 
 
+def parse_scales(text: str, run: Result) -> dict[str, float]:
+    """Return the scales that a command line names: ``whole=0.75``, several with commas, or the table of a dial.
+
+    Raises
+    ------
+    ValueError
+        A scale is not a number, or the table cannot be read; see :func:`read_scales`.
+    """
+    if "=" not in text or Path(text).exists():
+        return read_scales(text, run)
+    scales = {}
+    for pair in text.split(","):
+        part, _, scale = pair.rpartition("=")
+        try:
+            scales[part] = float(scale)
+        except ValueError:
+            raise ValueError(f"--scales must be PART=SCALE or a table of lorascope dial, got {pair!r}") from None
+    return scales
+
+
 def read_scales(path: str | Path, run: Result) -> dict[str, float]:
     """Read the best scales from the table of a dial; see ``Dial.save``.
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pandas as pd
 
 from lorascope import __version__
+from lorascope.analysis.advice import Advice
 from lorascope.charts.chart import Chart, Drawable
 from lorascope.charts.stored_chart import pack, unpack
 from lorascope.diagnosis.case import Case
@@ -90,8 +91,16 @@ class Card:
         return Card(self.document | changed, parquet)
 
 
-def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
-    """Collect the card of adapters or runs; ``spectra`` also runs full SVDs."""
+def collect(runs: Sequence[Result], spectra: bool = False, advice: Advice | None = None) -> Card:
+    """Collect the card of adapters or runs, with the advice on one; ``spectra`` also runs full SVDs.
+
+    Raises
+    ------
+    ValueError
+        The advice is on another run.
+    """
+    if advice is not None and [run.id for run in runs] != [advice.receipt.run]:
+        raise ValueError(f"advice must be on the run of the card, got advice on {advice.receipt.run}")
     inspections = [inspect(run, spectra) for run in runs]
     labels = distinct_labels(inspections)
     modules, roles, subjects = {}, {}, []
@@ -117,6 +126,8 @@ def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
         texts = {"reads": figure.reads, "misleads": figure.misleads}
         figures.append({"name": name, "chart": chart, "tables": [*files]} | texts)
     document = {"versions": installed_versions(), "subjects": subjects, "figures": figures, "unseen": unseen}
+    if advice is not None:
+        document["advice"] = advice.to_json() | {"receipt": str(advice.receipt)}
     return Card(json_values(document), parquet)
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from jinja2 import TemplateError
 from pyarrow import ArrowException
 
+from lorascope.analysis.advice import Advice
 from lorascope.files.printable import printable
 from lorascope.files.seals import MAX_PAGE, require_own, seal, write_own
 from lorascope.files.typed_json import parse_json, require_size, require_small, to_typed, unreadable
@@ -27,6 +28,14 @@ from lorascope.runs.result import Result
 _FIGURE = re.compile("<figure>.*?</figure>", re.DOTALL)
 _PAGE_BYTES = 6 * 2**20  # plotly.js takes 4.6 MiB
 _MOST_ROWS = 1000  # modules in the table of a page; 20,000 would take 6 MiB, and the page carries them as Parquet
+_ADVICE = "Losses are on held-out rows. Intervals are over these rows; they do not cover the seed of the training."
+# List of an advice -> title and columns of its table.
+_ADVICE_TABLES = {
+    "facts": ("Where the rank went, and what it costs", "section", "name", "text"),
+    "actions": ("What to do", "verdict", "change", "command"),
+    "undecided": ("Not decided", "question", "rows_needed", "seeds_needed", "command"),
+    "skipped": ("Skipped", "name", "reason", "command"),
+}
 _COLUMNS = {"least_rank": "lowest rank", "most_rank": "highest rank"}
 LIMITS = (
     "A check reports only what numbers can show. A mistake that gives the same numbers as a choice is not reported, so "
@@ -41,7 +50,9 @@ LIMITS = (
 )
 
 
-def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = False) -> Path:
+def report(
+    runs: Result | Sequence[Result], out: str | Path, spectra: bool = False, advice: Advice | None = None
+) -> Path:
     """Write a report card: facts, findings, figures, one row per module, and what was not checked.
 
     Parameters
@@ -53,6 +64,8 @@ def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = Fal
         card.
     spectra : bool
         Whether to compute spectra that require full SVDs, such as those of FourierFT; slow. Default False.
+    advice : Advice, optional
+        Advice on the run, for a section of the page; see ``ls.advise``.
 
     Returns
     -------
@@ -62,7 +75,8 @@ def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = Fal
     Raises
     ------
     ValueError
-        A run has no update, one occurs twice, or the extension is neither ``.html`` nor ``.md``.
+        A run has no update, one occurs twice, the advice is on another run, or the extension is neither ``.html`` nor
+        ``.md``.
     FileExistsError
         ``out`` exists, and lorascope did not write it, or it has changed since.
 
@@ -74,7 +88,7 @@ def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = Fal
     if path.suffix not in (".html", ".md"):
         raise ValueError(f"out must end in .html or .md, got {printable(path)}")
     require_own(path)
-    card = collect(list_runs(runs), spectra)
+    card = collect(list_runs(runs), spectra, advice)
     text = markdown(card) if path.suffix == ".md" else _limited_html(card)
     write_own(path, _encode(text))
     return path
@@ -136,6 +150,8 @@ def _sections(card: Card) -> Iterator[Section]:
             findings.append(finding | {"adapter": label, "evidence": _numbers(finding["evidence"])})
         for note in subject["notes"]:
             notes.append(f"{label}: {note}".removeprefix(": "))
+    if advice := card.document.get("advice"):
+        yield Section("advice", "What to change", _ADVICE, tables=_advice_tables(advice), notes=[advice["receipt"]])
     yield Section("findings", "Findings", "" if findings else "No findings.", findings=findings, notes=notes)
     yield Section("figures", "Figures", figures=list(card.figures()))
     modules, lead = card.table("modules"), ""
@@ -151,6 +167,15 @@ def _sections(card: Card) -> Iterator[Section]:
     lead = "What was not checked or drawn, and what it would need."
     yield Section("unchecked", "Not checked", lead, tables={"Not checked": _unchecked(card)})
     yield Section("limits", "Limits", notes=LIMITS)
+
+
+def _advice_tables(advice: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Return the tables of an advice: what was measured, what to do, and what was not decided."""
+    tables = {}
+    for title, columns in _ADVICE_TABLES.items():
+        if records := advice[title]:
+            tables[columns[0]] = pd.DataFrame(records)[list(columns[1:])]
+    return tables
 
 
 def _numbers(evidence: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class Receipt:
     version: str = lorascope.__version__
 
     def __str__(self) -> str:
-        rows = ", ".join(f"{kind} {text}" for kind, text in self.rows.items())
-        return f"run {self.run}, {rows}, lorascope {self.version}, {self.seconds:.0f} CPU s"
+        rows = [f"{kind} {text}" for kind, text in self.rows.items()]
+        return ", ".join([f"run {self.run}", *rows, f"lorascope {self.version}", f"{self.seconds:.0f} CPU s"])
 
     def to_json(self) -> dict[str, Any]:
         """Return the receipt as a JSON object."""

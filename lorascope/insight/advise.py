@@ -1,0 +1,437 @@
+"""Advice on a run or an adapter: the instruments that fit into a budget of CPU time, and what follows from them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorascope.adapters.hidden_states import evaluation_mode
+from lorascope.analysis import advice
+from lorascope.analysis.advice import LEARNED, WRONG, Advice, Fact, OpenQuestion, SkippedMeasurement, Subject
+from lorascope.analysis.rank_prices import Price
+from lorascope.analysis.turning_points import FEWEST_CHECKPOINTS, find_turns
+from lorascope.diagnosis.doctor import diagnose
+from lorascope.diagnosis.inspection import inspect
+from lorascope.inputs.tasks import Task
+from lorascope.inputs.text_rows import encode_rows, load_keep
+from lorascope.insight.adapted_base import open_adapted
+from lorascope.insight.dial import NODES, SCALES, dial
+from lorascope.insight.price import price
+from lorascope.insight.reader import FEWEST_ROWS, read
+from lorascope.insight.update_parts import group_parts
+from lorascope.observe.measured_rows import TaskLoss
+from lorascope.runs.lora_config import next_lora_keywords
+from lorascope.runs.receipt import Receipt
+from lorascope.runs.result import Result
+from lorascope.runs.series import Series
+from lorascope.training.settings import Settings
+
+BUDGET = 120.0
+_PRICE_ROWS = 1280
+_TIMED_ROWS = 64
+_CARDS = 3
+_TOLERANCE = 1e-6  # of a repeated number
+_BACKWARD = 3  # passes that a gradient takes, with its forward pass
+_CURVES = 4  # parts of a dial that usually get a curve
+_REPLAYED = 0.6  # of a pass: parts of one module are replayed from its block on
+_READING = 15  # passes of the reader: contributions of all components, then of random ones
+_FEWEST_PRICE_ROWS = 128  # 16 blocks of 8 rows
+
+
+class Plan(NamedTuple):
+    """Instruments to use: parts of the dial, empty for none, rows of the price, and whether to read words."""
+
+    by: str = ""
+    price_rows: int = 0
+    reads: bool = False
+
+    def describe(self) -> str:
+        """Return the names of the instruments."""
+        names = {f"dial by {self.by}": bool(self.by), "price of the rank": self.price_rows > 0, "reader": self.reads}
+        return ", ".join(name for name, is_used in names.items() if is_used) or "nothing fits into the budget"
+
+
+def advise(
+    run: Result,
+    model: str | Path | None = None,
+    task: str | Path | Task | None = None,
+    keep: str | Path | Task | None = None,
+    *,
+    budget: float = BUDGET,
+    retrain: int = 0,
+    reads: bool = False,
+    rows: int = 192,
+    keep_rows: int = 192,
+    state: str = "last",
+    progress: bool = True,
+) -> Advice:
+    """Advise what to change about a run or an adapter: which scale to ship, what to cut, and how to train next.
+
+    The instruments that the input allows run within a budget of CPU time, the cheapest first; those that do not fit are
+    named with their commands. No file changes.
+
+    Parameters
+    ----------
+    run : Run, Adapter or Series
+        Run or adapter; of a series of checkpoints, the last one.
+    model : str or path, optional
+        Its base model; see ``ls.models.load``. Without it, only the files are read.
+    task : str, path or Task, optional
+        Its task; see ``ls.tasks.load``.
+    keep : str, path or Task, optional
+        Text on which the model should stay as it was; see ``ls.dial``.
+    budget : float
+        CPU seconds for measurements, without retraining.
+    retrain : int
+        Number of seeds with which to train at another rank, and with as many components placed by size as the control
+        of a uniform rank. 0 trains nothing.
+    reads : bool
+        Also read which words the three largest components use.
+    rows, keep_rows : int
+        Maximum numbers of rows of the dial.
+    state : {"last", "best"}
+        Saved parameters.
+    progress : bool
+        Show progress bars, and announce what is measured.
+
+    Returns
+    -------
+    Advice
+        With ``facts``, ``actions``, ``undecided``, ``skipped`` and ``config``.
+
+    Raises
+    ------
+    ValueError
+        Only one of ``model`` and ``task`` is given, the model is not the base of the run, or an argument is out of
+        range.
+    """
+    if (model is None) != (task is None):
+        raise ValueError("model and task are required together: losses are measured with both")
+    if not budget > 0:
+        raise ValueError(f"budget must be > 0 CPU seconds, got {budget:g}")
+    if retrain and model is None:
+        raise ValueError("retrain requires a model and a task")
+    adviser = _Adviser(run, model, task, keep, rows, keep_rows, state, progress)
+    if model is not None:
+        adviser.measure(adviser.choose(budget, reads), retrain)
+    else:
+        for name in ("dial", "price"):
+            adviser.skip(name, "requires the base model and the task", adviser.subject.command(name))
+    return adviser.give({"budget": budget, "retrain": retrain, "rows": rows, "keep_rows": keep_rows})
+
+
+def repeat(document: Mapping[str, Any], run: Result) -> list[str]:
+    """Measure an advice again, and return one line per number that differs by more than 1e-6.
+
+    Parameters
+    ----------
+    document : mapping
+        The JSON form of an advice.
+    run : Run, Adapter or Series
+        Its run.
+
+    Raises
+    ------
+    ValueError
+        The run is another one, or its model and task were passed as objects.
+    """
+    receipt = document["receipt"]
+    if receipt["run"] != run.id:
+        raise ValueError(f"the receipt is of run {receipt['run']}, got {run.id}")
+    call = receipt["call"]
+    model, task, keep = (call[name] or None for name in ("model", "task", "keep"))
+    adviser = _Adviser(run, model, task, keep, call["rows"], call["keep_rows"], call["state"], progress=False)
+    adviser.measure(Plan(**call["plan"]), call["retrain"])
+    repeated = adviser.give({}).to_json()
+    lines = []
+    for section in ("facts", "actions"):
+        before, after = document[section], repeated[section]
+        if [item.get("name", item.get("verdict")) for item in before] != [
+            item.get("name", item.get("verdict")) for item in after
+        ]:
+            lines.append(f"{section}: other entries than before")
+            continue
+        for old, new in zip(before, after, strict=True):
+            lines += _differences(old, new)
+    return lines
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    title = old.get("name") or old["change"]
+    lines = []
+    for name, value in old.items():
+        if name in ("text", "change", "command", "weight") or isinstance(value, str):
+            continue
+        if (value is None) != (new[name] is None) or (value is not None and abs(value - new[name]) > _TOLERANCE):
+            lines.append(f"{title}: {name} kept {value}, measured {new[name]}")
+    return lines
+
+
+class _Adviser:
+    """Collects what the instruments say about one run."""
+
+    def __init__(
+        self,
+        run: Result,
+        model: str | Path | None,
+        task: str | Path | Task | None,
+        keep: str | Path | Task | None,
+        rows: int,
+        keep_rows: int,
+        state: str,
+        progress: bool,
+    ) -> None:
+        self.began = time.process_time()
+        self.run = run.last if isinstance(run, Series) else run
+        self.model, self.task, self.keep = model, task, keep
+        self.rows, self.keep_rows, self.state, self.progress = rows, keep_rows, state, progress
+        names = [str(getattr(text, "name", text) or "") for text in (task, keep)]
+        self.subject = Subject(str(run.path or run.id), str(model or "NAME"), names[0] or "NAME", names[1])
+        self.plan = Plan()
+        self.facts: list[Fact] = []
+        self.actions: list[advice.Action] = []
+        self.questions: list[OpenQuestion] = []
+        self.skipped: list[SkippedMeasurement] = []
+        self.receipts: dict[str, str] = {}
+        self.config: dict[str, Any] = {}
+        self._read_files(run)
+
+    def skip(self, name: str, reason: str, command: str = "") -> None:
+        """Note a measurement that is not made."""
+        self.skipped.append(SkippedMeasurement(name, reason, command))
+
+    def _read_files(self, run: Result) -> None:
+        """Note what the files say: faults, ranks that hold the energy, and turning points of a series."""
+        findings = diagnose(self.run)
+        self.facts += [Fact(WRONG, finding.cause, finding.message) for finding in findings]
+        self.actions += advice.actions_of_findings([(finding.cause, finding.fix) for finding in findings])
+        inspection = inspect(self.run)
+        (_, kind), *facts = inspection.facts
+        self.description = "; ".join([kind, *dict(facts).values()])
+        modules = inspection.modules
+        adapted = modules[modules["rank"].notna() & modules["energy_rank"].notna()]
+        if len(adapted):
+            used, total = int(adapted["energy_rank"].sum()), int(adapted["rank"].sum())
+            self.facts.append(Fact(LEARNED, "energy", f"{used} of {total} components hold 90% of the energy", used))
+        if isinstance(run, Series) and len(run.update_steps()) >= FEWEST_CHECKPOINTS:
+            turned = find_turns(run)
+            text = "; ".join(turned.describe())
+            self.facts.append(Fact(LEARNED, "turns", text, int(turned.summary()["turn"].sum())))
+
+    def choose(self, budget: float, reads: bool) -> Plan:
+        """Choose the instruments that fit into a budget, the cheapest first; note the others with their commands."""
+        if not self.run.ranks(self.state):
+            self.skip("dial, price", "the run has no adapter")
+            return Plan()
+        if dependent := sorted(self.run.input_dependent_modules(self.state)):
+            self.skip("dial, price", f"the update of {dependent[0]} depends on its input; see ls.at_gates")
+            return Plan()
+        costs = self._estimate_costs()
+        remaining = _Remaining(budget - (time.process_time() - self.began))
+        by, price_rows = "", 0
+        if remaining.takes(costs.dial["whole"]):
+            by = "whole"
+        if not costs.price_rows:
+            self.skip("price", f"fewer than {_FEWEST_PRICE_ROWS} rows in the validation split")
+        elif remaining.takes(costs.price):
+            price_rows = costs.price_rows
+        else:
+            self._skip_costly("price", costs.price)
+        # Finer parts replace coarser ones, so that only the difference of their costs is added.
+        for finer in ("layer", "module"):
+            if by and remaining.takes(costs.dial[finer] - costs.dial[by]):
+                by = finer
+        if by != "module":
+            self._skip_costly("dial", costs.dial["module"], "--by", "module")
+        is_read = reads and remaining.takes(costs.reading)
+        if reads and not is_read:
+            self._skip_costly("read", costs.reading)
+        return Plan(by, price_rows, is_read)
+
+    def _skip_costly(self, name: str, seconds: float, *options: str) -> None:
+        reason = f"about {seconds:.0f} CPU seconds do not fit into the budget"
+        self.skip(" ".join([name, *options]), reason, self.subject.command(name, *options))
+
+    def _estimate_costs(self) -> _Costs:
+        """Estimate the CPU seconds of every instrument from one timed pass over a few rows."""
+        assert self.model is not None
+        assert self.task is not None
+        adapted = open_adapted(self.run, self.model, self.task, self.state)
+        # An unreadable text must not look like one that is missing, which skips the dial.
+        if self.keep is not None:
+            load_keep(self.keep, adapted.task, adapted.base)
+        max_length = self.run.meta.settings.get("max_length", Settings.max_length)
+        text = encode_rows(adapted.base, adapted.task, "validation", _TIMED_ROWS, max_length)
+        began = time.process_time()
+        with evaluation_mode(adapted.base):
+            TaskLoss(adapted.base, *text).values()
+        per_row = (time.process_time() - began) / len(text.table)
+        available = len(adapted.task.split("validation"))
+        modules = len(adapted.updates)
+        layers = len(group_parts(adapted.base, adapted.updates, "layer").parts)
+        dial_rows = min(self.rows, available) + self.keep_rows
+        gradients = _BACKWARD * (NODES + 1)
+        passes = {"whole": 0.0, "layer": layers + gradients, "module": _REPLAYED * modules + gradients}
+        seconds = {}
+        for by, count in passes.items():
+            curves = len(SCALES) * (1 + _CURVES * (by != "whole"))
+            seconds[by] = per_row * dial_rows * (count + curves)
+        price_rows = min(_PRICE_ROWS, available)
+        if price_rows < _FEWEST_PRICE_ROWS:
+            price_rows = 0
+        # A cut to every rank and to as many components, signals with real and drawn labels, and shares on a quarter.
+        price_passes = 2 * len(self._cut_ranks()) + 2 * _BACKWARD + gradients / 4
+        reading = per_row * FEWEST_ROWS * _READING
+        return _Costs(seconds, per_row * price_rows * price_passes, price_rows, reading)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Number of components of every module."""
+        return [int((update.svd()[1] > 0).sum()) for update in self.run.updates(state=self.state).values()]
+
+    def _cut_ranks(self) -> list[int]:
+        """Return the ranks to cut to: halves of the present one."""
+        ranks, rank = [], max(self.counts, default=0) // 2
+        while rank:
+            ranks.append(rank)
+            rank //= 2
+        return ranks or [1]
+
+    def measure(self, plan: Plan, retrain: int) -> None:
+        """Use the instruments of a plan."""
+        self.plan = plan
+        if self.progress:
+            print(f"advise: {plan.describe()}", file=sys.stderr)
+        if plan.by:
+            self._turn_dial(plan.by)
+        if plan.price_rows:
+            self._price(plan.price_rows, retrain)
+        elif retrain:
+            self.skip("retraining", "follows the price of the rank, which was not measured")
+        if plan.reads:
+            self._read_words()
+
+    def _turn_dial(self, by: str) -> None:
+        assert self.model is not None
+        assert self.task is not None
+        limits: dict[str, Any] = {"rows": self.rows, "keep_rows": self.keep_rows}
+        try:
+            dialed = dial(
+                self.run, self.model, self.task, self.keep, by=by, state=self.state, progress=self.progress, **limits
+            )
+        except ValueError as error:  # the model fits, so its texts do not
+            self.skip("dial", str(error))
+            return
+        self.facts += advice.facts_of_dial(dialed)
+        self.actions += advice.actions_of_dial(dialed, self.subject)
+        self.questions += advice.questions_of_dial(dialed, self.subject)
+        self.receipts |= dialed.receipt.rows
+
+    def _price(self, rows: int, retrain: int) -> None:
+        assert self.model is not None
+        assert self.task is not None
+        ranks = self._cut_ranks()
+        budgets = [int(np.minimum(self.counts, rank).sum()) for rank in ranks]
+        options: dict[str, Any] = {"rows": rows, "state": self.state, "progress": self.progress}
+        try:
+            # The first price decides at which rank to train, since training is the only costly part.
+            priced = price(self.run, self.model, self.task, ranks, budgets=budgets, **options)
+            if retrain:
+                target = 2 * priced.rank if _points_beyond(priced) else max(1, priced.rank // 2)
+                options |= {"retrain": retrain, "placed": True, "budgets": budgets}
+                priced = price(self.run, self.model, self.task, [target], **options)
+                self._configure(priced, target)
+        except ValueError as error:  # such as an update that has no factors
+            self.skip("price", str(error))
+            return
+        self.facts += advice.facts_of_price(priced)
+        self.actions += advice.actions_of_price(priced, self.subject)
+        self.questions += advice.questions_of_price(priced, self.subject)
+        self.questions += advice.find_contradictions(self.actions, priced)
+        self.receipts["rank"] = priced.receipt.rows["task"]
+
+    def _configure(self, priced: Price, rank: int) -> None:
+        """Set the configuration of the next training, if it was retrained and is as good as the present rank."""
+        if priced.verdict != "enough":
+            return
+        row = advice.smallest_enough(priced)
+        # Ranks that differ between modules are harder to serve, so they must be shown to be better.
+        ranks = dict.fromkeys(priced.sigma, rank)
+        placement = priced.placement(rank)
+        if placement is not None and placement.interval(0.025).high < 0:
+            ranks = priced.ranks(int(row["components"]))
+        keywords = next_lora_keywords(self.run, ranks, self.run.updates(state=self.state))
+        self.config = keywords | {"lr": float(row["lr"])}
+
+    def _read_words(self) -> None:
+        assert self.model is not None
+        assert self.task is not None
+        try:
+            reading = read(self.run, self.model, self.task, _CARDS, state=self.state, progress=self.progress)
+        except ValueError as error:  # such as too few rows
+            self.skip("read", str(error))
+            return
+        for card in reading.cards:
+            text = f"{card.title}: {', '.join(card.used) or 'no word above random components'}"
+            self.facts.append(Fact(LEARNED, "words", text, *card.total[:3], "nats"))
+
+    def give(self, call: Mapping[str, Any]) -> Advice:
+        """Return the advice with everything that was noted."""
+        names = {name: str(getattr(value, "name", value) or "") for name, value in self._texts().items()}
+        receipt = Receipt(
+            run=self.run.id,
+            base=str(self.model or ""),
+            rows=self.receipts,
+            call={"path": self.subject.path, **names, "state": self.state, "plan": self.plan._asdict(), **call},
+            seconds=time.process_time() - self.began,
+        )
+        return Advice(
+            label=self.run.label,
+            description=self.description,
+            facts=tuple(self.facts),
+            actions=advice.order_actions(self.actions),
+            undecided=tuple(self.questions),
+            skipped=tuple(self.skipped),
+            config=self.config,
+            receipt=receipt,
+        )
+
+    def _texts(self) -> dict[str, Any]:
+        return {"model": self.model, "task": self.task, "keep": self.keep}
+
+
+class _Remaining:
+    """CPU seconds that remain of a budget."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def takes(self, cost: float) -> bool:
+        """Return whether a cost fits, and subtract it if it does."""
+        if cost > self.seconds:
+            return False
+        self.seconds -= cost
+        return True
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Estimated CPU seconds of the dial by its parts, of the price with its rows, and of the reader."""
+
+    dial: Mapping[str, float]
+    price: float
+    price_rows: int
+    reading: float
+
+
+def _points_beyond(priced: Price) -> bool:
+    """Return whether gradients point beyond the rank, while the control finds none and half the rank is not enough."""
+    modules = priced.modules
+    return priced.verdict != "wasteful" and modules["directions"].sum() > 0 and modules["control"].sum() == 0

@@ -1,0 +1,236 @@
+"""Advice against the instruments that it joins, on worked dials and prices and on tiny trained models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_export import trained
+from test_price import METHODS, task  # noqa: F401  # a fixture
+from test_rank_prices import estimate, made_price
+
+import lorascope as ls
+from lorascope.analysis import advice
+from lorascope.analysis.advice import CONFIRM, MEASURED, Action, Subject
+from lorascope.analysis.dial import KEEP, TASK, WHOLE, MeasuredRows, RowValues, dial_of_rows
+from lorascope.analysis.rank_prices import RUNS, CutPrice, tabulate_prices
+from lorascope.cli.main import main
+from lorascope.inputs.tasks import Task
+from lorascope.insight.advise import repeat
+from lorascope.methods import Full, HydraLoRA, LoRA
+from lorascope.runs.receipt import Receipt
+
+SUBJECT = Subject("runs/lora", "minilm", "reviews")
+ROWS = 200
+NOISE = np.where(np.arange(ROWS) % 2, 1.0, -1.0)
+
+
+def made_dial(loss_at_half: float, spread: float) -> Any:
+    """Return a dial whose whole update learns 1 nat and forgets 2, and keeps half of that at half the scale."""
+    rows = {
+        TASK: MeasuredRows("nats", np.ones(ROWS), np.arange(ROWS)),
+        KEEP: MeasuredRows("nats", np.ones(ROWS), np.arange(ROWS)),
+    }
+    measured = []
+    for scale, loss, distance in ((0.0, 2.0, 0.0), (0.5, 1.0 + loss_at_half, 1.0), (1.0, 1.0, 2.0)):
+        noise = spread * NOISE if scale == 0.5 else 0
+        measured.append(RowValues(WHOLE, scale, TASK, np.full(ROWS, loss) + noise))
+        measured.append(RowValues(WHOLE, scale, KEEP, np.full(ROWS, distance)))
+    part = {"part": WHOLE, "module": None, "layer": None, "role": None, "component": None, "energy": 1.0}
+    shares = dict.fromkeys(["learn_share", "forget_share", "learn_slope", "forget_slope"], np.nan)
+    parts = pd.DataFrame([part | {"control": False} | shares])
+    receipt = Receipt(run="abc", base="minilm", rows={"task": f"{ROWS} rows 5f2a1c"}, call={"by": "whole"})
+    return dial_of_rows("runs/lora", measured, rows, parts, None, receipt)
+
+
+def test_a_scale_within_the_margin_is_an_action_and_one_that_touches_it_says_confirm() -> None:
+    (action,) = advice.actions_of_dial(made_dial(0.01, 0.1), SUBJECT)
+    assert action.verdict == MEASURED
+    assert action.estimate == pytest.approx(0.01)
+    assert action.command == "lorascope export runs/lora --scales whole=0.5 --peft scaled"
+    assert "KL -50%" in action.change
+    assert action.weight == pytest.approx(5)  # half of the whole, in tenths
+    (action,) = advice.actions_of_dial(made_dial(0.01, 1.0), SUBJECT)
+    assert action.verdict == CONFIRM
+    # The margin is a tenth of the learning, 0.1, and the interval reaches 1.97 standard errors from the mean.
+    half = action.high - 0.01
+    rows = math.ceil(ROWS * (half / 0.09) ** 2)
+    assert action.command == f"lorascope dial runs/lora --model minilm --task reviews --by whole --rows {rows}"
+
+
+def test_a_scale_that_needs_far_more_rows_is_a_question_and_a_costly_one_is_neither() -> None:
+    hard = made_dial(0.09, 1.0)
+    assert not list(advice.actions_of_dial(hard, SUBJECT))
+    (question,) = advice.questions_of_dial(hard, SUBJECT)
+    assert question.rows_needed > 20 * ROWS
+    costly = made_dial(0.5, 0.1)
+    assert not list(advice.actions_of_dial(costly, SUBJECT))
+    assert not list(advice.questions_of_dial(costly, SUBJECT))
+
+
+def test_actions_are_ordered_by_effect_over_margin_and_three_remain() -> None:
+    weights = (1.0, 5.0, 0.5, math.inf)
+    actions = [Action(MEASURED, str(weight), 0.0, 0.0, 0.0, "nats", "", weight) for weight in weights]
+    assert [action.weight for action in advice.order_actions(actions)] == [math.inf, 5.0, 1.0]
+
+
+def test_the_smallest_budget_without_loss_is_cut() -> None:
+    cuts = [CutPrice(None, 4, 400, estimate(0.02)), CutPrice(None, 6, 600, estimate(0.001)),
+            CutPrice(None, 7, 700, estimate(0.0)), CutPrice(2, 4, 400, estimate(0.02), estimate(0.0))]  # fmt: skip
+    price = made_price(table=tabulate_prices(cuts, pd.DataFrame(columns=RUNS)))
+    (action,) = advice.actions_of_price(price, SUBJECT)
+    assert action.command == "lorascope export runs/lora --budget 6 --peft cut"
+    assert (action.estimate, action.verdict) == (0.001, MEASURED)
+    facts = {fact.name: fact.text for fact in advice.facts_of_price(price)}
+    assert facts["placement"].startswith("not shown to differ from a uniform rank")
+    assert facts["half the rank"].startswith("rank 2 of 4 costs: cut +0.020 nats")
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [(-0.1, "better than"), (0.1, "worse than"), (0.0, "not shown to differ from")],
+)
+def test_placement_is_compared_with_its_uniform_control(difference: float, words: str) -> None:
+    runs = []
+    for seed, noise in enumerate((-0.01, 0.0, 0.01)):
+        runs += [(2, 0, 0.1, seed, 1.0, 0.0), (2, 1, 0.1, seed, 1.0 + difference + noise, 0.0)]
+    table = pd.DataFrame(runs, columns=RUNS)
+    cuts = [CutPrice(2, 8, 800, estimate(0.02))]
+    facts = list(advice.facts_of_price(made_price(table=tabulate_prices(cuts, table), runs=table)))
+    (fact,) = [fact for fact in facts if fact.name == "placement"]
+    assert f"{words} a uniform rank" in fact.text
+    assert fact.value == pytest.approx(difference)
+
+
+def test_a_smaller_scale_and_an_unfinished_training_contradict_each_other() -> None:
+    actions = list(advice.actions_of_dial(made_dial(0.01, 0.1), SUBJECT))
+    (question,) = advice.find_contradictions(actions, made_price(verdict="not finished"))
+    assert question.question.startswith("contradiction")
+    assert not list(advice.find_contradictions(actions, made_price(verdict="wasteful")))
+
+
+@pytest.fixture(scope="module")
+def keep(task: Task) -> Task:  # noqa: F811
+    rows = [f"the {word} goes {count} times around" for word in ("dog", "cat", "fox") for count in range(60)]
+    labels = [("negative", "positive")[row % 2] for row in range(len(rows))]
+    splits = [("train", "validation", "test")[row % 3] for row in range(len(rows))]
+    return ls.tasks.from_frame(pd.DataFrame({"text": rows, "label": labels, "split": splits}), "other text")
+
+
+def test_numbers_equal_those_of_dial_and_price(bert: str, task: Task, keep: Task, tmp_path: Path) -> None:  # noqa: F811
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=12)[1]
+    told = ls.advise(run, bert, task, keep, budget=1000, progress=False)
+    dialed = ls.dial(run, bert, task, keep, by="module", progress=False)
+    priced = ls.price(run, bert, task, (1, 2), progress=False)
+    facts = {fact.name: fact for fact in told.facts}
+    assert facts["learn"].value == dialed.summary().loc[0, "learn"]
+    assert facts[{"nats": "KL"}.get(dialed.unit, "drift")].value == dialed.summary().loc[0, "forget"]
+    half = priced.table.set_index("rank").loc[2]
+    assert facts["half the rank"][3:6] == (half["cut"], half["cut_low"], half["cut_high"])
+    assert facts["placement"].value == half["placed"]
+    assert len(told.actions) <= 3
+    assert told.config == {}  # nothing was retrained
+    assert told.receipt.call["plan"]["by"] == "module"
+    document = json.loads(json.dumps(told.to_json()))
+    with pytest.raises(ValueError, match="the receipt is of run other"):
+        repeat(document | {"receipt": document["receipt"] | {"run": "other"}}, run)
+
+
+def test_an_advice_is_repeated_to_the_digit_and_a_changed_one_is_noticed(
+    bert: str, task: Task, keep: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=12)[1]
+    files = {}
+    for name, item in (("task", task), ("keep", keep)):
+        files[name] = str(tmp_path / f"{name}.csv")
+        item.table.drop(columns=["draw", "cluster"], errors="ignore").to_csv(files[name], index=False)
+    receipt, page = tmp_path / "advice.json", tmp_path / "card.html"
+    words = [str(run.path), "--model", bert, "--task", files["task"], "--keep", files["keep"]]
+    assert main(["advise", *words, "-o", str(receipt), "--html", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "where did the rank go" in printed
+    assert "What to change" in page.read_text(encoding="utf-8")
+    assert ls.load(str(run.path)).id == run.id  # no file of the run changed
+    assert main(["advise", "--verify", str(receipt)]) == 0
+    assert capsys.readouterr().out.endswith("no differences\n")
+    document = json.loads(receipt.read_text(encoding="utf-8"))
+    (learn,) = [fact for fact in document["facts"] if fact["name"] == "learn"]
+    learn["value"] += 1e-5
+    receipt.write_text(json.dumps(document), encoding="utf-8")
+    assert main(["advise", "--verify", str(receipt)]) == 1
+    assert "learn: value kept" in capsys.readouterr().out
+
+
+def test_retraining_gives_a_configuration_only_if_it_is_as_good(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=12)[1]
+    told = ls.advise(run, bert, task, budget=1000, retrain=3, progress=False)
+    priced = ls.price(run, bert, task, (2,), retrain=3, placed=True, progress=False)
+    placement = priced.placement(2)
+    assert placement is not None
+    (fact,) = [fact for fact in told.facts if fact.name == "placement" and "retrained" in fact.text]
+    assert fact.value == placement.mean
+    if priced.verdict == "enough":
+        assert told.config["lr"] in set(priced.runs["lr"])
+        assert told.config["r"] in (1, 2, 3, 4)
+    else:
+        assert told.config == {}
+
+
+def test_without_a_model_the_files_are_read(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=4)[1]
+    told = ls.advise(run)
+    assert [measurement.name for measurement in told.skipped] == ["dial", "price"]
+    (energy,) = [fact for fact in told.facts if fact.name == "energy"]
+    counted = 0
+    for update in run.updates().values():
+        squares = update.svd()[1] ** 2
+        counted += int(np.searchsorted(np.cumsum(squares) / squares.sum(), 0.9 - 1e-12)) + 1
+    assert energy.value == counted
+    assert not [action for action in told.actions if action.verdict == MEASURED]
+
+
+@pytest.mark.parametrize("method", [Full(lr=1e-3), HydraLoRA(rank=2, lr=1e-3, head_lr=1e-3)], ids=["full", "hydra"])
+def test_a_run_that_cannot_be_scaled_says_why(method: Any, bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
+    run = trained(bert, task, method, tmp_path / "run", steps=2)[1]
+    told = ls.advise(run, bert, task, progress=False)
+    assert told.skipped[0].name == "dial, price"
+
+
+def test_a_small_budget_names_what_it_skips(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=2)[1]
+    told = ls.advise(run, bert, task, budget=1e-9, progress=False)
+    assert {measurement.name for measurement in told.skipped} == {"dial --by module", "price"}
+    for measurement in told.skipped:
+        assert "CPU seconds do not fit into the budget" in measurement.reason
+        assert measurement.command.startswith("lorascope ")
+
+
+def test_bad_arguments_get_one_line(bert: str, task: Task, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
+    run = trained(bert, task, LoRA(rank=2, lr=1e-3), tmp_path / "run", steps=2)[1]
+    for arguments, message in (
+        ({"model": bert}, "model and task are required together"),
+        ({"model": bert, "task": task, "budget": 0}, "budget must be > 0 CPU seconds, got 0"),
+        ({"retrain": 2}, "retrain requires a model and a task"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ls.advise(run, **arguments)
+    other = tmp_path / "other.json"
+    other.write_text("{}", encoding="utf-8")
+    for words, message in (
+        ([], "RUN is required: lorascope advise runs/lora"),
+        (["x", "--model", "minilm"], "--model and --task require each other"),
+        (["x", "--retrain", "3"], "--retrain requires --model and --task"),
+        (["--verify", str(other)], "--verify requires a file that lorascope advise -o wrote"),
+        (["--verify", str(other), "--retrain", "3"], "--verify takes everything but RUN from its file"),
+    ):
+        assert main(["advise", *words]) != 0
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    with pytest.raises(ValueError, match="advice must be on the run of the card"):
+        ls.report(ls.example("adapter"), tmp_path / "card.html", advice=ls.advise(run))

@@ -437,11 +437,15 @@ def test_the_command_prints_verdicts_and_writes_scales(
     assert "Dial of LoRA, rank 3" in shown
     assert "40 rows" in shown
     assert main(["export", str(run.path), "--scales", str(tmp_path / "dial.csv"), "--peft", str(tmp_path / "out")]) == 0
+    assert main(["export", str(run.path), "--scales", "whole=0.5", "--peft", str(tmp_path / "half")]) == 0
+    for name, update in ls.load(tmp_path / "half").updates().items():
+        np.testing.assert_allclose(update.dense(), run.updates()[name].dense() / 2, rtol=1e-6)
     for wrong, message in (
         (["dial"], "RUN is required"),
         (["dial", str(run.path)], "--model and --task are required"),
         ([*arguments, "--scales", "a"], "--scales must be numbers such as 0.5,0.75,1, got 'a'"),
         ([*arguments, "-o", str(tmp_path / "dial.csv")], "dial.csv"),
+        (["export", str(run.path), "--scales", "whole=a", "--peft", "x"], "--scales must be PART=SCALE or a table of"),
         (["export", str(run.path), "--scales", "x.csv", "--rank-pattern"], "--scales requires one run with --peft DIR"),
     ):
         assert main(wrong) != 0

@@ -18,6 +18,7 @@ import lorascope as ls
 from lorascope.analysis import advice
 from lorascope.analysis.advice import CONFIRM, MEASURED, Action, Subject
 from lorascope.analysis.dial import KEEP, TASK, WHOLE, MeasuredRows, RowValues, dial_of_rows
+from lorascope.analysis.forgetting_course import forgetting_course
 from lorascope.analysis.rank_prices import RUNS, CutPrice, tabulate_prices
 from lorascope.cli.main import main
 from lorascope.inputs.tasks import Task
@@ -179,6 +180,17 @@ def test_retraining_gives_a_configuration_only_if_it_is_as_good(bert: str, task:
         assert told.config["r"] in (1, 2, 3, 4)
     else:
         assert told.config == {}
+
+
+def test_the_step_to_keep_is_that_of_the_gauge(bert: str, task: Task, keep: Task, tmp_path: Path) -> None:  # noqa: F811
+    method = LoRA(rank=2, lr=0.3, head_lr=0.3)  # so high a rate that the last step is not the best
+    gauge = ls.observe.kl(every=2, rows=40, keep=keep)
+    run = trained(bert, task, method, tmp_path / "run", steps=20, observe=[gauge])[1]
+    course = forgetting_course(run)
+    facts = [fact for fact in ls.advise(run).facts if fact.name == "step to keep"]
+    kept = int(course.loc[course["keep"], "step"].iloc[0])
+    assert kept < course["step"].max()
+    assert [fact.value for fact in facts] == [kept]
 
 
 def test_without_a_model_the_files_are_read(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811

@@ -193,6 +193,7 @@ def _describe_open(questions: Sequence[OpenQuestion]) -> Iterator[str]:
             yield f"      {question.command}"
 
 
+# Effects of actions do not add up, so more than a few would mislead.
 def order_actions(actions: Sequence[Action]) -> tuple[Action, ...]:
     """Return the three actions with the largest effect over margin, the largest first."""
     return tuple(sorted(actions, key=lambda action: -action.weight)[:MOST_ACTIONS])
@@ -202,6 +203,7 @@ def facts_of_dial(dial: Dial) -> Iterator[Fact]:
     """Yield what the update learns and where, how far it moves the model elsewhere, and parts that do not help."""
     whole = dial.parts.iloc[0]
     learn = _interval_of(whole, "learn")
+    # Shares of an effect that may be zero would divide noise.
     shares = _share_by_group(dial.parts)
     text = _format_interval(learn, "nats")
     if learn.low <= 0:
@@ -352,6 +354,7 @@ def facts_of_price(price: Price) -> Iterator[Fact]:
             yield Fact(LEARNED, "placement", text, *placed[:3], "nats")
     unused, total = int(price.modules["unused"].sum()), int(price.modules["rank"].sum())
     yield Fact(LEARNED, "unused", f"{unused} of {total} components learn less than an even share", unused)
+    # Real labels show nothing by themselves if drawn ones have directions as well.
     directions, control = int(price.modules["directions"].sum()), int(price.modules["control"].sum())
     text = f"signal in {directions} directions (control with drawn labels: {control})"
     yield Fact(LEARNED, "beyond reach", text, directions)
@@ -379,6 +382,7 @@ def _compare(placed: Interval) -> str:
 def actions_of_price(price: Price, subject: Subject) -> Iterator[Action]:
     """Yield the smallest cut without loss, and the rank of the next training."""
     budgets = price.table[price.table["rank"].isna()].sort_values("components")
+    # The end of the interval, because a cut that may cost more is a risk.
     free = budgets[budgets["cut_high"] < price.tolerance]
     total = int(price.modules["rank"].sum())
     if len(free):
@@ -403,6 +407,7 @@ def actions_of_price(price: Price, subject: Subject) -> Iterator[Action]:
         change = f"train the next run at rank {row['rank']:.0f}, lr {row['lr']:g}: {_format_interval(interval, 'nats')}"
         saved = 1 - row["rank"] / price.rank
         yield Action(MEASURED, change, *interval[:3], "nats", "", _EVEN_SHARES * saved)
+    # A direction beyond the rank is only worth a larger one if retraining used it.
     elif price.verdict == "short":
         change = f"train the next run at rank {2 * price.rank}: it has fewer directions beyond its rank"
         yield Action(MEASURED, change, math.nan, math.nan, math.nan, "nats", "", _EVEN_SHARES)

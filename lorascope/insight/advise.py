@@ -14,7 +14,8 @@ import numpy as np
 
 from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.analysis import advice
-from lorascope.analysis.advice import LEARNED, WRONG, Advice, Fact, OpenQuestion, SkippedMeasurement, Subject
+from lorascope.analysis.advice import COSTS, LEARNED, WRONG, Advice, Fact, OpenQuestion, SkippedMeasurement, Subject
+from lorascope.analysis.forgetting_course import forgetting_course
 from lorascope.analysis.rank_prices import Price
 from lorascope.analysis.turning_points import FEWEST_CHECKPOINTS, find_turns
 from lorascope.diagnosis.doctor import diagnose
@@ -142,6 +143,7 @@ def repeat(document: Mapping[str, Any], run: Result) -> list[str]:
     ValueError
         The run is another one, or its model and task were passed as objects.
     """
+    # Seconds and texts may differ, numbers may not.
     receipt = document["receipt"]
     if receipt["run"] != run.id:
         raise ValueError(f"the receipt is of run {receipt['run']}, got {run.id}")
@@ -224,7 +226,22 @@ class _Adviser:
             turned = find_turns(run)
             text = "; ".join(turned.describe())
             self.facts.append(Fact(LEARNED, "turns", text, int(turned.summary()["turn"].sum())))
+        self._read_course()
 
+    def _read_course(self) -> None:
+        """Note the step that a recorded gauge says to keep."""
+        # Only a run that was trained with the gauge has both.
+        if not self.run.has_history or "row_loss" not in set(self.run.table["quantity"]):
+            return
+        course = forgetting_course(self.run)
+        kept, last = course[course["keep"]].iloc[0], course.iloc[-1]
+        if kept["step"] < last["step"]:
+            text = (
+                f"step {kept['step']:.0f} is {kept['distance']:.3g} from the base, the last step {last['distance']:.3g}"
+            )
+            self.facts.append(Fact(COSTS, "step to keep", text, float(kept["step"])))
+
+    # What fits is decided before anything is measured, so that a receipt can repeat it whatever the machine's speed.
     def choose(self, budget: float, reads: bool) -> Plan:
         """Choose the instruments that fit into a budget, the cheapest first; note the others with their commands."""
         if not self.run.ranks(self.state):
@@ -269,6 +286,7 @@ class _Adviser:
             load_keep(self.keep, adapted.task, adapted.base)
         max_length = self.run.meta.settings.get("max_length", Settings.max_length)
         text = encode_rows(adapted.base, adapted.task, "validation", _TIMED_ROWS, max_length)
+        # A forward pass is the unit of all estimates.
         began = time.process_time()
         with evaluation_mode(adapted.base):
             TaskLoss(adapted.base, *text).values()
@@ -276,6 +294,7 @@ class _Adviser:
         available = len(adapted.task.split("validation"))
         modules = len(adapted.updates)
         layers = len(group_parts(adapted.base, adapted.updates, "layer").parts)
+        # Rows to keep are about as long as those of the task.
         dial_rows = min(self.rows, available) + self.keep_rows
         gradients = _BACKWARD * (NODES + 1)
         passes = {"whole": 0.0, "layer": layers + gradients, "module": _REPLAYED * modules + gradients}

@@ -194,7 +194,7 @@ def test_space_view_in_half_precision_matches_full_precision(tmp_path):
     }  # fmt: skip
     assert runs["film"].factors()["h.0.q"]["A"].dtype == np.float16
     (chart,) = plots.factor_embedding(runs, factors=("A",), view="space", perplexity=2).panels
-    assert re.fullmatch(r"A: same module \d+% \(chance 50%\)", chart.title)
+    assert re.fullmatch(r"A, same A₀: same module \d+% \(.*chance 50%\)", chart.title)
     assert (chart.x.label, chart.y.label) == ("factors of shape 1024", "t-SNE, perplexity 2")
 
 
@@ -463,8 +463,13 @@ def test_figure_shows_a_next_to_b_with_their_shared_fractions(domains):
     panels = plots.factor_embedding(runs)
     (row,) = panels.rows()
     (cloud,) = build_factor_sets(updates, RUNS, ("B",))
-    shared = factor_sharing.sharedness([cloud])["sharedness"]
-    titles = ["A: same module 100% (chance 17%)", f"B: same module {100 * shared:.0f}% (chance 17%)"]
+    shared = 100 * factor_sharing.sharedness([cloud])["sharedness"]
+    by_run = 100 * factor_sharing.retrieve_modules(cloud).groupby("run")["same"].mean()
+    spread = f"runs {by_run.min():.0f}–{by_run.max():.0f}%, "
+    titles = [
+        "A, different A₀: same module 100% (chance 17%)",
+        f"B, different A₀: same module {shared:.0f}% ({spread}chance 17%)",
+    ]
     assert [chart.title for chart in row] == titles
     assert [chart.y.label for chart in row] == 2 * ["t-SNE, perplexity 12"]
     assert all(chart.square for chart in row)
@@ -479,7 +484,7 @@ def test_figure_shows_a_next_to_b_with_their_shared_fractions(domains):
         assert chart.marks[0].columns() == {"x": "x", "y": "y", "color": "domain", "size": "size"}
         assert chart.data["start"].unique().tolist() == ["from PCA"]
         assert chart.frame is None
-    sizes = {"film": 1.0, "music": 0.6, "news": 0.2}
+    sizes = {"film": 1.0, "music": 0.65, "news": 0.3}
     assert dict(zip(chart.data["domain"], chart.data["size"], strict=True)) == sizes
     assert "film: 2 seeds (0, 1)" in chart.caption.lower()
     assert "another domain is from the same module" in chart.caption
@@ -489,7 +494,8 @@ def test_figure_with_a_control_and_seeds_has_rows_and_frames_for_them(domains):
     runs, _ = domains
     panels = plots.factor_embedding(runs, control=runs, perplexity=[3, 8], seeds=[4, 5])
     titles = [[chart.title.partition(": same")[0] for chart in row] for row in panels.rows()]
-    assert titles == 2 * [["A", "B"]] + 2 * [["control: A", "control: B"]]
+    A, B = "A, different A₀", "B, different A₀"
+    assert titles == 2 * [[A, B]] + 2 * [[f"control: {A}", f"control: {B}"]]
     labels = [chart.y.label for chart in panels.panels]
     assert labels == 2 * (2 * ["t-SNE, perplexity 3"] + 2 * ["t-SNE, perplexity 8"])
     chart = panels.rows()[0][0]
@@ -542,7 +548,7 @@ def test_titles_have_the_random_baseline_of_their_panel_if_widths_differ(tmp_pat
 def test_figure_together_has_a_and_b_in_one_plane(domains):
     runs, _ = domains
     chart = plots.factor_embedding(runs, together=True, view="space").rows()[0][0]
-    assert re.fullmatch(r"A and B: same module \d+% \(chance 8%\)", chart.title)
+    assert re.fullmatch(r"A and B, different A₀: same module \d+% \(.*chance 8%\)", chart.title)
     assert chart.y.label == "t-SNE, perplexity 24"
     assert chart.data["factor"].value_counts().to_dict() == {"A": 36, "B": 36}
     names = chart.marks[1].data.set_index("factor")
@@ -578,7 +584,7 @@ def test_figure_of_few_modules_labels_the_dots(domains):
         assert (dots["y"] > dots["y_dot"]).all()
         assert names["y"].max() < chart.y.limits[1]
     assert len(of_a.marks[1].data) <= len(of_b.marks[1].data)
-    assert of_a.title == "A: same module 100% (chance 50%)"
+    assert of_a.title == "A, different A₀: same module 100% (chance 50%)"
     with pytest.raises(
         ValueError, match=r"^factor_embedding.*got 'h\.9\.q'; expected one of h\.0\.q, h\.1\.q, "
     ) as raised:

@@ -19,6 +19,7 @@ from lorascope.charts.marks import Axis, Mark, Point, Text
 from lorascope.plots.figure_registry import figure, gather_apart
 from lorascope.plots.requirements import UPDATES
 from lorascope.plots.run_groups import Cohort, Runs, require_choices
+from lorascope.runs.result import Result
 
 _VIEWS = {
     "raw": "raw factors",
@@ -100,7 +101,10 @@ def factor_embedding(
         "as rings."
     )
     if any(len(cohort.groups) > 1 for cohort in cohorts.values()):
-        caption += " Same module: factors whose nearest factor of another domain is from the same module."
+        caption += (
+            " Same module: factors whose nearest factor of another domain is from the same module, in all runs, and in "
+            "that with the fewest and the most. Same A₀: the seeds of the initial A are the same in all domains."
+        )
     planes = []
     for prefix, cohort in cohorts.items():
         cohort.require_runs(2)
@@ -136,13 +140,26 @@ def factor_embedding(
 
 
 def _title(cloud: FactorSet, cohort: Cohort, prefix: str) -> str:
-    """Return factors, and how often the nearest factor of another domain is from the same module."""
+    """Return factors, seeds, and how often the nearest factor of another domain is from the same module."""
     title = f"{prefix}{' and '.join(dict.fromkeys(cloud.factors))}"
     if len(cohort.groups) == 1:
         return title
-    shared = factor_sharing.sharedness([cloud])
-    percent, chance = 100 * shared["sharedness"], 100 * shared["sharedness_chance"]
-    return f"{title}: same module {percent:.0f}% (chance {chance:.0f}%)"
+    # The initial A is drawn by this seed, so that it is a reason to be from the same module.
+    seeds = {group.label: {_initial_seed(run) for run in group.runs} for group in cohort.groups}
+    if None not in set().union(*seeds.values()):
+        are_same = all(of_domain == seeds[cohort.labels[0]] for of_domain in seeds.values())
+        title += ", same A₀" if are_same else ", different A₀"
+    matches = factor_sharing.retrieve_modules(cloud)
+    by_run = 100 * matches.groupby("run")["same"].mean()
+    percent, chance = 100 * matches["same"].mean(), 100 * matches["chance"].mean()
+    ends = dict.fromkeys(f"{end:.0f}" for end in (by_run.min(), by_run.max()))
+    spread = f"runs {'–'.join(ends)}%, " if len(ends) > 1 else ""
+    return f"{title}: same module {percent:.0f}% ({spread}chance {chance:.0f}%)"
+
+
+def _initial_seed(run: Result) -> int | None:
+    """Return the seed of the initial factors, None for an adapter, whose seed is not known."""
+    return (run.meta.recipe or {}).get("init_seed", run.meta.seed)
 
 
 def _tsne(cloud: FactorSet, cohort: Cohort, title: str, perplexity: float, seeds: Sequence[int]) -> Chart:
@@ -197,6 +214,6 @@ def _place_points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "po
     modules = cohort.runs[0].modules
     positions = modules.assign(place=norms.layer_places(modules).astype("str")).set_index("module")
     # A dot below a smaller one remains visible as a ring.
-    sizes = dict(zip(cohort.labels, np.linspace(1.0, 0.2, len(cohort.labels)), strict=True))
+    sizes = dict(zip(cohort.labels, np.linspace(1.0, 0.3, len(cohort.labels)), strict=True))
     points = cloud.table().assign(x=plane[:, 0], y=plane[:, 1]).join(positions[["layer", "role", "place"]], on="module")
     return points.assign(size=points["domain"].map(sizes))

@@ -135,8 +135,8 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     # The bound has the same symbol in both grounds, and one entry in the legend.
     ground_of_bound = TRUTH if ((table["mark"] == BOUND) & (table["ground"] == TRUTH)).any() else TEXT
     measured, printed = table[(table["mark"] != PRINTED) & ~waits], table[table["mark"] == PRINTED]
-    # Printed gains are in the panel of the measured effects' unit, on a separate axis of the same length.
-    limits = {unit: _limits(of_unit) for unit, of_unit in table.groupby("unit")}
+    # Printed gains are on a separate axis: they are from other models and tasks, and mostly on the other side of zero.
+    limits = {unit: _limits(of_unit) for unit, of_unit in measured.groupby("unit")}
     caption = _CAPTION
     if waits.any():
         caption += f" {TRUTH}, {waits.sum()} methods have no runs yet."
@@ -171,7 +171,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
         gains = printed[printed["method"].isin(methods)]
         if len(gains):  # other models and tasks, so on a separate axis
             marks = [Rule(x=0), Point("effect", "row", "ground", symbol="diamond", hollow=True, label=PRINTED)]
-            x = Axis(label=f"printed, {units[0]}", limits=limits[units[0]])
+            x = Axis(label=f"printed, {units[0]}", limits=_limits(gains))
             charts.append(replace(charts[0], data=gains, marks=marks, title="Printed by the paper", x=x))
         grid.append(tuple(charts))
     columns = 0

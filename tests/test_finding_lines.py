@@ -44,9 +44,7 @@ def test_used_rank_is_the_mean_effective_rank_of_adapted_modules(name):
     if adapted.empty:
         assert "rank" not in shown_lines(run)
         return
-    used, ranks = re.match(
-        r"([\d.]+) of ([\d.]+) used per module \(effective rank\)", shown_lines(run)["rank"]
-    ).groups()
+    used, ranks = re.match(r"([\d.]+) of ([\d.]+) per module \(effective rank\)", shown_lines(run)["rank"]).groups()
     assert float(used) == pytest.approx(adapted["effective_rank"].fillna(0).mean(), rel=0.01)
     assert float(ranks) == pytest.approx(adapted["rank"].mean(), rel=0.01)
     zeros = int((adapted["rank"] == 0).sum())

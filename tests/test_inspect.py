@@ -88,6 +88,12 @@ def lines(path: Path, target: Console | None = None) -> list[str]:
     return inspection_screen(inspect(load(path)), target or plain()).splitlines()
 
 
+def norm_lines(shown: list[str]) -> list[str]:
+    """Return the lines of a screen from the strips of norms on."""
+    start = next(index for index, line in enumerate(shown) if line.startswith("|dW| by layer"))
+    return shown[start:]
+
+
 def test_inspection_screen_equals_the_expected_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     spectra = llama(3, [3.0, 4.0, 0.0, 0.0])
@@ -100,26 +106,40 @@ my-adapter     LoRA, rank 4, scale 2 (alpha 8)
 base           org/base (not read)
 size           11 modules, 1,408 parameters, float32, 1 file
 
-|dW| by layer  0  1  2                             |dW|  energy   rank effective
-q              333555777                           37.4   28.0%      4       2.0
-v              333555                              22.4   10.0%      4       2.0
-ffn_in         333...777                           31.6   20.0%      4       1.3
-ffn_out        333555999                           45.8   42.0%      4       2.7
+used rank      0   1   2                           used   rank effective
+q              2/4 2/4 2/4                         6/12      4       2.0
+v              2/4 2/4                              4/8      4       2.0
+ffn_in         2/4 0/4 2/4                         4/12      4       1.3
+ffn_out        2/4 2/4 4/4                         8/12      4       2.7
+               used components have 90% of the energy of their module
+
+|dW| by layer  0  1  2                             |dW|  energy
+q              333555777                           37.4   28.0%
+v              333555                              22.4   10.0%
+ffn_in         333...777                           31.6   20.0%
+ffn_out        333555999                           45.8   42.0%
                9 is 40.0 per layer, . is zero
 
+rank           22 of 44 components have 90% of the energy; random factors: 34
+               1.98 of 4 per module (effective rank)
+most unused    0 of 4  model.layers.1.mlp.up_proj
+               2 of 4  model.layers.0.self_attn.q_proj
+               2 of 4  model.layers.0.self_attn.v_proj
+               and 7 more of 11 modules with half of their rank or less
+full           none of 11 modules; 1 as even as random factors
 largest |dW|   40.0   model.layers.2.mlp.down_proj  rank 4.0 of 4
                30.0   model.layers.2.self_attn.q_proj  rank 2.0 of 4
                30.0   model.layers.2.mlp.up_proj  rank 2.0 of 4
 findings       1 zero update: model.layers.1.mlp.up_proj (B = 0)
                18 components are unused (below 1e-6 of the largest):
                  model.layers.0.self_attn.q_proj and 8 more
-               none of 10 modules have 90% of their energy in rank 1 or less
 next           lorascope doctor my-adapter"""
     assert "\n".join(lines(Path("my-adapter"))) == expected
     monkeypatch.setenv("NO_COLOR", "1")
     blocks = lines(Path("my-adapter"), text_layout.make_console(Terminal()))
-    assert [line[15:24] for line in blocks[5:9]] == ["▂▂▂▄▄▄▆▆▆", "▂▂▂▄▄▄   ", "▂▂▂···▆▆▆", "▂▂▂▄▄▄███"]
-    assert blocks[9].strip() == "█ is 40.0 per layer, · is zero"
+    norms = norm_lines(blocks)
+    assert [line[15:24] for line in norms[1:5]] == ["▂▂▂▄▄▄▆▆▆", "▂▂▂▄▄▄   ", "▂▂▂···▆▆▆", "▂▂▂▄▄▄███"]
+    assert norms[5].strip() == "█ is 40.0 per layer, · is zero"
 
 
 def test_modules_have_the_planted_norms_and_ranks(tmp_path: Path) -> None:
@@ -152,15 +172,15 @@ def test_roles_pool_norms_by_squares_and_average_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6, 11, 17, 24, 30, 32, 33, 80, 126])
-def test_screen_fits_24_lines_at_any_depth(tmp_path: Path, layers: int) -> None:
+def test_screen_fits_45_lines_at_any_depth(tmp_path: Path, layers: int) -> None:
     long = "a-rather-long-name-of-an-adapter-that-somebody-gave-it-in-a-hurry"
     spectra = llama(layers, [1.0, 0.5, 0.1, 0.0])
     spectra["model.layers.0.self_attn.some_unusual_projection_with_a_very_long_name_indeed"] = [1.0, float("nan"), 0, 0]
     config = {"base_model_name_or_path": "/a/" + "very/" * 30 + "deep/path", "alpha_pattern": {"nothing": 3}}
     shown = lines(plant(tmp_path / long, spectra, **config))
     assert max(map(len, shown[:-1])) <= 80
-    assert len(shown) <= 24
-    row = next(line for line in shown if line.startswith("ffn_in"))
+    assert len(shown) < 45
+    row = next(line for line in norm_lines(shown) if line.startswith("ffn_in"))
     chart = row[15:47].rstrip()
     assert 1 <= len(chart) <= 32
     assert list(chart) == sorted(chart)
@@ -170,10 +190,10 @@ def test_screen_fits_24_lines_at_any_depth(tmp_path: Path, layers: int) -> None:
 def test_column_of_several_layers_shows_their_rms(tmp_path: Path) -> None:
     spectra = {f"model.layers.{layer}.self_attn.q_proj": [1.0] for layer in range(40)}
     spectra["model.layers.0.self_attn.q_proj"] = [7.0]
-    shown = lines(plant(tmp_path / "a", spectra))
-    assert shown[5][15:47].rstrip() == "9" + "2" * 19  # 10 (RMS of 14 and 2) against 2
-    assert "9 is 10.0 per layer, . is zero, 2 layers per column (RMS)" in shown[6]
-    assert shown[4][15:47].rstrip() == "0       16      32 39"
+    shown = norm_lines(lines(plant(tmp_path / "a", spectra)))
+    assert shown[1][15:47].rstrip() == "9" + "2" * 19  # 10 (RMS of 14 and 2) against 2
+    assert "9 is 10.0 per layer, . is zero, 2 layers per column (RMS)" in shown[2]
+    assert shown[0][15:47].rstrip() == "0       16      32 39"
 
 
 def test_two_stacks_have_separate_rows(tmp_path: Path) -> None:
@@ -182,8 +202,8 @@ def test_two_stacks_have_separate_rows(tmp_path: Path) -> None:
         "decoder.block.0.layer.0.SelfAttention.q": [1.9],
         "decoder.block.1.layer.1.EncDecAttention.q": [2.9],
     }
-    shown = lines(plant(tmp_path / "a", spectra))
-    assert [line[:21].rstrip() for line in shown[5:8]] == [
+    shown = norm_lines(lines(plant(tmp_path / "a", spectra)))
+    assert [line[:21].rstrip() for line in shown[1:4]] == [
         "enc q          444",
         "dec q          666",
         "dec cross_q       999",
@@ -195,15 +215,18 @@ def test_findings_of_broken_and_untrained_adapters(tmp_path: Path) -> None:
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 4
     config = {"init_lora_weights": "pissa_niter_4", "rank_pattern": {"no.such": 3, "q_proj": 4}}
     item = inspect(load(plant(tmp_path / "a", spectra, **config)))
+    broken = "model.layers.1.mlp.up_proj"
+    finite = tuple(module for module in spectra if module != broken)
     assert [(finding.severity, finding.modules) for finding in item.details] == [
-        ("error", ("model.layers.1.mlp.up_proj",)),
-        ("note", ()),
+        ("error", (broken,)),
+        ("note", finite),
         ("caution", ()),
         ("caution", ("no.such",)),
     ]
     assert item.findings == (
         "1 of 8 modules contains NaN or infinity: model.layers.1.mlp.up_proj",
-        "7 of 7 modules have 90% of their energy in rank 1 or less",
+        "7 of 28 components have 90% of the energy; random factors: 22; half of the rank or less in 7 of 7 modules: "
+        "model.layers.0.self_attn.q_proj and 6 more",
         "initialized by pissa_niter_4: PEFT subtracts components of a randomized SVD of each base weight while "
         "loading, others each time; |dW| is the norm of B A only, not of the change from the original base",
         "rank_pattern matches no module of this adapter: no.such",
@@ -233,7 +256,8 @@ def test_nan_module_is_shown_and_excluded_from_totals(tmp_path: Path) -> None:
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 2
     item = inspect(load(plant(tmp_path / "a", spectra)))
     shown = inspection_screen(item, plain()).splitlines()
-    assert next(line for line in shown if line.startswith("ffn_in"))[15:21] == "555!!!"
+    assert next(line for line in norm_lines(shown) if line.startswith("ffn_in"))[15:21] == "555!!!"
+    assert next(line for line in shown if line.startswith("ffn_in"))[15:22] == "1/2 !  "
     assert item.norm == pytest.approx(2 * (4 + 3 * 4) ** 0.5)
     assert item.modules["energy"].sum() == pytest.approx(1)
     json.dumps(item.to_json(), allow_nan=False)

@@ -19,9 +19,10 @@ from test_inspect import plant
 from tiny import tiny
 
 import lorascope as ls
+from lorascope.analysis.rank_use import random_spectra
 from lorascope.cli.main import main
 from lorascope.diagnosis.inspection import inspect
-from lorascope.diagnosis.null import _random_spectra, below_null, null_table, outliers
+from lorascope.diagnosis.null import below_null, null_table, outliers
 from lorascope.updates import LowRank
 from lorascope.updates.fourier import Fourier, entries
 
@@ -42,8 +43,8 @@ def adapter(folder: Path, seed: int, decay: float = 1.0, larger: dict[str, float
 
 
 @pytest.mark.parametrize(("out", "inner", "rank"), [(12, 10, 4), (3, 10, 4), (12, 4, 4), (40, 2, 6)])
-def test_random_spectra_match_normal_factors(out: int, inner: int, rank: int) -> None:
-    drawn = _random_spectra((out, inner), rank, 2000, np.random.default_rng(0))
+def testrandom_spectra_match_normal_factors(out: int, inner: int, rank: int) -> None:
+    drawn = random_spectra((out, inner), rank, 2000, np.random.default_rng(0))
     rng = np.random.default_rng(1)
     direct = [
         LowRank(rng.standard_normal((out, rank)), rng.standard_normal((rank, inner))).singular_values()

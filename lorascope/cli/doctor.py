@@ -15,7 +15,14 @@ from lorascope.cli.arguments import File, Folder, Name, command
 from lorascope.cli.opened_runs import open_runs
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
-from lorascope.diagnosis.doctor import SKIP_REASONS, find_faults, skipped_checks
+from lorascope.diagnosis.doctor import (
+    MODEL_CHECKS,
+    SKIP_REASONS,
+    completed_checks,
+    find_faults,
+    observe_ranks,
+    skipped_checks,
+)
 from lorascope.diagnosis.inspection import run_name
 from lorascope.diagnosis.inspection_screen import SEVERITY_STYLES
 from lorascope.diagnosis.kinds import KINDS
@@ -106,6 +113,10 @@ class _Diagnosis(NamedTuple):
         Cautions that are not findings.
     skipped : mapping str -> list of str
         See `skipped_checks`.
+    checked : list of str
+        See `completed_checks`.
+    observations : list of Finding
+        See `observe_ranks`.
     """
 
     name: str
@@ -115,6 +126,8 @@ class _Diagnosis(NamedTuple):
     use: Application | None = None
     notes: Sequence[str] = ()
     skipped: Mapping[str, Sequence[str]] = {}
+    checked: Sequence[str] = ()
+    observations: Sequence[Finding] = ()
 
     def to_json(self, path: str) -> dict[str, Any]:
         """Return the JSON form."""
@@ -122,7 +135,9 @@ class _Diagnosis(NamedTuple):
         if self.use is not None:
             values |= {"runtime": self.use.runtime, "applied": self.use.applied, "modules": self.use.modules}
         findings = [finding.to_json() for finding in self.findings]
-        return values | {"findings": findings, "unseen": self.skipped, "notes": [*self.notes]}
+        observations = [finding.to_json() for finding in self.observations]
+        values |= {"findings": findings, "observations": observations, "checked": [*self.checked]}
+        return values | {"unseen": self.skipped, "notes": [*self.notes]}
 
     def blocks(self, base: str | None) -> list[Block]:
         """Return the blocks to print."""
@@ -134,9 +149,16 @@ class _Diagnosis(NamedTuple):
                 applied += "; names and shapes are not compared without --base DIR"
             blocks.append(text_block(self.use.runtime, applied))
         blocks += map(_finding_block, self.findings)
+        for finding in self.observations:
+            blocks.append(text_block(f"{finding.id} {finding.cause}", finding.message))
         blocks += [text_block("note", note) for note in self.notes]
+        if self.checked:
+            blocks.append(text_block("checked", f"{len(self.checked)} causes: {', '.join(self.checked)}"))
         for missing, names in self.skipped.items():
             blocks.append(text_block(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)))
+        if self.observations:
+            questions = (f"{question} ({name})" for question, name in MODEL_CHECKS.items())
+            blocks.append(text_block("needs a model", ", ".join(questions)))
         return blocks
 
 
@@ -177,7 +199,17 @@ def _diagnose_run(run: Result, use: Application | None = None) -> _Diagnosis:
         findings += [finding for finding in use.findings if finding not in findings]
     if not run.meta.states:
         remark = f", {run.meta.status}: no factors saved yet"
-    return _Diagnosis(run_name(run), _subject(case.run), findings, remark, use, case.notes, skipped_checks(case))
+    return _Diagnosis(
+        run_name(run),
+        _subject(case.run),
+        findings,
+        remark,
+        use,
+        case.notes,
+        skipped_checks(case),
+        completed_checks(case),
+        observe_ranks(case),
+    )
 
 
 def _diagnose_application(path: Path, base: str | None, runtime: str | None) -> _Diagnosis:

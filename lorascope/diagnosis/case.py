@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from lorascope.analysis.rank_use import SHARE, ModuleUse, RankUse
 from lorascope.diagnosis.change_from_base import BaseChange, compare_with_base
 from lorascope.diagnosis.nonfinite import first_nonfinite
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -25,12 +26,11 @@ from lorascope.runs.manifest import Manifest
 from lorascope.runs.module_summary import ModuleSummary, without_nan
 from lorascope.runs.result import Result
 from lorascope.runs.series import Series
-from lorascope.updates import WeightDecomposed, constant_factors, effective_rank, energy_rank, stable_rank
+from lorascope.updates import Residual, WeightDecomposed, constant_factors, effective_rank, energy_rank, stable_rank
 from lorascope.updates.low_rank import count_used
 
 Module = TypeVar("Module")
 
-SHARE = 0.9  # fraction of the energy that ``energy_rank`` counts
 _ROUNDED = 1e-6  # of |W|: rounding of a magnitude in float32
 UNUSED = 1e-6  # fraction of the largest singular value, below which the two ways to compute them differ
 
@@ -316,14 +316,12 @@ class Case(ModuleEvidence):
         ValueError
             The run has no update: it is unfinished, or no update was recorded.
         """
-        summaries = self._summaries
-        if not self.stored_updates:  # a run lists all modules, also those whose update was not recorded
-            summaries = known_rows(summaries, "update_norm")
+        summaries = self._measured_summaries
         if not summaries:
             raise ValueError(
                 f"cannot inspect run {self.run.id}: no update was recorded. Train with observe=[ls.observe.norms()]"
             )
-        sigmas = self._singular_values(summaries)
+        sigmas = self._singular_values
         # A float that is too large for its power raises an OverflowError; a product is infinite.
         energies = [summary.update_norm * summary.update_norm for summary in summaries]
         total = sum(without_nan(energies))
@@ -356,6 +354,40 @@ class Case(ModuleEvidence):
             )
         return rows
 
+    @cached_property
+    def rank_use(self) -> RankUse | None:
+        """Use of the allocated ranks; None unless the updates are products of two factors with known spectra."""
+        if not self.meta.states:
+            return None
+        updates = self.run.updates()
+        ranked = [summary for summary in self._measured_summaries if summary.rank is not None]
+        # All updates of an adapter have one form, and loading each of them would read the files twice.
+        first = updates.get(ranked[0].module) if ranked else None
+        # The change of both factors has up to twice the rank that is allocated.
+        if first is None or first.low_rank is None or isinstance(first, Residual):
+            return None
+        shapes = {}
+        for described in self.meta.modules:
+            if described.out_features and described.in_features:
+                shapes[described.module] = described.out_features, described.in_features
+        modules = []
+        for summary in ranked:
+            sigma = self._singular_values.get(summary.module)
+            if sigma is None or not np.isfinite(sigma).all():
+                continue
+            # The second name of a tied weight has no row.
+            shape = shapes.get(summary.module) or updates[summary.module].shape
+            ranks, rank = _measure_spectrum(sigma, summary.rank), summary.rank or 0
+            # The spectrum may have been recorded before the allocator masked components.
+            if ranks.energy_rank <= rank:
+                modules.append(ModuleUse(summary.module, rank, int(ranks.energy_rank), ranks.effective_rank, shape))
+        return RankUse(modules) if modules else None
+
+    @property
+    def _measured_summaries(self) -> list[ModuleSummary]:
+        """Summaries of an adapter; a run lists all modules, also those whose update was not recorded."""
+        return self._summaries if self.stored_updates else known_rows(self._summaries, "update_norm")
+
     def _parameter_counts(self, summaries: Iterable[ModuleSummary]) -> dict[str, int]:
         """Return the number of values of every module that an adapter stores or a run trains.
 
@@ -381,14 +413,15 @@ class Case(ModuleEvidence):
                 counts[module] = summary.rank * (outer + inner)
         return counts
 
-    def _singular_values(self, summaries: Iterable[ModuleSummary]) -> Mapping[str, np.ndarray]:
-        """Return spectra of the factored updates, and of the dense ones recorded at the last step."""
+    @cached_property
+    def _singular_values(self) -> Mapping[str, np.ndarray]:
+        """Spectra of the factored updates, and of the dense ones recorded at the last step."""
         spectra: dict[str, np.ndarray] = {}
         # The other updates take a full SVD each.
         if self.spectra or all(update.has_thin_factors for update in self.stored_updates.values()):
             spectra.update(self.run.spectra)
         last = self.meta.states["last"].step
-        for summary in summaries:
+        for summary in self._measured_summaries:
             name = f"{summary.module}/singular_values"
             if summary.module not in spectra and last in self.run.snapshot_steps(name):
                 spectra[summary.module] = self.run.snapshot(name, last)["value"].to_numpy()

@@ -13,6 +13,12 @@ from lorascope.runs.result import Result
 _NEEDS = {"weights": "norms of the weights", "base": "norms of the weights", "history": "a history"}
 SKIP_REASONS = {"norms of the weights": "no weight norms", "a history": "no training history"}
 """Missing evidence -> reason to print."""
+MODEL_CHECKS = {
+    "loss at a smaller rank": "lorascope price",
+    "what each part learns and forgets": "lorascope dial",
+}
+"""Questions that files cannot answer -> command that measures them with the base model."""
+_OBSERVED = {"unused-rank", "full-rank"}
 
 
 def diagnose(run: Result) -> list[Finding]:
@@ -50,6 +56,19 @@ def _recorded_alarms(case: Case, findings: Sequence[Finding]) -> Iterator[Findin
             problem = rule.problem[0].lower() + rule.problem[1:].removesuffix(".")
             draft = finding(f"alarm at step {first_of(steps)}: {problem}", modules, steps=steps, modules=modules)
             yield rule.finding(draft.message, draft.modules, **draft.evidence)
+
+
+def observe_ranks(case: Case) -> list[Finding]:
+    """Return the doctor's observations about the use of the rank, which are not faults."""
+    return run_rules((rule for rule in RULES if rule.name in _OBSERVED), case)
+
+
+def completed_checks(case: Case) -> list[str]:
+    """Return the names of the doctor's checks whose evidence exists: for faults, and of the rank if there is one."""
+    names = [rule.name for rule in RULES if rule.fix and case.has(rule.needs)]
+    if case.rank_use is not None:
+        names += sorted(_OBSERVED)
+    return list(dict.fromkeys(names))  # two kinds may share a name
 
 
 def skipped_checks(case: Case) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from lorascope.analysis.rank_use import RankUse
 from lorascope.diagnosis.case import Case, MeasuredModule, known_rows
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.files.hub import hub_source, label
@@ -35,6 +36,8 @@ Facts = tuple[tuple[str, str], ...]
 # Names in the header of a safetensors file.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
           "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+
+_RANK_COLUMNS = ("least_rank", "most_rank", "used_rank", "allocated_rank")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Inspection(InspectionReport):
 
     measured: list[MeasuredModule]
     run: Result
+    rank_use: RankUse | None  # None unless the updates are products of two factors
 
     @cached_property
     def modules(self) -> pd.DataFrame:
@@ -112,17 +116,19 @@ class Inspection(InspectionReport):
 
     def roles(self) -> pd.DataFrame:
         """Return the rows of ``role_rows`` as a table."""
-        return pd.DataFrame(self.role_rows()).astype({"least_rank": "Int64", "most_rank": "Int64"})
+        return pd.DataFrame(self.role_rows()).astype(dict.fromkeys(_RANK_COLUMNS, "Int64"))
 
     def role_rows(self) -> list[Row]:
         """Return one row per stack and role, in the order of the axes.
 
         Keys are ``stack, role, modules, update_norm, relative_update`` (mean), ``energy, least_rank, most_rank,
-        effective_rank`` (mean).
+        effective_rank`` (mean), and ``used_rank, allocated_rank``: sums over the modules of ``rank_use``, None without.
         """
+        uses = {module.module: module for module in self.rank_use.modules} if self.rank_use else {}
         rows = []
         for (stack, role), modules in group_by_role(self.module_rows()):
             energies = without_nan(column(modules, "energy"))
+            of_role = RankUse([uses[name] for name in column(modules, "module") if name in uses])
             rows.append(
                 {
                     "stack": stack,
@@ -133,13 +139,16 @@ class Inspection(InspectionReport):
                     "energy": sum(energies or [math.nan]),  # unknown if the norms of all modules are NaN
                     **rank_range(column(modules, "rank")),
                     "effective_rank": mean_without_nan(column(modules, "effective_rank")),
+                    "used_rank": of_role.used if of_role.modules else None,
+                    "allocated_rank": of_role.allocated if of_role.modules else None,
                 }
             )
         return rows
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; unknown values are None."""
-        return self._json(update_norm=self.norm, roles=self.role_rows(), modules=self.module_rows())
+        use = self.rank_use and self.rank_use.to_json()
+        return self._json(update_norm=self.norm, rank_use=use, roles=self.role_rows(), modules=self.module_rows())
 
 
 def inspect(run: Result, spectra: bool = False) -> Inspection:
@@ -157,7 +166,7 @@ def inspect(run: Result, spectra: bool = False) -> Inspection:
     for rule in RULES:
         if rule.inspected or not rule.fix:
             findings += rule.findings(case)
-    return Inspection(run.path, facts, tuple(findings), measured, run)
+    return Inspection(run.path, facts, tuple(findings), measured, run, case.rank_use)
 
 
 def run_name(run: Result) -> str:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from lorascope.analysis.rank_use import SHARE, ModuleUse, RankUse
 from lorascope.diagnosis.case import largest_rows
 from lorascope.diagnosis.causes.finding import Finding
-from lorascope.diagnosis.inspection import Facts, Inspection, InspectionReport
+from lorascope.diagnosis.inspection import Facts, Inspection
+from lorascope.diagnosis.layer_strips import Modules, Strip, layer_strip
 from lorascope.diagnosis.null import below_null, outliers
 from lorascope.files.lazy_pandas import pandas as pd
-from lorascope.files.printable import printable
+from lorascope.files.printable import count_phrase, printable
 from lorascope.files.text_layout import (
     LABEL_WIDTH,
     WIDTH,
@@ -29,23 +30,26 @@ from lorascope.files.text_layout import (
     elide,
     format_norm,
     format_number,
+    format_part,
     format_percent,
     format_span,
     format_whole_number,
     render_text,
+    text_block,
     wrap_paragraph,
 )
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.module_summary import Row, column, pool_norms
+from lorascope.runs.finding_lines import describe_effective_ranks
+from lorascope.runs.module_summary import column, pool_norms
+from lorascope.runs.result import Result
+from lorascope.updates import LowRank
 
-Modules = list[Row]
 _ROUNDED_RANK = 1e-6
-_STRIP_WIDTH = 32  # what a label and four numbers leave of 80 columns
-_STACKS = {"": "", "encoder": "enc ", "decoder": "dec "}
-# Characters for zero and for values, smallest first.
-DIGITS, BLOCKS = ".123456789", "·▁▂▃▄▅▆▇█"
+_LISTED_MODULES = 3  # modules per block, so that a screen stays below 45 lines
 _FAULTS = {"nan-norms", "no-update", "zero-updates", "unmatched"}
 """Causes of findings that ``lorascope doctor`` explains."""
+_SHOWN_CAUSES = {"unused-rank", "full-rank"}
+"""Causes of findings that the screen shows in blocks of their own."""
 SEVERITY_STYLES = {"error": "red", "caution": "yellow", "note": "yellow"}
 
 
@@ -79,100 +83,27 @@ def finding_paragraph(finding: Finding) -> Text:
     return wrap_paragraph(finding.message, SEVERITY_STYLES[finding.severity], hang="  ")
 
 
-class Strip(NamedTuple):
-    """Strip of an inspection screen: a quantity to show along the layers.
-
-    Parameters
-    ----------
-    title : str
-    pool : callable
-        Value of the modules of one stack, role and column.
-    caption : str
-        Description of the largest value, with ``{}`` for the value.
-    form : callable
-        Format of a value.
-    pooled : str
-        Remark about columns of several layers.
-    """
-
-    title: str
-    pool: Callable[[Modules], float]
-    caption: str
-    form: Callable[[float], str] = format_norm
-    pooled: str = ""
-
-
-def layer_strip(
-    report: InspectionReport, target: Console, strip: Strip, columns: Sequence[TableColumn]
-) -> Iterator[RenderableType]:
-    """Yield the strips of an inspection screen: a table of layers and numbers with one row per role, and its scale."""
-    # A file or a pipe may be read by programs that expect ASCII.
-    scale = BLOCKS if target.is_terminal and not target.options.ascii_only else DIGITS
-    modules = [module for module in report.module_rows() if module["layer"] is not None]
-    depth = 1 + max(column(modules, "layer"), default=-1)
-    # A deep model has several layers per column, and up to ten layers have three columns each.
-    step = max(1, math.ceil(depth / _STRIP_WIDTH))
-    repeat = max(1, _STRIP_WIDTH // max(depth, 10))
-    cells: dict[tuple[str, str, int], Modules] = {}
-    for module in modules:
-        cells.setdefault((module["stack"], module["role"], module["layer"] // step), []).append(module)
-    values = {key: strip.pool(cell) for key, cell in cells.items()}
-    top = max(filter(math.isfinite, values.values()), default=0.0)
-    has_stacks = len(set(column(modules, "stack"))) > 1
-    rows = []
-    for row in report.role_rows():
-        stack, role = row["stack"], row["role"]
-        glyphs, name = "", role
-        for index in range(math.ceil(depth / step)):
-            glyphs += _glyph(values.get((stack, role, index)), top, scale) * repeat
-        if has_stacks:
-            name = _STACKS.get(stack, f"{stack} ") + role
-        rows.append(row | {"name": name, "strip": glyphs})
-    names = TableColumn(strip.title, LABEL_WIDTH - 1, "name")
-    strips = TableColumn(_layer_axis(depth, step, repeat), _STRIP_WIDTH, "strip")
-    yield aligned_table([names, strips, *columns], rows)
-    if top:
-        legend = f"{scale[-1]} is {strip.caption.format(strip.form(top))}, {scale[0]} is zero"
-        if step > 1:
-            legend += f", {step} layers per column{strip.pooled}"
-        yield block_grid([Block("", [legend])])
-
-
-def _glyph(value: float | None, largest: float, scale: str) -> str:
-    """Return one character for a value: blank for None (nothing is adapted), and ! for NaN and infinity."""
-    if value is None:
-        return " "
-    if not math.isfinite(value):
-        return "!"
-    if value == 0:
-        return scale[0]
-    steps = len(scale) - 1
-    # The largest value would be one step above the scale.
-    return scale[min(steps, 1 + int(steps * (value / largest)))]
-
-
-def _layer_axis(depth: int, step: int, repeat: int) -> str:
-    """Return the layer numbers above their columns, with the last one if there is room."""
-    bins = math.ceil(depth / step)
-    line = ""
-    # A layer number needs up to three columns and a gap.
-    for index in range(0, bins, {1: 8, 2: 2, 3: 1}[repeat]):
-        line = line.ljust(index * repeat) + str(index * step)
-    last = str(depth - 1)
-    start = min((bins - 1) * repeat, _STRIP_WIDTH - len(last))
-    if start > len(line):
-        line = line.ljust(start) + last
-    return line
-
-
 def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFrame | None = None) -> str:
     """Format the inspection screen of one adapter or run, with the table of ``null_table`` if there is one."""
-    columns = [
-        *_size_columns(inspection),
+    ranks = [
         TableColumn("rank", 6, "least_rank", format_span, "most_rank"),
         TableColumn("effective", 9, "effective_rank", format_number),
     ]
-    strip = Strip("|dW| by layer", _pool_layers, "{} per layer", pooled=" (RMS)")
+    use, norms = inspection.rank_use, _size_columns(inspection)
+    body: list[RenderableType] = []
+    blocks: list[Block] = []
+    if use is None:
+        norms += ranks
+    else:
+        strips, used = _rank_strips(inspection, use), TableColumn("used", 7, "used_rank", format_part, "allocated_rank")
+        # Two strips leave no room for numbers, which are then next to the norms.
+        numbers = [used, *ranks]
+        if len(strips) > 1:
+            numbers, norms = [], [*norms, used, TableColumn("eff", 6, "effective_rank", format_number)]
+        body += [*layer_strip(inspection, target, strips, numbers), ""]
+        blocks += _rank_blocks(inspection, use)
+    norm_strip = Strip("|dW| by layer", _pool_layers, "{} per layer", pooled=" (RMS)")
+    body += layer_strip(inspection, target, [norm_strip], norms)
     lines = []
     for module in largest_rows(inspection.measured, "update_norm", 3):
         rank = ""
@@ -182,29 +113,108 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
             if module.rank is not None and module.effective_rank <= module.rank + _ROUNDED_RANK:
                 rank += f" of {module.rank}"
         lines.append(Elided(module.module, f"{format_norm(module.update_norm):<6} ", rank))
-    blocks = [Block("largest |dW|", lines)]
+    blocks.append(Block("largest |dW|", lines))
     if null is not None:
         blocks += _null_blocks(null)
-    body = layer_strip(inspection, target, strip, columns)
-    header = header_blocks(inspection.facts)
-    return report_screen(
-        target, header, *body, blocks=blocks, findings=inspection.details, command=_next_command(inspection)
+    findings = [finding for finding in inspection.details if finding.cause not in _SHOWN_CAUSES]
+    header, command = header_blocks(inspection.facts), next_command(inspection)
+    return report_screen(target, header, *body, blocks=blocks, findings=findings, command=command)
+
+
+def _rank_strips(inspection: Inspection, use: RankUse) -> list[Strip]:
+    """Return the strip of used rank and, if ranks differ and there is no room for numbers, that of allocated rank."""
+    uses = {module.module: module for module in use.modules}
+
+    def count(modules: Modules) -> RankUse:
+        return RankUse([uses[name] for name in column(modules, "module") if name in uses])
+
+    def fraction(modules: Modules) -> float:
+        cell = count(modules)
+        if not cell.modules:
+            return math.nan
+        return cell.used / (cell.allocated or 1)
+
+    def text(modules: Modules) -> str:
+        cell = count(modules)
+        return format_part(cell.used, cell.allocated) if cell.modules else "!"
+
+    energy = f"{SHARE:.0%} of the energy"
+    strip = Strip(
+        "used rank",
+        fraction,
+        f"all of the rank for {energy}",
+        text=text,
+        text_caption=f"used components have {energy} of their module",
+        largest=1.0,
+        low=0.5,
     )
+    modules = [module for module in inspection.module_rows() if module["layer"] is not None]
+    if len({module.rank for module in use.modules}) == 1 or strip.layer_texts(modules):
+        return [strip]
+    return [strip, Strip("rank by layer", _mean_rank, "rank {}", format_number, pooled=" (mean)")]
 
 
-def _next_command(inspection: Inspection) -> str:
+def _mean_rank(modules: Modules) -> float:
+    return mean_without_nan([math.nan if rank is None else rank for rank in column(modules, "rank")])
+
+
+def _rank_blocks(inspection: Inspection, use: RankUse) -> Iterator[Block]:
+    """Yield the components in use, the modules with most unused rank, and those that use all of it."""
+    if not use.used:
+        return
+    ranks = ((module.rank, module.effective_rank) for module in inspection.measured)
+    yield text_block("rank", use.describe(), describe_effective_ranks(ranks))
+    count = count_phrase(len(use.modules), "module")
+    unused = _module_lines(use.half_unused, f"and {{}} more of {count} with half of their rank or less")
+    yield Block("most unused", unused or [f"none of {count} uses half of its rank or less"])
+    yield Block("full", [use.describe_full(), *_module_lines(use.full, "and {} more")])
+
+
+def _module_lines(modules: Sequence[ModuleUse], remainder: str) -> list[RenderableType]:
+    """Return a line for each of the first three modules, and one for the number of the others."""
+    lines: list[RenderableType] = []
+    for module in modules[:_LISTED_MODULES]:
+        lines.append(Elided(module.module, f"{module.used} of {module.rank}  "))
+    if len(modules) > _LISTED_MODULES:
+        lines.append(remainder.format(len(modules) - _LISTED_MODULES))
+    return lines
+
+
+def next_command(inspection: Inspection) -> str:
     """Return the command that shows more about the findings of an inspection, for pasting into a shell."""
-    causes, run = {finding.cause for finding in inspection.details}, inspection.run
+    causes, run, use = {finding.cause for finding in inspection.details}, inspection.run, inspection.rank_use
     folders = [inspection.path or Path()]
     if causes & _FAULTS:
         return shell_command("lorascope doctor {}", folders)
-    if isinstance(run, Adapter) and run.base is not None:
+    base = run.base if isinstance(run, Adapter) else None
+    if use is not None and _is_priced(run):
+        model = shell_word(base.folder) if base is not None else "NAME"
+        instrument = f"{{}} --model {model} --task NAME"
+        if use.needs_half:
+            # The same rank for all modules that has as many components in total.
+            mean_use = math.ceil(use.used / len(use.modules))
+            return shell_command(f"lorascope price {instrument} --ranks {mean_use}", folders)
+        if base is not None and "intruders-unknown" not in causes:
+            return shell_command(f"lorascope dial {instrument}", folders)
+        if 2 * len(use.full) > len(use.modules):
+            return shell_command(f"lorascope price {instrument}", folders)
+    if isinstance(run, Adapter) and base is not None:
         if "intruders-unknown" in causes:
-            return shell_command("lorascope inspect {} --spectra", [*folders, run.base.folder])
+            return shell_command("lorascope inspect {} --spectra", [*folders, base.folder])
         if run.files.needs_base:
-            folders.append(run.base.folder)
-    figure = "update_norm" if run.incomplete_updates() and not run.spectra else "spectrum"
+            folders.append(base.folder)
+    figure = "spectrum"
+    if use is not None and len({module.rank for module in use.modules}) > 1:
+        figure = "rank_allocation"
+    elif run.incomplete_updates() and not run.spectra:
+        figure = "update_norm"
     return shell_command(f"lorascope plot {figure} {{}} -o {figure}.pdf", folders)
+
+
+def _is_priced(run: Result) -> bool:
+    """Return whether ``price`` and ``dial`` take a run: they add its products B A to the base model."""
+    first = next(iter(run.updates().values()), None)
+    return type(first) is LowRank and first.whole and not run.input_dependent_modules()
 
 
 def _size_columns(inspection: Inspection) -> list[TableColumn]:
@@ -291,10 +301,10 @@ def _shared_prefix(modules: Modules, width: int) -> str:
 
 def shell_command(command: str, paths: Sequence[str | Path]) -> str:
     """Return a command with paths, the second after ``--base``, for pasting into a shell."""
-    return command.format(" --base ".join(map(_shell_word, paths)))
+    return command.format(" --base ".join(map(shell_word, paths)))
 
 
-def _shell_word(path: str | Path) -> str:
+def shell_word(path: str | Path) -> str:
     """Return a path, absolute or relative, as one word of a shell."""
     word = min(str(path), os.path.relpath(path), key=len)
     if word.startswith(("-", "~")):  # neither an option nor a home folder

@@ -12,14 +12,8 @@ from rich.console import Console
 
 from lorascope.diagnosis.causes.finding import Finding, Kind, power_of_ten
 from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files
-from lorascope.diagnosis.inspection_screen import (
-    Modules,
-    Strip,
-    header_blocks,
-    layer_strip,
-    report_screen,
-    shell_command,
-)
+from lorascope.diagnosis.inspection_screen import header_blocks, report_screen, shell_command
+from lorascope.diagnosis.layer_strips import Modules, Strip, layer_strip
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import first_of
 from lorascope.files.small_floats import ENCODED
@@ -200,7 +194,7 @@ def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
     return report_screen(
         target,
         header_blocks(inspection.facts),
-        *layer_strip(inspection, target, strip, _COLUMNS),
+        *layer_strip(inspection, target, [strip], _COLUMNS),
         blocks=[Block("1 - cos", [quantiles]), Block("largest", neurons)],
         findings=inspection.details,
         command=shell_command(command, (inspection.path or Path(), inspection.base)),

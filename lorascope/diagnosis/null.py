@@ -1,8 +1,7 @@
 """Numbers of an adapter next to their null: random factors, and modules of the same role.
 
 The effective and the stable rank of an update ``B A`` depend on its shape, even if training left no pattern in it. The
-null is ``B A`` with independent normal entries, whose ranks are the same at any norm. ``R_B R_A^T`` has the same
-singular values; its triangular factors are drawn directly (Bartlett, 1933), so the size of the module does not matter.
+null is ``B A`` with independent normal entries, whose ranks are the same at any norm, see `rank_use.random_spectra`.
 A p-value is the fraction of draws with a rank as low, counting the adapter itself.
 
 A norm has no such null: most untrained adapters have norm 0. It is compared with the same role in the other layers,
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.analysis.initial_update import at_start
+from lorascope.analysis.rank_use import random_spectra
 from lorascope.array_types import Float
 from lorascope.diagnosis.inspection import Inspection
 from lorascope.files.lazy_pandas import pandas as pd
@@ -96,25 +96,8 @@ def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.
 def _random_ranks(
     shape: tuple[int, int], rank: int, draws: int, rng: np.random.Generator
 ) -> dict[str, Float[np.ndarray, "draws"]]:
-    spectra = _random_spectra(shape, rank, draws, rng)
+    spectra = random_spectra(shape, rank, draws, rng)
     return {name: np.array(list(map(compute, spectra))) for name, compute in _RANKS.items()}
-
-
-def _random_spectra(
-    shape: tuple[int, int], rank: int, draws: int, rng: np.random.Generator
-) -> Float[np.ndarray, "draws k"]:
-    """Draw the singular values of ``B A`` with independent normal B (out, rank) and A (rank, in)."""
-    left, right = _triangle(shape[0], rank, draws, rng), _triangle(shape[1], rank, draws, rng)
-    return np.linalg.svd(left @ right.swapaxes(1, 2), compute_uv=False)
-
-
-def _triangle(size: int, rank: int, draws: int, rng: np.random.Generator) -> Float[np.ndarray, "draws k rank"]:
-    """Draw R of the QR decomposition of normal matrices (size, rank), with positive diagonals."""
-    height = min(size, rank)
-    R = np.triu(rng.standard_normal((draws, height, rank)), 1)
-    freedom = size - np.arange(height)
-    R[:, np.arange(height), np.arange(height)] = np.sqrt(rng.chisquare(freedom, (draws, height)))
-    return R
 
 
 def _norm_z(modules: pd.DataFrame) -> pd.Series:

@@ -134,6 +134,8 @@ class TableColumn(NamedTuple):
 
     def cell(self, row: Mapping[str, Any]) -> RenderableType:
         """Return the formatted value of a row."""
+        if isinstance(row.get(self.name), Text):
+            return row[self.name]
         if self.form is None:
             text = str(row[self.name])
             return printable(text) if self.width is None else Elided(text)
@@ -189,6 +191,13 @@ def format_span(low: Any, high: Any) -> str:
     if low is None:
         return "-"
     return str(low) if low == high else f"{low}-{high}"
+
+
+def format_part(part: int | None, whole: int | None) -> str:
+    """Format a number of components for a text layout, with the number of all."""
+    if part is None:
+        return "-"
+    return f"{part}/{whole}"
 
 
 def format_norm(value: float) -> str:

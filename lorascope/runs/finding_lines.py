@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -75,15 +76,26 @@ def _name_layers(modules: pd.DataFrame) -> pd.Series:
 def _describe_ranks(modules: pd.DataFrame) -> Lines:
     """Describe how much of their rank the updates use; nothing if no spectrum is known."""
     adapted = modules[modules["rank"].notna()]
-    unused = adapted["rank"] == 0
-    adapted = adapted[unused | adapted["effective_rank"].notna()]
-    if adapted.empty:
-        return []
-    used, rank = adapted["effective_rank"].fillna(0).mean(), adapted["rank"].mean()
-    text = f"{used:.3g} of {rank:.3g} used per module (effective rank)"
-    if unused.any():
-        text += f"; {unused.sum()} of {len(adapted)} modules have rank 0"
-    return [("rank", text)]
+    text = describe_effective_ranks(zip(adapted["rank"], adapted["effective_rank"], strict=True))
+    return [("rank", text)] if text else []
+
+
+def describe_effective_ranks(modules: Iterable[tuple[int | None, float]]) -> str:
+    """Describe ranks and effective ranks of modules by their means; "" if no effective rank is known."""
+    ranks, effective_ranks = [], []
+    for rank, effective in modules:
+        if rank == 0:  # a module without components has no spectrum
+            effective = 0.0
+        if rank is not None and not math.isnan(effective):
+            ranks.append(rank)
+            effective_ranks.append(effective)
+    if not ranks:
+        return ""
+    count = len(ranks)
+    text = f"{sum(effective_ranks) / count:.3g} of {sum(ranks) / count:.3g} per module (effective rank)"
+    if 0 in ranks:
+        text += f"; {ranks.count(0)} of {count} modules have rank 0"
+    return text
 
 
 def _choose_figure(modules: pd.DataFrame, recorded: set[str], kind: str) -> str:

@@ -222,10 +222,15 @@ def _zero_updates(case: Case) -> list[MeasuredModule]:
     return [module for module in case.measured if module.update_norm == 0]
 
 
-@DoctorRule("LS102", problem="Some updates are zero.", evidence="|dW| is 0 in some modules, and not in others")
+@DoctorRule(
+    "LS102",
+    problem="Some updates are zero.",
+    evidence="|dW| is 0 in some modules of rank 1 or more, and not in others",
+)
 def zero_updates(case: Case) -> Findings:
     """Find zero updates of an adapter among others, and the factor that is zero."""
-    names = module_names(_zero_updates(case))
+    # An allocator that gave a module no rank did not fail there.
+    names = module_names(module for module in _zero_updates(case) if module.rank != 0)
     count = len(names)
     if 0 < count < len(case.measured):
         factors = case.run.factors()

@@ -6,7 +6,8 @@ import math
 from statistics import multimode
 from typing import NamedTuple
 
-from lorascope.diagnosis.case import SHARE, Case, TrainedModule, known_rows, largest_rows
+from lorascope.analysis.rank_use import LEVEL, SHARE
+from lorascope.diagnosis.case import Case, TrainedModule, known_rows, largest_rows
 from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, inflect, module_names
 from lorascope.diagnosis.training_case import Evidence
 from lorascope.files.printable import count_phrase
@@ -26,22 +27,34 @@ _UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name
 
 @DoctorRule(
     "LS104",
-    problem=f"Some modules have {SHARE:.0%} of their energy in a quarter of their rank.",
-    evidence="their number",
+    name="unused-rank",
+    problem="Components of the rank have little energy.",
+    evidence=f"number of components with {SHARE:.0%} of the energy of their module, and of modules that use half of "
+    "their rank or less",
 )
-def rank_use(case: Case) -> Findings:
-    """Count the modules that would need only a quarter of the rank in their configuration."""
-    quarters: list[int] = []
-    narrow = 0
-    for module in known_rows(case.measured, "energy_rank"):
-        if module.update_norm > 0 and module.rank is not None:
-            quarters.append(module.rank // 4)
-            narrow += module.energy_rank <= module.rank // 4
-    if quarters and min(quarters) >= 1:  # a quarter is at least one component
-        bound = "a quarter of their rank"
-        if len(set(quarters)) == 1:
-            bound = f"rank {quarters[0]} or less"
-        yield finding(f"{narrow or 'none'} of {len(quarters)} modules have {SHARE:.0%} of their energy in {bound}")
+def unused_rank(case: Case) -> Findings:
+    """Count the components in use, and the modules that use half of their rank or less."""
+    use = case.rank_use
+    if use and use.used:
+        names = module_names(use.half_unused)
+        count = f"{len(names) or 'none'} of {count_phrase(len(use.modules), 'module')}"
+        message = f"{use.describe()}; half of the rank or less in {count}"
+        evidence = {"used": use.used, "allocated": use.allocated, "random": use.random, "modules": len(names)}
+        yield finding(message, names, **evidence, of=len(use.modules))
+
+
+@DoctorRule(
+    "LS113",
+    name="full-rank",
+    problem="Modules use all of their rank, unlike random factors.",
+    evidence=f"they need as many components for {SHARE:.0%} of their energy as random factors of their shape, and have "
+    f"a lower effective rank than these (false discovery rate {LEVEL:.0%})",
+)
+def full_rank(case: Case) -> Findings:
+    """Count the modules that use all of their rank and are not random factors."""
+    use = case.rank_use
+    if use and use.full:
+        yield finding(use.describe_full(), module_names(use.full), modules=len(use.full), of=len(use.modules))
 
 
 @DoctorRule(

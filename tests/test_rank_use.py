@@ -153,7 +153,7 @@ def random_use(seed: int, uniform: bool, zero: bool = False) -> RankUse:
 def test_random_factors_are_not_full(uniform: bool) -> None:
     """At most 5% of adapters are expected with a full module, so 24 of 300 are above 95% of their distribution."""
     uses = [random_use(seed, uniform) for seed in range(300)]
-    assert all(len(use.candidates) >= 14 for use in uses)  # by their count alone most of them would be full
+    assert all(len(use.candidates) >= 14 for use in uses)  # by their count, most of them would be full
     assert sum(bool(use.full) for use in uses) <= 24
 
 
@@ -162,7 +162,7 @@ def test_initial_factors_use_nothing_and_are_not_full() -> None:
     assert (use.used, use.candidates, use.full) == (0, [], [])
 
 
-def test_mean_of_random_factors_is_that_of_dense_products() -> None:
+def test_mean_of_random_factors_equals_that_of_dense_products() -> None:
     draw = np.random.default_rng(0)
     counts = []
     for _ in range(400):
@@ -274,7 +274,7 @@ def test_next_command_with_a_base_is_the_dial(
 
 def test_doctor_says_what_it_checked_and_what_needs_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = plant(tmp_path / "a", llama(2, [10.0, 4.0, 0.1, 0.1]))
-    assert main(["doctor", str(folder)]) == 0  # unused rank is no fault
+    assert main(["doctor", str(folder)]) == 0  # unused rank is not a fault
     shown = " ".join(capsys.readouterr().out.split())
     case = Case(ls.load(folder))
     checked = completed_checks(case)

@@ -381,7 +381,9 @@ class Case(ModuleEvidence):
             # The spectrum may have been recorded before the allocator masked components.
             if ranks.energy_rank <= rank:
                 modules.append(ModuleUse(summary.module, rank, int(ranks.energy_rank), ranks.effective_rank, shape))
-        return RankUse(modules) if modules else None
+        if not modules:
+            return None
+        return RankUse(modules)
 
     @property
     def _measured_summaries(self) -> list[ModuleSummary]:

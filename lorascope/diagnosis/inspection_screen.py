@@ -49,7 +49,7 @@ _LISTED_MODULES = 3  # modules per block, so that a screen stays below 45 lines
 _FAULTS = {"nan-norms", "no-update", "zero-updates", "unmatched"}
 """Causes of findings that ``lorascope doctor`` explains."""
 _SHOWN_CAUSES = {"unused-rank", "full-rank"}
-"""Causes of findings that the screen shows in blocks of their own."""
+"""Causes of findings that the screen shows in separate blocks."""
 SEVERITY_STYLES = {"error": "red", "caution": "yellow", "note": "yellow"}
 
 

@@ -77,7 +77,9 @@ def _describe_ranks(modules: pd.DataFrame) -> Lines:
     """Describe how much of their rank the updates use; nothing if no spectrum is known."""
     adapted = modules[modules["rank"].notna()]
     text = describe_effective_ranks(zip(adapted["rank"], adapted["effective_rank"], strict=True))
-    return [("rank", text)] if text else []
+    if not text:
+        return []
+    return [("rank", text)]
 
 
 def describe_effective_ranks(modules: Iterable[tuple[int | None, float]]) -> str:

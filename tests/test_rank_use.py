@@ -239,7 +239,7 @@ def test_next_command_prices_half_the_rank_if_it_is_unused(
     assert words[2:] == ["--model", "NAME", "--task", "NAME", "--ranks", "2"]
     received: list[Any] = []
 
-    def price(*arguments: Any) -> str:
+    def price(*arguments: Any, **options: Any) -> str:
         received.extend(arguments)
         return "priced"
 

@@ -28,9 +28,9 @@ from lorascope.files.text_layout import (
     aligned_table,
     block_grid,
     elide,
+    format_count,
     format_norm,
     format_number,
-    format_part,
     format_percent,
     format_span,
     format_whole_number,
@@ -40,7 +40,7 @@ from lorascope.files.text_layout import (
 )
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.finding_lines import describe_effective_ranks
-from lorascope.runs.module_summary import column, pool_norms
+from lorascope.runs.module_summary import column, mean_without_nan, pool_norms
 from lorascope.runs.result import Result
 from lorascope.updates import LowRank
 
@@ -95,7 +95,10 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
     if use is None:
         norms += ranks
     else:
-        strips, used = _rank_strips(inspection, use), TableColumn("used", 7, "used_rank", format_part, "allocated_rank")
+        strips, used = (
+            _rank_strips(inspection, use),
+            TableColumn("used", 7, "used_rank", format_count, "allocated_rank"),
+        )
         # Two strips leave no room for numbers, which are then next to the norms.
         numbers = [used, *ranks]
         if len(strips) > 1:
@@ -136,7 +139,7 @@ def _rank_strips(inspection: Inspection, use: RankUse) -> list[Strip]:
 
     def text(modules: Modules) -> str:
         cell = count(modules)
-        return format_part(cell.used, cell.allocated) if cell.modules else "!"
+        return format_count(cell.used, cell.allocated) if cell.modules else "!"
 
     energy = f"{SHARE:.0%} of the energy"
     strip = Strip(

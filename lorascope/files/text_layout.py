@@ -193,11 +193,11 @@ def format_span(low: Any, high: Any) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def format_part(part: int | None, whole: int | None) -> str:
+def format_count(count: int | None, total: int | None) -> str:
     """Format a number of components for a text layout, with the number of all."""
-    if part is None:
+    if count is None:
         return "-"
-    return f"{part}/{whole}"
+    return f"{count}/{total}"
 
 
 def format_norm(value: float) -> str:

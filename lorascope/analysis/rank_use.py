@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorascope.array_types import Float
+from lorascope.array_types import Float, Int
 from lorascope.files.printable import count_phrase
 from lorascope.updates.linalg import stable_and_effective_ranks
 
@@ -168,7 +168,7 @@ def _draw_use(small: int, large: int, rank: int) -> _RandomUse:
     return _RandomUse(float(used.mean()), float(np.median(used)), np.array(effective_ranks))
 
 
-def used_components(spectra: Float[np.ndarray, "draws k"]) -> Float[np.ndarray, "draws"]:
+def used_components(spectra: Float[np.ndarray, "draws k"]) -> Int[np.ndarray, "draws"]:
     """Count the components with 90% of the energy in spectra of one length, as ``updates.energy_rank`` does for one."""
     energy = np.cumsum(spectra**2, axis=1)
     return np.count_nonzero(energy < (SHARE - 1e-12) * energy[:, -1:], axis=1) + 1

@@ -87,7 +87,8 @@ def layer_strip(
     """Yield a table of one or two strips and of numbers with one row per role, and the scales of the strips."""
     modules = [module for module in report.module_rows() if module["layer"] is not None]
     has_stacks = len(set(column(modules, "stack"))) > 1
-    rows, legends = [], []
+    rows: list[Row] = []
+    legends: list[str] = []
     for row in report.role_rows():
         name = row["role"]
         if has_stacks:

@@ -23,7 +23,9 @@ from lorascope.diagnosis.inspection import inspect
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import encode_rows, load_keep
 from lorascope.insight.adapted_base import open_adapted
-from lorascope.insight.dial import NODES, SCALES, dial
+from lorascope.insight.dial import dial
+from lorascope.insight.instrument_costs import READING, dial_passes, price_passes
+from lorascope.insight.measured_results import measured_again
 from lorascope.insight.price import price
 from lorascope.insight.reader import FEWEST_ROWS, read
 from lorascope.insight.update_parts import group_parts
@@ -39,10 +41,6 @@ _PRICE_ROWS = 1280
 _TIMED_ROWS = 64
 _CARDS = 3
 _TOLERANCE = 1e-6  # of a repeated number
-_BACKWARD = 3  # passes that a gradient takes, with its forward pass
-_CURVES = 4  # parts of a dial that usually get a curve
-_REPLAYED = 0.6  # of a pass: parts of one module are replayed from its block on
-_READING = 15  # passes of the reader: contributions of all components, then of random ones
 _FEWEST_PRICE_ROWS = 128  # 16 blocks of 8 rows
 
 
@@ -150,7 +148,8 @@ def repeat(document: Mapping[str, Any], run: Result) -> list[str]:
     call = receipt["call"]
     model, task, keep = (call[name] or None for name in ("model", "task", "keep"))
     adviser = _Adviser(run, model, task, keep, call["rows"], call["keep_rows"], call["state"], progress=False)
-    adviser.measure(Plan(**call["plan"]), call["retrain"])
+    with measured_again():
+        adviser.measure(Plan(**call["plan"]), call["retrain"])
     repeated = adviser.give({}).to_json()
     lines = []
     for section in ("facts", "actions"):
@@ -296,19 +295,15 @@ class _Adviser:
         layers = len(group_parts(adapted.base, adapted.updates, "layer").parts)
         # Rows to keep are about as long as those of the task.
         dial_rows = min(self.rows, available) + self.keep_rows
-        gradients = _BACKWARD * (NODES + 1)
-        passes = {"whole": 0.0, "layer": layers + gradients, "module": _REPLAYED * modules + gradients}
-        seconds = {}
-        for by, count in passes.items():
-            curves = len(SCALES) * (1 + _CURVES * (by != "whole"))
-            seconds[by] = per_row * dial_rows * (count + curves)
+        parts = {"whole": 0, "layer": layers, "module": modules}
+        seconds = {by: per_row * dial_rows * dial_passes(by, number) for by, number in parts.items()}
         price_rows = min(_PRICE_ROWS, available)
         if price_rows < _FEWEST_PRICE_ROWS:
             price_rows = 0
-        # A cut to every rank and to as many components, signals with real and drawn labels, and shares on a quarter.
-        price_passes = 2 * len(self._cut_ranks()) + 2 * _BACKWARD + gradients / 4
-        reading = per_row * FEWEST_ROWS * _READING
-        return _Costs(seconds, per_row * price_rows * price_passes, price_rows, reading)
+        # Cuts to every rank, and to as many components.
+        price_seconds = per_row * price_rows * price_passes(2 * len(self._cut_ranks()))
+        reading = per_row * FEWEST_ROWS * READING
+        return _Costs(seconds, price_seconds, price_rows, reading)
 
     @cached_property
     def counts(self) -> list[int]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from lorascope.adapters.activation_patching import Batch, replaced_forwards
 from lorascope.adapters.delta import base_output
 from lorascope.array_types import Float
-from lorascope.insight.dial import NODES
+from lorascope.insight.instrument_costs import NODES
 from lorascope.insight.update_parts import PartDirections, ScaledUpdates
 from lorascope.observe.measured_rows import TaskLoss
 

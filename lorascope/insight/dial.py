@@ -17,7 +17,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -44,6 +46,8 @@ from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import encode_rows, load_keep, require_disjoint
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
+from lorascope.insight.instrument_costs import NODES, announce, dial_passes
+from lorascope.insight.measured_results import recall
 from lorascope.insight.update_parts import (
     KINDS,
     PartsOfUpdate,
@@ -61,7 +65,6 @@ from lorascope.runs.result import Result
 from lorascope.training.settings import Settings
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-NODES = 5  # of the quadrature; with 5, shares of a planted decoder missed its learn by 2e-5 of it
 LARGEST_SCALE = 2.0
 _PROBE_ROWS = 192
 
@@ -124,7 +127,6 @@ def dial(
         The run has no adapter or an input-dependent one, the model is not its base, there are fewer than 32 rows, rows
         to keep are among those of the task, or an argument is out of range.
     """
-    began = time.process_time()
     if by not in KINDS:
         raise ValueError(f"by must be one of {', '.join(KINDS)}, got {by!r}")
     if exact < 1:
@@ -136,10 +138,33 @@ def dial(
     adapted = open_adapted(run, model, task, state)
     max_length = run.meta.settings.get("max_length", Settings.max_length)
     texts = _Texts(adapted, load_keep(keep, adapted.task, adapted.base), rows, keep_rows, max_length)
+    call = DialCall(str(model), by, tuple(scales), exact, margin, state)
+    content = {"call": call, "texts": texts.identity()}
+    return recall("dial", run, adapted, content, partial(_turn, run, texts, call, progress), progress)
+
+
+class DialCall(NamedTuple):
+    """Arguments of a dial that change its result, besides its texts."""
+
+    model: str
+    by: str
+    scales: tuple[float, ...]
+    exact: int
+    margin: float | None
+    state: str
+
+
+def _turn(run: Result, texts: _Texts, call: DialCall, progress: bool) -> Dial:
+    """Measure the parts of an update."""
+    began = time.process_time()
+    adapted, by, scales = texts.adapted, call.by, call.scales
     parts, directions = _find_parts(adapted, by)
     with evaluation_mode(adapted.base), tqdm(desc="dial", unit="pass", disable=not progress, leave=False) as bar:
-        # What the base returns is measured before its adapter is attached.
+        # What the base returns is measured before its adapter is attached: one pass over the rows to keep.
+        started = time.process_time()
         measures = texts.measures("validation")
+        seconds = (time.process_time() - started) * (1 + texts.rows / texts.keep_rows)
+        announce("dial", seconds * dial_passes(by, len(parts)), progress)
         selecting = {}
         if by == "component":
             selecting = texts.measures("train")
@@ -149,7 +174,7 @@ def dial(
         removed = parts
         if selecting:
             updates = ScaledUpdates(adapted.base, adapted.deltas, directions)
-            largest = set(DialedModel(updates, selecting, bar).largest_shares(parts, exact))
+            largest = set(DialedModel(updates, selecting, bar).largest_shares(parts, call.exact))
             parts, directions = add_random_controls(PartsOfUpdate(parts, directions), largest)
             removed = [part for part in parts if part in largest or part.control]
         dialed = DialedModel(ScaledUpdates(adapted.base, adapted.deltas, directions), measures, bar)
@@ -168,9 +193,9 @@ def dial(
         shares, slopes = dialed.path_shares(parts), dialed.slopes(parts, 1.0)
     receipt = Receipt(
         run=run.id,
-        base=str(model),
+        base=call.model,
         rows={TASK: measures[TASK].receipt, KEEP: measures[KEEP].receipt},
-        call={"by": by, "scales": scales, "exact": exact, "state": state},
+        call={"by": by, "scales": [*scales], "exact": call.exact, "state": call.state},
         seconds=time.process_time() - began,
     )
     described = pd.DataFrame([part.to_row() for part in (whole, *parts)])
@@ -180,7 +205,7 @@ def dial(
     for axis, name in ((TASK, "learn"), (KEEP, "forget")):
         described[f"{name}_share"] = [divided * shares[axis][is_part].sum(), *shares[axis]]
         described[f"{name}_slope"] = [divided * slopes[axis][is_part].sum(), *slopes[axis]]
-    return dial_of_rows(run.label, values, axes, described, margin, receipt)
+    return dial_of_rows(run.label, values, axes, described, call.margin, receipt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +217,11 @@ class _Texts:
     rows: int
     keep_rows: int
     max_length: int
+
+    def identity(self) -> list[Any]:
+        """Return what the rows depend on, besides the model."""
+        keep = self.keep.name, self.keep.kind, self.keep.hash
+        return [self.adapted.task.hash, keep, self.rows, self.keep_rows, self.max_length]
 
     def measures(self, split: str) -> dict[str, RowMeasure]:
         """Return what is measured on each axis; the adapter is detached."""

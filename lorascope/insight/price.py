@@ -6,7 +6,8 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -38,6 +39,8 @@ from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import TextRows, encode_rows
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.cut_updates import component_shares, cut_updates
+from lorascope.insight.instrument_costs import announce, price_passes
+from lorascope.insight.measured_results import recall
 from lorascope.insight.missing_directions import CONTROL, REAL, find_signals
 from lorascope.insight.retraining import (
     RetrainedSpec,
@@ -121,19 +124,48 @@ def price(
         The run has no low-rank update, the model is not its base, there are fewer than 16 blocks of 8 rows, the run
         cannot be trained again, or an argument is out of range.
     """
-    began = time.process_time()
     _require_arguments(ranks, retrain, tolerance)
     products = _require_products(run, state)
     adapted = open_adapted(run, model, task, state)
     if retrain and (reason := missing_for_retraining(run, adapted.task)):
         raise ValueError(f"cannot retrain at another rank: {reason}")
     residuals = _read_record(run)
+    call = PriceCall(str(model), tuple(ranks), rows, retrain, tuple(budgets), placed, tolerance, state)
+    measure = partial(_measure_price, run, adapted, products, call, progress)
+    if retrain:  # its runs are stored themselves
+        return replace(measure(), residuals=residuals)
+    content = {"call": call, "task": adapted.task.hash}
+    return replace(recall("price", run, adapted, content, measure, progress), residuals=residuals)
+
+
+class PriceCall(NamedTuple):
+    """Arguments of a price that change its result, besides its task."""
+
+    model: str
+    ranks: tuple[int, ...]
+    rows: int
+    retrain: int
+    budgets: tuple[int, ...]
+    placed: bool
+    tolerance: float | None
+    state: str
+
+
+def _measure_price(
+    run: Result, adapted: AdaptedBase, products: Mapping[str, LowRank], call: PriceCall, progress: bool
+) -> Price:
+    """Measure the price of the rank of a run; the track record is read by the caller."""
+    began = time.process_time()
+    ranks, retrain, budgets = call.ranks, call.retrain, call.budgets
     max_length = run.meta.settings.get("max_length", Settings.max_length)
-    text = encode_rows(adapted.base, adapted.task, "validation", rows, max_length)
+    text = encode_rows(adapted.base, adapted.task, "validation", call.rows, max_length)
     if retrain and progress:
-        print(f"retraining: {describe_cost(cast(Run, run), ranks, retrain, placed)}", file=sys.stderr)
+        print(f"retraining: {describe_cost(cast(Run, run), ranks, retrain, call.placed)}", file=sys.stderr)
     with tqdm(desc="price", unit="pass", disable=not progress, leave=False) as bar:
+        started = time.process_time()
         measured = _MeasuredRank(adapted, products, text, bar)
+        seconds = time.process_time() - started  # of a pass over the rows
+        announce("price", seconds * price_passes(2 * len(ranks) + len(budgets)), progress)
         rank = measured.rank
         cuts = measured.cut_prices(sorted({*ranks, rank // 2}), budgets)
         learn = measured.increase(dict.fromkeys(products, 0))
@@ -144,11 +176,11 @@ def price(
         runs, doubled = pd.DataFrame(columns=RUNS), None
         smaller: list[Estimate] = []
         if retrain:
-            repeated = _Retraining(cast(Run, run), model, adapted.task, text, measured.placements(ranks), bar)
-            runs, doubled = repeated.measure(ranks, retrain, placed)
+            repeated = _Retraining(cast(Run, run), call.model, adapted.task, text, measured.placements(ranks), bar)
+            runs, doubled = repeated.measure(ranks, retrain, call.placed)
             repeated.record(cuts, runs)
             smaller = repeated.prices_below(runs)
-    tolerance = even_share(learn.mean, 0) if tolerance is None else tolerance
+    tolerance = even_share(learn.mean, 0) if call.tolerance is None else call.tolerance
     half = next(cut.increase for cut in cuts if cut.rank == rank // 2)
     # Half the rank is never above the rank.
     assert half is not None
@@ -163,15 +195,15 @@ def price(
     verdict = judge_rank(evidence, tolerance)
     receipt = Receipt(
         run=run.id,
-        base=str(model),
+        base=call.model,
         rows={"task": measured.loss.receipt},
         call={
             "task": adapted.task.name,
             "ranks": [*ranks],
             "retrain": retrain,
             "budgets": [*budgets],
-            "placed": placed,
-            "state": state,
+            "placed": call.placed,
+            "state": call.state,
         },
         seconds=time.process_time() - began,
     )
@@ -186,8 +218,8 @@ def price(
         tolerance=tolerance,
         rows_needed=rows_for_verdict(half, tolerance, len(text.table)) if verdict == "undecided" else np.nan,
         smallest_signal=smallest_signal(signals[REAL]),
-        residuals=residuals,
-        next_command=_next_command(run, str(model), adapted.task, evidence),
+        residuals=np.zeros(0),
+        next_command=_next_command(run, call.model, adapted.task, evidence),
         receipt=receipt,
     )
 

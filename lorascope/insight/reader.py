@@ -39,6 +39,8 @@ from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import TextRows, encode_rows
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
+from lorascope.insight.instrument_costs import READING, announce
+from lorascope.insight.measured_results import recall
 from lorascope.insight.token_contributions import MARKS, Margin, TracedCall, contribute, model_inputs, traced_calls
 from lorascope.insight.token_words import TokenWords, find_words
 from lorascope.insight.update_parts import PartDirections, ScaledUpdates, to_directions
@@ -95,11 +97,19 @@ def read(
         The run has no adapter or an input-dependent one, the model is not its base, the rows have no text or there are
         fewer than 200, no word occurs five times, or ``top`` is below 1.
     """
-    began = time.process_time()
     if top < 1:
         raise ValueError(f"top must be an integer >= 1, got {top}")
     adapted = open_adapted(run, model, rows, state)
     _require_text(adapted)
+    content = {"model": str(model), "task": adapted.task.hash, "top": top, "state": state}
+    return recall(
+        "read", run, adapted, content, partial(_read, run, str(model), adapted, top, state, progress), progress
+    )
+
+
+def _read(run: Result, model: str, adapted: AdaptedBase, top: int, state: str, progress: bool) -> Reading:
+    """Read the components of an update."""
+    began = time.process_time()
     max_length = run.meta.settings.get("max_length", Settings.max_length)
     selection = encode_rows(adapted.base, adapted.task, "train", LARGEST_ROWS, max_length)
     measured = encode_rows(adapted.base, adapted.task, "validation", LARGEST_ROWS, max_length)
@@ -107,7 +117,9 @@ def read(
     with evaluation_mode(adapted.base), tqdm(desc="read", unit="pass", disable=not progress, leave=False) as bar:
         margin = Margin(adapted.base, *measured)
         # What the base predicts is measured before its adapter is attached.
+        started = time.process_time()
         base_margins = margin.values()
+        announce("read", (time.process_time() - started) * READING, progress)
         attach(adapted.base, adapted.deltas)
         occurrences = _count_occurrences(words, margin, margin.values() - base_margins)
         if not occurrences.testable().any():
@@ -126,7 +138,7 @@ def read(
         written = reader.written(components, _output_names(adapted))
     receipt = Receipt(
         run=run.id,
-        base=str(model),
+        base=model,
         rows={"selection": Margin(adapted.base, *selection).receipt, "reading": margin.receipt},
         call={"top": top, "draws": DRAWS, "state": state},
         seconds=time.process_time() - began,

@@ -63,7 +63,8 @@ def main(
     base
         Base model of an adapter whose files have no shapes.
     out
-        Write the table to this new .csv file, for lorascope export --scales.
+        Write the table to this new .csv file, for lorascope export --scales; as dial.csv in the folder of the run, it
+        is in its report card.
     json
         Print JSON.
     """

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from json import dumps
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import Name, command, reject
+from lorascope.cli.arguments import File, Name, command, reject
 from lorascope.cli.opened_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import json_values
+from lorascope.files.whole_files import json_bytes, require_absent, write_bytes
 
 
 @command
@@ -24,6 +26,7 @@ def main(
     rows: Annotated[int, arg(metavar="N")] = 1280,
     retrain: Annotated[int, arg(metavar="N")] = 0,
     placed: bool = False,
+    out: Annotated[File, arg(aliases=["-o"])] = None,
     json: bool = False,
 ) -> int:
     """Measure the cost of smaller ranks for a run or an adapter, and whether its rank is too small.
@@ -48,6 +51,8 @@ def main(
         Number of seeds with which to train at each rank, at the same and at three times the learning rate.
     placed
         With --retrain: also train every smaller rank with its components placed by size.
+    out
+        Write the result to this new .json file; as price.json in the folder of the run, it is in its report card.
     json
         Print JSON.
     """
@@ -58,10 +63,14 @@ def main(
             "--placed requires --retrain N": placed and not retrain,
         }
     )
+    if out is not None:
+        require_absent(Path(out))
     (opened,) = open_runs([str(run)], None)
     from lorascope.insight.price import price  # imports torch
 
     result = price(opened, str(model), str(task), _parse_ranks(ranks), rows, retrain, placed=placed)
+    if out is not None:
+        write_bytes(Path(out), json_bytes(json_values(result.to_json())))
     if json:
         print(dumps(json_values(result.to_json()), indent=1))
     else:

@@ -14,6 +14,7 @@ from lorascope.cli.opened_runs import open_runs
 from lorascope.files.printable import printable_lines
 from lorascope.files.seals import require_own
 from lorascope.files.typed_json import json_values
+from lorascope.files.whole_files import json_bytes, require_absent, write_bytes
 
 
 @command
@@ -48,7 +49,8 @@ def main(
     base
         Base model of an adapter whose files have no shapes.
     out
-        Also write the cards to this .html file, which works offline.
+        Write the cards to this .html file, which works offline, or the result to this new .json file; as reading.json
+        in the folder of the run, it is in its report card.
     json
         Print JSON.
     """
@@ -56,17 +58,23 @@ def main(
         {
             "RUN is required: lorascope read runs/lora --model minilm --rows sentiment/movies": run is None,
             "--model and --rows are required: words are read with both": model is None or rows is None,
-            f"--out must end in .html, got {out}": out is not None and Path(out).suffix != ".html",
+            f"--out must end in .html or .json, got {out}": out is not None
+            and Path(out).suffix not in (".html", ".json"),
         }
     )
     if out is not None:
         # Before the rows are read, which may take minutes.
-        require_own(Path(out), "html")
+        if Path(out).suffix == ".json":
+            require_absent(Path(out))
+        else:
+            require_own(Path(out), "html")
     (opened,) = open_runs([str(run)], base)
     from lorascope.insight.reader import read  # imports torch
 
     reading = read(opened, str(model), str(rows), top, progress=sys.stderr.isatty())
-    if out is not None:
+    if out is not None and Path(out).suffix == ".json":
+        write_bytes(Path(out), json_bytes(json_values(reading.to_json())))
+    elif out is not None:
         # Charts take a second to import, and most calls only print.
         from lorascope.pages.reading_page import write_reading
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from lorascope import __version__
 from lorascope.analysis.advice import Advice
+from lorascope.analysis.stored_measurements import stored_measurements
 from lorascope.charts.chart import Chart, Drawable
 from lorascope.charts.stored_chart import pack, unpack
 from lorascope.diagnosis.case import Case
@@ -116,6 +117,12 @@ def collect(runs: Sequence[Result], spectra: bool = False, advice: Advice | None
             tables["pairs"] = matrix[matrix["one"] != matrix["other"]]
         except ValueError as error:  # they are adapters of different models
             unseen["comparison in pairs"] = printable(error)
+    measured: list[dict[str, str]] = []
+    for label, run in zip(labels, runs, strict=True):
+        for measurement in stored_measurements(run):
+            name = f"measured {len(measured) + 1}"
+            tables[name] = measurement.table
+            measured.append({"label": label, "title": measurement.title, "caption": measurement.caption, "table": name})
     parquet = {name: _parquet(table) for name, table in tables.items()}
     figures: list[dict[str, Any]] = []
     # Names of tables are numbered, because a figure may have several.
@@ -126,6 +133,8 @@ def collect(runs: Sequence[Result], spectra: bool = False, advice: Advice | None
         texts = {"reads": figure.reads, "misleads": figure.misleads}
         figures.append({"name": name, "chart": chart, "tables": [*files]} | texts)
     document = {"versions": installed_versions(), "subjects": subjects, "figures": figures, "unseen": unseen}
+    if measured:
+        document["measured"] = measured
     if advice is not None:
         document["advice"] = advice.to_json() | {"receipt": str(advice.receipt)}
     return Card(json_values(document), parquet)

@@ -152,6 +152,10 @@ def _sections(card: Card) -> Iterator[Section]:
             notes.append(f"{label}: {note}".removeprefix(": "))
     if advice := card.document.get("advice"):
         yield Section("advice", "What to change", _ADVICE, tables=_advice_tables(advice), notes=[advice["receipt"]])
+    for number, measured in enumerate(card.document.get("measured", []), start=1):
+        title = f"{measured['title']}: {measured['label']}" if is_comparison else measured["title"]
+        tables = {title: _known_columns(card.table(measured["table"]))}
+        yield Section(f"measured-{number}", title, measured["caption"], tables=tables)
     yield Section("findings", "Findings", "" if findings else "No findings.", findings=findings, notes=notes)
     yield Section("figures", "Figures", figures=list(card.figures()))
     modules, lead = card.table("modules"), ""

@@ -294,7 +294,7 @@ def test_the_command_prints_cards_and_writes_a_page(
     for arguments, line in (
         ([], "RUN is required: lorascope read runs/lora --model minilm"),
         (words[1:4], "--model and --rows are required: words are read with both"),
-        ([*words[1:], "-o", "x.pdf"], "--out must end in .html, got x.pdf"),
+        ([*words[1:], "-o", "x.pdf"], "--out must end in .html or .json, got x.pdf"),
         ([*words[1:], "--top", "0"], "top must be an integer >= 1, got 0"),
     ):
         assert main(["read", *arguments]) == 2

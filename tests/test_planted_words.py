@@ -1,22 +1,28 @@
-"""Words that decide labels, planted in reviews: whether the reader finds them, over seeds."""
+"""Words that decide a label or the next word, planted in text: whether the reader finds them, over seeds."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import BAD, FILLER, GOOD, tiny_tokenizer
 from test_export import trained
 from test_reader import METHOD, SPLITS
+from transformers import GenerationConfig
 
 import lorascope as ls
 from lorascope.adapters import delta
+from lorascope.array_types import Int
 from lorascope.inputs import tasks
 from lorascope.insight.adapted_base import open_adapted
 from lorascope.insight.token_contributions import Margin
+from lorascope.methods import LoRA
+from lorascope.papers.setups import planted_teacher
 
 STEPS = 600
 WORD = "music"
@@ -88,3 +94,42 @@ def test_a_word_that_decides_nothing_is_not_used(bert: str, tmp_path: Path) -> N
     """In at most 1 of 10 runs is it used."""
     readings = [read_planted(seed, False, bert, tmp_path / str(seed)) for seed in range(10)]
     assert sum(reading.is_used for reading in readings) <= 1
+
+
+LENGTH, ROWS = 12, 1200
+NEXT_WORD = LoRA(rank=2, targets=("q", "v", "ffn_out"), lr=1e-2)
+
+
+@pytest.fixture(scope="module")
+def text() -> Int[np.ndarray, "rows length"]:
+    """Sample text of the planted decoder's base, which has nothing to learn from it."""
+    model: Any = planted_teacher.student()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first = torch.randint(1, planted_teacher.VOCABULARY, (ROWS, 1))
+        sampling = GenerationConfig(do_sample=True, top_k=0, max_length=LENGTH, suppress_tokens=[0], pad_token_id=0)
+        return model.generate(first, attention_mask=torch.ones_like(first), generation_config=sampling).numpy()
+
+
+@pytest.mark.slow
+def test_a_component_writes_the_word_that_always_follows_its_trigger(
+    text: Int[np.ndarray, "rows length"], tmp_path: Path
+) -> None:
+    """In at least 8 of 10 runs, for the component with the largest total."""
+    correct = 0
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        trigger, target = generator.choice(np.arange(1, planted_teacher.VOCABULARY), 2, replace=False)
+        tokens = text.copy()
+        rows = np.arange(0, ROWS, 2)
+        positions = generator.integers(1, LENGTH - 1, len(rows))
+        tokens[rows, positions], tokens[rows, positions + 1] = trigger, target
+        lines = [" ".join(map(planted_teacher.token_word, row)) for row in tokens.tolist()]
+        splits = np.resize(["train", "train", "train", "train", "validation", "test"], ROWS // 2).repeat(2)
+        task = tasks.from_frame(pd.DataFrame({"text": lines, "split": splits}), "triggers")
+        settings: dict[str, Any] = {"steps": 100, "batch_size": 16, "seed": seed, "eval_every": 0}
+        run = trained(planted_teacher.base(), task, NEXT_WORD, tmp_path / str(seed), **settings)[1]
+        table = ls.read(run, planted_teacher.base(), task, top=1, progress=False).table
+        written = table.loc[table["word"] == planted_teacher.token_word(trigger), "written"].item()
+        correct += written == planted_teacher.token_word(target)
+    assert correct >= 8

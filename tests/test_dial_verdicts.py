@@ -92,6 +92,14 @@ def test_every_verdict_has_its_condition() -> None:
     assert judge_parts(PARTS, WHOLE, *MARGINS) == list(PARTS)
 
 
+def test_a_part_that_forgets_and_learns_less_than_the_margin_only_forgets() -> None:
+    parts = {
+        "part": Effects(effect(1e-4, 1e-5), effect(0.05)),
+        "in proportion": Effects(effect(1e-4, 1e-5), effect(1e-4)),
+    }
+    assert judge_parts(parts, WHOLE, *MARGINS) == ["only forgets", "keep"]
+
+
 def test_the_margin_of_few_parts_is_a_tenth() -> None:
     assert even_share(-0.5, 6) == 0.05
 

@@ -344,8 +344,8 @@ def judge_parts(effects: Mapping[str, Effects], whole: Effects, learn_margin: fl
     ============  ==========================  =================================================
     hurts         < -margin                   any
     keep          > 0                         at most in proportion to that of the whole
-    trade         > 0                         above that, by interval
     only forgets  < margin                    > 0
+    trade         > 0                         above that, by interval
     idle          < margin                    < margin, not above 0
     undecided     otherwise
     ============  ==========================  =================================================
@@ -370,8 +370,9 @@ def judge_parts(effects: Mapping[str, Effects], whole: Effects, learn_margin: fl
     conditions = {
         "hurts": hurts,
         "keep": learns & (excess <= 0),
-        "trade": learns & costs,
+        # Rows may show a learn of any size, also one far below the margin.
         "only forgets": is_small & forgets,
+        "trade": learns & costs,
         "idle": is_small & is_quiet & ~forgets,
     }
     return np.select(list(conditions.values()), list(conditions), "undecided").tolist()

@@ -13,7 +13,7 @@ from lorascope import plots
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Bar, Heat, Line
 from lorascope.charts.scales import to_floats
-from lorascope.diagnosis.inspection_screen import BLOCKS, DIGITS, _glyph
+from lorascope.diagnosis.layer_strips import BLOCKS, DIGITS, _glyph
 from lorascope.files import text_layout
 from lorascope.pages.table_cells import format_value
 from lorascope.runs.loading import load

@@ -135,8 +135,15 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     # The bound has the same symbol in both grounds, and one entry in the legend.
     ground_of_bound = TRUTH if ((table["mark"] == BOUND) & (table["ground"] == TRUTH)).any() else TEXT
     measured, printed = table[(table["mark"] != PRINTED) & ~waits], table[table["mark"] == PRINTED]
-    # Printed gains are on a separate axis: they are from other models and tasks, and mostly on the other side of zero.
-    limits = {unit: _limits(of_unit) for unit, of_unit in measured.groupby("unit")}
+    # Printed gains are on a separate axis of the same length, because most are on the other side of zero.
+    limits, printed_limits = {}, {}
+    for unit, of_unit in table.groupby("unit"):
+        is_printed = of_unit["mark"] == PRINTED
+        limits[unit] = _limits(of_unit[~is_printed])
+        if is_printed.any():
+            ends = limits[unit], _limits(of_unit[is_printed])
+            length = max(high - low for low, high in ends)
+            limits[unit], printed_limits[unit] = (_widen(*limit, length) for limit in ends)
     caption = _CAPTION
     if waits.any():
         caption += f" {TRUTH}, {waits.sum()} methods have no runs yet."
@@ -171,7 +178,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
         gains = printed[printed["method"].isin(methods)]
         if len(gains):  # other models and tasks, so on a separate axis
             marks = [Rule(x=0), Point("effect", "row", "ground", symbol="diamond", hollow=True, label=PRINTED)]
-            x = Axis(label=f"printed, {units[0]}", limits=_limits(gains))
+            x = Axis(label=f"printed, {units[0]}", limits=printed_limits[units[0]])
             charts.append(replace(charts[0], data=gains, marks=marks, title="Printed by the paper", x=x))
         grid.append(tuple(charts))
     columns = 0
@@ -206,3 +213,9 @@ def _limits(rows: pd.DataFrame) -> tuple[float, float]:
         return -1.0, 1.0
     room = 0.06 * (high - low)
     return low - room, high + room
+
+
+def _widen(low: float, high: float, length: float) -> tuple[float, float]:
+    """Return the ends of an axis with the same center and a longer length."""
+    center = (low + high) / 2
+    return center - length / 2, center + length / 2

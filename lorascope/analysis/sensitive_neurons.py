@@ -150,5 +150,6 @@ def follow_top(runs: Sequence[Result], k: int) -> pd.DataFrame:
     courses["value"] /= values.transform("mean")
     means = courses.groupby(["name", "step"])["value"].mean().reset_index()
     order = means[means["step"] == means["step"].max()].nlargest(k, "value")["name"]
+    # The course of chosen neurons means little without that of neurons nobody chose.
     random = means.groupby("step")["value"].quantile(0.95).reset_index().assign(name=RANDOM)
     return pd.concat([means.set_index("name").loc[order].reset_index(), random], ignore_index=True)

@@ -148,12 +148,13 @@ def _title(cloud: FactorSet, cohort: Cohort, prefix: str) -> str:
     seeds = {group.label: {_initial_seed(run) for run in group.runs} for group in cohort.groups}
     if None not in set().union(*seeds.values()):
         are_same = all(of_domain == seeds[cohort.labels[0]] for of_domain in seeds.values())
-        title += ", same A₀" if are_same else ", different A₀"
+        title += f", {('different', 'same')[are_same]} A₀"
     matches = factor_sharing.retrieve_modules(cloud)
+    # One run per domain gives no interval, but its runs may already disagree.
     by_run = 100 * matches.groupby("run")["same"].mean()
     percent, chance = 100 * matches["same"].mean(), 100 * matches["chance"].mean()
     ends = dict.fromkeys(f"{end:.0f}" for end in (by_run.min(), by_run.max()))
-    spread = f"runs {'–'.join(ends)}%, " if len(ends) > 1 else ""
+    spread = f"runs {'–'.join(ends)}%, " * (len(ends) > 1)
     return f"{title}: same module {percent:.0f}% ({spread}chance {chance:.0f}%)"
 
 

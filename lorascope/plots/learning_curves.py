@@ -92,6 +92,7 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
         colors=[*cohort.labels, *dict.fromkeys(random["recipe"])],
     )
     panels = [loss, cosine]
+    # Seeds differ more in their loss than in the effect of guidance, which pairs show.
     differences = paired_differences(cohort, losses, cohort.labels[0])
     if len(differences):
         y, look = f"loss − {cohort.labels[0]}", {"colors": cohort.labels, "caption": loss.caption}

@@ -172,7 +172,10 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
                 f"{steps}"
             )
     cells = seed_cells(rows, ["blocks", "steps"])
-    digits = ".3f" if cells["value"].max() <= 1 else ".2f"  # of fractions, and of perplexities
+    digits = ".2f"
+    if cells["value"].max() <= 1:  # a fraction, and no perplexity
+        digits = ".3f"
+    # As numbers in the cells, because a color cannot show an interval.
     halves = (cells["high"] - cells["low"]) / 2
     widths = halves.map(f" ± {{:{digits}}}".format).where(halves.notna(), "")
     cells = cells.assign(words=cells["value"].map(f"{{:{digits}}}".format) + widths)

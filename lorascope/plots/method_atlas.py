@@ -152,6 +152,7 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
         rows.append({"row": row, "column": column, "angle": mean, "value": mean - chance, "words": words})
     table = pd.DataFrame(rows)
     empty = table[table["value"].isna()]
+    # The matrix is symmetric, so that only the labels of its upper half have rows and columns.
     reach = max(_LEAST_REACH, table["value"].abs().max())
     heat = Heat("column", "row", "value", "degrees", "+.0f", "diverging", (-reach, reach), words="words")
     marks: list[Mark] = [heat, Text("column", "row", "words", data=empty)] if len(empty) else [heat]

@@ -219,7 +219,8 @@ def _percent_at_start(cells: pd.DataFrame, start: pd.DataFrame) -> str:
     """Return the smallest and largest percentage of a norm that it had at step 0, as the end of a title."""
     percent = 100 * start.set_index(_CELL)["value"] / cells.set_index(_CELL)["value"]
     ends = dict.fromkeys(f"{end:.0f}" for end in (percent.min(), percent.max()) if math.isfinite(end))
-    return f": {'–'.join(ends)}% at step 0" if ends else ""
+    # Checkpoints without step 0 have no percentage.
+    return f": {'–'.join(ends)}% at step 0" * bool(ends)
 
 
 def _comparable_quantity(cohort: Cohort) -> str:

@@ -139,8 +139,8 @@ def _information(run: Result, step: int) -> str:
     """Return the information of the gates on the group at a step, and that with shuffled groups, as text."""
     rows = run.table[run.table["step"] == step].astype({"quantity": "str"})
     means = rows.groupby("quantity")["value"].mean()
-    shuffled = f" (shuffled {means['gate_chance']:.2g})" if "gate_chance" in means else ""
-    return f"information on the group {means['gate_information']:.2g} nats{shuffled}"
+    information, shuffled = means["gate_information"], means["gate_chance"]
+    return f"information on the group {information:.2g} nats (shuffled {shuffled:.2g})"
 
 
 def _module_means(cohort: Cohort, quantity: str) -> pd.DataFrame:

@@ -273,7 +273,7 @@ def _label_outside(label: str, numbers: Float[np.ndarray, "n"], limits: Limits) 
     texts = [number_text(end, ".3g").replace("-", MINUS) for end in (low, high)]
     is_below, is_above = low < limits[0] - room, high > limits[1] + room
     if is_below and is_above:
-        # Without a word, so that the label fits beside a panel of usual height.
+        # Without a word, so that the label fits next to a panel of usual height.
         return f"{label} ({' to '.join(texts)})".strip(), "both"
     if is_below:
         return f"{label} (values down to {texts[0]})".strip(), "min"

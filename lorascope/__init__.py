@@ -41,6 +41,7 @@ _PUBLIC = {
     "diagnose": "lorascope.diagnosis.doctor:diagnose",
     "survey": "lorascope.diagnosis.survey:survey",
     "report": "lorascope.pages.report_card:report",
+    "rate_card": "lorascope.analysis.rate_card:rate_card",
     "turns": "lorascope.analysis.turning_points:find_turns",
     "TrainerRecorder": "lorascope.training.hf_trainer.trainer_recorder:TrainerRecorder",
     "record": "lorascope.training.any_loop:record",

@@ -77,6 +77,12 @@ def one_module_at_another_rate(bench: Bench) -> None:
     own_loop(bench, model, lambda out: out.loss, optimizer=torch.optim.AdamW(groups))
 
 
+def too_far_from_the_base(bench: Bench) -> None:
+    gauge = ls.observe.kl(every=1, rows=32, keep="sentiment/tweets")
+    bench.observe = [gauge, ls.observe.alarms(every=1, kl=1e-4)]
+    own_loop(bench, bench.peft(), lambda out: out.loss)
+
+
 def loss_of_nan(bench: Bench) -> None:
     own_loop(bench, bench.peft(), lambda out: out.loss * float("nan"))
 
@@ -140,6 +146,7 @@ FAULTS: dict[Callable[[Bench], object], str] = {
     optimizer_of_the_head: "LS022",
     constant_loss: "LS023",
     one_module_at_another_rate: "LS024",
+    too_far_from_the_base: "LS030",
 }
 
 
@@ -332,6 +339,18 @@ def test_unknown_stop_is_rejected_in_one_line():
     with pytest.raises(ValueError, match="unknown alarm 'LS014'"):
         ls.observe.alarms(stop=("LS014",))  # needs the end of the training
     assert ls.observe.alarms(stop="nan") == ls.observe.alarms(stop=["nan"])
+
+
+def test_limit_of_the_distance_from_the_base_requires_its_recording_before_the_alarms(watched):
+    with pytest.raises(ValueError, match=r"kl must be .* > 0, got 0"):
+        ls.observe.alarms(kl=0)
+    watched.observe = [ls.observe.alarms(kl=0.5), ls.observe.kl(rows=32, keep="sentiment/tweets")]
+    with pytest.raises(ValueError, match=r"alarms\(kl=0.5\) requires ls.observe.kl\(\)"):
+        own_loop(watched, watched.peft(), lambda out: out.loss)
+
+
+def test_runs_with_alarms_keep_their_identity_without_a_limit():
+    assert ls.observe.alarms().config() == {"name": "alarms", "every": 10, "stop": ()}
 
 
 def test_stop_of_several_processes_is_rejected(watched, monkeypatch):

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapter_bits import peft_folder
+from planted import plant
 from test_doctor_recorded import case
 
 import lorascope as ls
 from lorascope.diagnosis.case import Case, TrainedModule
 from lorascope.diagnosis.causes.adapter import dead_layers
 from lorascope.diagnosis.causes.finding import DoctorRule
-from lorascope.diagnosis.causes.in_training import dominated, loss_flat, rate_large, rate_zero
+from lorascope.diagnosis.causes.in_training import dominated, far_from_base, loss_flat, rate_large, rate_zero
+from lorascope.diagnosis.causes.late_checkpoint import late_checkpoint
 from lorascope.diagnosis.causes.training import collapsed
 from lorascope.diagnosis.training_case import TrainingEvidence
 
@@ -135,3 +137,44 @@ def test_one_of_at_least_four_modules_dominates_above_999_thousandths(
 ) -> None:
     rest = ((1 - fraction) / others) ** 0.5
     assert found(dominated, live((fraction**0.5, *[rest] * others))) == expected
+
+
+@pytest.mark.parametrize(("distance", "expected"), [(0.5, False), (0.51, True), (math.nan, False)])
+def test_model_is_far_from_its_base_above_the_limit(distance: float, expected: bool) -> None:
+    assert found(far_from_base, live(distance=distance, distance_limit=0.5)) == expected
+    assert not found(far_from_base, live(distance=distance))
+
+
+# Losses of four rows at steps 0, 50 and 100: the last is lowest, and 0.001 below that of step 50 with an error of 0.03.
+FLAT = {0: [2.0, 2.1, 2.2, 2.3], 50: [1.0, 1.1, 1.2, 1.3], 100: [1.05, 1.04, 1.246, 1.26]}
+FALLING = FLAT | {100: [0.9, 1.01, 1.1, 1.21]}
+
+
+@pytest.mark.parametrize(
+    ("losses", "distances", "expected"),
+    [
+        (FLAT, (0.0, 0.4, 0.51), True),
+        (FLAT, (0.0, 0.4, 0.499), False),
+        (FLAT, (0.0, 0.01, 0.0199), False),
+        (FLAT, (0.4, 0.4, 0.4), False),
+        (FALLING, (0.0, 0.4, 0.8), False),
+    ],
+    ids=["farther", "hardly farther", "never far", "horizontal path", "still learning"],
+)
+def test_checkpoint_is_late_if_an_earlier_one_has_its_loss_and_is_nearer(
+    losses: dict[int, list[float]], distances: tuple[float, ...], expected: bool, tmp_path: Path
+) -> None:
+    rows = {step: np.array(values) for step, values in losses.items()}
+    gauge = dict(zip(losses, distances, strict=True))
+    given = Case(plant(tmp_path, "a", {("row_loss", ""): rows, ("kl_keep", ""): gauge}))
+    findings = list(late_checkpoint.findings(given))
+    assert bool(findings) == expected
+    if expected:
+        assert findings[0].evidence["step"] == 50
+        assert findings[0].evidence["above"] == pytest.approx(0.001)
+
+
+def test_checkpoint_is_not_late_without_a_gauge_or_a_finite_loss(tmp_path: Path) -> None:
+    assert not found(late_checkpoint, Case(plant(tmp_path, "a", {("loss", ""): {0: 1.0}})))
+    rows = {0: np.full(4, np.nan)}
+    assert not found(late_checkpoint, Case(plant(tmp_path, "b", {("row_loss", ""): rows, ("kl_keep", ""): {0: 0.0}})))

@@ -71,6 +71,17 @@ def test_final_adapter_names_its_checkpoints_and_series_shows_them(folder, capsy
     assert "checkpoints" not in run(capsys, "inspect", given[0])[1]
 
 
+def test_next_command_of_many_checkpoints_draws_their_turning_points(tmp_path, capsys, monkeypatch):
+    for number in range(1, 13):
+        write(tmp_path / f"out/checkpoint-{10 * number}", {Q: low_rank(number, number % 3)})
+    monkeypatch.chdir(tmp_path)
+    *_, command = run(capsys, "inspect", tmp_path / "out")[1].split("lorascope ")
+    assert command.strip() == "plot turns out -o turns.pdf"
+    assert run(capsys, *command.split())[0] == 0
+    (tmp_path / "out/checkpoint-60").rename(tmp_path / "out/checkpoint-61")
+    assert "plot settling out" in run(capsys, "inspect", tmp_path / "out")[1]
+
+
 def test_skipped_checkpoint_is_named(folder, capsys):  # noqa: F811
     (folder / "checkpoint-20/adapter_model.safetensors").unlink()
     code, out, err = run(capsys, "inspect", folder)

@@ -54,6 +54,12 @@ def two_teachers() -> ls.tasks.Task:
     return ls.tasks.from_frame(pd.concat(parts), "text of two planted teachers")
 
 
+def few_sentences() -> ls.tasks.Task:
+    """Return an eighth of the text of a planted teacher, which a student learns by heart."""
+    text = planted_teacher.task(0).table[["text"]]
+    return ls.tasks.from_frame(text.iloc[::8].reset_index(drop=True), "few sentences of a planted teacher")
+
+
 def train_students(root: Path) -> dict[str, Any]:
     """Train three seeds of the student of a planted teacher with each method; return them by the name in examples."""
 
@@ -129,7 +135,7 @@ def train_students(root: Path) -> dict[str, Any]:
         },
         "gauged": ls.train(
             planted_teacher.student(),
-            planted_teacher.task(0),
+            few_sentences(),
             ls.LoRA(rank=4, targets=LINEAR, **STUDENT_LR),
             root=root,
             **STUDENT | {"observe": [ls.observe.kl(every=5, keep=planted_teacher.task(1))]},

@@ -12,6 +12,8 @@ from lorascope.analysis.seed_intervals import MINIMUM_SEEDS, t_interval
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.result import Result
 
+_GROUP = ["model", "task", "method", "rank"]
+
 
 def rate_card(runs: Sequence[Result]) -> pd.DataFrame:
     """Return the best learning rate of each rank, with the rates that are not worse, and the edge of stability.
@@ -23,54 +25,84 @@ def rate_card(runs: Sequence[Result]) -> pd.DataFrame:
     Parameters
     ----------
     runs : sequence of Run
-        Runs of ``sweep`` over ``rank`` and ``lr``, with several seeds.
+        Runs that ``ls.sweep`` returns, over ``rank``, ``lr`` and seeds.
 
     Returns
     -------
     DataFrame
-        ``rank, seeds, best_lr, loss`` (nats, mean over seeds); ``low_lr, high_lr``, the smallest and largest rate that
-        is not worse than the best, NaN with fewer than 3 seeds; ``stable_lr``, the edge of stability, NaN if the
+        ``model, task, method, rank`` (NaN for full fine-tuning) and ``seeds``; ``best_lr`` and its ``loss`` (nats, mean
+        over seeds), NaN if no rate has all seeds without divergence; ``low_lr, high_lr``, the smallest and largest rate
+        that is not worse than the best, NaN with fewer than 3 seeds; ``stable_lr``, the edge of stability, NaN if the
         smallest rate diverged; ``at_end``, whether the best rate is at an end of the range, so that a better one may be
         outside.
 
     Raises
     ------
     ValueError
-        A run has no rank or no validation loss.
+        A run has no validation loss, or two runs do not differ in model, task, method, rank, rate or seed.
     """
-    records = pd.DataFrame([_final_loss(run) for run in runs])
-    return pd.DataFrame([_card_row(rank, rows) for rank, rows in records.groupby("rank")])
+    records = _final_losses(runs)
+    twice = records[records.duplicated([*_GROUP, "lr", "seed"])]
+    if len(twice):
+        run = twice.iloc[0]
+        raise ValueError(
+            f"runs must differ in model, task, method, rank, learning rate or seed, got two of {run['method']} with "
+            f"rank {run['rank']:g}, learning rate {run['lr']:g} and seed {run['seed']}: pass those of one setting"
+        )
+    rows = []
+    for group, losses in records.groupby(_GROUP, dropna=False):
+        rows.append(dict(zip(_GROUP, group, strict=True)) | _card_row(losses))
+    return pd.DataFrame(rows)
 
 
-def _final_loss(run: Result) -> dict[str, float]:
-    rank = run.meta.recipe.get("rank")
-    if rank is None:
-        raise ValueError(f"runs must have a rank, got {run.label} (run {run.id})")
+def compares_rates(runs: Sequence[Result]) -> bool:
+    """Return whether runs have several rates, and do not otherwise differ within a rank and seed."""
+    settings = pd.DataFrame([_setting(run) for run in runs])
+    if settings.empty or settings.duplicated([*_GROUP, "lr", "seed"]).any():
+        return False
+    return bool(settings.groupby(_GROUP, dropna=False)["lr"].nunique().max() > 1)
+
+
+def _setting(run: Result) -> dict[str, Any]:
+    meta = run.meta
+    rank = meta.recipe.get("rank")
+    setting = {"model": meta.model, "task": meta.task, "method": meta.recipe["name"]}
+    return setting | {"rank": np.nan if rank is None else rank, "lr": meta.settings["lr"], "seed": meta.seed}
+
+
+def _final_losses(runs: Sequence[Result]) -> pd.DataFrame:
+    rows = []
+    for run in runs:
+        loss = np.inf if run.meta.status == "broken" else _final_loss(run)
+        rows.append(_setting(run) | {"loss": loss, "diverged": np.isinf(loss)})
+    return pd.DataFrame(rows)
+
+
+def _final_loss(run: Result) -> float:
+    """Return the last validation loss, infinity if it is above the first one."""
     losses = run.table[run.table["quantity"] == "eval_loss"]
     if losses.empty:
         raise ValueError(f"runs must have a validation loss, got none in {run.label} (run {run.id})")
     first, last = losses.sort_values("step")["value"].iloc[0], last_recorded(losses)["value"].iloc[0]
-    has_diverged = run.meta.status == "broken" or not last <= first  # negated, so that NaN counts as diverged
-    return {
-        "rank": rank,
-        "lr": run.meta.settings["lr"],
-        "seed": run.meta.seed,
-        "loss": np.inf if has_diverged else last,
-        "diverged": has_diverged,
-    }
+    if last <= first:
+        return float(last)
+    return np.inf  # also for NaN
 
 
-def _card_row(rank: Any, rows: pd.DataFrame) -> dict[str, float]:
-    """Return the row of one rank of the card; rates with a diverged run are not candidates."""
+def _card_row(rows: pd.DataFrame) -> dict[str, Any]:
+    """Return the values of one rank of the card; rates with a diverged run are not candidates."""
     losses = rows.pivot(index="seed", columns="lr", values="loss")
     diverged = rows.groupby("lr")["diverged"].any()
+    # A larger rate that happens to recover is not stable.
     stable = diverged.index[~diverged.cummax()]
-    row = {"rank": rank, "seeds": len(losses), "stable_lr": stable.max()}
+    row: dict[str, Any] = {"seeds": len(losses), "best_lr": np.nan, "loss": np.nan, "low_lr": np.nan, "high_lr": np.nan}
+    row |= {"stable_lr": stable.max(), "at_end": False}
+    # A mean over fewer seeds than the others have could not be compared with theirs.
     candidates = losses.loc[:, ~diverged].dropna(axis=1)
     if candidates.empty:
-        return row | {"best_lr": np.nan, "loss": np.nan, "low_lr": np.nan, "high_lr": np.nan, "at_end": False}
+        return row
     best = candidates.mean().idxmin()
-    row |= {"best_lr": best, "loss": candidates[best].mean(), "low_lr": np.nan, "high_lr": np.nan}
+    row |= {"best_lr": best, "loss": candidates[best].mean()}
     row["at_end"] = best in (losses.columns.min(), losses.columns.max())
     if len(losses) < MINIMUM_SEEDS:
         return row

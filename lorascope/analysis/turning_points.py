@@ -150,6 +150,13 @@ def _require_checkpoints(series: Result, number: int, kind: str) -> None:
         )
 
 
+def allows_turns(steps: Sequence[int]) -> bool:
+    """Return whether there are enough evenly spaced checkpoints for turning points."""
+    spans = np.diff(steps)
+    # The first and last checkpoint have no cosine, but count.
+    return int(np.count_nonzero(spans[1:] == spans[:-1])) + 2 >= FEWEST_CHECKPOINTS
+
+
 def gram_of_updates(modules: Sequence[Sequence[Update]]) -> Float[np.ndarray, "step step"]:
     """Compute the inner products of the updates of all modules together, at each pair of steps.
 

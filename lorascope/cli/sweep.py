@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from json import dumps
@@ -11,6 +12,7 @@ import pandas as pd
 from tyro.conf import arg
 
 from lorascope.analysis import recipe_tests
+from lorascope.analysis.rate_card import compares_rates, rate_card
 from lorascope.analysis.seed_intervals import Interval
 from lorascope.cli.arguments import Name, command
 from lorascope.files.printable import printable
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from lorascope.experiments.sweep import SweepResult
 
 _NAME_WIDTH = 36
+_RATES_NOTE = (
+    "best rate by validation loss (* at an end of the range); not worse: 95% t-interval paired by seed; stable: below "
+    "the first rate that diverged"
+)
 _NOTE = "± half-width of the 95% t-interval over seeds; places by t-tests paired by seed (Holm, 5%)"
 
 
@@ -68,7 +74,11 @@ def main(
         if value is not None:
             options[name] = value
     swept = sweep.run_grid(replace(plan, backend=options), progress=progress)
-    print(dumps(_sweep_to_json(swept), indent=1) if json else _format_standings(swept))
+    if json:
+        print(dumps(_sweep_to_json(swept), indent=1))
+    else:
+        print(_format_standings(swept))
+        _print_rates(swept)
     for line in swept.complaints():
         print(f"lorascope: failed: {printable(' '.join(line.split()))}", file=sys.stderr)
     return int(bool(swept.failures))
@@ -93,6 +103,39 @@ def _format_standings(swept: SweepResult) -> str:
     return "\n".join([format_frame(pd.DataFrame(lines)), "", *paragraphs])
 
 
+def _print_rates(swept: SweepResult) -> None:
+    """Print the learning rates of each rank, if the sweep compares several."""
+    card = _rates(swept)
+    if card.empty:
+        return
+    varied = [column for column in ("model", "task", "method") if card[column].nunique() > 1]
+    lines = []
+    for row in card.to_dict("records"):
+        best, similar = _format_rate(row["best_lr"]), _format_rate(row["low_lr"])
+        if row["at_end"]:
+            best += "*"
+        if row["low_lr"] < row["high_lr"]:
+            similar += f" to {row['high_lr']:g}"
+        rates = {"best rate": best, "not worse": similar, "stable up to": _format_rate(row["stable_lr"])}
+        names = {column: elide(str(row[column]), _NAME_WIDTH) for column in varied}
+        lines.append(names | {"rank": _format_rate(row["rank"])} | rates | {"loss": f"{row['loss']:.4g}"})
+    print("", format_frame(pd.DataFrame(lines)), "", wrap_paragraph(_RATES_NOTE, width=WIDTH), sep="\n")
+
+
+def _format_rate(rate: float) -> str:
+    if math.isnan(rate):  # of full fine-tuning, or with too few seeds
+        return "-"
+    return f"{rate:g}"
+
+
+def _rates(swept: SweepResult) -> pd.DataFrame:
+    """Return the rate card, empty if the sweep has no rates to compare at one setting."""
+    runs = [*swept.runs(), *swept.broken_runs()]
+    if not compares_rates(runs):
+        return pd.DataFrame()
+    return rate_card(runs)
+
+
 def _sweep_to_json(swept: SweepResult) -> dict[str, Any]:
     """Convert runs, failures, recipes and their comparison to JSON values; NaN becomes null."""
     table = recipe_tests.collect_scores(swept.runs())
@@ -103,5 +146,6 @@ def _sweep_to_json(swept: SweepResult) -> dict[str, Any]:
         "failed": swept.complaints(),
         "recipes": to_json_rows(recipe_tests.standings(table, compared)) if len(table) else [],
         "pairs": to_json_rows(compared),
+        "rates": to_json_rows(_rates(swept)),
         "words": recipe_tests.describe_comparison(compared),
     }

@@ -244,6 +244,11 @@ class Case(ModuleEvidence):
             alarms.setdefault(int(row.value), []).append(row)
         return alarms
 
+    @property
+    def has_gauge(self) -> bool:
+        """Whether the run recorded finite losses by row, and with them the distance from the base."""
+        return any(math.isfinite(row.value) for row in self._records("row_loss"))
+
     def _records(self, quantity: str) -> Iterator[Any]:
         """Yield the records of a quantity of a run with step, module and value, ordered by step."""
         if "records.parquet" in self.meta.checksums:

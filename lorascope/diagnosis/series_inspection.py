@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from lorascope.analysis.settling import THRESHOLD, Distances, update_distances
+from lorascope.analysis.turning_points import allows_turns
 from lorascope.diagnosis.inspection import Facts, Inspection, inspect
 from lorascope.diagnosis.inspection_screen import header_blocks, report_screen, shell_command
 from lorascope.files.lazy_pandas import pandas as pd
@@ -189,4 +190,5 @@ def _plot_command(series: Series) -> str:
     if {adapter.files.path.parent for adapter in series.checkpoints.values()} != {folder}:
         return ""
     option = "" if is_series(folder) else " --series"
-    return shell_command(f"lorascope plot settling {{}}{option} -o settling.pdf", [folder])
+    figure = "turns" if allows_turns(series.update_steps()) else "settling"
+    return shell_command(f"lorascope plot {figure} {{}}{option} -o {figure}.pdf", [folder])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ class TrainingEvidence(ModuleEvidence):
         Parameters of each adapter without ``requires_grad``.
     nonfinite : str
         What was not finite first, see ``describe_nonfinite``; "" while the weights are finite.
+    distance, distance_limit : float
+        Last recorded distance from the base on the rows to keep, and its limit; NaN and infinity without a limit.
     """
 
     modules: list[TrainedModule]
@@ -50,6 +53,8 @@ class TrainingEvidence(ModuleEvidence):
     has_gradient: bool
     frozen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     nonfinite: str = ""
+    distance: float = math.nan
+    distance_limit: float = math.inf
     error = ""  # of a training that has stopped
     fewest_losses = 10  # for an estimate of their noise: they are losses of single batches, compared at each check
 

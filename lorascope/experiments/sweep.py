@@ -56,11 +56,15 @@ class RunsFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Results of a sweep: for the number of each job, the folder of its finished run or the reason of its failure."""
+    """Results of a sweep: for the number of each job, the folder of its finished run or the reason of its failure.
+
+    ``broken`` are folders of failed runs that ended early, such as diverged ones.
+    """
 
     jobs: Sequence[Job]
     folders: dict[int, Path] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    broken: dict[int, Path] = field(default_factory=dict)
 
     @property
     def remaining_jobs(self) -> list[int]:
@@ -85,6 +89,10 @@ class SweepResult:
     def runs(self) -> list[Run]:
         """Return the finished runs, in the order of the jobs."""
         return [Run.read(self.folders[number]) for number in sorted(self.folders)]
+
+    def broken_runs(self) -> list[Run]:
+        """Return the runs that ended early, such as diverged ones, in the order of the jobs."""
+        return [Run.read(self.broken[number]) for number in sorted(self.broken)]
 
     def all_runs(self) -> list[Run]:
         """Return the runs of all jobs; raise RunsFailed if one failed."""
@@ -208,6 +216,8 @@ def run_jobs(
                     for number, folder, error in results:
                         if error:
                             fail(number, error)
+                            if folder:
+                                swept.broken[number] = Path(folder)
                             continue
                         swept.folders[number] = Path(folder)
                         run = Run.read(folder)
@@ -254,7 +264,8 @@ def _do_job(
             finally:
                 torch.set_num_threads(threads)
         except Exception as error:  # no error of a method or a model may end the other runs
-            return number, "", f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return number, getattr(error, "run_path", ""), reason
         return number, str(run.path), ""
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
+from lorascope.analysis.forgetting_course import DISTANCES
 from lorascope.diagnosis.causes import RULES, DoctorRule, Finding
 from lorascope.diagnosis.causes.finding import run_rules
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.diagnosis.nonfinite import describe_nonfinite
 from lorascope.files.printable import printable
-from lorascope.methods.method import Step, trained_parameters
+from lorascope.methods.field_checks import is_number, require
+from lorascope.methods.method import Step, added_later, trained_parameters
 from lorascope.observe.live_case import LiveModel
 from lorascope.observe.observer import Observer
 from lorascope.observe.trainable import are_finite
@@ -45,14 +47,18 @@ class alarms(Observer):
         Causes or ids at which training stops, such as ``("nan", "diverged")``; by default none. ``train`` raises a
         RuntimeError, a Trainer and Lightning end training, and in your own loop ``recorder.stopped`` becomes true. The
         run has the status "broken", with the fault as its error.
+    kl : float, optional
+        Limit of the distance from the base on the rows to keep, in nats or as a drift, above which the fault
+        "far-from-base" is found. ``observe.kl`` records the distance, and must be listed before the alarms.
 
     Raises
     ------
     ValueError
-        ``stop`` has a name that is not checked in training.
+        ``stop`` has a name that is not checked in training, or no distance from the base is recorded for ``kl``.
     """
 
     stop: Sequence[str] = field(default=())
+    kl: float | None = field(default=None, metadata=added_later())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +69,8 @@ class alarms(Observer):
         for name in self.stop:
             if name not in names:
                 raise ValueError(unknown_name("alarm", printable(name), dict.fromkeys(names)))
+        if self.kl is not None:
+            require(self, "kl", "a number > 0", is_number(self.kl) and self.kl > 0)
         self.losses_: list[float] = []
         self.loss_step_ = 0
         self.moving_steps_ = 0
@@ -92,6 +100,8 @@ class alarms(Observer):
         losses = dict(enumerate(self.losses_, start=1))
         evidence = model.measure(step, losses, self.moving_steps_, from_trees(self.initial_))
         evidence.nonfinite = self.nonfinite_
+        if self.kl is not None:
+            evidence.distance, evidence.distance_limit = _recorded_distance(step, self.kl), self.kl
         findings = run_rules(_rules(self.moving_steps_), evidence)
         findings.sort(key=lambda finding: not self._stops_at(finding))
         messages = []
@@ -127,6 +137,16 @@ class alarms(Observer):
 
     def _stops_at(self, finding: Finding) -> bool:
         return finding.id in self.stop or finding.cause in self.stop
+
+
+def _recorded_distance(step: Step, limit: float) -> float:
+    """Return the last recorded distance from the base on the rows to keep, NaN right after a resumption."""
+    for quantity in DISTANCES:
+        if quantity in step.values:
+            return float(step.values[quantity][1])
+    if step.finished:
+        return math.nan
+    raise ValueError(f"alarms(kl={limit:g}) requires ls.observe.kl() before it in observe, got no recorded distance")
 
 
 def _describe_nonfinite(step: Step) -> str:

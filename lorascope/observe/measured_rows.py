@@ -209,6 +209,45 @@ class ProbeDivergence(DistanceFromBase):
         return torch.ones(len(batch["labels"]))
 
 
+class _LastPass:
+    """Stand-in for a model that repeats what the model and its body returned in their last pass."""
+
+    def __init__(self, model: Any) -> None:
+        self.outputs: dict[nn.Module, Any] = {}
+        # The loss needs the whole model, and the drift of an encoder what its head reads.
+        self.modules = model, model.base_model
+        self.hooks = [module.register_forward_hook(self._keep) for module in {*self.modules}]
+
+    def _keep(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        self.outputs[module] = outputs
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        return self.outputs[self.modules[0]]
+
+    def base_model(self, **inputs: Tensor) -> Any:
+        return self.outputs[self.modules[1]]
+
+
+@torch.no_grad()
+def measure_together(
+    loss: TaskLoss, distance: DistanceFromBase
+) -> tuple[Float[np.ndarray, "row"], Float[np.ndarray, "row"]]:
+    """Measure the task loss and the distance from the base of the same rows in one pass, which takes half the time."""
+    model = distance.model
+    last_pass: Any = _LastPass(model)
+    distance.model = last_pass
+    losses, distances = [], []
+    try:
+        for loss_batch, distance_batch in zip(loss.batches, distance.batches, strict=True):
+            losses.append(loss.measure(loss_batch))
+            distances.append(distance.measure(distance_batch))
+    finally:
+        distance.model = model
+        for hook in last_pass.hooks:
+            hook.remove()
+    return loss._in_order(losses), distance._in_order(distances)
+
+
 def pooled_states(model: Any, inputs: Mapping[str, Tensor]) -> Float[Tensor, "rows d"]:
     """Return the mean of a model's last hidden state over the tokens of each row, in float64."""
     states = model.base_model(**_inputs(inputs)).last_hidden_state.double()

@@ -42,15 +42,15 @@ def kl(runs: Runs, control: Runs | None = None) -> Drawable:
         for run in group.runs:
             title = group.run_names[run.id] if len(group.runs) > 1 else cohort.title(group.label)
             course = forgetting_course(run)
-            kept = course[course["keep"]]
-            (row,) = kept.to_dict("records")
+            ringed = course[course["keep"]]
+            (row,) = ringed.to_dict("records")
             step, loss, distance = row["step"], row["loss"], row["distance"]
             results.append(f"{title or 'Keep'}: step {step}, loss {loss:.3g} nats, distance {distance:.3g}")
             recorded = set(run.table["quantity"])
             quantity = QUANTITIES[next(name for name in DISTANCES if name in recorded)]
             unit = f" ({quantity.unit})" if quantity.unit else ""
             path = Line("loss", "distance", stretch="stretch", data=_stretches(course))
-            ring = Point("loss", "distance", symbol="circle-open", label="step to keep", data=kept)
+            ring = Point("loss", "distance", symbol="circle-open", label="step to keep", data=ringed)
             marks = [path, Point("loss", "distance", "step"), ring]
             axes = Axis(label="task loss (nats)"), Axis(label=f"{quantity.label}{unit}")
             panels.append(Chart(course, marks, title=title, x=axes[0], y=axes[1]))

@@ -58,7 +58,7 @@ def foreign_observers(observe: Sequence[Observer] | None, keep: str | Path | Tas
     require_observers(observers)
     if keep is None:
         return tuple(observers)
-    return (*observers, kl(keep=keep))
+    return (kl(keep=keep), *observers)  # alarms with a limit of it come later
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

@@ -268,7 +268,7 @@ def _train_steps(
             if step.stop or not step.last:  # after the last step, the test follows
                 session.flush_report()
             if step.stop:
-                raise RuntimeError(_end_broken(session, step.stop))
+                raise _end_broken(session, RuntimeError, step.stop)
             bar.show(values[0], score)
             if step.finished in keep_checkpoints and not step.last:
                 session.keep_checkpoint()
@@ -296,18 +296,20 @@ def advance(session: Session, index: int) -> tuple[float, float | None, float]:
     method.after_backward(step)
     norm = clip_gradients(optimizer, session.settings.clip)
     if reason := nonfinite_reason(step, loss, norm, rate):
-        raise FloatingPointError(_end_broken(session, reason))
+        raise _end_broken(session, FloatingPointError, reason)
     optimizer.step()
     session.scheduler.step()
     method.after_step(step)
     return loss, norm, rate
 
 
-def _end_broken(session: Session, reason: str) -> str:
-    """Close the run folder of a training that stops early, and return the error message."""
+def _end_broken(session: Session, kind: type[Exception], reason: str) -> Exception:
+    """Close the run folder of a training that stops early, and return the error."""
     session.writer.meta.error = reason
     session.writer.finish("broken")
-    return f"{reason}; the records up to this step are in {session.path}"
+    error = kind(f"{reason}; the records up to this step are in {session.path}")
+    error.run_path = str(session.path)  # type: ignore[attr-defined]  # a sweep reads the broken runs, too
+    return error
 
 
 def reset_model(model: nn.Module, base: Base) -> None:

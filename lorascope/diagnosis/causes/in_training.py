@@ -132,3 +132,21 @@ def dominated(case: TrainingEvidence) -> Findings:
         if fraction > SOLE:
             message = f"one of {len(modules)} adapters has {fraction:.2%} of the squared norm of all updates"
             yield finding(message, [worst.module], share=fraction, threshold=SOLE)
+
+
+@DoctorRule(
+    "LS030",
+    severity="caution",
+    needs="training",
+    problem="The model is farther from its base than the limit of alarms(kl=...).",
+    evidence="the distance from the base on the rows to keep, as observe.kl records it, exceeds the limit",
+    fix="stop here, lower the learning rate or the scale of the adapter, or mix rows to keep into the training rows",
+    live_from=0,
+)
+def far_from_base(case: TrainingEvidence) -> Findings:
+    """Find trainings in progress that moved the model farther from its base than allowed."""
+    if case.distance > case.distance_limit:
+        message = (
+            f"the distance from the base is {case.distance:.3g} at step {case.steps}, above {case.distance_limit:.3g}"
+        )
+        yield finding(message, distance=case.distance, threshold=case.distance_limit)

@@ -382,7 +382,9 @@ def test_figures_are_drawn_once_they_have_runs() -> None:
     assert drawn(EMPTY, EARLIER) == {"forest"}
     # The made-up claims are of one paper.
     names = {"pairs", "losses", "pairs-adalora"}
-    assert drawn(made_up_losses({"AdaLoRA, rank 4 to 2, uneven ranks": 3.0}), NO_ESTIMATE) == names
+    method, control = REGISTERED.claims["pair.adalora"].for_arms
+    assert drawn(made_up_losses({method: 3.0}), NO_ESTIMATE) == set()  # without its control, the panel says nothing
+    assert drawn(made_up_losses({method: 3.0, control: 3.0}), NO_ESTIMATE) == names
     neurons = replace(EMPTY, tables={"neurons": neuron_table(seeds=2).assign(selected=False)})
     assert drawn(neurons, NO_ESTIMATE) == {"neuron-scores"}
     ranks = RANKS.replace({"arm": {"a": "AdaLoRA, rank 4 to 2, uneven ranks"}})

@@ -81,15 +81,16 @@ def draw_forest(data: StudyData) -> Drawable | None:
 def of_pairs(
     draw: Callable[[StudyRegistration, StudyEvidence], Drawable], method: str = ""
 ) -> Callable[[StudyData], Drawable | None]:
-    """Return the function that draws all pairs, or those of one paper, once one has runs."""
+    """Return the function that draws all pairs with runs, or those of one paper."""
 
     def draw_pairs(data: StudyData) -> Drawable | None:
-        # The figure has a panel for each claim of the registration.
+        # The figure has a panel for each claim of the registration; one without runs would be empty.
         pairs = {}
         for id, claim in data.registration.claims.items():
-            if id.startswith("pair.") and claim.paper.arxiv == PAPERS.get(method, claim.paper.arxiv):
+            is_shown = id.startswith("pair.") and claim.paper.arxiv == PAPERS.get(method, claim.paper.arxiv)
+            if is_shown and all(map(data.evidence.seeds, claim.for_arms)):
                 pairs[id] = claim
-        if not any(data.evidence.seeds(arm) for claim in pairs.values() for arm in claim.for_arms):
+        if not pairs:
             return None
         return draw(replace(data.registration, claims=pairs), data.evidence)
 

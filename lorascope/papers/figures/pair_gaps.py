@@ -19,7 +19,7 @@ _NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name a
 _CAPTION = (
     "Each dot is one seed. Upper line of an arm: the truth that favors the method; lower line: the other one. On the "
     "quadratic of Adapprox, a lower loss is better. Every panel has limits that fit its dots. A positive control has "
-    "one truth."
+    "one truth. Pairs without runs are left out."
 )
 
 

@@ -14,6 +14,7 @@ from lorascope.analysis.fork_effects import independent_effects, judge_effects, 
 from lorascope.analysis.seed_intervals import t_estimate
 from lorascope.inputs import models
 from lorascope.methods import LoRA
+from lorascope.papers.setups import planted_teacher
 
 COLUMNS = ["trunk", "fork", "seed", "step", "change", "loss_trunk", "loss_fork", "effect", "low", "high", "identical"]
 
@@ -103,6 +104,20 @@ def test_many_changes_are_corrected_together():
     assert stats.ttest_1samp(noise + shift, 0).pvalue == pytest.approx(0.044, abs=1e-3)
     assert judge_effects([lone], [0.0]) == ["higher"]
     assert judge_effects([lone] + [null] * 9, [0.0] * 10) == ["undecided"] * 10
+
+
+@pytest.mark.slow
+def test_forks_have_at_most_half_the_spread_of_independent_seeds(tmp_path):
+    """Students of a planted teacher whose rate falls to 0.3 of its value after half of the training, 5 seeds."""
+    base, task, method = planted_teacher.base(), planted_teacher.task(0), LoRA(rank=4, targets="all-linear", lr=1e-2)
+    settings = {"steps": 150, "batch_size": 16, "eval_every": 0, "progress": False, "device": "cpu"}
+    forks = []
+    for seed in range(5):
+        out = tmp_path / str(seed)
+        trunk = ls.train(base, task, method, seed=seed, out=out, keep_checkpoints=(75,), **settings)
+        forks.append(ls.fork(trunk, base, task, step=75, lr=3e-3, device="cpu", progress=False))
+    (change,) = ls.fork_effects(forks).summary().itertuples()
+    assert change.sd <= change.independent_sd / 2
 
 
 @pytest.mark.slow

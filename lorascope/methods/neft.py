@@ -80,7 +80,7 @@ from lorascope.schema.records import Quantity, Record, register
 
 _NORM = "norm of all trained gradients before the mask"
 _AFTER = "cosine distance by which neurons were selected"
-_DISTANCE = "cosine distance of a neuron's weights from those in W_0"
+_DISTANCE = "cosine distance of a neuron's weights from those in W₀"
 register(
     "train with observe=[ls.observe.neurons()], or NeFT",
     neuron_cosine=Quantity("1 − cos", "", "neuron", "mean", _DISTANCE, "NeFT, eq. 1"),

@@ -361,15 +361,16 @@ class Case(ModuleEvidence):
 
     @cached_property
     def rank_use(self) -> RankUse | None:
-        """Use of the allocated ranks; None unless the updates are products of two factors with known spectra."""
+        """Use of the allocated ranks; None unless the whole updates are products of two factors with known spectra."""
         if not self.meta.states:
             return None
         updates = self.run.updates()
         ranked = [summary for summary in self._measured_summaries if summary.rank is not None]
         # All updates of an adapter have one form, and loading each of them would read the files twice.
         first = updates.get(ranked[0].module) if ranked else None
-        # The change of both factors has up to twice the rank that is allocated.
-        if first is None or first.low_rank is None or isinstance(first, Residual):
+        # The recorded ranks of DoRA are not those of its product; the change of both factors of PiSSA has up to twice
+        # the rank that is allocated.
+        if first is None or first.low_rank is None or not first.whole or isinstance(first, Residual):
             return None
         shapes = {}
         for described in self.meta.modules:

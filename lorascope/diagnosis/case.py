@@ -367,7 +367,7 @@ class Case(ModuleEvidence):
         updates = self.run.updates()
         ranked = [summary for summary in self._measured_summaries if summary.rank is not None]
         # All updates of an adapter have one form, and loading each of them would read the files twice.
-        first = updates.get(ranked[0].module) if ranked else None
+        first = next((updates.get(summary.module) for summary in ranked), None)
         # The recorded ranks of DoRA are not those of its product; the change of both factors of PiSSA has up to twice
         # the rank that is allocated.
         if first is None or first.low_rank is None or not first.whole or isinstance(first, Residual):

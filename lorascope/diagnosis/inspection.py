@@ -124,7 +124,9 @@ class Inspection(InspectionReport):
         Keys are ``stack, role, modules, update_norm, relative_update`` (mean), ``energy, least_rank, most_rank,
         effective_rank`` (mean), and ``used_rank, allocated_rank``: sums over the modules of ``rank_use``, None without.
         """
-        uses = {module.module: module for module in self.rank_use.modules} if self.rank_use else {}
+        uses = {}
+        if self.rank_use is not None:
+            uses = {module.module: module for module in self.rank_use.modules}
         rows = []
         for (stack, role), modules in group_by_role(self.module_rows()):
             energies = without_nan(column(modules, "energy"))

@@ -139,7 +139,9 @@ def _rank_strips(inspection: Inspection, use: RankUse) -> list[Strip]:
 
     def text(modules: Modules) -> str:
         cell = count(modules)
-        return format_count(cell.used, cell.allocated) if cell.modules else "!"
+        if not cell.modules:
+            return "!"
+        return format_count(cell.used, cell.allocated)
 
     energy = f"{SHARE:.0%} of the energy"
     strip = Strip(

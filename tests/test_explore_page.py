@@ -44,7 +44,7 @@ OPACITIES = "plot => [...plot.querySelectorAll('path.point')].map(dot => +getCom
 def open_static(page: Page, explorer: Explorer, file: Path, look: str = "") -> None:
     """Open a page with a widget whose Python side does not answer."""
     names = ["quantity", "layers", "roles", "step", "view", "selection", "asked", "answered"]
-    names += ["options", "symbols", "figure", "listing", "config"]
+    names += ["options", "symbols", "figure", "listing", "config", "part", "scale", "curves"]
     state = json.dumps({name: explorer.get_state()[name] for name in names})
     texts = {
         "css": explorer._css,

@@ -31,6 +31,61 @@ const watch = () => {
   const seen = {};
   return (name, value) => seen[name] !== (seen[name] = JSON.stringify(value));
 };
+// The views of a dial. The numbers at every stop of its slider are in the state, so nothing waits for Python.
+const makeDial = (model) => {
+  const part = make("select", { size: 7 });
+  const scale = make("input", { type: "range", min: 0 });
+  const scaleName = make("output", { "aria-live": "off" }); // the slider announces its own text
+  const ticks = make("div", { class: "ticks", "aria-hidden": "true" });
+  const plot = make("div", { role: "img" });
+  const caption = make("caption");
+  const body = make("tbody");
+  const names = ["", "value", "change from scale 1", "its 95% interval over rows"];
+  const headings = names.map((name) => make("th", { scope: "col", class: "value" }, name));
+  const head = make("thead", {}, make("tr", {}, ...headings));
+  const listing = make("div", { class: "listing", tabindex: 0, role: "region", "aria-label": "Numbers at this scale" });
+  listing.append(make("table", {}, caption, head, body));
+  const slider = make("div", { class: "slider" }, make("label", {}, make("span", {}, "Scale"), scale), ticks);
+  const controls = make("div", { class: "controls" });
+  controls.append(make("div", {}, make("label", {}, make("span", {}, "Part"), part)));
+  controls.append(make("div", {}, slider, scaleName));
+  const views = make("div", { class: "views dial" }, plot, make("div", {}, listing));
+
+  const set = (name, value) => {
+    model.set(name, value);
+    model.save_changes();
+  };
+  const parts = Object.keys(model.get("curves"));
+  part.append(...parts.map((value) => make("option", { value }, value)));
+  part.addEventListener("change", () => set("part", part.value));
+  scale.addEventListener("input", () => set("scale", model.get("options").scale[scale.value]));
+  const changed = watch();
+  const update = (canDraw) => {
+    const { title, figure, stops } = model.get("curves")[model.get("part")];
+    const number = model.get("options").scale.indexOf(model.get("scale"));
+    const { name, cells, x, y } = stops[number];
+    part.value = model.get("part");
+    scale.max = stops.length - 1;
+    scale.value = number;
+    scaleName.textContent = name;
+    scale.setAttribute("aria-valuetext", name);
+    if (changed("part", part.value)) {
+      ticks.replaceChildren(...stops.map(({ tick }) => make("span", {}, tick)));
+      for (const [index, tick] of [...ticks.children].entries()) tick.style.left = `${(100 * index) / scale.max}%`;
+    }
+    caption.textContent = `${part.value}, scale ${name}`;
+    plot.setAttribute("aria-label", `${title}, scale ${name}`);
+    const toRow = ([axis, ...texts]) =>
+      make("tr", {}, make("th", { scope: "row" }, axis), ...texts.map((text) => make("td", { class: "value" }, text)));
+    body.replaceChildren(...cells.map(toRow));
+    if (!canDraw || !changed("drawn", [figure, number])) return;
+    const { data, layout } = JSON.parse(figure);
+    const marker = { size: 16, color: "transparent", line: { width: 2, color: layout.font.color } };
+    data.push({ x: [x], y: [y], mode: "markers", marker, hoverinfo: "skip", showlegend: false });
+    Plotly.react(plot, data, layout, model.get("config"));
+  };
+  return { controls, views, plot, update };
+};
 
 export default {
   async render({ model, el }) {
@@ -40,8 +95,9 @@ export default {
     const step = make("input", { type: "range", min: 0 });
     const stepName = make("output", { "aria-live": "off" }); // the slider announces its own text
     const tabs = make("div", { class: "tabs", role: "tablist", "aria-label": "Figure" });
-    for (const [view, name] of Object.entries({ chart: "One chart", multiples: "Small multiples" }))
-      tabs.append(make("button", { role: "tab", type: "button", value: view }, name));
+    const tabNames = { chart: "One chart", multiples: "Small multiples", dial: "Dial" };
+    for (const value of model.get("options").view)
+      tabs.append(make("button", { role: "tab", type: "button", value }, tabNames[value]));
     const note = make("p", { role: "alert" });
     const plot = make("div", { role: "img" });
     const status = make("p", { role: "status" });
@@ -55,7 +111,13 @@ export default {
     for (const [name, control] of Object.entries({ Quantity: quantity, Layers: layers, Roles: roles, Step: step }))
       controls.append(make("div", {}, make("label", {}, make("span", {}, name), control)));
     controls.lastChild.append(stepName);
-    root.append(controls, tabs, note, make("div", { class: "views" }, plot, make("div", {}, status, listing)));
+    const views = make("div", {}, note, make("div", { class: "views" }, plot, make("div", {}, status, listing)));
+    const dial = model.get("part") && makeDial(model);
+    root.append(controls, tabs, views);
+    if (dial) {
+      tabs.before(dial.controls);
+      root.append(dial.views);
+    }
     el.append(root);
 
     const report = (name, value) => {
@@ -133,8 +195,17 @@ export default {
       Plotly.Fx.unhover(plot); // else the text at the pointer stays
       marking = false;
     };
+    const show = () => {
+      const isDial = model.get("view") === "dial";
+      for (const tab of tabs.children) tab.setAttribute("aria-selected", tab.value === model.get("view"));
+      for (const element of [controls, views]) element.hidden = isDial;
+      if (!dial) return;
+      for (const element of [dial.controls, dial.views]) element.hidden = !isDial;
+      dial.update(drawing && isDial);
+    };
     let isPressed = false;
     const update = () => {
+      show();
       // A state that lacks the last choice would undo it, and elements that change during a click would lose the click.
       if (isPressed || model.get("answered") < model.get("asked")) return;
       const [rows, steps, selection] = [model.get("listing"), model.get("options").step, model.get("selection")];
@@ -146,7 +217,6 @@ export default {
       step.disabled = steps.length < 2;
       stepName.textContent = model.get("step") < 0 ? "as stored" : model.get("step");
       step.setAttribute("aria-valuetext", stepName.textContent);
-      for (const tab of tabs.children) tab.setAttribute("aria-selected", tab.value === model.get("view"));
       if (changed("listing", rows)) list(rows);
       plot.setAttribute("aria-label", rows.title);
       note.textContent = rows.note;
@@ -172,7 +242,8 @@ export default {
     for (const page of [document.documentElement, document.body]) theme.observe(page, { attributes: true });
     const size = new ResizeObserver(() => {
       follow();
-      if (plot.layout && plot.offsetWidth) Plotly.Plots.resize(plot);
+      for (const figure of dial ? [plot, dial.plot] : [plot])
+        if (figure.layout && figure.offsetWidth) Plotly.Plots.resize(figure);
     });
     size.observe(el);
     const press = () => (isPressed = true);
@@ -193,6 +264,7 @@ export default {
       for (const name of ["pointerup", "pointercancel"]) window.removeEventListener(name, release);
       model.off("change", update);
       Plotly.purge(plot);
+      if (dial) Plotly.purge(dial.plot);
     };
   },
 };

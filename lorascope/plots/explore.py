@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import traitlets
 from anywidget import AnyWidget
 from plotly.offline import get_plotlyjs
 
+from lorascope.analysis.dial import Dial
 from lorascope.analysis.norms import layer_places
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.sensitive_neurons import name_neurons
@@ -20,27 +21,27 @@ from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart, Drawable, Panels, wrap
 from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
-from lorascope.charts.theme import theme
-from lorascope.files.printable import count_phrase, printable
+from lorascope.charts.theme import Theme, theme
 from lorascope.plots.builders import block_stretches, dots, ends, used_places
+from lorascope.plots.dial_slider import DialSlider
+from lorascope.plots.row_listing import list_rows
 from lorascope.plots.run_groups import MIXTURES, Cohort, Runs, axis_label, gather, mixture_sentences
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import QUANTITIES
 
 ALL = "all"
 WHOLE_RUN = "whole run"  # layer and role of quantities that belong to no module
-VIEWS = ("chart", "multiples")
+VIEWS, DIAL = ("chart", "multiples"), "dial"
 _SUMS = (WHOLE_RUN, "block")  # layer and roles whose values contain those of other modules
 _CHOICES = ("quantity", "layers", "roles", "step", "view", "selection")
 WIDTH = 600.0  # layout width of the chart in pixels, until the page reports its own
-_COLUMNS = ("run", "step", "layer", "role", "index", "module")  # shown only if not empty
 END = 2**62  # initial step: the nearest recorded step is the last one
 UNSTEPPED = -1  # step of values stored without one, as in an adapter folder
 _VALUE = ["recipe", "kind", "step", "module", "place", "role", "index"]
 _MOST_DOTTED = 60  # largest number of values over the steps at which each has its own dot
 MULTIPLE, MOST_PANELS = 200.0, 24  # width of a panel of the multiples in pixels, and the largest number of them
 MOST_NAMED = 30  # number of neurons that the chart has room for by name
-MOST_DRAWN, MOST_LISTED = 4000, 500  # numbers of values that a browser draws and lists without a noticeable delay
+MOST_DRAWN = 4000  # number of values that a browser draws without a noticeable delay
 
 
 class Explorer(AnyWidget):
@@ -50,6 +51,8 @@ class Explorer(AnyWidget):
     ----------
     cohort : Cohort
         Runs to explore.
+    dial : Dial, optional
+        Dial of one of the runs.
 
     Attributes
     ----------
@@ -60,8 +63,10 @@ class Explorer(AnyWidget):
         are sums or norms over modules, unless the quantity has only these.
     step : int
         Recorded step, -1 for values stored without one.
-    view : {"chart", "multiples"}
-        One chart, or small multiples: a panel per role, or per module if its values have an index.
+    view : {"chart", "multiples", "dial"}
+        One chart, small multiples (a panel per role, or per module if its values have an index), or the dial.
+    part, scale : str, float
+        Part of the update whose curve the dial shows, and the scale at which it shows the numbers.
     options : dict of str to list
         Values that each of these accepts. Each limits the options of the next, so that every choice has rows.
     rows : DataFrame
@@ -84,7 +89,9 @@ class Explorer(AnyWidget):
     layers = traitlets.List(traitlets.Unicode()).tag(sync=True)
     roles = traitlets.List(traitlets.Unicode()).tag(sync=True)
     step = traitlets.CInt().tag(sync=True)
-    view = traitlets.Enum(VIEWS, default_value=VIEWS[0]).tag(sync=True)
+    view = traitlets.Unicode(VIEWS[0]).tag(sync=True)
+    part = traitlets.Unicode().tag(sync=True)  # names: ok
+    scale = traitlets.Float(1.0).tag(sync=True)
     selection = traitlets.List(traitlets.CInt()).tag(sync=True)
     options = traitlets.Dict().tag(sync=True)
     # Number of the last choice that the page sent, and of the last one that the rest of the state contains.
@@ -94,11 +101,12 @@ class Explorer(AnyWidget):
     symbols = traitlets.Dict().tag(sync=True)
     figure = traitlets.Unicode().tag(sync=True)
     listing = traitlets.Dict().tag(sync=True)
+    curves = traitlets.Dict().tag(sync=True)
     config = traitlets.Dict(plotly_backend.CONFIG).tag(sync=True)
     dark = traitlets.Bool(False).tag(sync=True)
     width = traitlets.Float(WIDTH).tag(sync=True)
 
-    def __init__(self, cohort: Cohort) -> None:
+    def __init__(self, cohort: Cohort, dial: Dial | None = None) -> None:
         self._cohort, self._table = cohort, _add_places(cohort.label(cohort.table))
         self._run_names: dict[str, str] = {}
         for group in cohort.groups:
@@ -109,9 +117,17 @@ class Explorer(AnyWidget):
         if "update_norm" in recorded:
             first = "update_norm"
         self._settling = True
+        self._slider: DialSlider | None = None
+        dial_state: dict[str, Any] = {}
+        self._fixed_options: dict[str, list[Any]] = {"view": [*VIEWS]}
+        if dial is not None:
+            self._slider = DialSlider(dial)
+            self._fixed_options = {"view": [*VIEWS, DIAL], "part": self._slider.part_names, "scale": self._slider.stops}
+            dial_state = {"part": self._slider.part_names[0], "curves": self._draw_curves()}
         # The state is complete from the start, because a page can miss a message sent right after.
         symbols = {name: axis_label(name) for name in self._names}
-        super().__init__(symbols=symbols, **self._settle(first, [ALL], [ALL], END, VIEWS[0], []))
+        state = dial_state | self._settle(first, [ALL], [ALL], END, VIEWS[0], [])
+        super().__init__(symbols=symbols, **state)
         self._settling = False
         # The page asks for plotly.js, because a script that contains it loads longer than anywidget waits.
         self.on_msg(lambda *_: self.send({}, [get_plotlyjs().encode()]))
@@ -119,6 +135,13 @@ class Explorer(AnyWidget):
     def __repr__(self) -> str:
         picked = f"layers {', '.join(self.layers)}; roles {', '.join(self.roles)}; step {_step_label(self.step)}"
         return f"Explorer({self.quantity}; {picked}: {len(self.rows)} rows)"
+
+    @property
+    def chart(self) -> Drawable:
+        """Figure that is shown."""
+        if self._slider is not None and self.view == DIAL:
+            return self._slider.draw(self.part)
+        return self._chart
 
     @property
     def selected(self) -> pd.DataFrame:
@@ -137,9 +160,11 @@ class Explorer(AnyWidget):
         if changed := [name for name, value in choices.items() if settled[name] != value]:
             self.send_state(changed)
 
-    @traitlets.validate("quantity", "layers", "roles", "step")
+    @traitlets.validate("quantity", "layers", "roles", "step", "view", "part", "scale")
     def _require_options(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
+        if name not in self.options:
+            raise traitlets.TraitError(f"{name} requires a dial: explore(run, dial=ls.dial(run, ...))")
         allowed = self.options[name]
         for choice in value if isinstance(value, list) else [value]:
             if choice not in allowed:
@@ -180,6 +205,7 @@ class Explorer(AnyWidget):
             self._choose()
         else:
             self.figure = self._draw()
+        self.curves = self._draw_curves()
 
     def _settle(
         self, quantity: str, layers: list[str], roles: list[str], step: int, view: str, selection: list[int]
@@ -193,12 +219,13 @@ class Explorer(AnyWidget):
         self.rows = self._cohort.table.loc[_at_step(rows, step).index]
         sketch = _Sketch(self._cohort, quantity, step, frozenset(of_quantity["role"]), seed_cells(rows, _VALUE))
         self._title = sketch.title
-        self.chart = sketch.draw() if view == "chart" else sketch.draw_multiples(self.width)
+        self._chart = sketch.draw_multiples(self.width) if view == "multiples" else sketch.draw()
         # Number of the drawn value of each row: `seed_cells` numbers them in order of first appearance, too.
         cells = rows.groupby(_VALUE, observed=True, dropna=False, sort=False).ngroup()
         self._cells = cells[cells.isin(self._drawn_values().index)]
         return {
-            "options": {"quantity": self._names, "layers": layer_options, "roles": role_options, "step": steps},
+            "options": {"quantity": self._names, "layers": layer_options, "roles": role_options, "step": steps}
+            | self._fixed_options,
             "quantity": quantity,
             "layers": layers,
             "roles": roles,
@@ -206,11 +233,11 @@ class Explorer(AnyWidget):
             "view": view,
             "selection": [label for label in selection if label in self._cells],
             "figure": self._draw(),
-            "listing": _list(self._listed_rows(), self._run_names) | {"title": self._title, "note": self._note()},
+            "listing": list_rows(self._listed_rows(), self._run_names) | {"title": self._title, "note": self._note()},
         }
 
     def _drawn_values(self) -> pd.DataFrame:
-        return pd.concat([chart.data for chart in self.chart.panels])
+        return pd.concat([chart.data for chart in self._chart.panels])
 
     def _listed_rows(self) -> pd.DataFrame:
         """Return the rows in the order of the table: those of named neurons by value, all others as recorded."""
@@ -220,23 +247,32 @@ class Explorer(AnyWidget):
 
     def _note(self) -> str:
         """Return the reason why there is no chart, "" if there is one."""
-        number, panels = len(self._drawn_values()), len(self.chart.panels)
+        number, panels = len(self._drawn_values()), len(self._chart.panels)
         if number > MOST_DRAWN:
             return f"cannot draw {number:,} values at once: select fewer layers or roles"
         if panels > MOST_PANELS:
             return f"cannot draw {panels:,} panels at once: select fewer layers or roles"
         return ""
 
+    def _theme(self) -> Theme:
+        return theme("dark" if self.dark else "light")
+
+    def _draw_curves(self) -> dict[str, Any]:
+        """Return what the page shows of each part of the dial, {} without one."""
+        if self._slider is None:
+            return {}
+        return self._slider.to_page(self._theme(), self.width)
+
     def _draw(self) -> str:
         """Return the chart as JSON for the page, "" if it has too many values; ``meta`` has the rows of each dot."""
         if self._note():
             return ""
-        charts = list(map(_with_dots, self.chart.panels))
-        drawable = _arrange(charts, len(self.chart.rows()[0]))
-        settled = plan_figure(drawable, theme("dark" if self.dark else "light"), self._title)
+        charts = list(map(_with_dots, self._chart.panels))
+        drawable = _arrange(charts, len(self._chart.rows()[0]))
+        settled = plan_figure(drawable, self._theme(), self._title)
         figure = plotly_backend.draw(settled, self.width)
         traces = iter([trace for trace in figure.data if trace.mode == "markers" and trace.hovertemplate])
-        for chart, panel in zip(self.chart.panels, settled.panels, strict=True):
+        for chart, panel in zip(self._chart.panels, settled.panels, strict=True):
             for mark in panel.chart.marks_of(Point):
                 labels = self._labels_by_cell(mark, panel.chart.table(mark))
                 for cells, _ in panel.split(mark, None, "color", "shape"):
@@ -260,13 +296,16 @@ class Explorer(AnyWidget):
         return labels
 
 
-def explore(runs: Runs) -> Explorer:
+def explore(runs: Runs, dial: Dial | None = None) -> Explorer:
     """Explore runs in Jupyter, VS Code or marimo: choose what to see, and select rows in the chart or its table.
 
     Parameters
     ----------
     runs : Run, sequence of Run, or mapping label -> run or runs
         Runs to explore, as for the figures of ``plots``. The chart shows mean and interval over the seeds of a recipe.
+    dial : Dial, optional
+        Result of ``ls.dial`` of one of the runs. A slider shows its numbers over the scale of a part of the update,
+        with linear interpolation between the measured scales. Nothing is measured.
 
     Returns
     -------
@@ -276,12 +315,15 @@ def explore(runs: Runs) -> Explorer:
     Raises
     ------
     ValueError
-        The runs have no recorded values.
+        The runs have no recorded values, or the dial is of another run or has no curve.
     """
     cohort = gather("explore", runs)
     if not cohort.table["value"].notna().any():
         raise ValueError(f"explore needs recorded values (run {cohort.runs[0].id} has none): train with observe=[...]")
-    return Explorer(cohort)
+    ids = [run.id for run in cohort.runs]
+    if dial is not None and dial.receipt.run not in ids:
+        raise ValueError(f"dial must be of run {' or '.join(ids)}, got one of run {dial.receipt.run}")
+    return Explorer(cohort, dial)
 
 
 def _add_places(table: pd.DataFrame) -> pd.DataFrame:
@@ -449,24 +491,3 @@ def _with_dots(chart: Chart) -> Chart:
         return chart
     (line,) = chart.marks_of(Line)
     return replace(chart, marks=[*chart.marks, Point(line.x, line.y, line.color, line.dash)])
-
-
-def _list(rows: pd.DataFrame, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the rows as text without empty columns, the long ones last; several runs appear by name."""
-    texts = rows.head(MOST_LISTED).astype(dict.fromkeys(_COLUMNS, "str")).fillna(dict.fromkeys(_COLUMNS, ""))
-    texts["run"] = texts["run"].map(names)
-    if len(names) == 1:
-        texts["run"] = ""
-    cells = texts[list(_COLUMNS)].map(printable)
-    cells["value"] = texts["value"].map("{:.6g}".format).replace("nan", "unknown")
-    filled = [name for name in _COLUMNS if cells[name].any()]
-    filled.insert(len(filled) - ("module" in filled), "value")  # names of modules are long
-    count = count_phrase(len(rows), "row")
-    if len(rows) > MOST_LISTED:
-        count = f"First {MOST_LISTED} of {count}"
-    return {
-        "columns": filled,
-        "cells": cells[filled].to_numpy().tolist(),
-        "labels": texts.index.tolist(),
-        "count": count,
-    }

@@ -155,7 +155,7 @@ def test_stored_notebook_has_outputs_without_faults(path: Path) -> None:
 
 
 def test_notebooks_are_small_together() -> None:
-    assert len(NOTEBOOKS) == 7
+    assert len(NOTEBOOKS) == 8
     assert sum(path.stat().st_size for path in NOTEBOOKS) <= 6_000_000
 
 

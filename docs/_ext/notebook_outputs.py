@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).parents[2]
-MAX_BYTES = 1_000_000  # seven notebooks; GitHub does not render much larger ones
+MAX_BYTES = 1_000_000  # of each of eight notebooks; GitHub does not render much larger ones
 # What GitHub and nbconvert show. The interactive form of one figure is larger than all of these together.
 STORED = ("image/png", "text/html", "text/markdown", "text/plain")
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}

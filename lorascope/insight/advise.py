@@ -240,7 +240,7 @@ class _Adviser:
             )
             self.facts.append(Fact(COSTS, "step to keep", text, float(kept["step"])))
 
-    # What fits is decided before anything is measured, so that a receipt can repeat it whatever the machine's speed.
+    # What fits is decided before anything is measured, so that a receipt can repeat it at any speed of the machine.
     def choose(self, budget: float, reads: bool) -> Plan:
         """Choose the instruments that fit into a budget, the cheapest first; note the others with their commands."""
         if not self.run.ranks(self.state):

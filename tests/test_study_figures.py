@@ -176,9 +176,12 @@ def test_forest_has_printed_gains_in_points_of_accuracy_only() -> None:
 
 
 def test_axes_have_the_unit_of_their_rows() -> None:
-    figure = forest(results_of(adapprox=-20.0), REGISTERED, EARLIER)
+    figure = forest(results_of(adapprox=-20.0, adalora=8.0, lisa=1.0), REGISTERED, EARLIER)
     labels = [[chart.x.label for chart in row] for row in figure.rows()]
     assert [row[:2] for row in labels] == list(map(list, forest_plot.ROWS.values()))
+    # Without an effect where the truth is known, a row has no panel for it, and methods in one unit share a row.
+    labels = [[chart.x.label for chart in row] for row in forest(results_of(adalora=8.0), REGISTERED, EARLIER).rows()]
+    assert [row[:2] for row in labels] == [["points of accuracy", "points of the gap"], ["nats"]]
     bottom = figure.rows()[-1][1]
     assert set(bottom.data["method"]) == {"Adapprox"}
     low, _ = bottom.x.limits or (None, None)
@@ -188,7 +191,7 @@ def test_axes_have_the_unit_of_their_rows() -> None:
 
 def test_stacked_panels_of_the_forest_keep_the_names_of_methods() -> None:
     """On a narrow screen, the panels are below each other, each with its ground and the names of its rows."""
-    figure = forest(results_of(adalora=8.0), REGISTERED, EARLIER)
+    figure = forest(results_of(adalora=8.0, lisa=1.0, adapprox=-20.0), REGISTERED, EARLIER)
     layout = plotly_backend.narrow_layout(plan_figure(figure, theme("light")))
     for number, (methods, ground) in enumerate(product(forest_plot.ROWS, (forest_plot.TEXT, forest_plot.TRUTH))):
         axis = layout[f"yaxis{number + 1}" if number else "yaxis"]

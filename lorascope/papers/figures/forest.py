@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -25,7 +25,6 @@ ROWS = {
     ("Adapprox",): ("nats", "percent of the loss"),
 }
 """Methods of each row of panels, and the units on text and where the truth is known."""
-_TEXT_ROWS = {_ON_ACCURACY: (_ACCURACY,), ("LISA", "Adapprox"): ("nats",)}
 TEXT, TRUTH = "On text", "Where the truth is known"
 _TITLE = "Effect of a method: right of 0, it is better than its control"
 EDITION_2, EDITION_1, PRINTED, BOUND, POSITIVE = "edition 2", "edition 1", "printed gain", "bound", "positive control"
@@ -150,19 +149,16 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     is_effect = measured["effect"].notna() & (measured["mark"] != BOUND)
     judged = set(measured.loc[is_effect, "method"])
     grid = []
-    grounds: tuple[str, ...] = (TEXT,)
-    unit_rows: Mapping[tuple[str, ...], tuple[str, ...]] = _TEXT_ROWS
-    if (measured["ground"] == TRUTH).any():
-        grounds, unit_rows = (TEXT, TRUTH), ROWS
-    for row_methods, units in unit_rows.items():
+    with_truth = set(measured.loc[measured["ground"] == TRUTH, "method"])
+    for units, row_methods in _group_methods(with_truth).items():
         order: list[str] = []
         methods = sorted(row_methods, key=lambda method: method not in judged)  # words below effects
         for method in methods:
-            order += [method, f"{method}, other"][: len(grounds)]
+            order += [method, f"{method}, other"][: len(units)]
         names = dict(zip(methods, methods, strict=True))
         y = Axis(order=order, ticks=names, compact=True)
         charts: list[Chart] = []
-        for ground, unit in zip(grounds, units, strict=True):
+        for ground, unit in zip((TEXT, TRUTH), units, strict=False):
             rows = measured[measured["method"].isin(methods) & (measured["ground"] == ground)]
             low, high = limits[unit]
             side = low
@@ -182,9 +178,19 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
             charts.append(replace(charts[0], data=gains, marks=marks, title="Printed by the paper", x=x))
         grid.append(tuple(charts))
     columns = 0
-    if TRUTH in grounds:  # rows without a printed gain are as wide as those with one
+    if with_truth:  # rows without a printed gain are as wide as those with one
         columns = max(map(len, grid))
     return Panels(tuple(grid), columns=columns, title=_TITLE)
+
+
+def _group_methods(with_truth: Set[str]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Return the units of the panels of each row, and its methods; one without an effect at a truth has one panel."""
+    groups: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for methods, units in ROWS.items():
+        row_units = units if with_truth.intersection(methods) else units[:1]
+        # Methods in one unit share a row, because a panel of one line is mostly empty.
+        groups[row_units] = groups.get(row_units, ()) + methods
+    return groups
 
 
 def _effect_marks(rows: pd.DataFrame, ground_of_bound: str) -> list[Mark]:

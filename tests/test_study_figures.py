@@ -24,10 +24,11 @@ from lorascope.papers.figures.first_edition import stored_figures
 from lorascope.papers.figures.forest import BOUND, EDITION_1, EDITION_2, POSITIVE, PRINTED, forest, forest_table
 from lorascope.papers.figures.neuron_hits import SCORES, neuron_hits
 from lorascope.papers.figures.neuron_sensitivity import CHANGED, NULL, sensitivity_table, stability_table
-from lorascope.papers.figures.pair_gaps import CLOSED, LOSS, gap_table, pair_gaps
+from lorascope.papers.figures.pair_gaps import CLOSED, LOSS, gap_table, pair_effects, pair_gaps
 from lorascope.papers.figures.pair_losses import METHOD, loss_table, pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
 from lorascope.papers.figures.study_marks import FAVORABLE, OTHER, claim_arms
+from lorascope.papers.judging import registered_study
 from lorascope.papers.judging.data_folder import DATA, PAPERS
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence
 from lorascope.papers.judging.registered_study import PaperPlace
@@ -213,11 +214,33 @@ def test_pairs_have_a_dot_per_seed() -> None:
         expected = [evidence.closed(arm.arm, seed) for seed in of_arm["seed"]]
         np.testing.assert_array_equal(of_arm["value"], expected)
         assert set(of_arm["side"]) == {FAVORABLE if arm.truth == "uneven ranks" else OTHER}
-    figure = pair_gaps(REGISTERED, evidence)
-    panel = next(chart for chart in figure.panels if chart.title == id)
+    results = results_of(adalora=8.0)
+    figure = pair_gaps(replace(REGISTERED, claims={id: claim}), evidence, results)
+    panel, effects = figure.panels
+    assert panel.title == "AdaLoRA, rank 4 to 2 against LoRA, rank 2"
+    judged = results.set_index("claim").loc[id]
+    numbers = effects.data.set_index("side")[["effect", "low", "high"]]
+    assert numbers.loc[FAVORABLE].tolist() == judged[["effect", "low", "high"]].tolist()
+    assert numbers.loc[OTHER].tolist() == judged[["against_effect", "against_low", "against_high"]].tolist()
+    assert not gray_words(effects)
     pd.testing.assert_frame_equal(panel.data[table.columns], table)
     assert not gray_words(panel)
     assert panel.x.label == CLOSED
+
+
+def test_effects_of_pairs_have_a_panel_per_unit() -> None:
+    results = results_of(adalora=8.0, adapprox=-20.0)
+    claims = registered_study.read(DATA / "registered-2.toml").claims
+    judged = {id: claims[id] for id in ("pair.adalora", "pair.adapprox")}
+    figure = pair_effects(replace(REGISTERED, claims=judged), results)
+    points, percent = figure.panels
+    assert set(points.data["claim"]) == {"pair.adalora"}
+    assert set(percent.data["claim"]) == {"pair.adapprox"}
+    expected = results.set_index("claim")["effect"]
+    for chart in figure.panels:
+        effects = chart.data[chart.data["side"] == FAVORABLE].set_index("claim")["effect"]
+        assert effects.tolist() == expected[effects.index].tolist()
+    figure.mpl()
 
 
 def test_pairs_on_the_quadratic_show_the_loss() -> None:
@@ -229,9 +252,9 @@ def test_pairs_on_the_quadratic_show_the_loss() -> None:
 
 
 def test_pairs_without_runs_say_so() -> None:
-    figure = pair_gaps(REGISTERED, EMPTY)
+    figure = pair_gaps(REGISTERED, EMPTY, compute(REGISTERED, COMPARISONS, EMPTY).results)
     names = [len({arm.method for arm in claim_arms(REGISTERED.claims[id])}) for id in COMPARISONS if "pair" in id]
-    assert gray_words(figure) == ["not run"] * sum(names)
+    assert gray_words(figure) == ["not run"] * (sum(names) + len(names))
     figure.mpl()
 
 
@@ -260,6 +283,8 @@ def test_losses_are_means_and_ranges_over_seeds() -> None:
     assert set(table["role"]) == {METHOD}
     figure = pair_losses(REGISTERED, evidence)
     assert gray_words(figure) == ["not run"] * (len(figure.panels) - 1)
+    titles = [chart.title for chart in figure.panels]
+    assert len(titles) == len(set(titles))
     pair_losses(REGISTERED, EMPTY).mpl()
 
 
@@ -385,9 +410,10 @@ def test_figures_are_drawn_once_they_have_runs() -> None:
     assert drawn(EMPTY, EARLIER) == {"forest"}
     # The made-up claims are of one paper.
     names = {"pairs", "losses", "pairs-adalora"}
-    method, control = REGISTERED.claims["pair.adalora"].for_arms
-    assert drawn(made_up_losses({method: 3.0}), NO_ESTIMATE) == set()  # without its control, the panel says nothing
-    assert drawn(made_up_losses({method: 3.0, control: 3.0}), NO_ESTIMATE) == names
+    claim = REGISTERED.claims["pair.adalora"]
+    favorable = dict.fromkeys(claim.for_arms, 3.0)
+    assert drawn(made_up_losses(favorable), NO_ESTIMATE) == set()  # without the other truth, there is no pair
+    assert drawn(made_up_losses(favorable | dict.fromkeys(claim.against_arms, 3.0)), NO_ESTIMATE) == names
     neurons = replace(EMPTY, tables={"neurons": neuron_table(seeds=2).assign(selected=False)})
     assert drawn(neurons, NO_ESTIMATE) == {"neuron-scores"}
     ranks = RANKS.replace({"arm": {"a": "AdaLoRA, rank 4 to 2, uneven ranks"}})

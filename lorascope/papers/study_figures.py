@@ -26,7 +26,7 @@ from lorascope.papers.figures.first_edition import stored_figures
 from lorascope.papers.figures.forest import forest
 from lorascope.papers.figures.neuron_hits import neuron_hits
 from lorascope.papers.figures.neuron_sensitivity import sensitivity_of_changed_neurons
-from lorascope.papers.figures.pair_gaps import pair_gaps
+from lorascope.papers.figures.pair_gaps import pair_effects, pair_gaps
 from lorascope.papers.figures.pair_losses import pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
 from lorascope.papers.figures.study_images import StudyFigure
@@ -78,9 +78,7 @@ def draw_forest(data: StudyData) -> Drawable | None:
     return forest(data.results, data.registration, data.earlier)
 
 
-def of_pairs(
-    draw: Callable[[StudyRegistration, StudyEvidence], Drawable], method: str = ""
-) -> Callable[[StudyData], Drawable | None]:
+def of_pairs(draw: Callable[[StudyData], Drawable], method: str = "") -> Callable[[StudyData], Drawable | None]:
     """Return the function that draws all pairs with runs, or those of one paper."""
 
     def draw_pairs(data: StudyData) -> Drawable | None:
@@ -88,11 +86,11 @@ def of_pairs(
         pairs = {}
         for id, claim in data.registration.claims.items():
             is_shown = id.startswith("pair.") and claim.paper.arxiv == PAPERS.get(method, claim.paper.arxiv)
-            if is_shown and all(map(data.evidence.seeds, claim.for_arms)):
+            if is_shown and all(map(data.evidence.seeds, (*claim.for_arms, *claim.against_arms))):
                 pairs[id] = claim
         if not pairs:
             return None
-        return draw(replace(data.registration, claims=pairs), data.evidence)
+        return draw(data._replace(registration=replace(data.registration, claims=pairs)))
 
     return draw_pairs
 
@@ -117,10 +115,12 @@ ROWS = [
         draw_forest,
     ),
     FigureRow(
-        "pairs", ALL_METHODS, "Gap that every arm closes at both planted truths, one dot per seed", of_pairs(pair_gaps)
+        "pairs", ALL_METHODS, "Effects in pairs of planted teachers, at both truths, with 95% intervals",
+        of_pairs(lambda data: pair_effects(data.registration, data.results)),
     ),
     FigureRow(
-        "losses", ALL_METHODS, "Training loss by step of the methods and controls of pairs", of_pairs(pair_losses)
+        "losses", ALL_METHODS, "Training loss by step of the methods and controls of pairs",
+        of_pairs(lambda data: pair_losses(data.registration, data.evidence)),
     ),
     FigureRow(
         "norms", "LISA", "Norm of the update by layer of full fine-tuning, LoRA and LISA",
@@ -142,7 +142,7 @@ ROWS = [
     *(
         FigureRow(
             f"pairs-{method.lower()}", method, f"Gap that every arm of {method}'s pairs closes, one dot per seed",
-            of_pairs(pair_gaps, method),
+            of_pairs(lambda data: pair_gaps(data.registration, data.evidence, data.results), method),
         )
         for method in PAPERS
     ),

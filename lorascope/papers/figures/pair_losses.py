@@ -8,12 +8,15 @@ import pandas as pd
 
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Line, Mark, Point
+from lorascope.charts.text_wrapping import wrap_text
+from lorascope.papers.figures.pair_gaps import compared_methods
 from lorascope.papers.figures.study_marks import FAVORABLE, arrange, claim_arms, write_word
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistration
 
 WINDOW = 10  # steps, of which a batch's loss is the mean
 _LOG = 20  # ratio of the largest loss to the smallest from which an axis is logarithmic
+_TITLE_WIDTH, _TITLE_SIZE = 125.0, 8.0  # points
 METHOD, CONTROL, POSITIVE = "method", "control", "positive control"
 
 
@@ -42,6 +45,7 @@ def loss_table(claim: StudyClaim, evidence: StudyEvidence) -> pd.DataFrame:
 def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Panels:
     """Draw the training loss of the registered pairs by step, where the truth favors the method."""
     charts: list[Chart] = []
+    drawn: set[frozenset[str]] = set()
     for claim in registration.claims.values():
         if not claim.id.startswith("pair."):
             continue
@@ -52,7 +56,13 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
         ends = Point("step", "value", "role", low="low", high="high", data=last)
         marks: list[Mark] = [Line("step", "value", "role"), ends]
         # Without a label, the axes of panels have different limits.
-        chart = Chart(table, marks, title=claim.id, x=Axis(label="step"), y=Axis(log=is_log))
+        # A pair on the quadratic may have the arms of an earlier one in other roles.
+        arms = frozenset(arm.arm for arm in claim_arms(claim) if arm.side == FAVORABLE)
+        if arms in drawn:
+            continue
+        drawn.add(arms)
+        title = wrap_text(compared_methods(claim), _TITLE_WIDTH, _TITLE_SIZE)
+        chart = Chart(table, marks, title=title, x=Axis(label="step"), y=Axis(log=is_log))
         if table.empty:
             empty = Axis(ticks={}, limits=(-1, 1))
             chart = replace(chart, marks=[*marks, write_word(0.0, 0.0)], x=replace(empty, label="step"), y=empty)

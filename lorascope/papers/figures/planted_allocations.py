@@ -10,7 +10,7 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Panels
 from lorascope.charts.marks import Axis, Line, Mark, Rule
-from lorascope.papers.figures.study_marks import write_word
+from lorascope.files.printable import count_phrase
 from lorascope.plots.builders import curves, ticks_at
 from lorascope.plots.run_groups import INTERVAL
 
@@ -78,19 +78,22 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     ])  # fmt: skip
     caption = (
         "Left: final rank. Scores: percentile of a component among those of the run, at the first and at the last "
-        "selection; 50 (dashed) at random. Means over the modules with the same planted rank, then over seeds; bands "
-        f"and bars: {INTERVAL}. AutoLoRA's weights sum to one in every module, so they cannot order modules, and are "
-        "shown at the end of its search."
+        "selection. Means over the modules with the same planted rank, then over seeds; bands "
+        f"and bars: {INTERVAL}."
     )
+    # What does not apply to any drawn arm would only be asked about.
+    if "AutoLoRA" in set(cells["recipe"]):
+        caption += " AutoLoRA's weights sum to one in every module, so they cannot order modules."
+    missing = [name for name in arms if name not in set(cells["recipe"])]
+    if missing:
+        caption += f" Not run: {', '.join(missing)}."
     x = Axis(label="rank of the teacher's update", ticks=ticks_at(truth["planted"]))
     settings: dict[str, Any] = {"caption": caption, "colors": [*arms, _TRUTH, _UNIFORM]}
     marks: list[Mark] = [Line("planted", "value", "recipe", data=references)]
-    missing = [name for name in arms if name not in set(cells["recipe"])]
-    if missing:
-        marks.append(write_word(2.0, 0.3, f"not run: {', '.join(missing)}"))
     y = Axis(label="final rank", limits=(0, None))
     charts = [curves(cells, "planted", (x, y), *marks, title="Final rank", **settings)]
     for when, table in zip(("First scores", "Last scores"), score_tables(scores, ranks, arms), strict=True):
         y = Axis(label="score (percentile)")
-        charts.append(curves(table, "planted", (x, y), Rule(y=50), title=when, **settings))
-    return Panels((tuple(charts),))
+        charts.append(curves(table, "planted", (x, y), Rule(y=50), title=f"{when} (random: 50)", **settings))
+    seeds = int(cells["n"].max()) if len(cells) else 0
+    return Panels((tuple(charts),), title=f"Rank and scores by planted rank, {count_phrase(seeds, 'seed')}")

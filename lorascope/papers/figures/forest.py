@@ -187,7 +187,7 @@ def _group_methods(with_truth: Set[str]) -> dict[tuple[str, ...], tuple[str, ...
     """Return the units of the panels of each row, and its methods; one without an effect at a truth has one panel."""
     groups: dict[tuple[str, ...], tuple[str, ...]] = {}
     for methods, units in ROWS.items():
-        row_units = units if with_truth.intersection(methods) else units[:1]
+        row_units = units if not with_truth.isdisjoint(methods) else units[:1]
         # Methods in one unit share a row, because a panel of one line is mostly empty.
         groups[row_units] = groups.get(row_units, ()) + methods
     return groups

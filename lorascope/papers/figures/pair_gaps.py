@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,7 +95,7 @@ def compared_methods(claim: StudyClaim) -> str:
 
 def effect_table(claims: Sequence[StudyClaim], results: pd.DataFrame) -> pd.DataFrame:
     """Tabulate ``claim, truth, side, effect, low, high`` of judged claims: both truths, and the positive control."""
-    judged = results.set_index("claim")
+    judged: dict[Any, Any] = results.set_index("claim").to_dict("index")
     rows = []
     for claim in claims:
         for side, prefix, arms in (
@@ -102,7 +103,7 @@ def effect_table(claims: Sequence[StudyClaim], results: pd.DataFrame) -> pd.Data
             (OTHER, "against_", claim.against_arms),
             (POSITIVE, "positive_", claim.control_arms),
         ):
-            effect, low, high = (judged.loc[claim.id, f"{prefix}{name}"] for name in ("effect", "low", "high"))
+            effect, low, high = (judged[claim.id][f"{prefix}{name}"] for name in ("effect", "low", "high"))
             if pd.notna(effect):
                 rows.append((claim.id, split_label(arms[0])[1], side, effect, low, high))
     table = pd.DataFrame(rows, columns=["claim", "truth", "side", "effect", "low", "high"])

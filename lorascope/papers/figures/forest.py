@@ -145,7 +145,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
             limits[unit], printed_limits[unit] = (_widen(*limit, length) for limit in ends)
     caption = _CAPTION
     if waits.any():
-        caption += f" {TRUTH}, {waits.sum()} methods have no runs yet."
+        caption += f" {TRUTH}: the main pair of a method; {waits.sum()} have no runs yet."
     is_effect = measured["effect"].notna() & (measured["mark"] != BOUND)
     judged = set(measured.loc[is_effect, "method"])
     grid = []

@@ -12,6 +12,7 @@ import pandas as pd
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Mark, Point, Rule
 from lorascope.charts.text_wrapping import wrap_text
+from lorascope.files.printable import count_phrase
 from lorascope.papers.figures.study_marks import FAVORABLE, OTHER, claim_arms, split_label, write_word
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistration
@@ -20,13 +21,22 @@ CLOSED, LOSS = "gap closed (points)", "final loss (% of first)"
 _POINTS, _PERCENT = "points of the gap", "percent of the control's loss"
 POSITIVE = "positive control"
 _NAME_WIDTH, _LONG_NAME, _SIZE = 92.0, 200.0, 7.4  # points, of the longest line of an arm's name and of its font
+_SIDES = (FAVORABLE, OTHER, POSITIVE)
+_SHORT = {
+    "FourierFT, 192 coefficients from zero": "Fourier basis",
+    "FourierFT, 192 coefficients, random basis": "random basis",
+    "HydraLoRA, 4 experts of rank 4": "one A",
+    "HydraLoRA, separate A's of rank 3": "separate A's",
+    "HydraLoRA, separate A's of rank 6": "separate A's of rank 6",
+}
+"""Short names of arms whose labels differ in a detail that the page of the paper explains."""
 _CAPTION = (
-    "Left: each dot is one seed; upper line of an arm: the truth that favors the method, lower line: the other one. A "
-    "positive control has one truth. Right: difference by seed, with 95% intervals. Limits fit the dots."
+    "Left: each dot is one seed. Right: difference between method and control by seed, with 95% intervals; right of 0 "
+    "(dashed), the method is better. Bound: the smallest effect that matters."
 )
 _EFFECT_CAPTION = (
-    "Differences between method and control by seed, with 95% intervals; 0 (dashed): no effect. Pairs without runs are "
-    "left out."
+    "Differences between method and control by seed ({seeds} seeds), with 95% intervals; right of 0 (dashed), the "
+    "method is better. Pairs without runs are left out."
 )
 
 
@@ -54,15 +64,10 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
     """
     rows = []
     for claim in registration.claims.values():
-        if not claim.id.startswith("pair."):
-            continue
-        table = gap_table(claim, evidence)
-        caption = _CAPTION
-        if LOSS in set(table["unit"]):
-            caption += " On the quadratic, a lower loss is better, and an effect is the part of the control's loss."
-        gaps = replace(_draw_gaps(claim, table), title=compared_methods(claim), caption=caption)
-        rows.append((gaps, _draw_effects(claim, effect_table([claim], results))))
-    return Panels(tuple(rows), columns=2)
+        if claim.id.startswith("pair."):
+            gaps = _draw_gaps(claim, gap_table(claim, evidence))
+            rows.append((gaps, _draw_effects(claim, effect_table([claim], results), results)))
+    return Panels(tuple(rows), columns=2, title="Pairs of planted teachers: every seed, and the effect")
 
 
 def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Panels:
@@ -71,6 +76,8 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
     for claim in registration.claims.values():
         if claim.id.startswith("pair."):
             by_unit.setdefault(_unit_of(claim), []).append(claim)
+    judged = results[results["claim"].isin(list(registration.claims)) & (results["n"] > 0)]
+    caption = _EFFECT_CAPTION.format(seeds=" or ".join(map(str, sorted(set(judged["n"])))))
     rows = []
     for unit, claims in by_unit.items():
         names = {claim.id: compared_methods(claim) for claim in claims}
@@ -79,18 +86,18 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
         order: list[str] = []
         for name in names.values():
             order += [name, f"{name}, other"]
-        marks = [Rule(x=0), *_effect_points(table)]
+        marks = [Rule(x=0), Point("effect", "row", "side", low="low", high="high")]
         ticks = {name: wrap_text(name, _LONG_NAME, _SIZE) for name in names.values()}
         y = Axis(order=order, ticks=ticks, compact=True)
         title = "Gap closed, minus the control" if unit == _POINTS else "Reduction of the control's loss"
-        rows.append((Chart(table, marks, title=title, x=Axis(label=unit), y=y, caption=_EFFECT_CAPTION),))
+        rows.append((Chart(table, marks, title=title, x=Axis(label=unit), y=y, colors=_SIDES, caption=caption),))
     return Panels(tuple(rows), title="Effect in pairs of planted teachers")
 
 
 def compared_methods(claim: StudyClaim) -> str:
     """Return the method of a claim and its control as a title."""
     method, control = (split_label(arm)[0] for arm in claim.for_arms)
-    return f"{method} against {control}"
+    return f"{_SHORT.get(method, method)} against {_SHORT.get(control, control)}"
 
 
 def effect_table(claims: Sequence[StudyClaim], results: pd.DataFrame) -> pd.DataFrame:
@@ -110,24 +117,23 @@ def effect_table(claims: Sequence[StudyClaim], results: pd.DataFrame) -> pd.Data
     return table.astype(dict.fromkeys(["effect", "low", "high"], "float64"))
 
 
-def _draw_effects(claim: StudyClaim, table: pd.DataFrame) -> Chart:
-    """Draw the effects of one pair, a row per truth and one for the positive control."""
-    rows = {FAVORABLE: FAVORABLE, OTHER: OTHER, POSITIVE: POSITIVE}
-    table = table.assign(row=table["side"].map(rows))
-    marks: list[Mark] = [Rule(x=0), *_effect_points(table)]
+def _draw_effects(claim: StudyClaim, table: pd.DataFrame, results: pd.DataFrame) -> Chart:
+    """Draw the effects of one pair, a row per truth and one for the positive control, with the bound."""
+    marks: list[Mark] = [Rule(x=0), Point("effect", "side", "side", low="low", high="high")]
+    sides = [side for side in (FAVORABLE, OTHER, POSITIVE) if side in set(table["side"])]
+    title = "Reduction of the control's loss" if _unit_of(claim) == _PERCENT else "Difference from the control"
     if table.empty:
+        sides = [FAVORABLE]
         marks.append(write_word(0.0, FAVORABLE))
-    names = {side: wrap_text(side, _NAME_WIDTH, _SIZE) for side in rows}
-    y = Axis(order=list(rows), ticks=names, compact=True)
-    return Chart(table, marks, title="Minus the control, 95%", x=Axis(label=_unit_of(claim)), y=y)
-
-
-def _effect_points(table: pd.DataFrame) -> list[Mark]:
-    points: list[Mark] = []
-    for side, symbol in ((FAVORABLE, "circle"), (OTHER, "circle-open"), (POSITIVE, "x")):
-        of_side = table[table["side"] == side]
-        points.append(Point("effect", "row", "side", symbol=symbol, low="low", high="high", data=of_side))
-    return points
+    else:
+        sign = {"gain": 1, "cost": -1}[claim.rule.kind]
+        bound = pd.DataFrame({"effect": [sign * claim.rule.bound], "side": [FAVORABLE]})
+        marks.append(Point("effect", "side", symbol="line-ns-open", label="bound", data=bound))
+        seeds = int(results.loc[results["claim"] == claim.id, "n"].iloc[0])
+        title += f", {count_phrase(seeds, 'seed')}"
+    names = {side: wrap_text(side, _NAME_WIDTH, _SIZE) for side in sides}
+    y = Axis(order=sides, ticks=names, compact=True)
+    return Chart(table, marks, title=title, x=Axis(label=_unit_of(claim)), y=y, colors=_SIDES)
 
 
 def _unit_of(claim: StudyClaim) -> str:
@@ -141,20 +147,33 @@ def _draw_gaps(claim: StudyClaim, table: pd.DataFrame) -> Chart:
     if not low < high:
         low, high = 0.0, 100.0
     room = 0.06 * (high - low)
-    x = Axis(label=CLOSED, limits=(low - room, high + room))
+    x, title = Axis(label=CLOSED, limits=(low - room, high + room)), compared_methods(claim)
     if _unit_of(claim) == _PERCENT:
-        x = replace(x, label=LOSS)
-    table = table.assign(row=table["method"].where(table["side"] == FAVORABLE, table["method"] + ", other"))
-    means = table.groupby(["row", "side"], sort=False)["value"].mean().reset_index()
-    marks: list[Mark] = [Point("value", "row", "side")]
+        x, title = replace(x, label=LOSS), f"{title}: lower is better"
+    compared = {*claim.for_arms, *claim.against_arms}
+    table = table.assign(
+        row=table["method"].where(table["side"] == FAVORABLE, table["method"] + ", other"),
+        kind=table["side"].where(table["arm"].isin(compared), POSITIVE),
+    )
+    means = table.groupby("row", sort=False)["value"].mean().reset_index()
+    marks: list[Mark] = [Point("value", "row", "kind")]
     if len(means):
         marks.append(Point("value", "row", symbol="line-ns-open", label="mean", data=means))
     names: dict[str, str] = {}
     lines: list[str] = []
     for arm in claim_arms(claim):
-        if arm.method not in names:
-            names[arm.method] = wrap_text(arm.method, _NAME_WIDTH, _SIZE)
-            lines += [arm.method, f"{arm.method}, other"]
-            if arm.method not in set(table["method"]):
-                marks.append(write_word((low + high) / 2, arm.method))
-    return Chart(table, marks, x=x, y=Axis(order=lines, ticks=names, compact=True), colors=(FAVORABLE, OTHER))
+        row = arm.method if arm.side == FAVORABLE else f"{arm.method}, other"
+        if row not in names:
+            name = _SHORT.get(arm.method, arm.method) if arm.side == FAVORABLE else OTHER
+            names[row] = wrap_text(name, _NAME_WIDTH, _SIZE)
+            lines.append(row)
+            if row == arm.method and row not in set(table["method"]):
+                marks.append(write_word((low + high) / 2, row))
+    y = Axis(order=_by_method(lines), ticks=names, compact=True)
+    return Chart(table, marks, title=title, x=x, y=y, colors=_SIDES, caption=_CAPTION)
+
+
+def _by_method(rows: Sequence[str]) -> list[str]:
+    """Sort rows so that the other truth of a method is below the favorable one."""
+    methods = list(dict.fromkeys(row.removesuffix(", other") for row in rows))
+    return sorted(rows, key=lambda row: (methods.index(row.removesuffix(", other")), row.endswith(", other")))

@@ -81,7 +81,7 @@ def _draw_signal(price: Price, meta: Mapping[str, Any]) -> Chart:
     directions, control = modules["directions"].sum(), modules["control"].sum()
     caption = f"{directions} directions beyond the rank, {control} with drawn labels (control)."
     if not directions:
-        caption += f" A squared gradient above {price.smallest_signal:.2g} would have been found."
+        caption += f" A squared gradient above {price.smallest_signal:.2g} along one direction would have been found."
     caption += " A signal does not locate the missing rank."
     # Roles in the order of a block, not of their first appearance.
     used = set(cells["role"])

@@ -236,6 +236,7 @@ def test_effects_of_pairs_have_a_panel_per_unit() -> None:
     judged = {id: claims[id] for id in ("pair.adalora", "pair.adapprox")}
     figure = pair_effects(replace(REGISTERED, claims=judged), results)
     points, percent = figure.panels
+    assert "(16 or 40 seeds)" in points.caption
     assert set(points.data["claim"]) == {"pair.adalora"}
     assert set(percent.data["claim"]) == {"pair.adapprox"}
     expected = results.set_index("claim")["effect"]

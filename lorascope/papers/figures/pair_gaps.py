@@ -25,14 +25,15 @@ _SIDES = (FAVORABLE, OTHER, POSITIVE)
 _SHORT = {
     "FourierFT, 192 coefficients from zero": "Fourier basis",
     "FourierFT, 192 coefficients, random basis": "random basis",
-    "HydraLoRA, 4 experts of rank 4": "one A",
+    "HydraLoRA, 4 experts of rank 4": "HydraLoRA, one A",
     "HydraLoRA, separate A's of rank 3": "separate A's",
-    "HydraLoRA, separate A's of rank 6": "separate A's of rank 6",
+    "HydraLoRA, separate A's of rank 6": "separate, rank 6",
 }
 """Short names of arms whose labels differ in a detail that the page of the paper explains."""
 _CAPTION = (
     "Left: each dot is one seed. Right: difference between method and control by seed, with 95% intervals; right of 0 "
-    "(dashed), the method is better. Bound: the smallest effect that matters."
+    "(dashed), the method is better. Bound: the smallest effect that matters. A pair without a row of a positive control "
+    "has none."
 )
 _EFFECT_CAPTION = (
     "Differences between method and control by seed ({seeds} seeds), with 95% intervals; right of 0 (dashed), the "
@@ -77,7 +78,7 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
         if claim.id.startswith("pair."):
             by_unit.setdefault(_unit_of(claim), []).append(claim)
     judged = results[results["claim"].isin(list(registration.claims)) & (results["n"] > 0)]
-    caption = _EFFECT_CAPTION.format(seeds=" or ".join(map(str, sorted(set(judged["n"])))))
+    caption = _EFFECT_CAPTION.format(seeds=" or ".join(map(str, sorted(set(judged["n"].astype(int))))))
     rows = []
     for unit, claims in by_unit.items():
         names = {claim.id: compared_methods(claim) for claim in claims}
@@ -158,7 +159,7 @@ def _draw_gaps(claim: StudyClaim, table: pd.DataFrame) -> Chart:
     means = table.groupby("row", sort=False)["value"].mean().reset_index()
     marks: list[Mark] = [Point("value", "row", "kind")]
     if len(means):
-        marks.append(Point("value", "row", symbol="line-ns-open", label="mean", data=means))
+        marks.append(Point("value", "row", symbol="diamond", hollow=True, label="mean", data=means))
     names: dict[str, str] = {}
     lines: list[str] = []
     for arm in claim_arms(claim):

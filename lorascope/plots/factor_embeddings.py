@@ -101,10 +101,8 @@ def factor_embedding(
         "as rings."
     )
     if any(len(cohort.groups) > 1 for cohort in cohorts.values()):
-        caption += (
-            " Same module: factors whose nearest factor of another domain is from the same module, in all runs, and in "
-            "that with the fewest and the most. Same A₀: the seeds of the initial A are the same in all domains."
-        )
+        caption += " Same module: factors whose nearest factor of another domain is from the same module. Same A₀: the "
+            "seeds of the initial A are the same in all domains."
     planes = []
     for prefix, cohort in cohorts.items():
         cohort.require_runs(2)
@@ -150,12 +148,8 @@ def _title(cloud: FactorSet, cohort: Cohort, prefix: str) -> str:
         are_same = all(of_domain == seeds[cohort.labels[0]] for of_domain in seeds.values())
         title += f", {('different', 'same')[are_same]} A₀"
     matches = factor_sharing.retrieve_modules(cloud)
-    # One run per domain gives no interval, but its runs may already disagree.
-    by_run = 100 * matches.groupby("run")["same"].mean()
     percent, chance = 100 * matches["same"].mean(), 100 * matches["chance"].mean()
-    ends = dict.fromkeys(f"{end:.0f}" for end in (by_run.min(), by_run.max()))
-    spread = f"runs {'–'.join(ends)}%, " * (len(ends) > 1)
-    return f"{title}: same module {percent:.0f}% ({spread}chance {chance:.0f}%)"
+    return f"{title}: same module {percent:.0f}% (chance {chance:.0f}%)"
 
 
 def _initial_seed(run: Result) -> int | None:

@@ -32,8 +32,8 @@ _SHORT = {
 """Short names of arms whose labels differ in a detail that the page of the paper explains."""
 _CAPTION = (
     "Left: each dot is one seed. Right: difference between method and control by seed, with 95% intervals; right of 0 "
-    "(dashed), the method is better. Bound: the smallest effect that matters. A pair without a row of a positive control "
-    "has none."
+    "(dashed), the method is better. Bound: the smallest effect that matters. A pair without a positive control has "
+    "none."
 )
 _EFFECT_CAPTION = (
     "Differences between method and control by seed ({seeds} seeds), with 95% intervals; right of 0 (dashed), the "

@@ -101,8 +101,10 @@ def factor_embedding(
         "as rings."
     )
     if any(len(cohort.groups) > 1 for cohort in cohorts.values()):
-        caption += " Same module: factors whose nearest factor of another domain is from the same module. Same A₀: the "
-            "seeds of the initial A are the same in all domains."
+        caption += (
+            " Same module: factors whose nearest factor of another domain is from the same module. Same A₀: the seeds "
+            "of the initial A are the same in all domains."
+        )
     planes = []
     for prefix, cohort in cohorts.items():
         cohort.require_runs(2)

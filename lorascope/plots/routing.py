@@ -71,7 +71,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
             Chart(
                 cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),
                 [Heat("column", "domain", "value", f"gate − 1/{len(experts)} (points)", numbers, "diverging", limits)],
-                title=f"{group.label}, {_information(run, last)}",
+                title=f"{group.label}, {_information(run, int(last))}",
                 x=Axis(label="role and expert", order=columns),
                 y=Axis(label="group", order=sorted(cells["domain"].unique()), compact=True),
                 caption=f"{sentences} {sample}, so no interval.",

@@ -119,7 +119,7 @@ def test_a_component_writes_the_word_that_always_follows_its_trigger(
     correct = 0
     for seed in range(10):
         generator = np.random.default_rng(seed)
-        trigger, target = generator.choice(np.arange(1, planted_teacher.VOCABULARY), 2, replace=False)
+        trigger, target = generator.choice(np.arange(1, planted_teacher.VOCABULARY), 2, replace=False).tolist()
         tokens = text.copy()
         rows = np.arange(0, ROWS, 2)
         positions = generator.integers(1, LENGTH - 1, len(rows))

@@ -40,6 +40,7 @@ from lorascope.insight.missing_directions import (
     reach_of,
 )
 from lorascope.insight.price import make_blocks
+from lorascope.insight.update_parts import component_parts
 from lorascope.methods import AdaLoRA, DoRA, Full, LoRA, PiSSA, VeRA
 from lorascope.observe.measured_rows import TaskLoss
 from lorascope.updates import LowRank

@@ -220,6 +220,8 @@ def test_pairs_have_a_dot_per_seed() -> None:
     figure = pair_gaps(replace(REGISTERED, claims={id: claim}), evidence, results)
     panel, effects = figure.panels
     assert panel.title == "AdaLoRA, rank 4 to 2 against LoRA, rank 2"
+    nothing = pd.DataFrame(columns=["word"])  # as in a small version
+    assert len(pair_gaps(replace(REGISTERED, claims={id: claim}), evidence, nothing).panels) == 1
     judged = results.set_index("claim").loc[id]
     numbers = effects.data.set_index("side")[["effect", "low", "high"]]
     assert numbers.loc[FAVORABLE].tolist() == judged[["effect", "low", "high"]].tolist()

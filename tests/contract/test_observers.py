@@ -18,7 +18,7 @@ from killing import SETTINGS
 
 import lorascope as ls
 from lorascope import observe
-from lorascope.inputs import models
+from lorascope.inputs import models, tasks
 from lorascope.observe.observer import Observer
 from lorascope.schema.records import QUANTITIES
 
@@ -54,6 +54,7 @@ ROWS = {
     "factorings": row("full", *(f"factoring_{what}_{how}" for what in ("error", "seconds") for how in _SCHEMES)),
     "factors": row("lora", saves_factors=True),
     "gradients": row("lora", "gradient_norm"),
+    "kl": row("lora", "drift_keep", "drift_task", "row_loss"),
     "memory": row("lora", "gradient_bytes", "optimizer_bytes", "parameter_bytes"),
     "neurons": row(
         "lora",
@@ -115,6 +116,14 @@ def test_observer_survives_json(name: str) -> None:
 class Trained(NamedTuple):
     run: ls.Run
     draws: tuple[float, float, float]
+
+
+@pytest.fixture(scope="module")
+def task(task: tasks.Task) -> tasks.Task:
+    """Divide the tiny task again, with as many validation rows as the intervals of a gauge need."""
+    rows = task.table.drop(columns=["split", "draw"], errors="ignore")
+    splits = ["validation"] * 40 + ["test"] * 20 + ["train"] * (len(rows) - 60)
+    return tasks.from_frame(rows.assign(split=splits), "toy")
 
 
 @pytest.fixture(scope="module")

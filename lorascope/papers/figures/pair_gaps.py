@@ -61,14 +61,20 @@ def gap_table(claim: StudyClaim, evidence: StudyEvidence) -> pd.DataFrame:
 def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results: pd.DataFrame) -> Panels:
     """Draw the gap closed by every arm of all registered pairs, a dot per seed, next to the effects at both truths.
 
-    ``results`` are those of ``study_results.compute``.
+    ``results`` are those of ``study_results.compute``; a claim that is not among them, as in a small version, has no
+    panel of effects.
     """
-    rows = []
+    judged = set(results["claim"]) if "claim" in results else set()
+    rows: list[tuple[Chart, ...]] = []
     for claim in registration.claims.values():
         if claim.id.startswith("pair."):
-            gaps = _draw_gaps(claim, gap_table(claim, evidence))
-            rows.append((gaps, _draw_effects(claim, effect_table([claim], results), results)))
-    return Panels(tuple(rows), columns=2, title="Pairs of planted teachers: every seed, and the effect")
+            row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence)),)
+            if claim.id in judged:
+                row += (_draw_effects(claim, effect_table([claim], results), results),)
+            rows.append(row)
+    return Panels(
+        tuple(rows), columns=max(map(len, rows)), title="Pairs of planted teachers: every seed, and the effect"
+    )
 
 
 def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Panels:

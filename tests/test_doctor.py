@@ -11,6 +11,7 @@ import torch
 from planted import low_rank, plant
 from safetensors.numpy import load_file, save
 from test_inspect import strictly
+from test_kl import overfitted
 from torch.utils.data import Subset
 from trainers import METHODS
 from ward import SETTINGS, Allocating, Bench, adalora
@@ -70,6 +71,10 @@ def rate_of_another_method(bench: Bench) -> ls.Run:
 
 def rate_too_large(bench: Bench) -> ls.Run:
     return bench.by_train(ls.Full(), lr=10.0, head_lr=10.0, schedule="constant", clip=None)
+
+
+def trained_too_long(bench: Bench) -> ls.Run:
+    return overfitted(bench.out / "run")
 
 
 def constant_start(bench: Bench) -> ls.Run:
@@ -158,6 +163,7 @@ FAULTS: dict[Callable[[Bench], ls.Run], str] = {
     training_rows_again: "LS018",
     compiled_too_early: "LS025",
     heads_not_gathered: "LS026",
+    trained_too_long: "LS031",
 }
 
 
@@ -316,7 +322,7 @@ def test_command_prints_text_and_json(bench, capsys):
     assert main(["doctor", str(run.path)]) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("adapter        1 finding\nLS003 untrained B is still zero in all 4 modules")
-    assert "skipped (no training history): unused, diverged, leak" in printed
+    assert "skipped (no training history): unused, late-checkpoint, diverged, leak" in printed
     assert max(map(len, printed.splitlines())) <= 80
     assert main(["doctor", str(run.path), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

@@ -156,6 +156,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
         for method in methods:
             order += [method, f"{method}, other"][: len(units)]
         names = dict(zip(methods, methods, strict=True))
+        names |= {f"{method}, other": OTHER for method in methods if method in with_truth}
         y = Axis(order=order, ticks=names, compact=True)
         charts: list[Chart] = []
         for ground, unit in zip((TEXT, TRUTH), units, strict=False):

@@ -95,6 +95,7 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
             order += [name, f"{name}, other"]
         marks = [Rule(x=0), Point("effect", "row", "side", low="low", high="high")]
         ticks = {name: wrap_text(name, _LONG_NAME, _SIZE) for name in names.values()}
+        ticks |= {f"{name}, other": OTHER for name in names.values()}
         y = Axis(order=order, ticks=ticks, compact=True)
         title = "Gap closed, minus the control" if unit == _POINTS else "Reduction of the control's loss"
         rows.append((Chart(table, marks, title=title, x=Axis(label=unit), y=y, colors=_SIDES, caption=caption),))

@@ -69,7 +69,8 @@ from lorascope.plots.subspaces import spectrum as spectrum
 from lorascope.plots.subspaces import subspace_similarity as subspace_similarity
 from lorascope.schema.plugins import load_plugins
 
-load_plugins(__name__, "lorascope.figures", skip=("explore",))  # the widget draws no figure, and imports Jupyter
+# The widget and its slider draw no figure, and import Jupyter and plotly.
+load_plugins(__name__, "lorascope.figures", skip=("dial_slider", "explore"))
 
 
 def __getattr__(name: str) -> Any:

@@ -213,10 +213,20 @@ def test_a_run_that_cannot_be_scaled_says_why(method: Any, bert: str, task: Task
     assert told.skipped[0].name == "dial, price"
 
 
+def test_an_adapter_that_cannot_be_retrained_keeps_its_cuts(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=2)[1]
+    adapter = ls.load(ls.export.to_peft(run, tmp_path / "adapter"))
+    told = ls.advise(adapter, bert, task, budget=1000, retrain=2, progress=False)
+    assert "half the rank" in {fact.name for fact in told.facts}
+    (skipped,) = [item for item in told.skipped if item.name == "retraining"]
+    assert "was not trained by ls.train" in skipped.reason
+
+
 def test_a_small_budget_names_what_it_skips(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
     run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=2)[1]
-    told = ls.advise(run, bert, task, budget=1e-9, progress=False)
-    assert {measurement.name for measurement in told.skipped} == {"dial --by module", "price"}
+    told = ls.advise(run, bert, task, budget=1e-9, reads=True, progress=False)
+    assert [measurement.name for measurement in told.skipped] == ["price", "dial --by module", "read"]
+    assert "--rows reviews" in told.skipped[2].command  # read has no --task
     for measurement in told.skipped:
         assert "CPU seconds do not fit into the budget" in measurement.reason
         assert measurement.command.startswith("lorascope ")

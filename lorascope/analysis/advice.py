@@ -87,7 +87,8 @@ class Subject(NamedTuple):
 
     def command(self, name: str, *options: str) -> str:
         """Return a command that measures the subject, as a shell reads it."""
-        words = ["lorascope", name, self.path, "--model", self.model, "--task", self.task]
+        rows = "--rows" if name == "read" else "--task"
+        words = ["lorascope", name, self.path, "--model", self.model, rows, self.task]
         if self.keep and name in ("dial", "advise"):
             words += ["--keep", self.keep]
         return shlex.join([*words, *options])

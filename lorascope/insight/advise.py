@@ -143,11 +143,12 @@ def repeat(document: Mapping[str, Any], run: Result) -> list[str]:
     """
     # Seconds and texts may differ, numbers may not.
     receipt = document["receipt"]
-    if receipt["run"] != run.id:
-        raise ValueError(f"the receipt is of run {receipt['run']}, got {run.id}")
     call = receipt["call"]
     model, task, keep = (call[name] or None for name in ("model", "task", "keep"))
     adviser = _Adviser(run, model, task, keep, call["rows"], call["keep_rows"], call["state"], progress=False)
+    # Of a series, the last checkpoint is measured.
+    if receipt["run"] != adviser.run.id:
+        raise ValueError(f"the receipt is of run {receipt['run']}, got {adviser.run.id}")
     with measured_again():
         adviser.measure(Plan(**call["plan"]), call["retrain"])
     repeated = adviser.give({}).to_json()
@@ -355,16 +356,19 @@ class _Adviser:
         budgets = [int(np.minimum(self.counts, rank).sum()) for rank in ranks]
         options: dict[str, Any] = {"rows": rows, "state": self.state, "progress": self.progress}
         try:
-            # The first price decides at which rank to train, since training is the only costly part.
             priced = price(self.run, self.model, self.task, ranks, budgets=budgets, **options)
-            if retrain:
-                target = 2 * priced.rank if _points_beyond(priced) else max(1, priced.rank // 2)
-                options |= {"retrain": retrain, "placed": True, "budgets": budgets}
-                priced = price(self.run, self.model, self.task, [target], **options)
-                self._configure(priced, target)
         except ValueError as error:  # such as an update that has no factors
             self.skip("price", str(error))
             return
+        if retrain:
+            # The first price decides at which rank to train, since training is the only costly part.
+            target = 2 * priced.rank if _points_beyond(priced) else max(1, priced.rank // 2)
+            options |= {"retrain": retrain, "placed": True, "budgets": budgets}
+            try:
+                priced = price(self.run, self.model, self.task, [target], **options)
+                self._configure(priced, target)
+            except ValueError as error:  # the cuts of such a run are measured all the same
+                self.skip("retraining", str(error))
         self.facts += advice.facts_of_price(priced)
         self.actions += advice.actions_of_price(priced, self.subject)
         self.questions += advice.questions_of_price(priced, self.subject)

@@ -796,6 +796,19 @@ def test_finite_difference_of_narrow_weights_raises(dtype):
     AutoLoRA(hypergradient="exact").attach(model)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")  # the name before transformers 5.24
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_gradient_checkpointing_raises(is_reentrant):
+    """Recomputed passes use other weights than the look-ahead, so that the hypergradient would be wrong."""
+    model = tiny("bert")
+    model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+    with pytest.raises(ValueError, match=r"gradient checkpointing: .*gradient_checkpointing_disable\(\) first$"):
+        AutoLoRA().attach(model)
+    assert not attached_deltas(model)
+    model.gradient_checkpointing_disable()
+    AutoLoRA().attach(model)
+
+
 def test_negative_learning_rate_raises(bert, task, tmp_path):
     with pytest.raises(ValueError, match=r"lr .*got -1"):
         ls.train(models.load(bert, task=task), task, AutoLoRA(lr=-1), out=tmp_path / "run", **FAST)

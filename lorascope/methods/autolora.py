@@ -152,7 +152,20 @@ class AutoLoRA(AdapterMethod, name="autolora"):
         return cls(rank=3, selection_lr=0.1, dropout=0.1, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:
-        """Adapt the targets; the optimizer trains factors and head, ``before_step`` the logits."""
+        """Adapt the targets; the optimizer trains factors and head, ``before_step`` the logits.
+
+        Raises
+        ------
+        ValueError
+            The model recomputes activations in the backward pass (gradient checkpointing).
+        """
+        # The recomputed pass would use the model's own weights instead of those of the look-ahead, without an error if
+        # the checkpoints are reentrant.
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise ValueError(
+                "cannot search ranks with gradient checkpointing: AutoLoRA differentiates at other weights than the "
+                "model's. Call model.gradient_checkpointing_disable() first"
+            )
         super().attach(model)
         zeros = torch.zeros_like(torch.stack([delta.logits for delta in self._deltas.values()]))
         self.moments_: dict[str, Any] = {"steps": 0, "first": zeros, "second": zeros}

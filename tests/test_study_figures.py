@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import msgspec
@@ -16,18 +15,18 @@ from scipy.stats import spearmanr
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.charts.figure_plan import plan_figure
-from lorascope.charts.marks import Line, Point, Text
+from lorascope.charts.marks import Point, Text
 from lorascope.charts.theme import theme
 from lorascope.papers import registry
 from lorascope.papers.figures import forest as forest_plot
 from lorascope.papers.figures.first_edition import stored_figures
-from lorascope.papers.figures.forest import BOUND, EDITION_1, EDITION_2, POSITIVE, PRINTED, forest, forest_table
+from lorascope.papers.figures.forest import EDITION_1, EDITION_2, PRINTED, forest
 from lorascope.papers.figures.neuron_hits import SCORES, neuron_hits
 from lorascope.papers.figures.neuron_sensitivity import CHANGED, NULL, sensitivity_table, stability_table
-from lorascope.papers.figures.pair_gaps import CLOSED, LOSS, gap_table, pair_effects, pair_gaps
-from lorascope.papers.figures.pair_losses import METHOD, loss_table, pair_losses
+from lorascope.papers.figures.pair_gaps import CLOSED, DIFFERENCE, LOSS, gap_table, pair_effects, pair_gaps
+from lorascope.papers.figures.pair_losses import loss_table, pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
-from lorascope.papers.figures.study_marks import FAVORABLE, OTHER, claim_arms
+from lorascope.papers.figures.study_marks import BOUND, FAVORABLE, OTHER, POSITIVE, claim_arms
 from lorascope.papers.judging import registered_study
 from lorascope.papers.judging.data_folder import DATA, PAPERS
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence
@@ -37,18 +36,18 @@ from lorascope.papers.neft import AT_RANDOM, hit_rate
 from lorascope.papers.study_figures import ALL_METHODS, ALLOCATORS, ROWS, StudyData, draw_neuron_scores
 
 # Of the forest plot, and two of other forms.
-IDS = [f"pair.{method.lower()}" for methods in forest_plot.ROWS for method in methods]
+IDS = [f"pair.{method.lower()}" for method in PAPERS]
 COMPARISONS = {id: registry.COMPARISONS[id] for id in (*IDS, "pair.basis", "pair.factored", "text.lora")}
 REGISTERED = registration(COMPARISONS)
 EMPTY = StudyEvidence(pd.DataFrame(columns=list(STUDY_COLUMNS)))
 EARLIER = pd.DataFrame(
     [
-        ("NeFT", -1.46, -2.19, -0.73, "points of accuracy", ""),
-        ("LISA", -0.032, -0.073, 0.008, "nats", ""),
-        ("AdaLoRA", -0.10, -0.67, 0.46, "points of accuracy", "no headroom"),
-        ("LoRA", -5.0, -6.0, -4.0, "points of accuracy", ""),
+        ("NeFT", -1.46, -2.19, -0.73, "points of accuracy", "", 1.0, 5),
+        ("LISA", -0.032, -0.073, 0.008, "nats", "", 0.02, 5),
+        ("AdaLoRA", -0.10, -0.67, 0.46, "points of accuracy", "no headroom", 0.5, 5),
+        ("LoRA", -5.0, -6.0, -4.0, "points of accuracy", "", -1.0, 5),
     ],
-    columns=["method", "effect", "low", "high", "unit", "word"],
+    columns=["method", "effect", "low", "high", "unit", "word", "bound", "seeds"],
 )
 NO_ESTIMATE = EARLIER.iloc[:0]
 
@@ -62,11 +61,13 @@ def gray_words(drawable: Drawable) -> list[str]:
     return gray
 
 
-def labeled_dots(drawable: Drawable, label: str) -> pd.DataFrame:
-    """Return the rows of all dots with a label."""
+def dots_of(drawable: Drawable, mark: str) -> pd.DataFrame:
+    """Return the rows of all dots of one kind in a forest plot."""
     tables = []
     for chart in drawable.panels:
-        tables += [chart.table(mark) for mark in chart.marks_of(Point) if mark.label == label]
+        for point in chart.marks_of(Point):
+            table = chart.table(point)
+            tables.append(table[table["mark"] == mark])
     return pd.concat(tables)
 
 
@@ -92,44 +93,67 @@ def results_of(**means: float) -> pd.DataFrame:
 
 
 def test_forest_shows_the_numbers_of_the_results() -> None:
-    results = results_of(adalora=8.0, lora=-3.0, text_lora=-0.5)
+    results = results_of(adalora=8.0, lora=-3.0, basis=50.0, text_lora=-0.5)
     figure = forest(results, REGISTERED, EARLIER)
     row = results.set_index("claim").loc["pair.adalora"]
-    for label, prefix in {FAVORABLE: "", OTHER: "against_", POSITIVE: "positive_"}.items():
-        dot = labeled_dots(figure, label).set_index("method").loc["AdaLoRA"]
+    for mark, prefix in {FAVORABLE: "", OTHER: "against_", POSITIVE: "positive_"}.items():
+        dots = dots_of(figure, mark)
+        (dot,) = dots[dots["row"].str.startswith("pair.adalora")].to_dict("records")
         expected = [row[f"{prefix}{name}"] for name in ("effect", "low", "high")]
-        np.testing.assert_array_equal(dot[["effect", "low", "high"]].astype(float), expected)
+        np.testing.assert_array_equal([dot["effect"], dot["low"], dot["high"]], expected)
     assert row["effect"] == pytest.approx(8.0)
     assert row["against_effect"] == pytest.approx(-8.0)
-    # A line joins the two effects.
-    panel = figure.panels[1]
-    ends = [set(panel.table(line)["effect"]) for line in panel.marks_of(Line)]
-    assert {row["effect"], row["against_effect"]} in ends
+    # All pairs with runs have rows, each with the truths by name.
+    truth = figure.panels[1]
+    assert truth.y.ticks == {
+        "pair.lora": "LoRA vs full fine-tuning, update of rank 2", "pair.lora, other": "update of rank 24",
+        "pair.adalora": "AdaLoRA vs LoRA, uneven ranks", "pair.adalora, other": "update of rank 2",
+        "pair.basis": "FourierFT vs random basis, its entries", "pair.basis, other": "other entries",
+    }  # fmt: skip
+    assert truth.title == f"{forest_plot.TRUTH} (16 seeds)"
     # This edition replaces the estimate of the first one, and a cost has its bound below 0.
     text = results.set_index("claim").loc["text.lora"]
-    assert labeled_dots(figure, EDITION_2)["effect"].tolist() == [text["effect"]]
-    assert set(labeled_dots(figure, EDITION_1)["method"]) == {"NeFT", "LISA"}
-    table = forest_table(results, REGISTERED, EARLIER)
-    bounds = table[table["mark"] == BOUND].set_index(["method", "ground"])["effect"].to_dict()
-    truth = forest_plot.TRUTH
-    assert bounds == {("LoRA", forest_plot.TEXT): -1.0, ("AdaLoRA", truth): 2.0, ("LoRA", truth): -2.0}
+    assert dots_of(figure, EDITION_2)["effect"].tolist() == [text["effect"]]
+    assert set(dots_of(figure, EDITION_1)["row"]) == {"NeFT", "LISA"}
+    bounds = dots_of(figure, BOUND).set_index("row")["effect"].to_dict()
+    assert bounds == {
+        "LoRA": -1.0, "LISA": 0.02, "NeFT": 1.0, "pair.lora": -2.0, "pair.adalora": 2.0, "pair.basis": 2.0,
+    }  # fmt: skip
 
 
-def test_forest_refuses_estimates_in_other_units() -> None:
-    with pytest.raises(ValueError, match="LoRA must be in points of accuracy, got nats"):
-        forest_table(pd.DataFrame(columns=RESULT_COLUMNS), REGISTERED, EARLIER.assign(unit="nats"))
+def test_forest_divides_effects_by_their_bounds() -> None:
+    figure = forest(results_of(adalora=8.0), REGISTERED, EARLIER)
+    # In nats and in points of accuracy, on one axis: -0.032 / 0.02 and -1.46 / 1.
+    positions = dots_of(figure, EDITION_1).set_index("row")["position"]
+    assert positions["LISA"] == pytest.approx(-(1 + np.log(1.6)))
+    assert positions["NeFT"] == pytest.approx(-(1 + np.log(1.46)))
+    assert set(dots_of(figure, BOUND)["position"]) == {-1.0, 1.0}
+    (dot,) = dots_of(figure, FAVORABLE)["position"]
+    assert dot == pytest.approx(1 + np.log(4))
+    # Linear from -1 to 1, and without a step there.
+    np.testing.assert_allclose(forest_plot.axis_position(np.array([-0.5, 0.0, 1.0, np.e])), [-0.5, 0.0, 1.0, 2.0])
+    ticks = figure.panels[0].x.ticks or {}
+    assert {"\N{MINUS SIGN}1", "0", "1", "3", "10"} <= set(ticks.values())
+    assert {position: name for position, name in ticks.items() if name == "10"} == {1 + np.log(10): "10"}
+    assert [chart.x for chart in figure.panels] == [figure.panels[0].x] * 2
 
 
-def test_forest_draws_open_and_filled_dots() -> None:
-    figure = forest(results_of(adalora=8.0, text_lora=-0.5), REGISTERED, EARLIER)
-    symbols: dict[str, str] = {}
+def test_forest_has_a_column_of_numbers_with_their_units() -> None:
+    figure = forest(results_of(adalora=8.0, adapprox=-20.0), REGISTERED, EARLIER)
+    numbers: dict[str, str] = {}
     for chart in figure.panels:
-        symbols |= {mark.label: mark.symbol for mark in chart.marks_of(Point)}
-    assert {symbols[label] for label in (EDITION_2, FAVORABLE)} == {"circle"}
-    assert {symbols[label] for label in (EDITION_1, OTHER)} == {"circle-open"}
-    # Without a bar, a cross does not hide the interval of the effect on its line.
-    bars = {mark.label: mark.low for mark in figure.panels[1].marks_of(Point)}
-    assert (bars[FAVORABLE], bars[OTHER], bars[POSITIVE]) == ("low", "low", None)
+        for text in chart.marks_of(Text):
+            table = chart.table(text)
+            numbers |= dict(zip(table["row"], table["number"], strict=True))
+    assert numbers["LISA"] == "−0.032 [−0.073, 0.008] nats"
+    assert numbers["NeFT"] == "−1.46 [−2.19, −0.73]"
+    assert numbers["AdaLoRA"] == "no headroom"
+    assert numbers["pair.adalora"].startswith("+8.0 [7.8, ")
+    assert set(numbers) == {row for chart in figure.panels for row in chart.y.order or ()}
+    # No dot is in the column.
+    ends = [chart.data["position_high"].max() for chart in figure.panels]
+    (column,) = {position for chart in figure.panels for position in chart.table(chart.marks_of(Text)[0])["position"]}
+    assert max(ends) < column
 
 
 def test_forest_has_words_instead_of_dots() -> None:
@@ -137,72 +161,53 @@ def test_forest_has_words_instead_of_dots() -> None:
     is_adalora = results["claim"] == "pair.adalora"
     for word in ("no headroom", "not learned"):
         figure = forest(results.assign(word=results["word"].where(~is_adalora, word)), REGISTERED, EARLIER)
-        assert labeled_dots(figure, FAVORABLE).empty
-        assert labeled_dots(figure, POSITIVE).empty
+        assert dots_of(figure, FAVORABLE).empty
+        assert dots_of(figure, POSITIVE).empty
         assert gray_words(figure).count(word) == 1 + (word == "no headroom")  # AdaLoRA on text
-        assert set(labeled_dots(figure, BOUND)["method"]) == {"LoRA"}  # on text, by edition 1
-    assert "AdaLoRA" not in set(labeled_dots(figure, EDITION_1)["method"])
+        assert set(dots_of(figure, BOUND)["row"]) == {"LoRA", "NeFT", "LISA"}  # on text, by edition 1
+        assert figure.panels[1].y.order == ("pair.adalora",)
+    assert "AdaLoRA" not in set(dots_of(figure, EDITION_1)["row"])
 
 
-def test_forest_without_runs_counts_the_methods_that_wait_and_has_no_panel_of_them() -> None:
+def test_forest_without_runs_counts_the_pairs_that_wait_and_has_no_panel_of_them() -> None:
     for results in (pd.DataFrame(columns=RESULT_COLUMNS), compute(REGISTERED, COMPARISONS, EMPTY).results):
         figure = forest(results, REGISTERED, EARLIER)
-        assert {chart.title for chart in figure.panels} == {forest_plot.TEXT}
-        assert figure.panels[0].caption.endswith(
-            "Where the truth is known: the main pair of a method; 9 have no runs yet."
-        )
-        # Effects are above words.
-        assert [*figure.panels[0].y.order][:2] == ["LoRA", "NeFT"]
+        assert [chart.title for chart in figure.panels] == [f"{forest_plot.TEXT} (5 seeds)"]
+        assert figure.panels[0].caption.endswith(" 11 of 11 pairs have no runs yet.")
+        # Words are below effects.
+        assert figure.panels[0].y.order == ("LoRA", "LISA", "NeFT", "AdaLoRA")
         figure.mpl()
         figure.plotly()
     both = forest(results_of(adalora=8.0), REGISTERED, EARLIER)
-    assert both.panels[0].caption.endswith("8 have no runs yet.")
+    assert both.panels[0].caption.endswith(" 10 of 11 pairs have no runs yet.")
+    # Without an estimate on text, only the pairs are drawn.
+    (truth,) = forest(results_of(adalora=8.0), REGISTERED, NO_ESTIMATE).panels
+    assert truth.title.startswith(forest_plot.TRUTH)
+    assert "Printed" not in truth.caption
+    assert "headroom" not in truth.caption
 
 
-def test_forest_has_printed_gains_in_points_of_accuracy_only() -> None:
+def test_forest_has_printed_gains_in_the_unit_of_the_estimate_only() -> None:
     claims = dict(REGISTERED.claims)
-    for id, value, unit in (("pair.neft", 2.1, "points of accuracy"), ("pair.alora", 9.0, "BLEU")):
+    for id, value, unit in (("pair.neft", 2.1, "points of accuracy"), ("pair.adalora", 9.0, "BLEU")):
         claims[id] = msgspec.structs.replace(claims[id], paper=PaperPlace("1", "table 1", value, unit))
-    figure = forest(results_of(adalora=8.0), replace(REGISTERED, claims=claims), NO_ESTIMATE)
-    assert labeled_dots(figure, PRINTED)[["method", "effect"]].to_numpy().tolist() == [["NeFT", 2.1]]
-    # They are of another model and task, so no measured number shares their axis.
-    text, _, gains = figure.rows()[0]
-    assert PRINTED not in set(text.data["mark"])
-    assert set(gains.data["mark"]) == {PRINTED}
-    assert gains.x.label != text.x.label
-    lengths = [high - low for low, high in (gains.x.limits, text.x.limits)]
-    assert lengths[0] == pytest.approx(lengths[1])  # so that they compare
-    low, high = gains.x.limits
-    assert low > -high  # most gains are positive, so that half of an axis around zero would be empty
-    (point,) = gains.marks_of(Point)
-    assert (point.symbol, point.hollow) == ("diamond", True)
+    figure = forest(results_of(adalora=8.0), replace(REGISTERED, claims=claims), EARLIER)
+    assert dots_of(figure, PRINTED)[["row", "effect"]].to_numpy().tolist() == [["NeFT", 2.1]]
+    assert "Printed gains are from other models and tasks." in figure.panels[0].caption
+    (point,) = [
+        mark for mark in figure.panels[0].marks_of(Point) if PRINTED in set(figure.panels[0].table(mark)["mark"])
+    ]
+    assert (point.symbol, point.hollow, point.low) == ("diamond", True, None)
 
 
-def test_axes_have_the_unit_of_their_rows() -> None:
-    figure = forest(results_of(adapprox=-20.0, adalora=8.0, lisa=1.0), REGISTERED, EARLIER)
-    labels = [[chart.x.label for chart in row] for row in figure.rows()]
-    assert [row[:2] for row in labels] == list(map(list, forest_plot.ROWS.values()))
-    # Without an effect where the truth is known, a row has no panel for it, and methods in one unit share a row.
-    labels = [[chart.x.label for chart in row] for row in forest(results_of(adalora=8.0), REGISTERED, EARLIER).rows()]
-    assert [row[:2] for row in labels] == [["points of accuracy", "points of the gap"], ["nats"]]
-    bottom = figure.rows()[-1][1]
-    assert set(bottom.data["method"]) == {"Adapprox"}
-    low, _ = bottom.x.limits or (None, None)
-    assert low is not None
-    assert low < -60  # the positive control
-
-
-def test_stacked_panels_of_the_forest_keep_the_names_of_methods() -> None:
-    """On a narrow screen, the panels are below each other, each with its ground and the names of its rows."""
+def test_stacked_panels_of_the_forest_keep_the_names_of_their_rows() -> None:
+    """On a narrow screen as well, both panels have their ground and the names of their rows."""
     figure = forest(results_of(adalora=8.0, lisa=1.0, adapprox=-20.0), REGISTERED, EARLIER)
     layout = plotly_backend.narrow_layout(plan_figure(figure, theme("light")))
-    for number, (methods, ground) in enumerate(product(forest_plot.ROWS, (forest_plot.TEXT, forest_plot.TRUTH))):
-        axis = layout[f"yaxis{number + 1}" if number else "yaxis"]
-        assert set(axis["ticktext"]) - {OTHER} == set(methods)
+    for axis, chart in zip((layout["yaxis"], layout["yaxis2"]), figure.panels, strict=True):
+        names = (chart.y.ticks or {}).values()
+        assert [text[-4:] for text in axis["ticktext"]] == [name[-4:] for name in names]  # long ones are elided
         assert axis.get("showticklabels", True)
-        assert figure.panels[number].title == ground
-    wide = figure.plotly().layout
-    assert wide.yaxis2.showticklabels is False  # the panel on the left has them
 
 
 def test_pairs_have_a_dot_per_seed() -> None:
@@ -219,32 +224,40 @@ def test_pairs_have_a_dot_per_seed() -> None:
     results = results_of(adalora=8.0)
     figure = pair_gaps(replace(REGISTERED, claims={id: claim}), evidence, results)
     panel, effects = figure.panels
-    assert panel.title == "AdaLoRA, rank 4 to 2 against LoRA, rank 2"
+    assert panel.title == "AdaLoRA vs LoRA"
+    # Compared arms are next to each other, at one truth after the other.
+    assert list((panel.y.ticks or {}).values()) == [
+        "AdaLoRA, rank 4 to 2", "LoRA, rank 2", "LoRA, planted ranks", "AdaLoRA, rank 4 to 2", "LoRA, rank 2",
+    ]  # fmt: skip
     nothing = pd.DataFrame(columns=["word"])  # as in a small version
     assert len(pair_gaps(replace(REGISTERED, claims={id: claim}), evidence, nothing).panels) == 1
     judged = results.set_index("claim").loc[id]
     numbers = effects.data.set_index("side")[["effect", "low", "high"]]
     assert numbers.loc[FAVORABLE].tolist() == judged[["effect", "low", "high"]].tolist()
     assert numbers.loc[OTHER].tolist() == judged[["against_effect", "against_low", "against_high"]].tolist()
+    between = judged[["difference_effect", "difference_low", "difference_high"]]
+    assert numbers.loc[DIFFERENCE].tolist() == between.tolist()
+    assert effects.title == "Difference from the control\n16 seeds: as claimed"
+    assert "As claimed: a gain" in panel.caption
     assert not gray_words(effects)
     pd.testing.assert_frame_equal(panel.data[table.columns], table)
     assert not gray_words(panel)
     assert panel.x.label == CLOSED
 
 
-def test_effects_of_pairs_have_a_panel_per_unit() -> None:
-    results = results_of(adalora=8.0, adapprox=-20.0)
+def test_effects_of_pairs_have_a_panel_per_pair() -> None:
+    results = results_of(adalora=8.0, adapprox=-20.0, basis=50.0)
     claims = registered_study.read(DATA / "registered-2.toml").claims
-    judged = {id: claims[id] for id in ("pair.adalora", "pair.adapprox")}
+    judged = {id: claims[id] for id in ("pair.adalora", "pair.basis", "pair.adapprox")}
     figure = pair_effects(replace(REGISTERED, claims=judged), results)
-    points, percent = figure.panels
-    assert "(16 or 40 seeds)" in points.caption
-    assert set(points.data["claim"]) == {"pair.adalora"}
-    assert set(percent.data["claim"]) == {"pair.adapprox"}
+    assert [chart.x.label for chart in figure.panels] == ["points of the gap"] * 2 + ["% of the control's loss"]
     expected = results.set_index("claim")["effect"]
-    for chart in figure.panels:
-        effects = chart.data[chart.data["side"] == FAVORABLE].set_index("claim")["effect"]
-        assert effects.tolist() == expected[effects.index].tolist()
+    for id, chart in zip(judged, figure.panels, strict=True):
+        assert chart.data.set_index("side").loc[FAVORABLE, "effect"] == expected[id]
+        assert chart.y == figure.panels[0].y  # so that the names are written once
+        low, high = chart.x.limits or (0, 0)
+        assert low < min(chart.data["low"]) < max(chart.data["high"]) < high
+    assert "A pair without a positive control has none." in figure.panels[0].caption
     figure.mpl()
 
 
@@ -274,26 +287,47 @@ def made_up_losses(arms: dict[str, float]) -> StudyEvidence:
             run = f"{arm} {seed}"
             runs.append({"run": run, "arm": arm, "seed": seed, "role": "judged", "phase": "", "task": ""})
             steps = np.arange(1, 21)
-            loss = (value + sign + 0.1 * (steps > 10)).astype(np.float16)
+            loss = (value + sign + 0.5 * (steps > 10)).astype(np.float16)
             losses.append(
                 pd.DataFrame({"arm": arm, "seed": seed, "run": run, "phase": "", "step": steps, "loss": loss})
             )
     return StudyEvidence(pd.DataFrame(runs).reindex(columns=list(STUDY_COLUMNS)), {"losses": pd.concat(losses)})
 
 
-def test_losses_are_means_and_ranges_over_seeds() -> None:
+def test_losses_are_compared_with_the_control_of_their_seed() -> None:
     claim = REGISTERED.claims["pair.adalora"]
-    arm = "AdaLoRA, rank 4 to 2, uneven ranks"
-    evidence = made_up_losses({arm: 3.0})
+    method, control = claim.for_arms
+    # Seeds 200 and 201 have losses of 2 and 4, and those of the control 4 and 6; from step 11 on, 0.5 above.
+    evidence = made_up_losses({method: 3.0, control: 5.0})
     table = loss_table(claim, evidence)
     assert table["step"].tolist() == [5.0, 15.0]
-    np.testing.assert_allclose(table[["value", "low", "high"]], [[3.0, 2.0, 4.0], [3.1, 2.1, 4.1]], atol=2e-3)
-    assert set(table["role"]) == {METHOD}
+    expected = [100 * ((2 / 4 + 4 / 6) / 2 - 1), 100 * ((2.5 / 4.5 + 4.5 / 6.5) / 2 - 1)]
+    np.testing.assert_allclose(table["value"], expected, rtol=1e-12)
+    assert set(table["side"]) == {FAVORABLE}
+    assert set(table["n"]) == {2}
+    # A seed that the control lacks is left out.
+    losses = evidence.tables["losses"]
+    fewer = replace(evidence, tables={"losses": losses[(losses["arm"] == method) | (losses["seed"] == 201)]})
+    np.testing.assert_allclose(loss_table(claim, fewer)["value"], [100 * (4 / 6 - 1), 100 * (4.5 / 6.5 - 1)])
     figure = pair_losses(REGISTERED, evidence)
     assert gray_words(figure) == ["not run"] * (len(figure.panels) - 1)
     titles = [chart.title for chart in figure.panels]
     assert len(titles) == len(set(titles))
+    assert "AdaLoRA vs LoRA\n2 seeds" in titles
     pair_losses(REGISTERED, EMPTY).mpl()
+
+
+def test_losses_of_three_seeds_have_t_intervals() -> None:
+    claim = REGISTERED.claims["pair.adalora"]
+    losses = []
+    for arm, values in zip(claim.for_arms, ((2.0, 3.0, 4.0), (4.0, 4.0, 4.0)), strict=True):
+        for seed, loss in enumerate(values):
+            losses.append((arm, f"{arm} {seed}", seed, "", 1, loss))
+    table = pd.DataFrame(losses, columns=["arm", "run", "seed", "phase", "step", "loss"])
+    runs = table[["run", "arm", "seed", "phase"]].assign(role="judged", task="").reindex(columns=list(STUDY_COLUMNS))
+    (cell,) = loss_table(claim, StudyEvidence(runs, {"losses": table})).to_dict("records")
+    half = 4.302653 * 25 / np.sqrt(3)  # t of two degrees of freedom; -50, -25 and 0 percent
+    np.testing.assert_allclose([cell["value"], cell["low"], cell["high"]], [-25, -25 - half, -25 + half], rtol=1e-6)
 
 
 def test_neurons_have_the_hit_rates_of_the_kept_table() -> None:

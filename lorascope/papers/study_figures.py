@@ -119,7 +119,7 @@ ROWS = [
         of_pairs(lambda data: pair_effects(data.registration, data.results)),
     ),
     FigureRow(
-        "losses", ALL_METHODS, "Training loss by step of the methods and controls of pairs",
+        "losses", ALL_METHODS, "Training loss of pairs by step, compared with that of their controls",
         of_pairs(lambda data: pair_losses(data.registration, data.evidence)),
     ),
     FigureRow(
@@ -157,9 +157,21 @@ VARIANTS = variant_figures.STUDY_FIGURES | course_figures.STUDY_FIGURES | direct
 
 def read_data(data: Path) -> StudyData:
     """Read the data of the figures of the second edition from a folder ``data``."""
-    folder, earlier = data / STUDY_RUNS, first_edition.text_estimates(data / "edition-1")
+    folder, earlier = data / STUDY_RUNS, _bounded_estimates(data / "edition-1")
     registration, evidence = registered_study.read(data / "registered-2.toml"), kept_study.read(folder)
     return StudyData(registration, evidence, beliefs.read_results(folder), earlier)
+
+
+def _bounded_estimates(folder: Path) -> pd.DataFrame:
+    """Return the estimates of edition 1 on text with bounds, which are negative for a tolerance, and seeds."""
+    estimates = first_edition.text_estimates(folder)
+    claims, bounds = first_edition.read_claims(folder / "registered.toml"), []
+    for id in estimates["claim"]:
+        claim = claims[id]
+        bound = {"superiority": 1.0, "non-inferiority": -1.0}[claim.kind] * claim.bound
+        # The estimates are in points.
+        bounds.append(100 * bound if claim.unit == "accuracy" else bound)
+    return estimates.assign(bound=bounds, seeds=[claims[id].seeds for id in estimates["claim"]])
 
 
 def draw_rows(contents: StudyData, rows: Iterable[FigureRow] = ROWS) -> dict[str, StudyFigure]:

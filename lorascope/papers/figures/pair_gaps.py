@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,32 +13,43 @@ from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Mark, Point, Rule
 from lorascope.charts.text_wrapping import wrap_text
 from lorascope.files.printable import count_phrase
-from lorascope.papers.figures.study_marks import FAVORABLE, OTHER, claim_arms, split_label, write_word
+from lorascope.papers.figures.study_marks import (
+    BOUND,
+    FAVORABLE,
+    OTHER,
+    POSITIVE,
+    SIDES,
+    SIGNS,
+    arrange,
+    claim_arms,
+    compared_methods,
+    short_method,
+    truths,
+    write_word,
+)
+from lorascope.papers.judging.beliefs import shown_word
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistration
+from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED
 
 CLOSED, LOSS = "gap closed (points)", "final loss (% of first)"
-_POINTS, _PERCENT = "points of the gap", "percent of the control's loss"
-POSITIVE = "positive control"
-_NAME_WIDTH, _LONG_NAME, _SIZE = 92.0, 200.0, 7.4  # points, of the longest line of an arm's name and of its font
-_SIDES = (FAVORABLE, OTHER, POSITIVE)
-_SHORT = {
-    "FourierFT, 192 coefficients from zero": "Fourier basis",
-    "FourierFT, 192 coefficients, random basis": "random basis",
-    "HydraLoRA, 4 experts of rank 4": "HydraLoRA, one A",
-    "HydraLoRA, separate A's of rank 3": "separate A's",
-    "HydraLoRA, separate A's of rank 6": "separate, rank 6",
+_POINTS, _PERCENT = "points of the gap", "% of the control's loss"
+DIFFERENCE, _MEAN = "difference between truths", "mean"
+_COLORS = (*SIDES, _MEAN, BOUND, DIFFERENCE)
+_NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name and of its font
+_PREFIXES = {FAVORABLE: "", OTHER: "against_", DIFFERENCE: "difference_", POSITIVE: "positive_"}
+_EFFECT = "method minus control by seed, with 95% intervals; right of 0 (dashed), the method is better."
+_MEANINGS = {
+    "as claimed": "a gain (or no cost) where the truth favors the method, and less at the other truth",
+    "not only there": "a gain, but not less at the other truth",
+    "not even there": "no gain, a loss or a cost even where the truth favors the method",
+    "gain below m": "a gain that is smaller than the bound",
+    "cost below d": "a cost that is smaller than the bound",
+    "open": "the interval allows several answers",
+    NO_HEADROOM: "the positive control has no effect, so neither could the method",
+    NOT_LEARNED: "an arm did not learn its task",
 }
-"""Short names of arms whose labels differ in a detail that the page of the paper explains."""
-_CAPTION = (
-    "Left: each dot is one seed. Right: difference between method and control by seed, with 95% intervals; right of 0 "
-    "(dashed), the method is better. Bound: the smallest effect that matters. A pair without a positive control has "
-    "none."
-)
-_EFFECT_CAPTION = (
-    "Differences between method and control by seed ({seeds} seeds), with 95% intervals; right of 0 (dashed), the "
-    "method is better. Pairs without runs are left out."
-)
+"""Meanings of the words of pairs, for captions."""
 
 
 def gap_table(claim: StudyClaim, evidence: StudyEvidence) -> pd.DataFrame:
@@ -61,16 +72,19 @@ def gap_table(claim: StudyClaim, evidence: StudyEvidence) -> pd.DataFrame:
 def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results: pd.DataFrame) -> Panels:
     """Draw the gap closed by every arm of all registered pairs, a dot per seed, next to the effects at both truths.
 
-    ``results`` are those of ``study_results.compute``; a claim that is not among them, as in a small version, has no
+    For ``results`` see ``study_results.compute``. A claim that is not among them, as in a small version, has no
     panel of effects.
     """
     judged = set(results["claim"]) if "claim" in results else set()
+    caption = "Each hollow symbol is one seed."
+    if judged:
+        caption += f" Right: {_EFFECT}{_explain_words(registration, results)}"
     rows: list[tuple[Chart, ...]] = []
     for claim in registration.claims.values():
         if claim.id.startswith("pair."):
-            row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence)),)
+            row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence), caption),)
             if claim.id in judged:
-                row += (_draw_effects(claim, effect_table([claim], results), results),)
+                row += (_draw_effects(claim, results, "Difference from the control", truths(claim)),)
             rows.append(row)
     return Panels(
         tuple(rows), columns=max(map(len, rows)), title="Pairs of planted teachers: every seed, and the effect"
@@ -79,109 +93,97 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
 
 def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Panels:
     """Draw the effects of all registered pairs at both truths, and of their positive controls; see ``pair_gaps``."""
-    by_unit: dict[str, list[StudyClaim]] = {}
-    for claim in registration.claims.values():
-        if claim.id.startswith("pair."):
-            by_unit.setdefault(_unit_of(claim), []).append(claim)
-    judged = results[results["claim"].isin(list(registration.claims)) & (results["n"] > 0)]
-    caption = _EFFECT_CAPTION.format(seeds=" or ".join(map(str, sorted(set(judged["n"].astype(int))))))
-    rows = []
-    for unit, claims in by_unit.items():
-        names = {claim.id: compared_methods(claim) for claim in claims}
-        table = effect_table(claims, results)
-        table = table.assign(row=table["claim"].map(names) + table["side"].map({OTHER: ", other"}).fillna(""))
-        order: list[str] = []
-        for name in names.values():
-            order += [name, f"{name}, other"]
-        marks = [Rule(x=0), Point("effect", "row", "side", low="low", high="high")]
-        ticks = {name: wrap_text(name, _LONG_NAME, _SIZE) for name in names.values()}
-        ticks |= {f"{name}, other": OTHER for name in names.values()}
-        y = Axis(order=order, ticks=ticks, compact=True)
-        title = "Gap closed, minus the control" if unit == _POINTS else "Reduction of the control's loss"
-        rows.append((Chart(table, marks, title=title, x=Axis(label=unit), y=y, colors=_SIDES, caption=caption),))
-    return Panels(tuple(rows), title="Effect in pairs of planted teachers")
+    judged = set(results.loc[results["n"] > 0, "claim"])
+    claims = [claim for claim in registration.claims.values() if claim.id.startswith("pair.")]
+    # A panel without an effect would be empty, as that of a pair whose runs are not finished.
+    claims = [claim for claim in claims if claim.id in judged] or claims
+    # Panels in a row share the names of their rows, so that there is room for the effects.
+    names = {FAVORABLE: "favorable truth", OTHER: OTHER, POSITIVE: POSITIVE}
+    charts = [_draw_effects(claim, results, compared_methods(claim), names) for claim in claims]
+    caption = f"Effect: {_EFFECT}{_explain_words(registration, results)}"
+    if not all(claim.control_arms for claim in claims):
+        caption += " A pair without a positive control has none."
+    charts[0] = replace(charts[0], caption=caption)
+    return arrange(charts, title="Effect in pairs of planted teachers, and what it says of the claim")
 
 
-def compared_methods(claim: StudyClaim) -> str:
-    """Return the method of a claim and its control as a title."""
-    method, control = (split_label(arm)[0] for arm in claim.for_arms)
-    return f"{_SHORT.get(method, method)} against {_SHORT.get(control, control)}"
+def _explain_words(registration: StudyRegistration, results: pd.DataFrame) -> str:
+    """Return what the words of these pairs mean."""
+    words, sentences = set(), []
+    for _, row in results[results["claim"].isin(list(registration.claims))].iterrows():
+        words.add(row["pair"] or row["word"])
+    for word, meaning in _MEANINGS.items():
+        if word in words:
+            sentences.append(f" {word.capitalize()}: {meaning}.")
+    return "".join(sentences)
 
 
-def effect_table(claims: Sequence[StudyClaim], results: pd.DataFrame) -> pd.DataFrame:
-    """Tabulate ``claim, truth, side, effect, low, high`` of judged claims: both truths, and the positive control."""
-    judged: dict[Any, Any] = results.set_index("claim").to_dict("index")
-    rows = []
-    for claim in claims:
-        for side, prefix, arms in (
-            (FAVORABLE, "", claim.for_arms),
-            (OTHER, "against_", claim.against_arms),
-            (POSITIVE, "positive_", claim.control_arms),
-        ):
-            effect, low, high = (judged[claim.id][f"{prefix}{name}"] for name in ("effect", "low", "high"))
-            if pd.notna(effect):
-                rows.append((claim.id, split_label(arms[0])[1], side, effect, low, high))
-    table = pd.DataFrame(rows, columns=["claim", "truth", "side", "effect", "low", "high"])
+def effect_table(result: Mapping[str, Any]) -> pd.DataFrame:
+    """Tabulate ``side, effect, low, high`` of a judged claim: truths, their difference, and the positive control."""
+    rows: list[tuple[Any, ...]] = []
+    for side, prefix in _PREFIXES.items():
+        # Nothing can be read off the effect of an arm that did not learn.
+        if result["word"] == NOT_LEARNED:
+            break
+        rows.append((side, *(result[f"{prefix}{name}"] for name in ("effect", "low", "high"))))
+    table = pd.DataFrame(rows, columns=["side", "effect", "low", "high"]).dropna(subset="effect")
     return table.astype(dict.fromkeys(["effect", "low", "high"], "float64"))
 
 
-def _draw_effects(claim: StudyClaim, table: pd.DataFrame, results: pd.DataFrame) -> Chart:
-    """Draw the effects of one pair, a row per truth and one for the positive control, with the bound."""
-    marks: list[Mark] = [Rule(x=0), Point("effect", "side", "side", low="low", high="high")]
-    sides = [side for side in (FAVORABLE, OTHER, POSITIVE) if side in set(table["side"])]
-    title = "Reduction of the control's loss" if _unit_of(claim) == _PERCENT else "Difference from the control"
+def _draw_effects(claim: StudyClaim, results: pd.DataFrame, title: str, names: Mapping[str, str]) -> Chart:
+    """Draw the effects of one pair with the bound, a row for each of ``names`` and one for their difference."""
+    result: dict[Any, Any] = results.set_index("claim").loc[claim.id].to_dict()
+    table = effect_table(result)
+    order, x = dict.fromkeys([*names, DIFFERENCE, *table["side"]]), Axis(label=_unit_of(claim))
+    marks: list[Mark] = [Rule(x=0), Point("effect", "row", "kind", low="low", high="high")]
     if table.empty:
-        sides = [FAVORABLE]
-        marks.append(write_word(0.0, FAVORABLE))
+        marks, x = [write_word(0.0, FAVORABLE, result["word"])], replace(x, limits=(-1, 1), ticks={})
     else:
-        sign = {"gain": 1, "cost": -1}[claim.rule.kind]
-        bound = pd.DataFrame({"effect": [sign * claim.rule.bound], "side": [FAVORABLE]})
-        marks.append(Point("effect", "side", symbol="line-ns-open", label="bound", data=bound))
-        seeds = int(results.loc[results["claim"] == claim.id, "n"].iloc[0])
-        title += f", {count_phrase(seeds, 'seed')}"
-    names = {side: wrap_text(side, _NAME_WIDTH, _SIZE) for side in sides}
-    y = Axis(order=sides, ticks=names, compact=True)
-    return Chart(table, marks, title=title, x=Axis(label=_unit_of(claim)), y=y, colors=_SIDES)
+        bound = SIGNS[claim.rule.kind] * claim.rule.bound
+        at_bound = pd.DataFrame({"effect": [bound], "row": [FAVORABLE], "kind": [BOUND]})
+        marks.insert(1, Point("effect", "row", "kind", symbol="line-ns-open", data=at_bound))
+        # Separate limits, because an effect of a few points would be invisible next to one of fifty.
+        ends = np.append(table[["effect", "low", "high"]].to_numpy().ravel(), [0.0, bound])
+        x = replace(x, limits=_limits(ends))
+        title += f"\n{count_phrase(int(result['n']), 'seed')}: {shown_word(result)}"
+    ticks = {side: names.get(side, side.partition(" between")[0]) for side in order}
+    table, y = table.assign(row=table["side"], kind=table["side"]), Axis(order=order, ticks=ticks, compact=True)
+    return Chart(table, marks, title=title, x=x, y=y, colors=_COLORS)
 
 
 def _unit_of(claim: StudyClaim) -> str:
     return _PERCENT if claim.rule.unit.startswith("percent") else _POINTS
 
 
-def _draw_gaps(claim: StudyClaim, table: pd.DataFrame) -> Chart:
-    """Draw the arms of one pair; every arm has a line per truth."""
-    # Separate limits, because an effect of a few points would be invisible between 0 and 100.
-    low, high = table["value"].min(), table["value"].max()
+def _limits(numbers: np.ndarray) -> tuple[float, float]:
+    """Return the ends of an axis around numbers; from 0 to 100 without two of them."""
+    low, high = float(np.nanmin(numbers, initial=np.inf)), float(np.nanmax(numbers, initial=-np.inf))
     if not low < high:
         low, high = 0.0, 100.0
     room = 0.06 * (high - low)
-    x, title = Axis(label=CLOSED, limits=(low - room, high + room)), compared_methods(claim)
+    return low - room, high + room
+
+
+def _draw_gaps(claim: StudyClaim, table: pd.DataFrame, caption: str) -> Chart:
+    """Draw the arms of one pair; every arm has a line per truth."""
+    limits, title, label = _limits(table["value"].to_numpy()), compared_methods(claim), CLOSED
     if _unit_of(claim) == _PERCENT:
-        x, title = replace(x, label=LOSS), f"{title}: lower is better"
+        label, title = LOSS, f"{title}: lower is better"
     compared = {*claim.for_arms, *claim.against_arms}
-    table = table.assign(
-        row=table["method"].where(table["side"] == FAVORABLE, table["method"] + ", other"),
-        kind=table["side"].where(table["arm"].isin(compared), POSITIVE),
-    )
-    means = table.groupby("row", sort=False)["value"].mean().reset_index()
-    marks: list[Mark] = [Point("value", "row", "kind")]
-    if len(means):
-        marks.append(Point("value", "row", symbol="diamond", hollow=True, label="mean", data=means))
+    table = table.assign(kind=table["side"].where(table["arm"].isin(compared), POSITIVE))
+    table["row"] = table["side"] + ": " + table["method"]
+    means = table.groupby("row", sort=False)["value"].mean().reset_index().assign(kind=_MEAN)
+    marks: list[Mark] = [
+        Point("value", "row", "kind", hollow=True),
+        Point("value", "row", "kind", symbol="line-ns-open", data=means),
+    ]
     names: dict[str, str] = {}
-    lines: list[str] = []
-    for arm in claim_arms(claim):
-        row = arm.method if arm.side == FAVORABLE else f"{arm.method}, other"
+    # A method is next to its control at the same truth, because these are compared.
+    for arm in sorted(claim_arms(claim), key=lambda arm: arm.side != FAVORABLE):
+        row = f"{arm.side}: {arm.method}"
         if row not in names:
-            name = _SHORT.get(arm.method, arm.method) if arm.side == FAVORABLE else OTHER
-            names[row] = wrap_text(name, _NAME_WIDTH, _SIZE)
-            lines.append(row)
-            if row == arm.method and row not in set(table["method"]):
-                marks.append(write_word((low + high) / 2, row))
-    y = Axis(order=_by_method(lines), ticks=names, compact=True)
-    return Chart(table, marks, title=title, x=x, y=y, colors=_SIDES, caption=_CAPTION)
-
-
-def _by_method(rows: Sequence[str]) -> list[str]:
-    """Sort rows so that the other truth of a method is below the favorable one."""
-    methods = list(dict.fromkeys(row.removesuffix(", other") for row in rows))
-    return sorted(rows, key=lambda row: (methods.index(row.removesuffix(", other")), row.endswith(", other")))
+            names[row] = wrap_text(short_method(arm.method), _NAME_WIDTH, _SIZE)
+            if arm.side == FAVORABLE and row not in set(table["row"]):
+                marks.append(write_word(sum(limits) / 2, row))
+    x, y = Axis(label=label, limits=limits), Axis(order=names, ticks=names, compact=True)
+    return Chart(table, marks, title=title, x=x, y=y, colors=_COLORS, caption=caption)

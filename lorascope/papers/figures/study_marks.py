@@ -13,7 +13,25 @@ from lorascope.charts.marks import Text
 from lorascope.papers.judging.registered_study import StudyClaim
 
 _ROW = 3  # panels
-FAVORABLE, OTHER = "truth that favors the method", "other truth"
+FAVORABLE, OTHER, POSITIVE = "truth that favors the method", "other truth", "positive control"
+BOUND = "bound: smallest gain or largest cost"
+SIDES = (FAVORABLE, OTHER, POSITIVE)
+"""Effects of a pair, in the order of their colors."""
+SIGNS = {"gain": 1.0, "cost": -1.0}
+"""Side of zero on which the bound of a claim is, by the kind of its rule."""
+_SHORT = {
+    "FourierFT, 192 coefficients from zero": "FourierFT",
+    "FourierFT, 192 coefficients, random basis": "random basis",
+    "HydraLoRA, 4 experts of rank 4": "HydraLoRA",
+    "HydraLoRA, separate A's of rank 3": "separate A's",
+    "HydraLoRA, separate A's of rank 6": "separate, rank 6",
+    "NeFT, random neurons": "random neurons",
+    "one update for all tasks": "one update for all",
+    "second moments without structure": "no structure",
+    "9% of neurons change": "9% of neurons",
+    "all neurons change": "all neurons",
+}
+"""Short names of methods whose labels differ in a detail that the page of the paper explains, and of truths."""
 
 
 class ClaimArm(NamedTuple):
@@ -41,10 +59,36 @@ def split_label(label: str) -> tuple[str, str]:
     return re.sub(r"task \d+ only", "one task only", method), truth
 
 
-def arrange(charts: Sequence[Chart]) -> Panels:
-    """Arrange charts of equal size in rows of at most three."""
+def short_method(method: str) -> str:
+    """Return the name of an arm's method, without the details that its page explains."""
+    return _SHORT.get(method, method)
+
+
+def compared_methods(claim: StudyClaim) -> str:
+    """Return the method of a pair and its control, without their ranks."""
+    names = []
+    for arm in claim.for_arms:
+        method, _ = split_label(arm)
+        names.append(_SHORT.get(method, method.partition(", ")[0]))
+    return " vs ".join(names)
+
+
+def truths(claim: StudyClaim) -> dict[str, str]:
+    """Return the names of the truths of a pair by ``FAVORABLE`` and ``OTHER``."""
+    names = {}
+    for side, arms in ((FAVORABLE, claim.for_arms), (OTHER, claim.against_arms)):
+        for arm in arms[:1]:
+            truth = split_label(arm)[1]
+            names[side] = _SHORT.get(truth, truth.removeprefix("second "))
+    return names
+
+
+def arrange(charts: Sequence[Chart], title: str) -> Panels:
+    """Arrange charts of equal size in rows of at most three, below a title."""
     starts = range(0, len(charts), _ROW)
-    return Panels(tuple(tuple(charts[start : start + _ROW]) for start in starts), columns=min(len(charts), _ROW))
+    return Panels(
+        tuple(tuple(charts[start : start + _ROW]) for start in starts), columns=min(len(charts), _ROW), title=title
+    )
 
 
 def write_word(x: Any, y: Any, word: str = "not run") -> Text:

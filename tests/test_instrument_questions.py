@@ -151,9 +151,7 @@ def verify(folder: Path) -> list[str]:
     return verify_study(folder / "evidence", file, QUESTIONS, lambda id: instruments.__name__, sentences=False)
 
 
-def test_seeds_are_trained_once_and_a_changed_word_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seeds_are_trained_once_and_a_changed_word_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "registered.toml").write_bytes(REGISTERED.read_bytes())
     assert train_made_up(tmp_path, monkeypatch) == list(range(200, 232))
     assert train_made_up(tmp_path, monkeypatch) == []

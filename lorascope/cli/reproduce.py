@@ -32,6 +32,7 @@ def main(
     seed: Annotated[int | None, arg(metavar="N")] = None,
     out: Annotated[str, arg(aliases=["-o"], metavar="DIR")] = "report",
     evidence: Annotated[str | None, arg(metavar="DIR")] = None,
+    instruments: Annotated[str | None, arg(metavar="DIR")] = None,
     minutes: Annotated[float, arg(metavar="N")] = math.inf,
     json: bool = False,
 ) -> int:
@@ -56,25 +57,31 @@ def main(
     evidence
         Instead, train the runs that data/registered-2.toml asks for and that this folder of evidence lacks, and add
         them. This needs a clone of the repository.
+    instruments
+        Instead, train the seeds that registered.toml next to this folder asks for, for the questions about the
+        instruments, and that the folder lacks, such as data/instruments/evidence. This needs a clone as well.
     minutes
-        With --evidence: start no run after N minutes.
+        With --evidence or --instruments: start no run after N minutes.
     json
         Print the result as JSON.
     """
-    modes = (paper, claim, evidence)
+    modes = (paper, claim, evidence, instruments)
+    folder = evidence or instruments
     reject(
         {
             f"--seed must be from 0 to {2**32 - 1}, got {seed}": seed is not None and not 0 <= seed < 2**32,
-            "--paper, --claim and --evidence cannot be combined": sum(mode is not None for mode in modes) > 1,
+            "--paper, --claim, --evidence and --instruments cannot be combined": sum(mode is not None for mode in modes)
+            > 1,
             "--seed requires --paper or --claim": seed is not None and paper is None and claim is None,
             f"--claim requires --seed: lorascope reproduce --claim {claim} --seed 31": claim is not None
             and seed is None,
             f"unknown paper {paper!r}; expected one of {', '.join(papers.NAMES)}": paper is not None
             and paper.lower() not in papers.NAMES,
-            "--evidence requires a clone of the repository, whose commit it records": evidence is not None
+            "--evidence and --instruments require a clone of the repository, whose commit they record": folder
+            is not None
             and clone_root() is None,
             f"--minutes must be >= 0, got {minutes:g}": not minutes >= 0,
-            "--minutes requires --evidence": evidence is None and minutes != math.inf,
+            "--minutes requires --evidence or --instruments": folder is None and minutes != math.inf,
         }
     )
     if find_spec("torch") is None:
@@ -83,6 +90,11 @@ def main(
     os.environ |= INSTRUCTIONS
     if evidence is not None:
         return _train_study(Path(evidence), Path(out), minutes)
+    if instruments is not None:
+        from lorascope.papers.training.instrument_training import train_instruments
+
+        train_instruments(Path(instruments), Path(out) / "runs", Path(instruments).parent / "registered.toml", minutes)
+        return 0
     if paper is not None:
         return _train_paper(paper.lower(), seed, Path(out), json)
     if claim is not None and seed is not None:

@@ -15,8 +15,10 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import command
 from lorascope.files.printable import count_or_no, count_phrase, printable
+from lorascope.papers import instruments
 from lorascope.papers.figures.study_images import draw_images, image_differences
 from lorascope.papers.first_edition import CARRIED
+from lorascope.papers.instruments import QUESTIONS
 from lorascope.papers.judging import first_edition, registered_study, study_verification
 from lorascope.papers.judging.data_folder import DATA, clone_root
 from lorascope.papers.judging.kept_study import INSTRUCTIONS
@@ -67,6 +69,7 @@ def main(*, write: bool = False, retrain: Annotated[int, arg(metavar="N")] = 0, 
 def _find_differences(root: Path | None, write: bool, retrain: int) -> Iterator[str]:
     first = first_edition.FOLDER
     causes = [*first_edition.verify_first(first, CARRIED), *verify_published(first), *_verify_second(write, retrain)]
+    causes += _verify_instruments(write)
     yield from causes
     if root:
         figures, images = read_figures(DATA), root / "figures"
@@ -77,6 +80,14 @@ def _find_differences(root: Path | None, write: bool, retrain: int) -> Iterator[
         if causes and differences:
             differences = [f"{count_phrase(len(differences), 'image')} in what follows from these"]
         yield from differences
+
+
+def _verify_instruments(write: bool) -> list[str]:
+    """Verify the answers to the questions about the instruments."""
+    folder, registered = DATA / "instruments" / "evidence", DATA / "instruments" / "registered.toml"
+    if write:
+        study_verification.write_study(folder, registered, QUESTIONS)
+    return study_verification.verify_study(folder, registered, QUESTIONS, lambda id: instruments.__name__, False)
 
 
 def _verify_second(write: bool, retrain: int = 0) -> list[str]:

@@ -70,6 +70,7 @@ def verify_study(
     registration_file: Path,
     comparisons: Mapping[str, StudyComparison],
     module_of: Callable[[str], str],
+    sentences: bool = True,
 ) -> list[str]:
     """Verify everything that follows from the runs by computing it again.
 
@@ -83,6 +84,8 @@ def verify_study(
         Effects of each claim.
     module_of : callable
         ``module_of(id)`` returns the name of the module whose ``JUDGED`` has the claim.
+    sentences : bool
+        Whether sentences in ``beliefs.toml`` and rows of the README follow from the results. Default True.
 
     Returns
     -------
@@ -114,15 +117,22 @@ def verify_study(
     consequences = len(causes) + len(changed) - len(lines)
     for name, content in contents.items():
         consequences += _add(lines, compare_with_file(folder / name, content))
-    # Sentences follow from the results, and the rows of the README from both.
+    if sentences:
+        consequences += _add(lines, _sentence_differences(folder, registration_file, registration, contents))
+    if consequences:
+        lines.append(f"{count_phrase(consequences, 'further difference')} in what follows from these")
+    return lines
+
+
+def _sentence_differences(
+    folder: Path, registration_file: Path, registration: StudyRegistration, contents: Mapping[str, bytes]
+) -> list[str]:
+    """Compare the sentences with the results that they follow from, and the rows of the README with both."""
     differences = list(beliefs.belief_differences(folder, registration, contents["results.csv"]))
     readme = registration_file.parents[1] / "README.md"
     if readme.exists() and not differences:
         differences += beliefs.readme_differences(readme, folder, registration, first_edition.text_estimates())
-    consequences += _add(lines, differences)
-    if consequences:
-        lines.append(f"{count_phrase(consequences, 'further difference')} in what follows from these")
-    return lines
+    return differences
 
 
 def _add(lines: list[str], differences: Iterable[str]) -> int:

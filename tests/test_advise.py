@@ -142,16 +142,22 @@ def test_numbers_equal_those_of_dial_and_price(bert: str, task: Task, keep: Task
         repeat(document | {"receipt": document["receipt"] | {"run": "other"}}, run)
 
 
+def write_texts(folder: Path, **texts: Task) -> list[str]:
+    """Write texts as CSV files, and return the options of ``lorascope advise`` that name them."""
+    words = []
+    for name, text in texts.items():
+        file = folder / f"{name}.csv"
+        text.table.drop(columns=["draw", "cluster"], errors="ignore").to_csv(file, index=False)
+        words += [f"--{name}", str(file)]
+    return words
+
+
 def test_an_advice_is_repeated_to_the_digit_and_a_changed_one_is_noticed(
     bert: str, task: Task, keep: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
     run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=12)[1]
-    files = {}
-    for name, item in (("task", task), ("keep", keep)):
-        files[name] = str(tmp_path / f"{name}.csv")
-        item.table.drop(columns=["draw", "cluster"], errors="ignore").to_csv(files[name], index=False)
     receipt, page = tmp_path / "advice.json", tmp_path / "card.html"
-    words = [str(run.path), "--model", bert, "--task", files["task"], "--keep", files["keep"]]
+    words = [str(run.path), "--model", bert, *write_texts(tmp_path, task=task, keep=keep)]
     assert main(["advise", *words, "-o", str(receipt), "--html", str(page)]) == 0
     printed = capsys.readouterr().out
     assert "where did the rank go" in printed
@@ -165,6 +171,30 @@ def test_an_advice_is_repeated_to_the_digit_and_a_changed_one_is_noticed(
     receipt.write_text(json.dumps(document), encoding="utf-8")
     assert main(["advise", "--verify", str(receipt)]) == 1
     assert "learn: value kept" in capsys.readouterr().out
+
+
+def test_an_advice_on_a_series_is_verified_on_its_last_checkpoint(
+    bert: str, task: Task, keep: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    series, receipt = tmp_path / "series", tmp_path / "advice.json"
+    for steps in (6, 12):
+        run = trained(bert, task, METHODS["lora"], tmp_path / str(steps), steps=steps)[1]
+        ls.export.to_peft(run, series / f"checkpoint-{steps}")
+    words = ["--model", bert, *write_texts(tmp_path, task=task, keep=keep)]
+    assert main(["advise", str(series), *words, "-o", str(receipt)]) == 0
+    document = json.loads(receipt.read_text(encoding="utf-8"))
+    last = series / "checkpoint-12"
+    assert document["receipt"]["run"] == ls.load(last).id
+    (learn,) = [fact["value"] for fact in document["facts"] if fact["name"] == "learn"]
+    measured = ls.dial(ls.load(last), bert, task, keep, by=document["receipt"]["call"]["plan"]["by"], progress=False)
+    assert learn == measured.summary().loc[0, "learn"]
+    capsys.readouterr()
+    # The receipt names the series, and its last checkpoint is the same adapter.
+    for subject in ([], [str(last)]):
+        assert main(["advise", *subject, "--verify", str(receipt)]) == 0
+        assert capsys.readouterr().out.endswith("no differences\n")
+    assert main(["advise", str(series / "checkpoint-6"), "--verify", str(receipt)]) == 2
+    assert f"the receipt is of run {ls.load(last).id}, got" in capsys.readouterr().err
 
 
 def test_retraining_gives_a_configuration_only_if_it_is_as_good(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811

@@ -140,21 +140,6 @@ def test_last_uses_the_last_step_of_each_run_and_quantity() -> None:
     }
 
 
-def test_since_start_subtracts_the_value_at_step_0() -> None:
-    start = [(0, "words", "adapter_norm", 110.0), (0, "b.1.q", "adapter_norm", 2.0)]
-    rows = table([*start, (9, "words", "adapter_norm", 110.5), (9, "b.1.q", "adapter_norm", 3.0)])
-    found = norms.subtract_start(norms.pool_modules(norms.select_quantity(rows, "adapter_norm")))
-    assert cells(found, "step", "place") == {(0, "embed"): 0, (0, "1"): 0, (9, "embed"): 0.5, (9, "1"): 1.0}
-
-
-def test_since_start_without_step_0_raises() -> None:
-    rows = table(
-        [(0, "words", "adapter_norm", 1.0), (9, "words", "adapter_norm", 1.0), (9, "head", "adapter_norm", 1.0)]
-    )
-    with pytest.raises(ValueError, match="step 0"):
-        norms.subtract_start(norms.pool_modules(norms.select_quantity(rows, "adapter_norm")))
-
-
 def test_frames_are_evenly_spaced_over_common_steps() -> None:
     def steps(run: str, recorded: range) -> pd.DataFrame:
         return table([(step, "words", "update_norm", 1.0) for step in recorded], run)

@@ -185,3 +185,17 @@ def test_a_dial_of_planted_effects_finds_them() -> None:
     assert summary.loc["a", "learn"] == pytest.approx(0.3, rel=1e-3)
     assert planted_dial().best(0.03) == {"whole": 0.5}
     assert planted_dial().best(0.0) == {}
+
+
+def test_the_summary_has_the_changes_at_the_best_scale() -> None:
+    """The loss rises by 0.02 and the distance falls by 0.3, as the curve says; a part without a curve has no scale."""
+    measured = planted_dial()
+    summary = measured.summary().set_index("part")
+    assert summary.loc["whole", "best_scale"] == 0.5
+    assert summary.loc["whole", "best_loss"] == pytest.approx(0.02, rel=1e-3)
+    assert summary.loc["whole", "best_distance"] == pytest.approx(-0.3, rel=1e-3)
+    curve = measured.curve().query("scale == 0.5").set_index("axis")
+    for axis, name in (("task", "best_loss"), ("keep", "best_distance")):
+        numbers = summary.loc["whole", [name, f"{name}_low", f"{name}_high"]].to_list()
+        assert numbers == curve.loc[axis, ["change", "low", "high"]].to_list()
+    assert summary.loc["a", ["best_scale", "best_loss", "best_distance_high"]].isna().all()

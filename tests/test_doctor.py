@@ -11,12 +11,13 @@ import torch
 from planted import low_rank, plant
 from safetensors.numpy import load_file, save
 from test_inspect import strictly
-from test_kl import overfitted
+from test_kl import few_sentences, overfitted
 from torch.utils.data import Subset
 from trainers import METHODS
 from ward import SETTINGS, Allocating, Bench, adalora
 
 import lorascope as ls
+from lorascope.analysis.stored_measurements import DIAL
 from lorascope.cli.main import main
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, DoctorRule, Finding
@@ -24,6 +25,7 @@ from lorascope.diagnosis.causes.finding import finding, run_rules
 from lorascope.diagnosis.doctor import skipped_checks
 from lorascope.diagnosis.training_case import TrainingEvidence
 from lorascope.inputs import models
+from lorascope.papers.setups import planted_teacher
 from lorascope.training.hf_trainer.run_metadata import row_overlap
 
 
@@ -74,7 +76,16 @@ def rate_too_large(bench: Bench) -> ls.Run:
 
 
 def trained_too_long(bench: Bench) -> ls.Run:
-    return overfitted(bench.out / "run")
+    return overfitted(bench.out / "run", [ls.observe.kl(every=5, keep=planted_teacher.task(1))])
+
+
+def learned_by_heart(bench: Bench) -> ls.Run:
+    run = overfitted(bench.out / "run", [])
+    table = planted_teacher.task(0).table[["text"]]
+    fresh_text = ls.tasks.from_frame(table[~table["text"].isin(few_sentences().table["text"])], "fresh sentences")
+    options = {"keep": planted_teacher.task(1), "by": "whole", "rows": 400, "progress": False}
+    ls.dial(run, planted_teacher.base(), fresh_text, **options).save(bench.out / "run" / DIAL)
+    return run
 
 
 def constant_start(bench: Bench) -> ls.Run:
@@ -164,6 +175,7 @@ FAULTS: dict[Callable[[Bench], ls.Run], str] = {
     compiled_too_early: "LS025",
     heads_not_gathered: "LS026",
     trained_too_long: "LS031",
+    learned_by_heart: "LS032",
 }
 
 

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 from adapter_bits import peft_folder
 from planted import plant
+from test_advise import made_dial
 from test_doctor_recorded import case
 
 import lorascope as ls
+from lorascope.analysis.stored_measurements import DIAL
 from lorascope.diagnosis.case import Case, TrainedModule
 from lorascope.diagnosis.causes.adapter import dead_layers
 from lorascope.diagnosis.causes.finding import DoctorRule
 from lorascope.diagnosis.causes.in_training import dominated, far_from_base, loss_flat, rate_large, rate_zero
 from lorascope.diagnosis.causes.late_checkpoint import late_checkpoint
 from lorascope.diagnosis.causes.training import collapsed
+from lorascope.diagnosis.causes.update_too_strong import update_too_strong
 from lorascope.diagnosis.training_case import TrainingEvidence
 
 
@@ -178,3 +181,37 @@ def test_checkpoint_is_not_late_without_a_gauge_or_a_finite_loss(tmp_path: Path)
     assert not found(late_checkpoint, Case(plant(tmp_path, "a", {("loss", ""): {0: 1.0}})))
     rows = {0: np.full(4, np.nan)}
     assert not found(late_checkpoint, Case(plant(tmp_path, "b", {("row_loss", ""): rows, ("kl_keep", ""): {0: 0.0}})))
+
+
+@pytest.mark.parametrize(
+    ("loss", "spread", "changes", "expected"),
+    [
+        (0.05, 0.35, {}, True),
+        (0.05, 0.36, {}, False),
+        (0.11, 0.0, {}, False),
+        (0.05, 0.0, {"learn_low": -0.1}, False),
+        (0.05, 0.0, {"best_distance_high": 0.1}, False),
+        (0.05, 0.0, {"run": "another"}, False),
+    ],
+    ids=["below", "touches", "costs more", "not shown to learn", "not shown to be nearer", "of another run"],
+)
+def test_update_is_too_strong_if_the_loss_at_a_smaller_scale_ends_below_the_margin(
+    loss: float, spread: float, changes: dict[str, object], expected: bool, tmp_path: Path
+) -> None:
+    """The margin is a tenth of the learning, 0.1, and half an interval of 200 rows is 0.14 spreads."""
+    run = plant(tmp_path, "a", {("loss", ""): {0: 1.0}})
+    assert run.path is not None
+    table = made_dial(loss, spread).summary().assign(run=run.id)
+    table.assign(**changes).to_csv(run.path / DIAL, index=False)
+    findings = list(update_too_strong.findings(Case(run)))
+    assert bool(findings) == expected
+    if expected:
+        evidence = findings[0].evidence
+        assert evidence["scale"] == 0.5
+        assert evidence["loss"] == pytest.approx(0.05)
+        assert evidence["distance"] == pytest.approx(-1.0)
+        assert evidence["threshold"] == pytest.approx(0.1)
+
+
+def test_strength_of_an_update_is_not_checked_without_a_dial(tmp_path: Path) -> None:
+    assert not Case(plant(tmp_path, "a", {("loss", ""): {0: 1.0}})).has("dial")

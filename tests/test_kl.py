@@ -125,17 +125,20 @@ def test_step_to_keep_has_the_least_distance_within_one_paired_error(tmp_path: P
     assert course.index[course["keep"]].tolist() == [5]
 
 
-def overfitted(out: Path) -> ls.Run:
-    """Train on 375 sentences, of which 268 train: they are learned by heart from about step 30 on."""
-    few = tasks.from_frame(planted_teacher.task(0).table[["text"]].iloc[::8].reset_index(drop=True), "few sentences")
-    gauge = ls.observe.kl(every=5, keep=planted_teacher.task(1))
+def few_sentences() -> tasks.Task:
+    """Return 375 sentences, of which 268 train."""
+    return tasks.from_frame(planted_teacher.task(0).table[["text"]].iloc[::8].reset_index(drop=True), "few sentences")
+
+
+def overfitted(out: Path, observe: list[Any]) -> ls.Run:
+    """Train on a few sentences, which are learned by heart from about step 30 on."""
     settings = {"steps": 100, "batch_size": 16, "eval_every": 0, "eval_size": 32, "test_size": 32, "progress": False}
     method = ls.LoRA(rank=4, targets="all-linear", lr=1e-2)
-    return ls.train(planted_teacher.student(), few, method, out=out, observe=[gauge], **settings)
+    return ls.train(planted_teacher.student(), few_sentences(), method, out=out, observe=observe, **settings)
 
 
 def test_doctor_names_the_step_to_keep_of_a_training_that_overfits(tmp_path: Path) -> None:
-    run = overfitted(tmp_path / "run")
+    run = overfitted(tmp_path / "run", [ls.observe.kl(every=5, keep=planted_teacher.task(1))])
     (late,) = (finding for finding in ls.diagnose(run) if finding.cause == "late-checkpoint")
     course = forgetting_course(run).set_index("step")
     assert [late.evidence["step"]] == course.index[course["keep"]].tolist()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
+import planted
 import pytest
+from test_advise import made_dial
 from test_inspect import llama, plant
 
+import lorascope as ls
+from lorascope.analysis.stored_measurements import DIAL, PRICE, READING
 from lorascope.cli.main import main
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -80,3 +85,37 @@ def test_command_explains_what_was_found(
     words = next_words(capsys.readouterr().out)
     assert words[0] == command
     assert main([word.replace("spectrum.pdf", str(tmp_path / "a.csv")) for word in words]) == (command == "doctor")
+
+
+def test_command_of_a_run_with_the_gauge_draws_the_step_to_keep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {0: [2.0, 3.0, 4.0, 5.0], 5: [1.0, 2.2, 3.1, 4.0], 10: [1.1, 1.9, 3.0, 4.1]}
+    values = {("row_loss", ""): {step: np.array(rows) for step, rows in losses.items()}}
+    values |= {("kl_keep", ""): {0: 0.0, 5: 0.2, 10: 0.5}, ("update_norm", "h.0.q"): {10: 1.0}}
+    run = planted.plant(tmp_path, "a", values, factors={"h.0.q": planted.low_rank(2.0, 1.0)})
+    assert main(["inspect", str(run.path)]) == 0
+    words = next_words(capsys.readouterr().out)
+    assert (words[:2], words[3:]) == (["plot", "kl"], ["-o", "kl.pdf"])
+    assert main([*words[:-1], str(tmp_path / "kl.csv")]) == 0
+
+
+def test_command_follows_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unused rank is priced, then words are read after a dial, and then only figures are left."""
+    folder = tmp_path / "a"
+    plant(folder, llama(2, [10.0, 4.0, 0.1, 0.1]))
+    id = ls.load(folder).id
+
+    def shown() -> list[str]:
+        assert main(["inspect", str(folder)]) == 0
+        return next_words(capsys.readouterr().out)
+
+    made_dial(0.5, 0.1).summary().assign(run=id).to_csv(folder / DIAL, index=False)
+    assert shown()[0] == "price"
+    rows = [{"rank": 2, "cut": 0.1, "cut_low": 0.0, "cut_high": 0.2}]
+    document = {"rank": 4, "table": rows, "tolerance": 0.1, "cards": [], "receipt": {"run": id}}
+    (folder / PRICE).write_text(json.dumps(document), encoding="utf-8")
+    words = shown()
+    assert (words[0], words[2:]) == ("read", ["--model", "NAME", "--rows", "NAME"])
+    (folder / READING).write_text(json.dumps(document), encoding="utf-8")
+    assert shown()[0] == "plot"

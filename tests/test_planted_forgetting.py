@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,30 +26,41 @@ from lorascope.insight.dial import DialedModel
 from lorascope.insight.token_contributions import traced_calls
 from lorascope.insight.update_parts import PartDirections, ScaledUpdates, UpdatePart, component_parts
 from lorascope.methods import LoRA
-from lorascope.observe.measured_rows import Drift, RowMeasure, TaskLoss
+from lorascope.observe.measured_rows import Divergence, Drift, RowMeasure, TaskLoss
 
 ROWS = 256
 RIDGE = 0.01  # relative to the mean variance of the inputs
 METHOD = LoRA(rank=4, alpha=8.0, targets="all-linear", lr=3e-3, head_lr=1e-2)
-# Words of the tokenizer that reviews do not have.
-OTHER = ["Review", "Sentiment", ":", "positive", "negative"]
+CAUSAL = LoRA(rank=4, alpha=8.0, targets="all-linear", lr=3e-3)
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of an encoder whose states have more dimensions than its text has words, as those of usual encoders."""
-    folder = tmp_path_factory.mktemp("models") / "wide"
-    tiny("bert", "base", hidden_size=128, intermediate_size=128).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+class Ground(NamedTuple):
+    """Model and text in which a part is planted: words of reviews and of other text, and the distance from the base."""
+
+    model: Any
+    method: LoRA
+    distance: type[Drift] | type[Divergence]
+    common: list[str]
+    other: list[str]
 
 
-def other_text(seed: int) -> pd.DataFrame:
+def grounds() -> dict[str, Ground]:
+    """Return an encoder and a decoder with more dimensions than their text has words, as those of usual models."""
+    size: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
+    # Words of the tokenizer that reviews do not have; a decoder answers with some of them.
+    answers, half = ["Review", "Sentiment", ":", "positive", "negative"], len(FILLER) // 2
+    return {
+        "encoder": Ground(tiny("bert", "base", **size), METHOD, Drift, FILLER, answers),
+        "decoder": Ground(tiny("llama", **size), CAUSAL, Divergence, FILLER[:half], FILLER[half:]),
+    }
+
+
+def other_text(seed: int, ground: Ground) -> pd.DataFrame:
     """Return sentences with the common words of reviews, and other words than those that decide a review."""
     generator = np.random.default_rng(seed)
     lines = []
     for _ in range(900):
-        words = [*generator.choice(FILLER, generator.integers(3, 7)), *generator.choice(OTHER, 2)]
+        words = [*generator.choice(ground.common, generator.integers(3, 7)), *generator.choice(ground.other, 2)]
         lines.append(" ".join(generator.permutation(words)))
     return pd.DataFrame({"text": lines})
 
@@ -73,12 +84,12 @@ def second_moment(measure: RowMeasure, module: str) -> Float[np.ndarray, "in in"
 def find_directions(
     adapted: AdaptedBase, selection: dict[str, RowMeasure], module: str, sigma: float
 ) -> PartDirections:
-    """Return sigma u v^T: v has most variance in other text per variance in the task, and u raises the drift most."""
+    """Return sigma u v^T: v has most variance in other text per variance in the task, and u raises the distance."""
     task_moment, other_moment = (second_moment(selection[axis], module) for axis in (TASK, KEEP))
     ridge = RIDGE * np.trace(task_moment) / len(task_moment) * np.eye(len(task_moment))
     v = torch.from_numpy(eigh(other_moment, task_moment + ridge)[1][:, -1:]).float()
     v /= v.norm()
-    # The slope of the drift in a part e_o v^T is its gradient by output o of the module along v.
+    # The slope of the distance in a part e_o v^T is its gradient by output o of the module along v.
     out_features = adapted.updates[module].shape[0]
     outputs = PartDirections(torch.eye(out_features), torch.ones(out_features), v.expand(-1, out_features))
     with ScaledUpdates(adapted.base, adapted.deltas, {module: outputs}).gated(1.0) as gates:
@@ -86,20 +97,20 @@ def find_directions(
     return PartDirections((slopes / slopes.norm())[:, None], torch.tensor([sigma]), v)
 
 
-def judge_planted(folder: str, out: Path, seed: int) -> str:
+def judge_planted(ground: Ground, folder: str, out: Path, seed: int) -> str:
     """Train an adapter, add a part as large as a random component of it, and return the verdict on the part."""
-    task = split_rows(sentences(seed, FILLER), "reviews")
-    run = trained(folder, task, METHOD, out, steps=100, seed=seed)[1]
+    task = split_rows(sentences(seed, ground.common), "reviews")
+    run = trained(folder, task, ground.method, out, steps=100, seed=seed)[1]
     adapted = open_adapted(run, folder, task, "last")
     base = adapted.base.eval()
-    keep = load_keep(split_rows(other_text(seed), "other"), adapted.task, base)
+    keep = load_keep(split_rows(other_text(seed, ground), "other"), adapted.task, base)
     axes: dict[str, dict[str, RowMeasure]] = {}
     for split in ("train", "validation"):
         task_rows, keep_rows = (encode_rows(base, text, split, ROWS, 128) for text in (adapted.task, keep))
-        axes[split] = {TASK: TaskLoss(base, *task_rows), KEEP: Drift(base, *keep_rows)}
+        axes[split] = {TASK: TaskLoss(base, *task_rows), KEEP: ground.distance(base, *keep_rows)}
     delta.attach(base, adapted.deltas)
     components = component_parts(base, adapted.updates)
-    # The pooler and the head do not change the drift.
+    # The pooler and the head of an encoder do not change the drift.
     candidates = [part for part in components.parts if part.layer is not None]
     component: Any = candidates[np.random.default_rng(seed).integers(len(candidates))]
     (module,) = component.modules
@@ -117,7 +128,11 @@ def judge_planted(folder: str, out: Path, seed: int) -> str:
 
 
 @pytest.mark.slow
-def test_a_planted_part_only_forgets(encoder: str, tmp_path: Path) -> None:
-    """In at least 18 of 20 trained adapters."""
-    verdicts = [judge_planted(encoder, tmp_path / str(seed), seed) for seed in range(20)]
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_a_planted_part_only_forgets(name: str, tmp_path: Path) -> None:
+    """In at least 18 of 20 trained adapters, by drift in an encoder and by KL in a decoder."""
+    ground, folder = grounds()[name], tmp_path / "model"
+    ground.model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    verdicts = [judge_planted(ground, str(folder), tmp_path / str(seed), seed) for seed in range(20)]
     assert verdicts.count("only forgets") >= 18, verdicts

@@ -16,6 +16,7 @@ from test_next_command import next_words
 
 import lorascope as ls
 from lorascope.analysis.rank_use import ModuleUse, RankUse, random_spectra, used_components
+from lorascope.analysis.stored_measurements import PRICE
 from lorascope.cli.main import main
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.doctor import completed_checks, observe_ranks
@@ -289,6 +290,28 @@ def test_doctor_says_what_it_checked_and_what_needs_a_model(tmp_path: Path, caps
     assert told["checked"] == checked
     assert [found["cause"] for found in told["observations"]] == [found.cause for found in observe_ranks(case)]
     assert told["observations"][0]["evidence"]["used"] == 16
+
+
+def test_doctor_shows_a_measured_price_as_evidence_of_unused_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = plant(tmp_path / "a", llama(2, [10.0, 4.0, 0.1, 0.1]))
+    run = ls.load(folder)
+    rows = [{"rank": None, "cut": 0.5, "cut_low": 0.4, "cut_high": 0.6}]  # a budget
+    rows.append({"rank": 2.0, "cut": 0.002, "cut_low": -0.001, "cut_high": 0.005})
+    document = {"rank": 4, "table": rows, "verdict": "wasteful", "tolerance": 0.01, "receipt": {"run": run.id}}
+    (folder / PRICE).write_text(json.dumps(document), encoding="utf-8")
+    (use, *_) = observe_ranks(Case(run))
+    assert "; cut to rank 2: loss +0.002 nats [-0.001, 0.005]" in use.message
+    assert use.evidence["cut"] == {"rank": 2, "loss": 0.002, "low": -0.001, "high": 0.005, "tolerance": 0.01}
+    assert main(["doctor", str(folder)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "loss +0.002 nats" in shown
+    # What was measured needs no model any more.
+    assert shown.endswith("needs a model what each part learns and forgets (lorascope dial)")
+    (folder / PRICE).write_text(json.dumps(document | {"receipt": {"run": "another"}}), encoding="utf-8")
+    (use, *_) = observe_ranks(Case(run))
+    assert "cut" not in use.evidence
 
 
 def test_doctor_lists_no_check_of_ranks_without_one(capsys: pytest.CaptureFixture[str]) -> None:

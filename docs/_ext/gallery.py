@@ -7,7 +7,7 @@ runs of ``gallery_runs`` if no example has the records, so the image shown is wh
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from gallery_runs import train_gallery_runs
 
 import lorascope as ls
 from lorascope.charts.chart import Drawable
-from lorascope.plots.figure_registry import FIGURES, Figure
+from lorascope.plots.figure_registry import FIGURES, Figure, example_code
 
 RUNS = "_build/gallery-runs"
 IMAGES = "gallery/images"
@@ -32,6 +32,10 @@ TOPICS = {
     "optimizers": ("Optimizers and cost", "Second moments, their factorizations, memory and time of a step."),
 }
 
+INSTRUMENTS = ("Instruments", "What an instrument measured of an adapter on rows of text, with its base model.")
+# Figures of results, which have no requirements of a run to register, and the guides that measure the results.
+GUIDES = {"learn_forget": "dial", "dial": "dial", "price": "price", "reading": "reader", "forks": "forks"}
+
 
 def draw_pages(source: Path) -> dict[str, str]:
     """Draw all examples and return the pages of the gallery by their path."""
@@ -42,21 +46,26 @@ def draw_pages(source: Path) -> dict[str, str]:
     pages = {"gallery/index.md": index_page()}
     for topic, (name, intro) in TOPICS.items():
         pages[f"gallery/{topic}.md"] = f"# {name}\n\n{intro}\n\n" + "\n".join(entries[topic])
+    results = [result_entry(name, guide, runs, source / IMAGES) for name, guide in GUIDES.items()]
+    name, intro = INSTRUMENTS
+    pages["gallery/instruments.md"] = f"# {name}\n\n{intro}\n\n" + "\n".join(results)
     return pages
 
 
 def index_page() -> str:
     """Return the index of the gallery, with the code that trains its runs."""
+    figures = {topic: [figure.name for figure in FIGURES.values() if figure.topic == topic] for topic in TOPICS}
+    figures["instruments"] = [*GUIDES]
     cards = ""
-    for topic, (name, intro) in TOPICS.items():
-        names = ", ".join(f"`{figure.name}`" for figure in FIGURES.values() if figure.topic == topic)
+    for topic, (name, intro) in {**TOPICS, "instruments": INSTRUMENTS}.items():
+        names = ", ".join(f"`{figure}`" for figure in figures[topic])
         cards += f":::{{grid-item-card}} {name}\n:link: {topic}\n:link-type: doc\n\n{intro}\n\n{names}\n:::\n\n"
-    topics = "\n".join(TOPICS)
+    topics = "\n".join(figures)
     training = (Path(__file__).parent / SOURCE).read_text(encoding="utf-8")
     return (
-        "# Gallery\n\nThe figures in `ls.plots.FIGURES`, each drawn by the code next to it, most of them from "
-        "`ls.example(...)`. The runs are short and small, so they show how to read a figure, not which method is "
-        "better: see [the findings](../findings.md).\n\n"
+        "# Gallery\n\nThe figures in `ls.plots.FIGURES` and those of instruments, each drawn by the code next to it, "
+        "most of them from `ls.example(...)`. The runs are short and small, so they show how to read a figure, not "
+        "which method is better: see [the findings](../findings.md).\n\n"
         f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}::::\n\n"
         "```{toctree}\n:hidden:\n\n" + topics + "\n```\n\n## Other runs\n\nThe other figures need records that no "
         "example of the package has. This code trains their runs, on the bundled model and text or on text of planted "
@@ -67,18 +76,32 @@ def index_page() -> str:
 
 def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
     """Return the section of a figure: image, code, reading, caveat."""
-    code = figure.example
+    reading = f"**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}"
+    return section(figure.name, figure.draw, reading, runs, images)
+
+
+def result_entry(name: str, guide: str, runs: dict[str, Any], images: Path) -> str:
+    """Return the section of the figure of a result, with its guide: image, code, reading."""
+    draw = getattr(ls.plots, name)
+    reads = " ".join(numpydoc.docscrape.FunctionDoc(draw)["Extended Summary"])
+    link = f"[The guide](../{guide}.md) measures it, and has the caveats."
+    return section(name, draw, f"**How to read.** {reads}\n\n{link}", runs, images)
+
+
+def section(name: str, draw: Callable[..., Drawable], reading: str, runs: dict[str, Any], images: Path) -> str:
+    """Return the section of a figure with its reading: image, code and the runs that the code uses."""
+    code = example_code(draw)
     chart = run_example(code, runs)
-    image_lines = "\n".join(save_images(chart, figure.name, images))
-    summary = " ".join(numpydoc.docscrape.FunctionDoc(figure.draw)["Summary"])
+    image_lines = "\n".join(save_images(chart, name, images))
+    summary = " ".join(numpydoc.docscrape.FunctionDoc(draw)["Summary"])
     names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
-    trained = ", ".join(f"`{name}`" for name in runs if name in names)
+    trained = ", ".join(f"`{run}`" for run in runs if run in names)
     if trained:
         trained = f"Trained by [the code of the gallery](index.md#other-runs): {trained}.\n\n"
     return (
-        f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{image_lines}\n\n"
-        f"```python\n{code}\n```\n\n{trained}**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
-        f"{{py:func}}`Parameters of ls.plots.{figure.name} <lorascope.plots.{figure.name}>`\n"
+        f"(figure-{name})=\n## `{name}`\n\n{summary}\n\n{image_lines}\n\n"
+        f"```python\n{code}\n```\n\n{trained}{reading}\n\n"
+        f"{{py:func}}`Parameters of ls.plots.{name} <lorascope.plots.{name}>`\n"
     )
 
 

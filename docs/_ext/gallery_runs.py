@@ -144,6 +144,27 @@ def train_students(root: Path) -> dict[str, Any]:
     }
 
 
+def measure_adapter(root: Path) -> dict[str, Any]:
+    """Return what instruments measure of an adapter that learned the text of a planted teacher, and forks of students.
+
+    They are forked halfway, with a learning rate of 3e-3 instead of 1e-2.
+    """
+    base, task = planted_teacher.base(), planted_teacher.task(0)
+    adapter = ls.example("adapter")
+    method = ls.LoRA(rank=4, targets=LINEAR, **STUDENT_LR)
+    settings = STUDENT | {"eval_every": 5, "keep_checkpoints": (STUDENT["steps"] // 2,)}
+    forks = []
+    for seed in (0, 1, 2):
+        trunk = ls.train(base, task, method, seed=seed, root=root, **settings)
+        forks.append(ls.fork(trunk, base, task, step=STUDENT["steps"] // 2, lr=3e-3, progress=False))
+    return {
+        "dialed": ls.dial(adapter, base, task, planted_teacher.task(1), by="module", progress=False),
+        "priced": ls.price(adapter, base, task, ranks=(1, 2, 4), progress=False),
+        "words": ls.read(adapter, base, task, top=1, progress=False),
+        "forked": forks,
+    }
+
+
 def train_changed_task(root: Path) -> ls.Run:
     """Train LoRA at a constant rate on the text of one planted teacher, and from step 100 of 200 on that of another."""
     folder = root / "changed-task"
@@ -201,4 +222,4 @@ def train_gallery_runs(
             for name, method in (("full", ls.Full()), ("LoRA", lora))
         },
     }
-    return runs | train_students(root) | {"changed_task": train_changed_task(root)}
+    return runs | train_students(root) | {"changed_task": train_changed_task(root)} | measure_adapter(root)

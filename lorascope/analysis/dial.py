@@ -32,11 +32,15 @@ from lorascope.files.whole_files import require_absent, write_bytes
 from lorascope.runs.receipt import Receipt
 
 VERDICTS = ("keep", "trade", "only forgets", "idle", "hurts", "undecided")
+BEST = [f"{name}{end}" for name in ("best_loss", "best_distance") for end in ("", "_low", "_high")]
+"""Changes of loss and distance at the best scale, with their intervals."""
 COLUMNS = (
     ["part", "module", "layer", "role", "component", "energy"]
     + [f"{name}{end}" for name in ("learn", "forget") for end in ("", "_low", "_high")]
     + ["kl", "learn_share", "forget_share", "learn_slope", "forget_slope"]
-    + ["exact", "control", "best_scale", "verdict", "rows_needed"]
+    + ["exact", "control", "best_scale"]
+    + BEST
+    + ["verdict", "rows_needed"]
 )
 _MOST_SCALES = 3  # best scales of the representation
 FEWEST_PARTS = 10  # the even share of fewer parts would be too large a margin
@@ -121,7 +125,9 @@ class Dial:
             learn_low, learn_high`` (nats), ``forget, forget_low, forget_high`` (nats or drift), ``kl`` (nats; NaN
             without a probe), ``learn_share, forget_share`` (path shares; those of parts add up, controls excluded),
             ``learn_slope, forget_slope`` (per unit of scale), ``exact`` (whether the part was removed), ``control``,
-            ``best_scale`` (NaN without a curve), ``verdict``, ``rows_needed``.
+            ``best_scale`` (NaN without a curve), ``best_loss, best_loss_low, best_loss_high`` (change of the task loss
+            at the best scale, nats), ``best_distance, best_distance_low, best_distance_high`` (change of the distance
+            from the base there, nats or drift), ``verdict``, ``rows_needed``.
         """
         return self.parts.copy()
 
@@ -217,7 +223,11 @@ class Dial:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return self.parts.drop(columns=["module", "learn_slope", "forget_slope"]).to_html(index=False, na_rep="")
+        # Changes at the best scale are in the figure of the curve.
+        hidden = [
+            name for name in COLUMNS if name.startswith(("best_loss", "best_distance")) or name.endswith("_slope")
+        ]
+        return self.parts.drop(columns=["module", *hidden]).to_html(index=False, na_rep="")
 
 
 def _format_interval(row: Any, name: str) -> str:
@@ -324,8 +334,19 @@ def dial_of_rows(
         if effect is not None and record["verdict"] == "undecided":
             record["rows_needed"] = rows_needed(effect, whole, *margins, len(rows[TASK].counts))
         records.append(record)
-    summary = pd.concat([parts, pd.DataFrame(records)], axis=1)
+    summary = pd.concat([parts, pd.DataFrame(records)], axis=1).join(_changes_at(table, scales), on="part")
     return Dial(label, table, summary[COLUMNS], *margins, receipt)
+
+
+def _changes_at(table: pd.DataFrame, scales: Mapping[str, float]) -> pd.DataFrame:
+    """Return the changes of loss and distance of each part at a scale, with their intervals, by part."""
+    is_scaled = table["scale"] == table["part"].map(scales)
+    names = {TASK: "best_loss", KEEP: "best_distance"}
+    changes = []
+    for axis, name in names.items():
+        points = table[is_scaled & (table["axis"] == axis)].set_index("part")[["change", "low", "high"]]
+        changes.append(points.set_axis([name, f"{name}_low", f"{name}_high"], axis=1))
+    return pd.concat(changes, axis=1)
 
 
 def even_share(effect: float, parts: int) -> float:

@@ -132,19 +132,3 @@ def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
 
 def _cell_columns(cells: pd.DataFrame) -> list[str]:
     return list(cells.columns.drop(["step", "value"]))
-
-
-def subtract_start(cells: pd.DataFrame) -> pd.DataFrame:
-    """Subtract the norm, or other value, at step 0 from every cell, which leaves the change due to training.
-
-    Raises
-    ------
-    ValueError
-        A cell was not recorded at step 0.
-    """
-    key = _cell_columns(cells)
-    start = cells.loc[(cells["step"] == 0).fillna(False), [*key, "value"]]
-    matched = cells.merge(start, on=key, how="left", suffixes=("", "_start"), indicator=True)
-    if (matched["_merge"] == "left_only").any():
-        raise ValueError("cannot subtract step 0: it was not recorded")
-    return cells.assign(value=matched["value"].to_numpy() - matched["value_start"].to_numpy())

@@ -18,6 +18,7 @@ from lorascope.runs.result import Result
 DIAL, PRICE, READING = "dial.csv", "price.json", "reading.json"
 _DIAL_COLUMNS = ["part", "learn", "learn_low", "learn_high", "forget", "forget_low", "forget_high"]
 _DIAL_COLUMNS += ["learn_share", "forget_share", "verdict", "best_scale"]
+_BEST_COLUMNS = ["best_loss", "best_loss_low", "best_loss_high", "best_distance", "best_distance_high"]
 
 
 class StoredMeasurement(NamedTuple):
@@ -40,11 +41,11 @@ def stored_measurements(run: Result) -> Iterator[StoredMeasurement]:
     if (dial := read_dial(run)) is not None:
         caption = "Task loss and distance from the base without each part; 95% intervals over rows."
         yield StoredMeasurement(DIAL, "What each part buys", caption, dial[_DIAL_COLUMNS])
-    if (price := _read_document(run, PRICE)) is not None:
+    if (price := read_document(run, PRICE)) is not None:
         caption = f"Verdict: {price['verdict']}, tolerance {price['tolerance']:.3g} nats. Cuts are exact."
         table = pd.DataFrame(price["table"])
         yield StoredMeasurement(PRICE, "Price of rank", caption, table.loc[:, table.notna().any()])
-    if (reading := _read_document(run, READING)) is not None:
+    if (reading := read_document(run, READING)) is not None:
         rows = []
         for card in reading["cards"]:
             words = ", ".join(card["uses"]) or "no word above random components"
@@ -66,12 +67,19 @@ def read_dial(run: Result) -> pd.DataFrame | None:
     if file is None:
         return None
     table = pd.read_csv(file, dtype={"part": str, "run": str})
-    if missing := {*_DIAL_COLUMNS, "run"} - set(table):
+    if missing := {*_DIAL_COLUMNS, *_BEST_COLUMNS, "control", "run"} - set(table):
         raise ValueError(f"{printable(file)} must be the table of a dial, but it has no column {min(missing)}")
     return table if set(table["run"]) == {run.id} else None
 
 
-def _read_document(run: Result, name: str) -> dict[str, Any] | None:
+def read_document(run: Result, name: str) -> dict[str, Any] | None:
+    """Return the JSON form of a price or a reading in the folder of a run; None if there is none of this run.
+
+    Raises
+    ------
+    ValueError
+        The file has no receipt.
+    """
     file = _file(run, name)
     if file is None:
         return None

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from lorascope.cli.arguments import File, Name, command, reject
-from lorascope.cli.opened_runs import open_runs
+from lorascope.cli.opened_runs import open_measured, open_runs
 from lorascope.files.printable import count_or_no, printable
-from lorascope.files.whole_files import json_bytes, require_absent, write_bytes
+from lorascope.files.whole_files import json_bytes, write_bytes
 
 
 @command
@@ -68,8 +68,6 @@ def main(
     """
     reject(
         {
-            "RUN is required: lorascope advise runs/lora --model minilm --task sentiment/movies": run is None
-            and verify is None,
             "--verify takes everything but RUN from its file": verify is not None
             and any([model, task, keep, retrain, read, out, html]),
             "--model and --task require each other: losses are measured with both": (model is None) != (task is None),
@@ -81,9 +79,7 @@ def main(
     )
     if verify is not None:
         return _verify(verify, run, json)
-    for path in filter(None, (out, html)):
-        require_absent(Path(path))
-    (opened,) = open_runs([str(run)], None)
+    opened = open_measured("advise", run, (), (out, html))
     from lorascope.insight.advise import advise  # imports torch
 
     advice = advise(opened, model, task, keep, budget=budget, retrain=retrain, reads=read, progress=sys.stderr.isatty())

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from json import dumps
-from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import File, Folder, Name, command, reject
-from lorascope.cli.opened_runs import open_runs
+from lorascope.cli.arguments import File, Folder, Name, command
+from lorascope.cli.opened_runs import open_measured
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import format_frame
-from lorascope.files.whole_files import require_absent
 
 
 @command
@@ -68,15 +66,7 @@ def main(
     json
         Print JSON.
     """
-    reject(
-        {
-            "RUN is required: lorascope dial runs/lora --model minilm --task sentiment/movies": run is None,
-            "--model and --task are required: losses are measured with both": model is None or task is None,
-        }
-    )
-    if out is not None:
-        require_absent(Path(out))
-    (opened,) = open_runs([str(run)], base)
+    opened = open_measured("dial", run, (model, task), (out,), base)
     from lorascope.insight.dial import dial  # imports torch
 
     measured = dial(

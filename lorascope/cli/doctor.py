@@ -16,10 +16,10 @@ from lorascope.cli.opened_runs import open_runs
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.doctor import (
-    MODEL_CHECKS,
     SKIP_REASONS,
     completed_checks,
     find_faults,
+    model_checks,
     observe_ranks,
     skipped_checks,
 )
@@ -117,6 +117,8 @@ class _Diagnosis(NamedTuple):
         See `completed_checks`.
     observations : list of Finding
         See `observe_ranks`.
+    questions : mapping str -> str
+        See `model_checks`.
     """
 
     name: str
@@ -128,6 +130,7 @@ class _Diagnosis(NamedTuple):
     skipped: Mapping[str, Sequence[str]] = {}
     checked: Sequence[str] = ()
     observations: Sequence[Finding] = ()
+    questions: Mapping[str, str] = {}
 
     def to_json(self, path: str) -> dict[str, Any]:
         """Return the JSON form."""
@@ -156,8 +159,8 @@ class _Diagnosis(NamedTuple):
             blocks.append(text_block("checked", f"{len(self.checked)} causes: {', '.join(self.checked)}"))
         for missing, names in self.skipped.items():
             blocks.append(text_block(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)))
-        if self.observations:
-            questions = (f"{question} ({name})" for question, name in MODEL_CHECKS.items())
+        if self.observations and self.questions:
+            questions = (f"{question} ({name})" for question, name in self.questions.items())
             blocks.append(text_block("needs a model", ", ".join(questions)))
         return blocks
 
@@ -209,6 +212,7 @@ def _diagnose_run(run: Result, use: Application | None = None) -> _Diagnosis:
         skipped_checks(case),
         completed_checks(case),
         observe_ranks(case),
+        model_checks(case),
     )
 
 

@@ -1,4 +1,4 @@
-"""Loading of the runs, adapters and series of checkpoints that a command line names."""
+"""Loading of the runs, adapters and series of checkpoints that a command line names, also of those to measure."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorascope.files.printable import printable
+from lorascope.files.whole_files import require_absent
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import is_run, load, load_series, locate_result
 from lorascope.runs.run import Run
@@ -33,3 +34,35 @@ def open_runs(paths: Sequence[str | Path], base: str | None, series: bool = Fals
     for warning in caught:
         print(f"lorascope: {printable(str(warning.message))}", file=sys.stderr)
     return runs
+
+
+def open_measured(
+    name: str,
+    run: str | None,
+    texts: Sequence[str | None],
+    outputs: Sequence[str | None],
+    base: str | None = None,
+) -> Run | Adapter | Series:
+    """Open the run that a command measures, after its arguments and before the minutes that a measurement takes.
+
+    Parameters
+    ----------
+    name : str
+        The command.
+    run : str, optional
+        RUN of the command line, which is required.
+    texts : sequence of str
+        Its --model and --task, if they are required.
+    outputs : sequence of str
+        Files to write, which must not exist.
+    base : str, optional
+        See ``open_runs``.
+    """
+    if run is None:
+        raise ValueError(f"RUN is required: lorascope {name} runs/lora --model minilm --task sentiment/movies")
+    if None in texts:
+        raise ValueError("--model and --task are required: losses are measured with both")
+    for path in filter(None, outputs):
+        require_absent(Path(path))
+    (opened,) = open_runs([run], base)
+    return opened

@@ -8,11 +8,11 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import File, Name, command, reject
-from lorascope.cli.opened_runs import open_runs
+from lorascope.cli.arguments import File, Name, command
+from lorascope.cli.opened_runs import open_measured
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import json_values
-from lorascope.files.whole_files import json_bytes, require_absent, write_bytes
+from lorascope.files.whole_files import json_bytes, write_bytes
 
 
 @command
@@ -56,16 +56,9 @@ def main(
     json
         Print JSON.
     """
-    reject(
-        {
-            "RUN is required: lorascope price runs/lora --model minilm --task sentiment/movies": run is None,
-            "--model and --task are required: losses are measured with both": model is None or task is None,
-            "--placed requires --retrain N": placed and not retrain,
-        }
-    )
-    if out is not None:
-        require_absent(Path(out))
-    (opened,) = open_runs([str(run)], None)
+    if placed and not retrain:
+        raise ValueError("--placed requires --retrain N")
+    opened = open_measured("price", run, (model, task), (out,))
     from lorascope.insight.price import price  # imports torch
 
     result = price(opened, str(model), str(task), _parse_ranks(ranks), rows, retrain, placed=placed)

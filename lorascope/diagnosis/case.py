@@ -17,8 +17,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from lorascope.analysis.rank_use import SHARE, ModuleUse, RankUse
+from lorascope.analysis.stored_measurements import PRICE, READING, read_dial, read_document
 from lorascope.diagnosis.change_from_base import BaseChange, compare_with_base
 from lorascope.diagnosis.nonfinite import first_nonfinite
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.adapter import Adapter
@@ -153,6 +155,8 @@ class Case(ModuleEvidence):
         """Return whether there is evidence of this kind; see ``Kind.needs``."""
         if need == "weights":
             return bool(known_rows(self.modules, "weight_norm"))
+        if need == "dial":
+            return self.stored_dial is not None
         history = self.run.has_history
         base = history or self.base is not None
         available = {"config": isinstance(self.run, Adapter), "base": base, "history": history, "training": False}
@@ -243,6 +247,21 @@ class Case(ModuleEvidence):
         for row in self._records("alarm"):
             alarms.setdefault(int(row.value), []).append(row)
         return alarms
+
+    @cached_property
+    def stored_dial(self) -> pd.DataFrame | None:
+        """Summary of the dial in the folder; see ``read_dial``."""
+        return read_dial(self.run)
+
+    @cached_property
+    def stored_price(self) -> Mapping[str, Any] | None:
+        """JSON form of the price of rank in the folder; see ``read_document``."""
+        return read_document(self.run, PRICE)
+
+    @cached_property
+    def stored_reading(self) -> Mapping[str, Any] | None:
+        """JSON form of the reading in the folder; see ``read_document``."""
+        return read_document(self.run, READING)
 
     @property
     def has_gauge(self) -> bool:

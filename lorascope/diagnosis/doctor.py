@@ -13,11 +13,6 @@ from lorascope.runs.result import Result
 _NEEDS = {"weights": "norms of the weights", "base": "norms of the weights", "history": "a history"}
 SKIP_REASONS = {"norms of the weights": "no weight norms", "a history": "no training history"}
 """Missing evidence -> reason to print."""
-MODEL_CHECKS = {
-    "loss at a smaller rank": "lorascope price",
-    "what each part learns and forgets": "lorascope dial",
-}
-"""Questions that files cannot answer -> command that measures them with the base model."""
 _OBSERVED = {"unused-rank", "full-rank"}
 
 
@@ -61,6 +56,16 @@ def _recorded_alarms(case: Case, findings: Sequence[Finding]) -> Iterator[Findin
 def observe_ranks(case: Case) -> list[Finding]:
     """Return the doctor's observations about the use of the rank, which are not faults."""
     return run_rules((rule for rule in RULES if rule.name in _OBSERVED), case)
+
+
+def model_checks(case: Case) -> dict[str, str]:
+    """Return the doctor's questions that the files do not answer -> command that measures them with the base model."""
+    questions = {}
+    if case.stored_price is None:
+        questions["loss at a smaller rank"] = "lorascope price"
+    if case.stored_dial is None:
+        questions["what each part learns and forgets"] = "lorascope dial"
+    return questions
 
 
 def completed_checks(case: Case) -> list[str]:

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from lorascope.analysis.rank_use import SHARE, ModuleUse, RankUse
-from lorascope.diagnosis.case import largest_rows
+from lorascope.diagnosis.case import Case, largest_rows
 from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.inspection import Facts, Inspection
 from lorascope.diagnosis.layer_strips import Modules, Strip, layer_strip
@@ -192,16 +192,22 @@ def next_command(inspection: Inspection) -> str:
     if causes & _FAULTS:
         return shell_command("lorascope doctor {}", folders)
     base = run.base if isinstance(run, Adapter) else None
+    case = Case(run)
+    # The checkpoint to keep comes before what is measured of it.
+    if case.has_gauge and case.stored_dial is None:
+        return shell_command("lorascope plot kl {} -o kl.pdf", folders)
     if use is not None and _is_priced(run):
         model = shell_word(base.folder) if base is not None else "NAME"
         instrument = f"{{}} --model {model} --task NAME"
-        if use.needs_half:
+        if use.needs_half and case.stored_price is None:
             # The same rank for all modules that has as many components in total.
             mean_use = math.ceil(use.used / len(use.modules))
             return shell_command(f"lorascope price {instrument} --ranks {mean_use}", folders)
-        if base is not None and "intruders-unknown" not in causes:
+        if case.stored_dial is not None and case.stored_reading is None:
+            return shell_command(f"lorascope read {{}} --model {model} --rows NAME", folders)
+        if base is not None and case.stored_dial is None and "intruders-unknown" not in causes:
             return shell_command(f"lorascope dial {instrument}", folders)
-        if 2 * len(use.full) > len(use.modules):
+        if 2 * len(use.full) > len(use.modules) and case.stored_price is None:
             return shell_command(f"lorascope price {instrument}", folders)
     if isinstance(run, Adapter) and base is not None:
         if "intruders-unknown" in causes:

@@ -40,7 +40,9 @@ def reading(reading: Reading, card: int = 1) -> Chart:
 
     Examples
     --------
-    >>> ls.plots.reading(ls.read(run, "minilm", "sentiment/movies"), card=2)  # doctest: +SKIP
+    ``words`` is ``ls.read(run, model, rows)``.
+
+    >>> ls.plots.reading(words)
     """
     component = reading.card(card)
     # Names that a terminal or a figure cannot show are escaped, and long ones cut.

@@ -61,7 +61,7 @@ class Figure:
     @property
     def example(self) -> str:
         """Code that draws the figure from the runs of the gallery: the examples of its docstring."""
-        return "\n".join(re.findall(r"^ *(?:>>>|\.\.\.) (.*)", self.draw.__doc__ or "", re.MULTILINE))
+        return example_code(self.draw)
 
 
 class FigureAdvice(pd.DataFrame):
@@ -128,6 +128,11 @@ def figure(
         return document_result(draw)
 
     return register
+
+
+def example_code(draw: Callable[..., Any]) -> str:
+    """Return the code of the examples in the docstring of a figure."""
+    return "\n".join(re.findall(r"^ *(?:>>>|\.\.\.) (.*)", draw.__doc__ or "", re.MULTILINE))
 
 
 def document_result(draw: AnyFigure) -> AnyFigure:

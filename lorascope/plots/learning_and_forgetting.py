@@ -21,7 +21,7 @@ _PARTS = 8  # curves that are distinguished by color
 def learn_forget(dial: Dial) -> Chart:
     """Plot what each part of an update buys on the task against what it costs elsewhere.
 
-    Parts to the right lower the task loss, and parts further up move the model away from its base. Parts in the gray
+    Parts to the right lower the task loss, and parts further up move the model away from its base. Parts in the shaded
     box have neither effect beyond the even share of a part.
 
     Parameters
@@ -31,7 +31,9 @@ def learn_forget(dial: Dial) -> Chart:
 
     Examples
     --------
-    >>> ls.plots.learn_forget(ls.dial(run, "minilm", "sentiment/tweets"))
+    ``dialed`` is ``ls.dial(run, model, task, keep)``.
+
+    >>> ls.plots.learn_forget(dialed)
     """
     removed = dial.parts[dial.parts["exact"]]
     parts = removed[removed["part"] != WHOLE]
@@ -105,7 +107,9 @@ def dial(dial: Dial, parts: Sequence[str] = (WHOLE,)) -> Drawable:
 
     Examples
     --------
-    >>> ls.plots.dial(ls.dial(run, "minilm", "sentiment/tweets", by="layer"))
+    ``dialed`` is ``ls.dial(run, model, task, keep)``.
+
+    >>> ls.plots.dial(dialed, ["whole", *dialed.top(2)])
     """
     if not 1 <= len(parts) <= _PARTS:
         raise ValueError(f"parts must be 1 to {_PARTS} parts with curves, got {len(parts)}")

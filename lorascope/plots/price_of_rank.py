@@ -31,7 +31,9 @@ def price(price: Price) -> Drawable:
 
     Examples
     --------
-    >>> ls.plots.price(ls.price(run, "minilm", "sentiment/tweets"))
+    ``priced`` is ``ls.price(run, model, task)``.
+
+    >>> ls.plots.price(priced)
     """
     meta = {"figure": "price", "receipt": price.receipt.to_json()}
     return stack_vertically(_draw_prices(price, meta), _draw_signal(price, meta), title="Price of rank")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import multimode
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorascope.analysis.rank_use import LEVEL, SHARE
 from lorascope.diagnosis.case import Case, TrainedModule, known_rows, largest_rows
@@ -30,7 +31,7 @@ _UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name
     name="unused-rank",
     problem="Components of the rank have little energy.",
     evidence=f"number of components with {SHARE:.0%} of the energy of their module, and of modules that use half of "
-    "their rank or less",
+    "their rank or less; loss of a cut to half the rank, if lorascope price measured it (price.json in the folder)",
 )
 def unused_rank(case: Case) -> Findings:
     """Count the components in use, and the modules that use half of their rank or less."""
@@ -39,8 +40,22 @@ def unused_rank(case: Case) -> Findings:
         names = module_names(use.half_unused)
         count = f"{len(names) or 'none'} of {count_phrase(len(use.modules), 'module')}"
         message = f"{use.describe()}; half of the rank or less in {count}"
-        evidence = {"used": use.used, "allocated": use.allocated, "random": use.random, "modules": len(names)}
-        yield finding(message, names, **evidence, of=len(use.modules))
+        evidence: dict[str, Any] = {"used": use.used, "allocated": use.allocated, "random": use.random}
+        evidence |= {"modules": len(names), "of": len(use.modules)}
+        if case.stored_price is not None:
+            cut = evidence["cut"] = _cut_to_half(case.stored_price)
+            message += (
+                f"; cut to rank {cut['rank']}: loss {cut['loss']:+.3f} nats [{cut['low']:.3f}, {cut['high']:.3f}]"
+            )
+        yield finding(message, names, **evidence)
+
+
+def _cut_to_half(price: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the loss of a cut to half the rank, which is always among the cuts, with its interval and tolerance."""
+    rank = price["rank"] // 2
+    row = next(row for row in price["table"] if row["rank"] == rank)
+    numbers = {"loss": row["cut"], "low": row["cut_low"], "high": row["cut_high"]}
+    return {"rank": rank, **numbers, "tolerance": price["tolerance"]}
 
 
 @DoctorRule(

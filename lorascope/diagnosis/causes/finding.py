@@ -75,8 +75,8 @@ class Kind:
     severity : {"error", "caution", "note"}
         Severity of the findings. Default "note".
     needs : str
-        Evidence that the check requires: factors, config, weights, base, history, training (checked only
-        during training), merged model, or tuned model. Default "factors".
+        Evidence that the check requires: factors, config, weights, base, history, dial (measured and in the folder),
+        training (checked only during training), merged model, or tuned model. Default "factors".
     problem : str
         What is wrong, as one sentence.
     evidence : str

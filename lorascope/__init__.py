@@ -87,6 +87,7 @@ _MODULES = {
     "baseline_ranks": "lorascope.analysis.baseline_ranks",
     "component_importance": "lorascope.experiments.component_importance",
     "export": "lorascope.export",
+    "metrics": "lorascope.inputs.metrics",
     "models": "lorascope.inputs.models",
     "module_table": "lorascope.schema.module_table",
     "observe": "lorascope.observe",

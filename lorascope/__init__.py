@@ -27,6 +27,7 @@ _PUBLIC = {
     "fork": "lorascope.training.fork:fork",
     "fork_effects": "lorascope.analysis.fork_effects:fork_effects",
     "sweep": "lorascope.experiments.sweep:sweep",
+    "score": "lorascope.experiments.rescoring:score",
     "advise": "lorascope.insight.advise:advise",
     "Advice": "lorascope.analysis.advice:Advice",
     "dial": "lorascope.insight.dial:dial",

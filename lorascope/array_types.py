@@ -10,13 +10,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from jaxtyping import Bool, Float, Float32, Int, Int8, Shaped, UInt8
+    from jaxtyping import Bool, Float, Float32, Int, Int8, Int16, Shaped, UInt8
 else:
 
     class _Array:
         def __class_getitem__(cls, item: Any) -> Any:
             return Any
 
-    Bool = Float = Float32 = Int = Int8 = Shaped = UInt8 = _Array
+    Bool = Float = Float32 = Int = Int8 = Int16 = Shaped = UInt8 = _Array
 
-__all__ = ["Bool", "Float", "Float32", "Int", "Int8", "Shaped", "UInt8"]
+__all__ = ["Bool", "Float", "Float32", "Int", "Int8", "Int16", "Shaped", "UInt8"]

@@ -9,13 +9,14 @@ _IMPORTED = {
     "notebook": "anywidget traitlets IPython",
     "cluster": "dask distributed dask_jobqueue ray",
     "hub": "datasets",
+    "text": "sacrebleu rouge_score",
     "peft": "peft",
     "lightning": "lightning",
     "dev": "psutil",
 }
 """Packages that an extra installs and this one imports, by extra."""
 _EXTRAS = {package: extra for extra, packages in _IMPORTED.items() for package in packages.split()}
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"rouge_score": "rouge-score", "sklearn": "scikit-learn"}
 
 
 def requirement(error: ModuleNotFoundError) -> str | None:

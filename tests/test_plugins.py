@@ -1,4 +1,4 @@
-"""An installed package adds a method, a figure, an observer and a reader through entry points; see tests/plugin."""
+"""An installed package extends the registries, such as those of methods and metrics; see tests/plugin."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ assert "module_counts" in ls.plots.FIGURES
 observers = {"steps": 1, "observe": ["norms", {"name": "largest_entries", "every": 2}]}
 settings = grid.read({"task": "sentiment/tweets", "settings": observers, "method": "scaled", "seeds": 1}).settings
 assert settings[0]["observe"] == [ls.observe.norms(), ls.observe.OBSERVERS["largest_entries"](every=2)]
+assert ls.metrics.get("recall").needs == "two classes"
 chart = ls.plots.module_counts(adapter)
 assert chart.data["count"].tolist() == [1]
 

@@ -8,10 +8,11 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn.metrics
 import torch
 
 import lorascope as ls
-from lorascope.files.predictions import quantize_margins
+from lorascope.files.predictions import predict_classes, quantize_margins
 from lorascope.inputs import models, tasks
 from lorascope.methods import Full
 from lorascope.runs.run import Run
@@ -34,6 +35,19 @@ def test_margins_round_away_from_zero_and_clip() -> None:
 def test_margins_of_logits_that_are_not_finite_are_right_only_if_they_are_larger() -> None:
     logits = np.array([[np.nan, 1.0], [np.inf, np.inf], [np.inf, 1.0], [-np.inf, 1.0], [1.0, -np.inf]])
     assert quantize_margins(logits, np.zeros(5, dtype=np.int64)).tolist() == [0, 0, 127, -127, 127]
+
+
+def test_predicted_class_is_right_exactly_if_the_margin_is_above_zero() -> None:
+    logits = np.array([[1.0, 2.0, 2.0], [2.0, 2.0, 1.0], [3.0, 2.0, 1.0], [np.nan, 1.0, 2.0], [np.inf, np.inf, 0.0]])
+    # A tie with the right class is an error, so it gives the other class of the tie.
+    assert predict_classes(logits, np.array([0, 0, 0, 0, 0])).tolist() == [1, 1, 0, 2, 1]
+    assert predict_classes(logits, np.array([1, 1, 1, 1, 1])).tolist() == [2, 0, 0, 0, 0]
+    wide = np.random.default_rng(0).normal(size=(500, 4)).round(1)
+    labels = np.random.default_rng(1).integers(4, size=500)
+    predicted = predict_classes(wide, labels)
+    assert predicted.dtype == np.int16
+    np.testing.assert_array_equal(predicted == labels, quantize_margins(wide, labels) > 0)
+    np.testing.assert_array_equal(np.take_along_axis(wide, predicted[:, None], 1)[:, 0], wide.max(axis=1))
 
 
 def test_mean_loss_of_the_rows_is_the_loss_over_tokens() -> None:
@@ -84,7 +98,39 @@ def test_predictions_of_a_classifier_equal_brute_force(trained, task):
     np.testing.assert_allclose(found["nll"], losses, rtol=1e-3)
     assert (found["margin"] > 0).mean() == run.score.metric
     assert found["nll"].astype("float64").mean() == pytest.approx(run.score.loss, abs=1e-3)
-    assert found.dtypes.astype(str).to_dict() == {"margin": "int8", "nll": "float16"}
+    assert found["predicted"].tolist() == logits.argmax(1).tolist()
+    assert found.dtypes.astype(str).to_dict() == {"margin": "int8", "nll": "float16", "predicted": "int16"}
+
+
+def test_predicted_classes_of_three_give_the_metrics_of_scikit_learn(bert, task, tmp_path):
+    table = task.table[["text", "label"]].copy()
+    table.loc[table["text"].str.contains("poor|boring"), "label"] = "very negative"
+    table.loc[::5, "label"] = "very negative"  # not learnable, so that some rows are wrong
+    three = tasks.from_frame(table, "three")
+    model = models.load(bert, task=three)
+    run = train(model, three, tmp_path / "run", steps=40)
+    batch, encoded = split(model, three)
+    with torch.no_grad():
+        expected = model(**batch).logits.argmax(1).numpy()
+    answers, predicted = encoded.classes, run.predictions["predicted"].to_numpy()
+    assert predicted.tolist() == expected.tolist()
+    assert len(np.unique(expected)) > 1
+    for name, value in {
+        "accuracy": sklearn.metrics.accuracy_score(answers, expected),
+        "f1_macro": sklearn.metrics.f1_score(answers, expected, average="macro"),
+        "matthews_correlation": sklearn.metrics.matthews_corrcoef(answers, expected),
+    }.items():
+        assert ls.metrics.get(name).compute(predicted, answers) == value
+    assert run.score.metric == sklearn.metrics.accuracy_score(answers, expected)
+
+
+def test_predictions_of_an_earlier_version_have_no_classes(copied, trained):
+    from hostile import sign
+
+    old = trained[1].predictions[["margin", "nll"]]
+    old.to_parquet(copied / FILE, index=False)
+    sign(copied)
+    pd.testing.assert_frame_equal(Run.read(copied).predictions, old)
 
 
 def test_predictions_survive_in_the_folder_with_a_checksum(trained, copied, tmp_path):
@@ -136,6 +182,8 @@ def test_predictions_of_a_decoder_compare_the_choices(gpt2, task, tmp_path):
     steps = 32 * (right - wrong).double()
     expected = (steps.sign() * steps.abs().ceil()).clip(-127, 127)
     near_margins(run.predictions["margin"], expected)
+    answers = encoded.choices.answers
+    assert run.predictions["predicted"].tolist() == np.where(expected > 0, answers, 1 - answers).tolist()
     np.testing.assert_allclose(run.predictions["nll"], at.logsumexp(1) - right, rtol=1e-3)
 
 

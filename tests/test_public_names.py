@@ -12,7 +12,7 @@ import pytest
 import lorascope as ls
 from lorascope import plots
 
-CONSTANTS = {"ROLES", "FORMS", "OBSERVERS", "FIGURES"}
+CONSTANTS = {"ROLES", "FORMS", "OBSERVERS", "FIGURES", "METRICS"}
 MODULES = [name for name in ls._MODULES if name not in ("analysis", "papers")]  # packages of modules
 DRAWING = [
     name

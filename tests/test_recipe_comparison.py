@@ -20,13 +20,15 @@ from lorascope.analysis.recipe_tests import (
 from lorascope.runs.run import Run
 
 
-def made(values: dict[str, list[float]], metric: str = "accuracy", task: str = "toy") -> pd.DataFrame:
+def made(
+    values: dict[str, list[float]], metric: str = "accuracy", task: str = "toy", lower_is_better: bool = False
+) -> pd.DataFrame:
     rows = [
         {"model": "m", "task": task, "metric": metric, "recipe": recipe, "seed": seed, "value": value, "run": ""}
         for recipe, found in values.items()
         for seed, value in enumerate(found)
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).assign(lower_is_better=lower_is_better)
 
 
 def test_paired_p_matches_scipy():
@@ -68,7 +70,7 @@ def test_pairing_finds_a_difference_despite_overlapping_intervals():
 
 
 def test_lower_perplexity_is_better():
-    table = made({"a": [5.0, 5.1, 5.0], "b": [9.0, 9.1, 9.05]}, "perplexity")
+    table = made({"a": [5.0, 5.1, 5.0], "b": [9.0, 9.1, 9.05]}, "perplexity", lower_is_better=True)
     assert compare_pairs(table)["better"].tolist() == ["a"]
     assert "a is better than b by 4.017 [" in describe_comparison(compare_pairs(table))[0]
 
@@ -112,6 +114,17 @@ def a_run(**meta) -> Run:
     own = {"id": "x", "model": "m", "task": "t", "label": "LoRA, rank by module", "recipe": {"name": "lora"}, "seed": 0}
     own |= {"settings": {"steps": 3, "observers": []}, "w0_hash": "a" * 64, "data_hash": "d" * 64}
     return Run(None, manifest(**own | {"test": {"name": "accuracy", "metric": 0.5, "loss": 0.1}} | meta))
+
+
+def test_direction_of_a_metric_is_stored_in_the_run():
+    def is_lower_better(**test) -> bool:
+        scored = a_run(test={"metric": 0.5, "loss": 0.1, **test})
+        return collect_scores([scored])["lower_is_better"].item()
+
+    assert is_lower_better(name="perplexity")
+    assert is_lower_better(name="error", values={"error": 0.5}, higher_is_better=False)
+    assert not is_lower_better(name="accuracy")
+    assert not is_lower_better(name="f1", values={"f1": 0.5}, higher_is_better=True)
 
 
 def test_duplicate_runs_count_once_and_different_ones_are_distinguished():

@@ -176,6 +176,8 @@ def _pair_row(pair: Pair) -> dict[str, Any]:
     rows = fork.predictions, trunk.predictions
     if len(rows[0]) != len(rows[1]):
         raise ValueError(f"fork {fork.id} must have the {len(rows[1])} test rows of its trunk, got {len(rows[0])}")
+    # The trunk may have been trained before predictions had classes.
+    columns = [name for name in rows[0] if name in rows[1]]
     effect = fork.score.loss - trunk.score.loss
     # Predictions are stored in 16 bits, so they give only the width of the interval.
     half = t_estimate((rows[0]["nll"].astype(float) - rows[1]["nll"].astype(float)).to_numpy()).half_width(LEVEL)
@@ -190,7 +192,7 @@ def _pair_row(pair: Pair) -> dict[str, Any]:
         "effect": effect,
         "low": effect - half,
         "high": effect + half,
-        "identical": fork.score == trunk.score and rows[0].equals(rows[1]),
+        "identical": fork.score == trunk.score and rows[0][columns].equals(rows[1][columns]),
     }
 
 

@@ -28,7 +28,6 @@ MINIMUM_SEEDS = 3  # with two, a 95% t-interval reaches 12.7 standard errors to 
 SETTING = ["model", "task", "metric"]
 # Runs with the same values learn the same, such as two that differ only in observers: they are not two seeds.
 _RUN_KEY = [*SETTING, "recipe", "seed"]
-_LOWER_IS_BETTER = ("perplexity",)
 _MAX_LISTED = 4  # pairs without a significant difference that are listed by name
 _MAX_CHARACTERS = 60  # longer tables and lists appear in the name of a recipe as their size and hash
 # Settings left out of a recipe's name: observers do not affect training, and search_share follows from the method.
@@ -68,7 +67,8 @@ def collect_scores(runs: Sequence[Result]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns model, task, metric (its name), recipe, seed, value and run (the id), in the order of the runs.
+        Columns model, task, metric (its name), recipe, seed, value, run (the id) and lower_is_better, in the order of
+        the runs.
         Different models or tasks with the same name are distinguished by the first six characters of their hash.
     """
     columns: dict[str, list[Any]] = defaultdict(list)
@@ -87,12 +87,13 @@ def collect_scores(runs: Sequence[Result]) -> pd.DataFrame:
         columns["seed"].append(meta.seed)
         columns["value"].append(run.score.metric)
         columns["run"].append(meta.id)
+        columns["lower_is_better"].append(run.score.lower_is_better)
     names = {
         "model": unique_names(columns["model"], columns["w0"]),
         "task": unique_names(columns["task"], columns["data"]),
         "recipe": name_recipes(labels, settings),
     }
-    return pd.DataFrame(columns | names, columns=[*_RUN_KEY, "value", "run"])
+    return pd.DataFrame(columns | names, columns=[*_RUN_KEY, "value", "run", "lower_is_better"])
 
 
 def unique_names(names: Sequence[str], hashes: Sequence[str | None]) -> list[str]:
@@ -130,7 +131,7 @@ def compare_pairs(table: pd.DataFrame) -> pd.DataFrame:
                 p_values.append(paired_p(values))
         # Holm's method adjusts over all pairs of this model and task, so p-values are only final here.
         adjusted = holm(np.array(p_values, np.float64))
-        sign = -1 if setting[-1] in _LOWER_IS_BETTER else 1  # the last part of the setting is the metric
+        sign = -1 if runs["lower_is_better"].iloc[0] else 1
         for (recipe, other, interval), p in zip(rows, adjusted.tolist(), strict=True):
             better = ""
             if interval.n >= MINIMUM_SEEDS and p < LEVEL:

@@ -148,8 +148,12 @@ def _flag_type(hint: Any) -> Any:
     for kind in get_args(hint) if is_union else [hint]:
         if kind in _PLAIN or get_origin(kind) is Literal:
             kinds.append(kind)
-        elif get_origin(kind) in (tuple, Sequence) and get_args(kind)[0] in (str, int):
-            kinds.append(tuple[str, ...] if get_args(kind)[0] is str else tuple[int, ...])
+        elif get_origin(kind) in (tuple, Sequence):
+            item = get_args(kind)[0]
+            if item is int:
+                kinds.append(tuple[int, ...])
+            elif item is str or str in get_args(item):
+                kinds.append(tuple[str, ...])
     if str in kinds and Path in kinds:
         kinds.remove(Path)
     if not set(kinds) - {type(None)}:

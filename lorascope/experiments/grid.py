@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lorascope.experiments.isolated_run import Data, Model
 from lorascope.files.typed_json import require_size
 from lorascope.inputs import models, tasks
+from lorascope.inputs.metrics import require_fit, resolve
 from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
 from lorascope.methods.method import Method, config, from_config
@@ -144,9 +145,11 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
     _require_distinct(grid.tasks, "task")
     _require_distinct(list(map(config, methods)), "method")
     _require_distinct(settings, "settings")
-    for task in grid.tasks:
-        if not isinstance(task, Task):
-            tasks.load(task)
+    for source in grid.tasks:
+        task = source if isinstance(source, Task) else tasks.load(source)
+        for combination in settings:
+            if combination.get("metric") is not None:
+                require_fit(resolve(combination["metric"]), task)
     for model in grid.models:
         if isinstance(model, str):
             models.locate_model(model)

@@ -32,6 +32,7 @@ from lorascope.experiments.executors import (
 )
 from lorascope.experiments.grid import Data, Grid, Job
 from lorascope.experiments.sweep_table import SweepTable
+from lorascope.inputs.metrics import resolve
 from lorascope.methods.method import Method
 from lorascope.runs.folders import RunLocked
 from lorascope.runs.run import Run
@@ -295,9 +296,11 @@ def _source_name(source: Any) -> str:
 
 def _named_settings(job: Job) -> dict[str, Any]:
     """Return the settings of a job that its name may show, as text or numbers."""
-    settings = {"lr": job.method.lr, "head_lr": job.method.head_lr}
+    settings: dict[str, Any] = {"lr": job.method.lr, "head_lr": job.method.head_lr}
     for key, value in job.settings.items():
-        if key not in ("seed", "root", "report_to"):
+        if key == "metric":
+            settings[key] = value and " + ".join(metric.name for metric in resolve(value))
+        elif key not in ("seed", "root", "report_to"):
             settings[key] = _setting_phrase(value)
     return settings
 

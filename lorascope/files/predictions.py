@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorascope.array_types import Float, Int, Int8
+from lorascope.array_types import Float, Int, Int8, Int16
 
 _STEPS_OF_MARGIN = 32
 
@@ -15,9 +15,24 @@ def quantize_margins(logits: Float[np.ndarray, "row class"], labels: Int[np.ndar
     Values are rounded away from zero, so that zero means a tie, and clipped to 127 steps. A difference that is not a
     number is a tie.
     """
-    right_logits = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0].astype(np.float64)
-    other_logits = np.array(logits, dtype=np.float64)
-    np.put_along_axis(other_logits, labels[:, None], -np.inf, axis=1)
+    right_logits, other_logits = _separate(logits, labels)
     with np.errstate(invalid="ignore"):  # infinity minus infinity
         margin = np.nan_to_num((right_logits - other_logits.max(axis=1)) * _STEPS_OF_MARGIN, nan=0.0)
     return np.clip(np.sign(margin) * np.ceil(np.abs(margin)), -127, 127).astype(np.int8)
+
+
+def predict_classes(logits: Float[np.ndarray, "row class"], labels: Int[np.ndarray, "row"]) -> Int16[np.ndarray, "row"]:
+    """Return the class with the largest logit; a tie with the right class gives another one, because it is an error."""
+    right_logits, other_logits = _separate(logits, labels)
+    is_right = right_logits > other_logits.max(axis=1)
+    return np.where(is_right, labels, other_logits.argmax(axis=1)).astype(np.int16)
+
+
+def _separate(
+    logits: Float[np.ndarray, "row class"], labels: Int[np.ndarray, "row"]
+) -> tuple[Float[np.ndarray, "row"], Float[np.ndarray, "row class"]]:
+    """Return the logit of the right class, and all logits with minus infinity in its place."""
+    right_logits = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0].astype(np.float64)
+    other_logits = np.array(logits, dtype=np.float64)
+    np.put_along_axis(other_logits, labels[:, None], -np.inf, axis=1)
+    return right_logits, other_logits

@@ -62,6 +62,15 @@ class Task:
         return self.kind in ("classification", "image")
 
     @property
+    def predicts(self) -> tuple[str, ...]:
+        """Kinds of predictions for a row that metrics compare with its label; see ``Metric.needs``."""
+        if len(self.labels) == 2:
+            return ("classes", "two classes")
+        if self.labels:
+            return ("classes",)
+        return ()
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """Names of the groups of rows (domains); empty without groups."""
         return tuple(sorted(self.table["group"].unique())) if "group" in self.table else ()

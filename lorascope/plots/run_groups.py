@@ -226,7 +226,8 @@ class Cohort:
     @property
     def lower_is_better(self) -> bool:
         """Whether a lower test metric is better, as for a perplexity."""
-        return self.metric == "test perplexity"
+        scores = [run.meta.test for run in self.runs]
+        return self.metric != QUANTITIES["test_metric"].label and getattr(scores[0], "lower_is_better", False)
 
     def metric_title(self, by: str = "") -> str:
         """Return the title of a panel of test metrics ``by`` something, which states if lower ones are better."""

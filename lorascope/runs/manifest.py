@@ -74,7 +74,11 @@ class Fork:
 
 @dataclass
 class Test:
-    """Test score in a run's manifest: name of the metric, its value, the loss, and the metric of each group."""
+    """Test score in a run's manifest: name of the metric, its value, the loss, and the metric of each group.
+
+    ``values`` are all metrics that ``train(metric=)`` named, and ``higher_is_better`` is the direction of the first;
+    both are None by default.
+    """
 
     __test__ = False  # not a test of pytest
 
@@ -82,6 +86,15 @@ class Test:
     metric: float
     loss: float
     groups: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] | None = None
+    higher_is_better: bool | None = None
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a lower metric is better, as for a perplexity."""
+        if self.higher_is_better is None:
+            return self.name == "perplexity"
+        return not self.higher_is_better
 
 
 class _Method(Allocation, frozen=True, kw_only=True):
@@ -201,6 +214,9 @@ class Manifest:
         """Return the content of ``run.json``."""
         content: dict[str, Any] = msgspec.to_builtins(self)
         content["test"] = content["test"] or {}
+        for name in ("values", "higher_is_better"):
+            if content["test"].get(name) is None:
+                content["test"].pop(name, None)
         for entry in fields(self):
             if entry.default is None and content.get(entry.name) is None:
                 content.pop(entry.name, None)

@@ -34,8 +34,12 @@ from lorascope.updates import Update, from_factors
 from lorascope.updates.weight_update import form_named
 
 TRAIN_AGAIN = "Train the run again with overwrite=True"
-# The second one is of tasks without a closed set of answers.
-_PREDICTION_DTYPES = ({"margin": "int8", "nll": "float16"}, {"nll": "float16"})
+# The second one is of tasks without a closed set of answers, the last one of runs before there were classes.
+_PREDICTION_DTYPES = (
+    {"margin": "int8", "nll": "float16", "predicted": "int16"},
+    {"nll": "float16"},
+    {"margin": "int8", "nll": "float16"},
+)
 
 
 class Run(Result):
@@ -96,7 +100,9 @@ class Run(Result):
 
         ``nll`` is the negative log-likelihood in nats; the mean over rows is the test loss. With a closed set of
         answers, ``margin`` is the logit of the right one minus the largest other, in steps of 1/32, rounded away from
-        zero and clipped to 127 steps: a row is right if it is above zero.
+        zero and clipped to 127 steps: a row is right if it is above zero. ``predicted`` is the number of the class with
+        the largest logit, counted from 0 in the order of the labels; a tie with the right class gives another one. Runs
+        of earlier versions do not have it.
 
         Raises
         ------
@@ -111,7 +117,8 @@ class Run(Result):
         table = read_table(file, file)
         dtypes = {name: str(dtype) for name, dtype in table.dtypes.items()}
         if dtypes not in _PREDICTION_DTYPES:
-            raise unreadable(file, f"columns must be margin (int8) and nll (float16), or nll, got {printable(dtypes)}")
+            allowed = "margin (int8), nll (float16) and predicted (int16), or nll"
+            raise unreadable(file, f"columns must be {allowed}, got {printable(dtypes)}")
         return table
 
     @cached_property

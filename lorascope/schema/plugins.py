@@ -15,13 +15,20 @@ from typing import Any
 def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> None:
     """Import plugins: the modules of a package by name, except ``skip``, then the entry points of a group.
 
-    What they define registers itself on import. An entry point that cannot be imported is skipped with a warning.
-    ``skip`` names modules that define nothing and have optional dependencies.
+    What they define registers itself on import. ``skip`` names modules that define nothing and have optional
+    dependencies.
     """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if module.name not in skip:
             importlib.import_module(f"{package}.{module.name}")
-    if not group or (points := installed_entry_points()) is None:
+    if group:
+        load_entry_points(group)
+
+
+@cache
+def load_entry_points(group: str) -> None:
+    """Import the modules of an entry point group; one that cannot be imported is skipped with a warning."""
+    if (points := installed_entry_points()) is None:
         return
     for point in points.select(group=group):
         try:

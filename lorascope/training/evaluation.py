@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorascope.array_types import Bool, Float, Int, Int8
-from lorascope.files.predictions import quantize_margins
+from lorascope.array_types import Bool, Float, Int, Int8, Int16
+from lorascope.files.predictions import predict_classes, quantize_margins
+from lorascope.inputs.metrics import Metric
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
 
 
@@ -23,7 +25,9 @@ class Score:
 
     ``nll`` is the negative log-likelihood in nats, of the class or summed over the target tokens; ``counts`` is the
     number of target tokens, 1 for a class; ``correct`` is whether the model prefers the correct class or response, None
-    without a closed set of answers; ``margins`` is by how much, see ``quantize_margins``.
+    without a closed set of answers; ``margins`` is by how much, see ``quantize_margins``; ``predicted`` and ``answers``
+    are the numbers of the preferred and the right class or response; ``metrics`` replace the accuracy, the first one as
+    ``metric``.
     """
 
     name: str
@@ -32,6 +36,9 @@ class Score:
     correct: Bool[np.ndarray, "rows"] | None
     row_groups: list[str] | None
     margins: Int8[np.ndarray, "rows"] | None = None
+    predicted: Int16[np.ndarray, "rows"] | None = None
+    answers: Int[np.ndarray, "rows"] | None = None
+    metrics: tuple[Metric, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -40,21 +47,32 @@ class Score:
 
     @property
     def metric(self) -> float:
-        """Accuracy, or perplexity of the target tokens."""
+        """The first of the metrics; without any, accuracy, or perplexity of the target tokens."""
+        if self.metrics:
+            return self.values[self.name]
         return self._metric(np.ones(len(self.nll), dtype=bool))
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """All metrics by name, in the order in which they were requested; empty without any."""
+        rows = np.ones(len(self.nll), dtype=bool)
+        return {metric.name: self._compute(metric, rows) for metric in self.metrics}
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """Values of each row as a run stores them: ``nll``, scaled so that its mean is the loss, and ``margin``."""
+        """Values of each row as a run stores them; ``nll`` is scaled so that its mean is the loss."""
         nll = (self.nll * (len(self.nll) / self.counts.sum())).astype(np.float16)
         table = pd.DataFrame({"nll": nll})
         if self.margins is not None:
             table.insert(0, "margin", self.margins)
+            table["predicted"] = self.predicted
         return table
 
     @property
     def higher_is_better(self) -> bool:
         """Whether a higher metric is better: True for accuracy, False for perplexity."""
+        if self.metrics:
+            return self.metrics[0].higher_is_better
         return self.correct is not None
 
     @property
@@ -63,7 +81,14 @@ class Score:
         names = np.array(self.row_groups or [])
         return {str(name): self._metric(names == name) for name in np.unique(names)}
 
+    def _compute(self, metric: Metric, rows: Bool[np.ndarray, "rows"]) -> float:
+        assert self.predicted is not None
+        assert self.answers is not None
+        return float(metric.compute(self.predicted[rows].astype(np.int64), self.answers[rows]))
+
     def _metric(self, rows: Bool[np.ndarray, "rows"]) -> float:
+        if self.metrics:
+            return self._compute(self.metrics[0], rows)
         if self.correct is not None:
             return float(self.correct[rows].mean())
         loss = float(self.nll[rows].sum() / self.counts[rows].sum())
@@ -75,18 +100,25 @@ def to_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str,
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device = "cpu", batch_size: int = 64) -> Score:
+def evaluate(
+    model: nn.Module,
+    encoded: EncodedRows,
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    metrics: tuple[Metric, ...] = (),
+) -> Score:
     """Evaluate a model without gradients or dropout, and restore its train or eval mode.
 
     The loss is the cross-entropy only, without terms that a model adds to its own loss. In a closed set of responses,
     all differ in the token at one position. A row is correct if the token of its response has the largest logit among
     these; a tie is an error. This takes one forward pass and, for one-token responses, equals comparing their
-    probabilities. Rows of similar length are batched together.
+    probabilities. Rows of similar length are batched together. ``metrics`` are of classes.
     """
     total = len(encoded)
     # Stable, so that rows of one length are in the same batches on every machine.
     order = np.argsort(encoded.lengths, kind="stable")
-    nll, counts, margins = np.zeros(total), np.ones(total, dtype=np.int64), np.zeros(total, dtype=np.int8)
+    nll, counts = np.zeros(total), np.ones(total, dtype=np.int64)
+    margins, predicted = np.zeros(total, dtype=np.int8), np.zeros(total, dtype=np.int16)
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -97,28 +129,35 @@ def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device 
                 labels = batch.pop("labels")
                 logits = model(**batch).logits.float()
                 nll[rows] = F.cross_entropy(logits, labels, reduction="none").cpu().numpy()
-                margins[rows] = quantize_margins(logits.cpu().numpy(), labels.cpu().numpy())
+                answers, class_logits = encoded.classes[rows], logits.cpu().numpy()
             else:
-                nll[rows], counts[rows], margins[rows] = _score_tokens(model, batch, encoded, rows)
+                nll[rows], counts[rows], class_logits = _score_tokens(model, batch, encoded)
+                if encoded.choices is None:
+                    continue
+                answers = encoded.choices.answers[rows]
+            margins[rows] = quantize_margins(class_logits, answers)
+            predicted[rows] = predict_classes(class_logits, answers)
     model.train(training)
     if encoded.classes is None and encoded.choices is None:
         return Score("perplexity", nll, counts, None, encoded.groups)
-    return Score("accuracy", nll, counts, margins > 0, encoded.groups, margins)
+    right_classes = encoded.classes
+    if encoded.choices is not None:
+        right_classes = encoded.choices.answers
+    name = metrics[0].name if metrics else "accuracy"
+    return Score(name, nll, counts, margins > 0, encoded.groups, margins, predicted, right_classes, metrics)
 
 
-def _score_tokens(
-    model: nn.Module, batch: dict[str, Tensor], encoded: EncodedRows, rows: Int[np.ndarray, "batch"]
-) -> tuple[Any, Any, Any]:
+def _score_tokens(model: nn.Module, batch: dict[str, Tensor], encoded: EncodedRows) -> tuple[Any, Any, Any]:
+    """Return loss and number of the target tokens of each row, and the logits of a closed set of responses."""
     labels = batch["labels"]
     if encoded.shifted:
         del batch["labels"]  # otherwise a causal LM also computes a loss, which is not used
     logits, labels = align_targets(model(**batch).logits, labels, encoded.shifted)
     is_target = labels != IGNORED
     nll = token_losses(logits, labels)
-    margins = np.zeros(len(rows), dtype=np.int8)
+    class_logits = None
     if encoded.choices is not None:
         where = is_target.int().argmax(1) + encoded.choices.offset
-        at_choice = logits[torch.arange(len(rows), device=labels.device), where]
-        choices = at_choice[:, torch.from_numpy(encoded.choices.tokens).to(labels.device)].float()
-        margins = quantize_margins(choices.cpu().numpy(), encoded.choices.answers[rows])
-    return nll.sum(1).double().cpu().numpy(), is_target.sum(1).cpu().numpy(), margins
+        at_choice = logits[torch.arange(len(labels), device=labels.device), where]
+        class_logits = at_choice[:, torch.from_numpy(encoded.choices.tokens).to(labels.device)].float().cpu().numpy()
+    return nll.sum(1).double().cpu().numpy(), is_target.sum(1).cpu().numpy(), class_logits

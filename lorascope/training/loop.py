@@ -15,6 +15,7 @@ from torch import nn
 from lorascope.adapters import delta
 from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
+from lorascope.inputs.metrics import Metric, require_fit
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import default_if_none, is_integer
 from lorascope.methods.method import Method, Phase, from_config
@@ -53,6 +54,7 @@ def train(
     eval_size: int = 512,
     test_size: int | None = None,
     max_length: int = 128,
+    metric: str | Metric | Sequence[str | Metric] | None = None,
     observe: Sequence[Observer] | None = None,
     out: str | Path | None = None,
     root: str | Path = "runs",
@@ -105,6 +107,10 @@ def train(
         Number of test rows to evaluate; all by default.
     max_length : int
         Maximum number of tokens per text; longer texts are truncated.
+    metric : str, Metric or sequence of these, optional
+        Metrics to record at each evaluation, by the names of ``ls.metrics`` or as own functions, such as
+        ``("f1", "accuracy")``. The first selects the best state, and recipes are compared by it. By default accuracy,
+        or perplexity without a closed set of answers. The names are part of the run's id.
     observe : sequence of Observer, optional
         Observers that record quantities; ``[observe.norms()]`` by default.
     out : path, optional
@@ -136,8 +142,8 @@ def train(
     Raises
     ------
     ValueError
-        An argument is invalid, the model was trained as another recipe, the folder contains another run, or a tracker
-        is not installed or cannot start.
+        An argument is invalid, a metric does not fit the task, the model was trained as another recipe, the folder
+        contains another run, or a tracker is not installed or cannot start.
     FloatingPointError
         The loss or the gradient norm is not finite.
     RuntimeError
@@ -169,6 +175,7 @@ def train(
     values = {field.name: arguments[field.name] for field in fields(Settings)}
     settings = Settings(**values | _rates(method, lr, head_lr))
     task = data.fit(model)
+    require_fit(settings.metrics, task)
     model.to(device)
     marker = prepare_model(model, task, seed)
     plan = RunSpec(method, Phase(method), task, settings, seed, marker.w0_hash, tuple(observers))

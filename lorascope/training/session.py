@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from lorascope.files.printable import printable
 from lorascope.files.whole_files import write_bytes
+from lorascope.inputs.metrics import Metric
 from lorascope.inputs.models import processor, require_positions
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import EncodedRows
@@ -24,7 +25,7 @@ from lorascope.methods.method import Batch, HeldOut, Method, Step, trained_param
 from lorascope.observe.trainable import are_finite
 from lorascope.runs.manifest import State, Test
 from lorascope.runs.run import Run
-from lorascope.schema.records import Record
+from lorascope.schema.records import Quantity, Record, register
 from lorascope.training.base_weights import Base, begin_training
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
 from lorascope.training.evaluation import Score, evaluate, to_device
@@ -63,6 +64,7 @@ class Session(Recording):
     ) -> None:
         self.model, self.plan, self.device = model, plan, device
         self.settings, self.task = plan.settings, plan.task
+        register_metrics(self.settings.metrics)
         self.method = dataclasses.replace(plan.phase.method)
         self.optimizer, modules = begin_training(self.method, model, base, plan.settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, plan.settings.rate())
@@ -157,8 +159,11 @@ class Session(Recording):
             return None
         score = self._score(self.validation)
         self.add([Record("eval_loss", score.loss), Record("eval_metric", score.metric)])
+        self.add([Record(f"eval_{name}", value) for name, value in score.values.items()])
         key = (score.metric if score.higher_is_better else -score.metric, -score.loss)
-        if step.finished and self.method.settled(step) and (self.best is None or key > self.best.key):
+        # NaN, such as the correlation of a constant, is never the best.
+        is_better = not math.isnan(score.metric) and (self.best is None or key > self.best.key)
+        if step.finished and self.method.settled(step) and is_better:
             step.best = True
             # finish() saves the last state.
             entry = self.state_entry() if step.last else self.save_state(self.checkpoints.best_file(step.finished))
@@ -167,7 +172,7 @@ class Session(Recording):
 
     def _score(self, rows: Any) -> Score:
         with self._autocast():
-            return evaluate(self.model, rows, self.device)
+            return evaluate(self.model, rows, self.device, metrics=self.settings.metrics)
 
     # -- saving and resuming ------------------------------------------------------------------------------------
 
@@ -242,7 +247,7 @@ class Session(Recording):
         tested = [Record("test_loss", score.loss), Record("test_metric", score.metric)]
         if score.groups:
             tested.append(Record("test_metric_group", np.array(list(score.groups.values()))))
-        self.add(tested)
+        self.add([*tested, *(Record(f"test_{name}", value) for name, value in score.values.items())])
         states = {"last": self.save_state(self.path / "state/last.safetensors")}
         if self.best is not None:
             if self.best.step != self.step.finished:
@@ -252,10 +257,21 @@ class Session(Recording):
             states["best"] = State(self.best.step, self.best.ranks)
         self.writer.meta.states = states
         self.writer.meta.test = Test(score.name, score.metric, score.loss, score.groups)
+        if score.values:
+            self.writer.meta.test.values = score.values
+            self.writer.meta.test.higher_is_better = score.higher_is_better
         self.writer.write_predictions(score.predictions)
         run = self.close("done")
         self.checkpoints.remove()
         return run
+
+
+def register_metrics(metrics: Sequence[Metric]) -> None:
+    """Register the quantities that a session records for metrics, one per split."""
+    for metric in metrics:
+        for prefix, split in {"eval": "validation", "test": "test"}.items():
+            quantity = Quantity(f"{split} {metric.name}", definition=f"metric {metric.name} on the {split} split")
+            register(f"train with metric={metric.name!r}", **{f"{prefix}_{metric.name}": quantity})
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> float | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorascope.inputs.metrics import Metric, resolve
 from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
 from lorascope.methods.method import python_number
 
@@ -39,6 +40,7 @@ class Settings:
     eval_size: int = 512
     test_size: int | None = None
     max_length: int = 128
+    metric: str | Metric | Sequence[str | Metric] | None = None
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "steps", "batch_size", "accumulate", "eval_size", "test_size", "max_length")
@@ -58,6 +60,14 @@ class Settings:
         require(self, "clip", "> 0 or None (no clipping)", self.clip is None or self.clip > 0)
         require_choice(self, "schedule", SCHEDULES)
         require_choice(self, "precision", PRECISIONS)
+        _ = self.metrics  # an unknown one raises
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """Metrics to record, of which the first selects the best state; empty for the default of the task."""
+        if self.metric is None:
+            return ()
+        return resolve(self.metric)
 
     @property
     def evaluation_steps(self) -> int:
@@ -87,9 +97,13 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, in which 1 and 1.0 are the same setting."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, metric=None))
         for name, value in values.items():
             values[name] = python_number(value)
             if name in ("lr", "head_lr", "warmup", "clip", "weight_decay") and value is not None:
                 values[name] = float(value)
+        # Only if there are any, because other runs keep the ids that they had before there was a choice.
+        del values["metric"]
+        if self.metrics:
+            values["metric"] = [metric.name for metric in self.metrics]
         return values

@@ -1,0 +1,105 @@
+"""Scores of finished runs from their stored predictions, by any metric and with an interval over test rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lorascope.array_types import Int
+from lorascope.inputs.metrics import Metric, require_fit, resolve
+from lorascope.inputs.tasks import Task
+from lorascope.inputs.tokenization import class_numbers
+from lorascope.methods.field_checks import is_integer
+from lorascope.runs.run import TRAIN_AGAIN, Run
+
+# Bounds of the 95% interval.
+_QUANTILES = (0.025, 0.975)
+
+
+class RescoredMetric(NamedTuple):
+    """Metric of a run on its test rows with a 95% bootstrap interval, NaN without one.
+
+    ``units`` is the number of rows, or of clusters of rows, that are resampled.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    units: int
+
+
+def score(
+    run: Run, task: Task, metric: str | Metric | None = None, *, bootstrap: int = 1000, seed: int = 0
+) -> RescoredMetric:
+    """Compute a metric of a finished run from its stored predictions, without a model.
+
+    Parameters
+    ----------
+    run : Run
+        Finished run of ``train``.
+    task : Task
+        The data of the run.
+    metric : str or Metric, optional
+        Metric, by default accuracy.
+    bootstrap : int
+        Number of resamples, 1000 by default; 0 for no interval. They draw test rows with replacement, or clusters of
+        rows for a task with the column cluster. The interval is between the 2.5% and 97.5% quantiles of the metric. It
+        covers the choice of the test rows and not the seed of the training.
+    seed : int
+        Seed of the resamples.
+
+    Returns
+    -------
+    RescoredMetric
+        ``name, value, low, high, units``.
+
+    Raises
+    ------
+    ValueError
+        The task is not that of the run, the metric does not fit it, or an earlier version stored the predictions
+        without the classes that the metric needs.
+
+    Examples
+    --------
+    >>> task = ls.tasks.load("sentiment/movies")  # doctest: +SKIP
+    >>> ls.score(run, task, "f1_macro")  # doctest: +SKIP
+    """
+    if not is_integer(bootstrap) or bootstrap < 0:
+        raise ValueError(f"bootstrap must be an integer >= 0, got {bootstrap!r}")
+    (resolved,) = resolve("accuracy" if metric is None else [metric])
+    if run.meta.data_hash != task.hash:
+        raise ValueError(f"task must be the data of run {run.id}, {run.task}, got {task.name} with different rows")
+    require_fit([resolved], task)
+    # A classifier with the same labels in another order keeps its order.
+    labels = run.meta.labels or task.labels
+    rows = task.split("test").head(len(run.predictions))
+    answers = class_numbers(rows, labels)
+    predicted = _predicted_classes(run, answers, len(labels))
+    value = float(resolved.compute(predicted, answers))
+    units = np.arange(len(rows))
+    if "cluster" in rows:
+        units = np.unique(rows["cluster"], return_inverse=True)[1]
+    count = int(units.max()) + 1
+    if not bootstrap:
+        return RescoredMetric(resolved.name, value, np.nan, np.nan, count)
+    order = np.argsort(units, kind="stable")
+    rows_of_unit = np.split(order, np.cumsum(np.bincount(units))[:-1])
+    generator = np.random.default_rng(seed)
+    values = []
+    for _ in range(bootstrap):
+        sample = np.concatenate([rows_of_unit[unit] for unit in generator.integers(count, size=count)])
+        values.append(float(resolved.compute(predicted[sample], answers[sample])))
+    low, high = np.quantile(values, _QUANTILES).tolist()
+    return RescoredMetric(resolved.name, value, low, high, count)
+
+
+def _predicted_classes(run: Run, answers: Int[np.ndarray, "rows"], count: int) -> Int[np.ndarray, "rows"]:
+    """Return the predicted classes of a run; for two classes, they follow from margins of an earlier version."""
+    table = run.predictions
+    if "predicted" in table:
+        return table["predicted"].to_numpy(np.int64)
+    if count != 2:
+        raise ValueError(f"cannot score run {run.id}: its predictions have no classes. {TRAIN_AGAIN}")
+    return np.where(table["margin"] > 0, answers, 1 - answers)

@@ -1,0 +1,299 @@
+"""Metrics of tasks: functions of predictions and answers, registered by name.
+
+Other packages add metrics through the entry point group ``lorascope.metrics``, which names the module that calls
+:func:`add`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from lorascope.array_types import Float, Int
+from lorascope.extras import requirement
+from lorascope.schema.plugins import load_entry_points
+from lorascope.schema.suggestions import unknown_name
+
+if TYPE_CHECKING:
+    from lorascope.inputs.tasks import Task
+
+__all__ = ["METRICS", "Metric", "add", "get"]
+
+Needs = Literal["classes", "two classes", "values", "texts"]
+
+METRICS: dict[str, Metric] = {}
+"""Registered metrics by name."""
+# Common names of metrics that are not similar to ours.
+_SYNONYMS = {"acc": "accuracy", "em": "exact_match", "mcc": "matthews_correlation"}
+# Runs record these on the validation and test split next to the metrics.
+_RESERVED = ("loss", "metric", "metric_group")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Metric of a task.
+
+    Parameters
+    ----------
+    name : str
+        Name, an identifier.
+    needs : {"classes", "two classes", "values", "texts"}
+        Predictions and answers that it compares: class numbers, those of a task with two labels, numbers, or texts.
+    higher_is_better : bool
+        Whether a higher value is better.
+    compute : callable
+        ``compute(predicted, answers)`` returns the metric as a number. Both are arrays of shape (rows,): int64 class
+        numbers or float64 values. Texts are a list of strings, with one list of references per text.
+
+    Raises
+    ------
+    ValueError
+        A field is invalid.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lorascope.inputs.metrics import Metric, get
+    >>> get("accuracy").compute(np.array([1, 0, 1, 1]), np.array([1, 0, 0, 1]))
+    0.75
+    >>> recall = Metric("recall", "two classes", True, lambda predicted, answers: predicted[answers == 1].mean())
+    """
+
+    name: str
+    needs: Needs
+    higher_is_better: bool
+    compute: Callable[[Any, Any], float]
+
+    def __post_init__(self) -> None:
+        if not str(self.name).isidentifier() or self.name in _RESERVED:
+            *first, last = _RESERVED
+            reserved = f"{', '.join(first)} and {last}"
+            raise ValueError(f"name must be an identifier other than {reserved}, got {self.name!r}")
+        if self.needs not in get_args(Needs):
+            raise ValueError(f"needs must be one of {', '.join(map(repr, get_args(Needs)))}, got {self.needs!r}")
+        if not callable(self.compute):
+            raise ValueError(f"compute must be a function of predictions and answers, got {self.compute!r}")
+
+
+def add(metric: Metric) -> None:
+    """Register a metric, so that ``train`` and sweep files know it by name.
+
+    Raises
+    ------
+    ValueError
+        Another metric has this name.
+    """
+    if METRICS.setdefault(metric.name, metric) is not metric:
+        raise ValueError(f"cannot add metric {metric.name!r}: another one has this name")
+
+
+def get(name: str) -> Metric:
+    """Return a registered metric.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    if name in _SYNONYMS:
+        raise ValueError(f"unknown metric {name!r}; did you mean {_SYNONYMS[name]!r}?")
+    raise ValueError(unknown_name("metric", name, METRICS))
+
+
+def resolve(metric: object) -> tuple[Metric, ...]:
+    """Return the metrics of an argument ``metric``: a name, a Metric, or a sequence of these.
+
+    Raises
+    ------
+    ValueError
+        A name is unknown, a metric is repeated, or a new metric has the name of a registered one.
+    """
+    values = list(metric) if isinstance(metric, list | tuple) else [metric]
+    metrics: dict[str, Metric] = {}
+    for value in values:
+        if isinstance(value, str):
+            value = get(value)
+        if not isinstance(value, Metric):
+            raise ValueError(f"metric must be a name, a Metric or a sequence of these, got {value!r}")
+        # Runs store the name only.
+        if METRICS.get(value.name, value) is not value:
+            raise ValueError(f"name of a metric must not be that of a registered one, got {value.name!r}")
+        if value.name in metrics:
+            raise ValueError(f"duplicate metric {value.name!r}")
+        metrics[value.name] = value
+    if not metrics:
+        raise ValueError(f"metric must have at least one name, got {metric!r}")
+    return tuple(metrics.values())
+
+
+def require_fit(metrics: Iterable[Metric], task: Task) -> None:
+    """Raise a ValueError if a task has other predictions than a metric needs."""
+    fitting = [metric.name for metric in METRICS.values() if metric.needs in task.predicts]
+    for metric in metrics:
+        if metric.needs in task.predicts:
+            continue
+        cannot = f"cannot compute {metric.name} of {task.name}"
+        if not fitting:
+            raise ValueError(f"{cannot}: it has no classes; omit metric to record the perplexity")
+        names = f"{', '.join(fitting[:-1])} or {fitting[-1]}"
+        raise ValueError(f"{cannot}: its labels are {len(task.labels)} classes; use {names}")
+
+
+# -- classes and values -------------------------------------------------------------------------------------------
+
+Classes = Int[np.ndarray, "rows"]
+Values = Float[np.ndarray, "rows"]
+
+
+def accuracy(predicted: Classes, answers: Classes) -> float:
+    """Compute the fraction of rows whose class is right."""
+    return float(np.mean(predicted == answers))
+
+
+def f1(predicted: Classes, answers: Classes) -> float:
+    """Compute the F1 score of the second label, 0 without true positives."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(answers, predicted, zero_division=0.0))
+
+
+def f1_macro(predicted: Classes, answers: Classes) -> float:
+    """Compute the mean F1 score of the classes that are predicted or right in some row."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(answers, predicted, average="macro", zero_division=0.0))
+
+
+def matthews_correlation(predicted: Classes, answers: Classes) -> float:
+    """Compute Matthews' correlation coefficient of two or more classes, 0 if predictions or answers are constant."""
+    from sklearn.metrics import matthews_corrcoef
+
+    if len(np.union1d(predicted, answers)) < 2:
+        return 0.0  # scikit-learn would warn
+    return float(matthews_corrcoef(answers, predicted))
+
+
+def _correlation(name: str, predicted: Values, answers: Values) -> float:
+    """Compute a correlation coefficient of scipy; NaN for a constant."""
+    from scipy import stats
+
+    if np.ptp(predicted) == 0 or np.ptp(answers) == 0:
+        return float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        return float(getattr(stats, name)(predicted, answers).statistic)
+
+
+def mse(predicted: Values, answers: Values) -> float:
+    """Compute the mean squared error."""
+    return float(np.mean((predicted - answers) ** 2))
+
+
+# -- texts --------------------------------------------------------------------------------------------------------
+
+Texts = Sequence[str]
+References = Sequence[Sequence[str]]
+
+
+@contextmanager
+def _requires_package(name: str) -> Iterator[None]:
+    """Name the extra to install for a metric if an import within the context fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (required := requirement(error)) is None:
+            raise
+        raise ModuleNotFoundError(f"metric {name!r} {required}", name=error.name) from None
+
+
+def _best_of_references(score: Callable[[str, str], float], predicted: Texts, answers: References) -> float:
+    """Return the mean over texts of the best score among the references of each."""
+    scores = [max(score(text, answer) for answer in texts) for text, texts in zip(predicted, answers, strict=True)]
+    return float(np.mean(scores))
+
+
+def _normalized_words(text: str) -> list[str]:
+    """Return the words of a text without case, ASCII punctuation and English articles, as SQuAD compares them."""
+    letters = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", letters).split()
+
+
+def _are_equal(text: str, answer: str) -> float:
+    return float(_normalized_words(text) == _normalized_words(answer))
+
+
+def _f1_of_words(text: str, answer: str) -> float:
+    words, answer_words = _normalized_words(text), _normalized_words(answer)
+    # SQuAD 2.0 has questions without an answer, whose text is empty.
+    if not words or not answer_words:
+        return float(words == answer_words)
+    common = (Counter(words) & Counter(answer_words)).total()
+    return 2 * common / (len(words) + len(answer_words))
+
+
+def exact_match(predicted: Texts, answers: References) -> float:
+    """Compute the fraction of texts that equal a reference without case, punctuation and articles (SQuAD)."""
+    return _best_of_references(_are_equal, predicted, answers)
+
+
+def f1_words(predicted: Texts, answers: References) -> float:
+    """Compute the mean F1 score of the words of each text and its best reference (SQuAD)."""
+    return _best_of_references(_f1_of_words, predicted, answers)
+
+
+def _rouge(kind: str, predicted: Texts, answers: References) -> float:
+    """Compute the mean F-measure of a kind of ROUGE of rouge-score, with stemmer and the best reference of a text."""
+    with _requires_package(kind):
+        from rouge_score.rouge_scorer import RougeScorer
+    scorer = RougeScorer([kind], use_stemmer=True)
+
+    def score(text: str, answer: str) -> float:
+        return float(scorer.score(answer, text)[kind].fmeasure)
+
+    return _best_of_references(score, predicted, answers)
+
+
+def _sacrebleu(name: str, predicted: Texts, answers: References, **options: Any) -> float:
+    """Compute a score of sacrebleu, from 0 to 100, for any number of references per text."""
+    with _requires_package(name):
+        import sacrebleu
+    scorer: Any = sacrebleu.CHRF if name == "chrf" else sacrebleu.BLEU
+    # A list per number of the reference, in which None stands for a missing one.
+    references = list(itertools.zip_longest(*answers))
+    return float(scorer(**options).corpus_score(list(predicted), references).score)
+
+
+add(Metric("accuracy", "classes", True, accuracy))
+add(Metric("f1", "two classes", True, f1))
+add(Metric("f1_macro", "classes", True, f1_macro))
+add(Metric("matthews_correlation", "classes", True, matthews_correlation))
+add(Metric("pearson", "values", True, partial(_correlation, "pearsonr")))
+add(Metric("spearman", "values", True, partial(_correlation, "spearmanr")))
+add(Metric("mse", "values", False, mse))
+add(Metric("exact_match", "texts", True, exact_match))
+add(Metric("f1_words", "texts", True, f1_words))
+for _kind in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
+    add(Metric(_kind, "texts", True, partial(_rouge, _kind)))
+add(Metric("bleu", "texts", True, partial(_sacrebleu, "bleu")))
+add(Metric("bleu_lower", "texts", True, partial(_sacrebleu, "bleu_lower", lowercase=True)))
+# As NeFT's command, sacrebleu -l en-zh --lowercase.
+add(Metric("bleu_zh", "texts", True, partial(_sacrebleu, "bleu_zh", lowercase=True, tokenize="zh")))
+add(Metric("chrf", "texts", True, partial(_sacrebleu, "chrf")))
+
+load_entry_points("lorascope.metrics")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -118,6 +118,20 @@ def test_an_untouched_folder_agrees(data: Path) -> None:
     assert results.loc["gain", "pair"] == "as claimed"
 
 
+def test_processors_of_a_deviation_count_as_one(data: Path) -> None:
+    set_value("LoRA, even", 204, "processor", "other")(data / "evidence-2")
+    deviation = (
+        '\n[[deviation]]\nclaims = ["{}"]\nchange = "two processors"\nreason = "equal bits"\nprocessors = ["", "{}"]\n'
+    )
+    file = data / "registered-2.toml"
+    registered = file.read_text()
+    line = "runs.csv.gz: claim gain: arms of against have different machines with seed 204"
+    for claim, processor, expected in (("gain", "other", []), ("gain", "third", [line]), ("text", "other", [line])):
+        file.write_text(registered + deviation.format(claim, processor))
+        write_study(data / "evidence-2", file, COMPARISONS)
+        assert [line for line in verify(data) if "machines" in line] == expected, (claim, processor)
+
+
 @pytest.mark.parametrize(("missing", "expected"), [([214, 215], []), ([207], [207])])
 def test_last_seeds_are_open_until_a_claim_is_judged(data: Path, missing: list[int], expected: list[int]) -> None:
     edit_runs(lambda runs: runs[(runs["arm"] != "LoRA, even") | ~runs["seed"].isin(missing)])(data / "evidence-2")

@@ -479,13 +479,25 @@ def test_figure_shows_a_next_to_b_with_their_shared_fractions(domains):
         assert np.abs(chart.data[["x", "y"]].to_numpy()).max() == 1
         assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]
         assert chart.data["role"].tolist() == [("q", "v")[int(name[2]) % 2] for name in chart.data["module"]]
-        assert chart.marks[0].columns() == {"x": "x", "y": "y", "color": "domain", "size": "size"}
+        assert chart.marks[1].columns() == {"x": "x", "y": "y", "color": "domain", "size": "size"}
         assert chart.data["start"].unique().tolist() == ["from PCA"]
         assert chart.frame is None
     sizes = {"film": 1.0, "music": 0.65, "news": 0.3}
     assert dict(zip(chart.data["domain"], chart.data["size"], strict=True)) == sizes
     assert "film: 2 seeds (0, 1)" in chart.caption.lower()
     assert "another domain is from the same module" in chart.caption
+
+
+def test_thin_lines_join_the_dots_of_a_module_with_their_mean(domains):
+    chart = plots.factor_embedding(domains[0], together=True, seeds=[4]).rows()[0][0]
+    line = chart.marks[0]
+    assert line.muted
+    ends = line.data.groupby(line.stretch)[["x", "y"]].agg(["first", "last"])
+    assert len(ends) == len(chart.data)
+    np.testing.assert_array_equal(ends.xs("first", axis=1, level=1), chart.data[["x", "y"]])
+    for _, dots in chart.data.reset_index(drop=True).groupby(["start", "factor", "module"]):
+        middle = ends.xs("last", axis=1, level=1).loc[dots.index]
+        np.testing.assert_allclose(middle, 0 * middle + dots[["x", "y"]].mean())
 
 
 def test_figure_with_a_control_and_seeds_has_rows_and_frames_for_them(domains):
@@ -549,7 +561,7 @@ def test_figure_together_has_a_and_b_in_one_plane(domains):
     assert re.fullmatch(r"A and B, different A₀: same module \d+% \(chance 8%\)", chart.title)
     assert chart.y.label == "t-SNE, perplexity 24"
     assert chart.data["factor"].value_counts().to_dict() == {"A": 36, "B": 36}
-    names = chart.marks[1].data.set_index("factor")
+    names = chart.marks[2].data.set_index("factor")
     top = chart.data[chart.data["factor"] == "A"]
     assert (names.loc["A", "x"], names.loc["A", "y"]) == (pytest.approx(top["x"].mean()), top["y"].max())
     assert list(plots.factor_embedding(runs, factors=("A",)).rows()[0][0].data["factor"].unique()) == ["A"]
@@ -565,7 +577,7 @@ def test_dot_labels_with_two_stacks_include_the_stack(tmp_path):
         runs.setdefault(domain, []).append(
             plant(tmp_path, run, {("loss", ""): {9: 1.0}}, "LoRA", seed, factors, modules=places)
         )
-    names = plots.factor_embedding(runs, modules=modules, perplexity=2).rows()[0][-1].marks[1].data
+    names = plots.factor_embedding(runs, modules=modules, perplexity=2).rows()[0][-1].marks[2].data
     assert set(names["place"]) == {"encoder 0 q", "decoder 0 q"}
 
 
@@ -575,13 +587,13 @@ def test_figure_of_few_modules_labels_the_dots(domains):
     few = ["h.1.q", "h.4.q"]
     ((of_a, of_b),) = plots.factor_embedding(runs, modules=few, perplexity=3).rows()
     for chart in (of_a, of_b):
-        names = chart.marks[1].data
+        names = chart.marks[2].data
         assert set(zip(names["module"], names["place"], strict=True)) == {("h.1.q", "1 v"), ("h.4.q", "4 q")}
         dots = names.merge(chart.data, on=["x", "module", "run"], suffixes=("", "_dot"))
         assert len(dots) == len(names) < len(chart.data)
         assert (dots["y"] > dots["y_dot"]).all()
         assert names["y"].max() < chart.y.limits[1]
-    assert len(of_a.marks[1].data) <= len(of_b.marks[1].data)
+    assert len(of_a.marks[2].data) <= len(of_b.marks[2].data)
     assert of_a.title == "A, different A₀: same module 100% (chance 50%)"
     with pytest.raises(
         ValueError, match=r"^factor_embedding.*got 'h\.9\.q'; expected one of h\.0\.q, h\.1\.q, "

@@ -46,8 +46,11 @@ def test_atlas_angles_are_means_over_sides_and_modules(write: Any) -> None:
     assert lookup(heat, "row", "column", value="angle") == pytest.approx({("one", "two"): 67.5})
     by_chance = np.mean([leading_directions.chance_angle(dim, 1) for dim in (6, 5)])
     assert lookup(heat, "row", "column") == pytest.approx({("one", "two"): 67.5 - by_chance})
-    assert set(heat.data["words"]) == {f"68° (random {by_chance:.0f}°)"}
-    assert heat.marks[0].text is not None  # without a number format, matplotlib prints no words either
+    random, updates = heat.marks
+    assert lookup(heat, "row", "column", value=updates.x) == pytest.approx({("one", "two"): 67.5})
+    assert list(random.data[random.x]) == pytest.approx([by_chance])
+    assert heat.y.order == ("one, two",)
+    assert heat.x.limits == (0, 90)
     assert "first 3 singular vectors" in heat.caption
 
 
@@ -59,6 +62,7 @@ def test_atlas_diagonal_compares_only_seeds_of_a_recipe(write: Any) -> None:
     assert angles["LoRA rank 2", "LoRA rank 2"] == pytest.approx(45.0)
     assert angles["LoRA rank 2", "other"] == pytest.approx((45 + 0 + 45) / 3)
     assert ("other", "other") not in angles
+    assert heat.y.order == ("LoRA rank 2, seeds", "LoRA rank 2, other")
 
 
 def test_atlas_reports_recipes_without_saved_directions(write: Any) -> None:
@@ -67,7 +71,7 @@ def test_atlas_reports_recipes_without_saved_directions(write: Any) -> None:
     spectrum, _, heat = panels(plots.atlas([adapter, full]))
     assert list(heat.data["row"] + heat.data["column"]) == ["LoRAFull"]
     assert heat.data["value"].isna().all()
-    assert set(heat.data["words"]) == {"not saved"}
+    assert list(heat.marks[-1].data["words"]) == ["not saved"]
     assert "no directions: Full." in heat.caption
     assert lookup(spectrum, "recipe", "component") == {("LoRA", 1): 2.0, ("Full", 1): 4.0, ("Full", 2): 1.0}
 

@@ -320,18 +320,23 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
 def test_the_figure_of_norms_has_means_and_ranges_over_seeds() -> None:
     arms = [*lisa.DECODER_NORMS.values(), *lisa.ENCODER_NORMS.values()]
     tables = [made_norms(seed * 2.0, 3.0).assign(arm=arm, seed=seed) for seed in (1, 2, 6) for arm in arms]
-    panels = lisa.norms_figure(pd.concat(tables))
-    others = lisa.factor_norms_figure(pd.concat(tables))
-    assert [len(row) for row in panels.rows()] == [len(row) for row in others.rows()] == [2, 2]
-    for number, arms_of_model in enumerate((lisa.DECODER_NORMS, lisa.ENCODER_NORMS)):
-        update, outer = (row[number] for row in panels.rows())
-        over_blocks = outer.data.set_index(["method", "row"])
-        blocks = pd.concat([update.data, *(update.table(dots) for dots in update.marks_of(Point))])
+    table = pd.concat(tables)
+    updates = table[table["reading"] == "update"]
+    panels = lisa.norms_figure(table)
+    others = lisa.factor_norms_figure(pd.concat([updates.assign(reading=name) for name in ("factors", lisa.LEARNED)]))
+    assert [[len(row) for row in drawn.rows()] for drawn in (panels, others)] == [[2], [2, 2]]
+    for chart, arms_of_model in zip(*panels.rows(), (lisa.DECODER_NORMS, lisa.ENCODER_NORMS), strict=True):
+        (dots,) = chart.marks_of(Point)
+        outer = chart.table(dots).set_index(["method", "place"])
         for method in arms_of_model:
             # Over the median block, whose norm is 2.
-            assert over_blocks.loc[(method, "update, embed"), ["value", "low", "high"]].tolist() == [3, 1, 6]
-            of_block = blocks[(blocks["method"] == method) & (blocks["block"] == 1)]
-            assert of_block[["value", "low", "high"]].drop_duplicates().to_numpy().tolist() == [[2, 2, 2]]
+            assert outer.loc[(method, "embed"), ["value", "low", "high"]].tolist() == [3, 1, 6]
+            of_block = chart.data[(chart.data["method"] == method) & (chart.data["place"] == "1")]
+            # LISA draws its blocks at random.
+            expected = [] if method == "LISA" else [[1, 1, 1]]
+            assert of_block[["value", "low", "high"]].to_numpy().tolist() == expected
+        assert outer["layer"].max() < chart.x.limits[1]
+        assert {name: position for position, name in chart.x.ticks.items()}["embed"] == outer["layer"].min()
 
 
 def test_embedding_adapter_has_a_larger_gain_than_a_linear_adapter() -> None:

@@ -138,15 +138,17 @@ def test_mean_norm_has_one_panel_per_reading(write: Any) -> None:
     full = {key: steps for key, steps in values.items() if key[0] != "adapter_norm"}
     panels = plots.mean_norm([write("a", values), write("b", full, "full")])
     assert [chart.title for chart in panels.panels] == [
-        "Whole weight: 1320% at step 0", "Update: 0% at step 0", "Adapter: 96% at step 0",
+        "Whole weight, change", "Update: 0% at step 0", "Adapter: 96% at step 0",
     ]  # fmt: skip
+    assert panels.panels[0].y.label == "change of ‖W‖ (%)"
     ends = [chart.marks[0] for chart in panels.panels]
     assert all(mark.hollow for mark in ends)
-    assert [set(mark.data["value"]) for mark in ends] == [{99.0}, {0.0}, {50.0}]
+    assert [set(mark.data["value"]) for mark in ends] == [{0.0}, {0.0}, {50.0}]
     means = pd.concat([chart.data for chart in panels.panels]).set_index(["metric", "recipe"])["value"]
+    percent = pytest.approx(100 * (7.5 / 99 - 1))
     assert means.to_dict() == {
-        ("weight_norm", "LoRA rank 2"): 7.5,
-        ("weight_norm", "full"): 7.5,
+        ("weight_norm", "LoRA rank 2"): percent,
+        ("weight_norm", "full"): percent,
         ("update_norm", "LoRA rank 2"): 1.5,
         ("update_norm", "full"): 1.5,
         ("adapter_norm", "LoRA rank 2"): 52.0,
@@ -155,8 +157,12 @@ def test_mean_norm_has_one_panel_per_reading(write: Any) -> None:
     assert [len(row) for row in plots.mean_norm(write("c", full, "full")).rows()] == [2]
     sized = [place | {"out_features": 4, "in_features": 25} for place in MODULES]
     (row,) = plots.mean_norm(write("d", values, modules=sized), per_weight=True).rows()
-    assert [lookup(chart, "place")["embed"] for chart in row] == pytest.approx([0.75, 0.15])
-    assert [chart.y.label for chart in row] == ["‖W‖ / √n", "‖W − W₀‖ / √n"]
+    assert [lookup(chart, "place")["embed"] for chart in row] == [percent, pytest.approx(0.15)]
+    assert [chart.y.label for chart in row] == ["change of ‖W‖ (%)", "‖W − W₀‖ / √n"]
+    late = {key: {1: 5.0, 2: 10.0} for key in full}
+    (row,) = plots.mean_norm(write("e", late, modules=sized), per_weight=True).rows()
+    assert [lookup(chart, "place")["embed"] for chart in row] == pytest.approx([0.75, 0.75])
+    assert row[0].y.label == "‖W‖ / √n"  # without step 0 there is no percentage
 
 
 def test_training_curves_average_the_loss_over_windows(write: Any) -> None:

@@ -17,7 +17,7 @@ from lorascope.charts import matplotlib_backend
 from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.geometry import Curve, build
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Rule, Text
-from lorascope.charts.theme import ON_LIGHT, contrast
+from lorascope.charts.theme import ON_LIGHT, THEMES, channels, contrast
 
 both = pytest.mark.parametrize("reader", [Mpl, Plotly])
 BLUE, VERMILLION, GREEN = ON_LIGHT[:3]
@@ -43,6 +43,23 @@ def runs() -> pd.DataFrame:
 def test_lines_are_sorted_by_x_and_colored_by_category(reader, runs) -> None:
     shown = reader(Chart(runs, [Line("step", "value", "method")]))
     assert shown.lines() == [([0, 10, 20], [1, 2, 3], BLUE), ([0, 10], [5, 6], VERMILLION)]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark", "paper"])
+def test_muted_lines_are_thin_gray_and_not_in_the_legend(theme: str, runs: pd.DataFrame) -> None:
+    bold = Line("step", "value", "method")
+    thin = Line("step", "value", stretch="method", muted=True)
+    chart = Chart(runs, [bold, thin])
+    *bold_lines, line = chart.mpl(theme=theme).axes[0].lines
+    assert line.get_linewidth() < 0.5 * bold_lines[0].get_linewidth()
+    *traces, trace = (trace for trace in chart.plotly(theme=theme).data if len(trace.x) > 1)
+    assert trace.line.width < traces[0].line.width
+    assert trace.line.color == to_hex(line.get_color())
+    red, green, blue = channels(trace.line.color)
+    assert max(red, green, blue) - min(red, green, blue) < 8
+    assert contrast(trace.line.color, THEMES[theme].background) > 4.5
+    for reader in (Mpl, Plotly):
+        assert reader(chart).lines()[-1][:2] == ([0, 10, 20, None, 0, 10], [1, 2, 3, None, 5, 6])
 
 
 @dataclass(frozen=True)

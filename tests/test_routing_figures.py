@@ -39,20 +39,23 @@ def routed(folder: Path, id: str, shift: float = 0.0, seed: int = 0, label: str 
     return Run.read(folder / id)
 
 
-def test_gates_cell_is_the_gate_of_a_domain_minus_a_uniform_weight(tmp_path):
+def test_gates_rows_are_those_of_all_groups_minus_uniform_and_of_a_group_minus_all(tmp_path):
+    """With two groups, the differences from all are opposite; a shift of both groups is in the rows of all alone."""
     chart = plots.gates(routed(tmp_path, "a", shift=0.1))
-    found = lookup(chart, "layer", "column", "domain")
-    assert len(found) == 2 * 3 * 2
-    assert found["0", "ffn_in 0", "film"] == pytest.approx(100 * (0.5 - 1 / 3))
-    assert found["1", "ffn_in 1", "film"] == pytest.approx(100 * (0.3 - 0.1 - 1 / 3))
-    assert found["0", "ffn_in 2", "music"] == pytest.approx(100 * (0.6 - 1 / 3))
-    assert (chart.frame, chart.x.order, chart.y.order) == (
-        "layer", ("ffn_in 0", "ffn_in 1", "ffn_in 2"), ("film", "music"),
-    )  # fmt: skip
+    found = lookup(chart, "layer", "column", "row")
+    assert len(found) == 2 * 3 * 4
+    start, end, *groups = rows = ("all − 1/3, step 0", "all − 1/3, step 9", "film − all", "music − all")
+    assert found["0", "ffn_in 0", end] == pytest.approx(100 * (0.35 - 1 / 3))
+    assert found["0", "ffn_in 0", start] == pytest.approx(10 * (0.35 - 1 / 3))
+    assert found["1", "ffn_in 1", end] == pytest.approx(100 * (0.25 - 0.1 - 1 / 3))
+    for layer in "01":
+        assert [found[layer, "ffn_in 2", group] for group in groups] == pytest.approx([-20, 20])
+        assert [found[layer, "ffn_in 0", group] for group in groups] == pytest.approx([15, -15])
+    assert (chart.frame, chart.x.order, chart.y.order) == ("layer", ("ffn_in 0", "ffn_in 1", "ffn_in 2"), rows)
     heat = chart.marks[0]
     assert isinstance(heat, Heat)
     assert heat.scale == "diverging"
-    assert heat.limits == pytest.approx((-100 * (0.6 - 1 / 3), 100 * (0.6 - 1 / 3)))
+    assert heat.limits == pytest.approx((-20, 20))
     assert heat.text == "+.0f"
     assert chart.title.endswith("Hydra, information on the group 0.25 nats (shuffled 0.01)")  # of 0.2 and 0.3
     assert "after step 9." in chart.caption
@@ -61,8 +64,9 @@ def test_gates_cell_is_the_gate_of_a_domain_minus_a_uniform_weight(tmp_path):
 
 def test_gates_at_step_zero_are_available_and_unsaved_steps_raise(tmp_path):
     run = routed(tmp_path, "a")
-    early = lookup(plots.gates(run, step=0), "layer", "column", "domain")
-    assert early["0", "ffn_in 2", "music"] == pytest.approx(10 * (0.6 - 1 / 3))
+    early = lookup(plots.gates(run, step=0), "layer", "column", "row")
+    assert early["0", "ffn_in 2", "music − all"] == pytest.approx(2)
+    assert {row for _, _, row in early} == {"all − 1/3, step 0", "film − all", "music − all"}
     with pytest.raises(ValueError, match=r"step must be one of 0, 9.*got 4"):
         plots.gates(run, step=4)
 
@@ -78,7 +82,8 @@ def test_gates_draw_the_first_of_several_seeds(tmp_path):
     """The experts of different seeds do not correspond, so they are not averaged."""
     runs = [routed(tmp_path, f"s{seed}", 0.1 * seed, seed) for seed in range(2)]
     assert "seed 0" in plots.gates(runs).caption
-    assert lookup(plots.gates(runs), "layer", "column", "domain")["1", "ffn_in 0", "film"] == pytest.approx(100 / 6)
+    gates = lookup(plots.gates(runs), "layer", "column", "row", value="gate")
+    assert gates["1", "ffn_in 0", "film − all"] == pytest.approx(0.5)
 
 
 def test_gates_stack_recipes_with_one_color_scale(tmp_path):
@@ -86,7 +91,7 @@ def test_gates_stack_recipes_with_one_color_scale(tmp_path):
     (one,), (other,) = panels.rows()
     assert [chart.title.partition(", ")[0] for chart in (one, other)] == ["Hydra", "control: other"]
     assert one.marks[0].limits == other.marks[0].limits
-    assert one.marks[0].limits[1] == pytest.approx(100 * (0.5 + 0.3 - 1 / 3))
+    assert one.marks[0].limits[1] == pytest.approx(100 * (1 / 3 + 0.3 - 0.25))
 
 
 def test_gate_course_is_the_mean_over_modules_with_a_band_over_seeds(tmp_path):
@@ -127,4 +132,5 @@ def test_gates_of_a_trained_run_are_those_it_saved(bert, task, tmp_path):
     name = "bert.encoder.layer.1.output.dense"
     saved = run.snapshot(f"{name}/gate_by_domain", 3).set_index(["domain", "head"])["value"]
     chart = plots.gates(run)
-    assert lookup(chart, "layer", "column", "domain", value="gate")["1", "ffn_out 2", "film"] == saved["film", 2]
+    gates = lookup(chart, "layer", "column", "row", value="gate")
+    assert gates["1", "ffn_out 2", "film − all"] == saved["film", 2]

@@ -109,13 +109,28 @@ def test_names_of_the_most_sensitive_neurons_over_steps(run: Run) -> None:
     last["value"] /= last.groupby("module")["value"].transform("mean")
     top = last.nlargest(3, "value")
     names = [f"{row.layer} {row.role} {row.neuron}" for row in top.itertuples()]
-    assert list(dict.fromkeys(course["name"])) == [*names, analysis.RANDOM]
-    random = course[course["name"] == analysis.RANDOM].set_index("step")["value"]
-    assert list(random.index) == [0, 2, 4]
-    assert random[4] == pytest.approx(last["value"].quantile(0.95))
+    assert list(dict.fromkeys(course["name"])) == [*names, "no. 3 of all", "no. 3 at random"]
+    by_row = course.pivot(index="name", columns="step", values="value")
+    assert (by_row.loc["no. 3 of all"] >= by_row.loc[names].min() - 1e-9).all()
+    assert by_row.loc["no. 3 of all", 4] == pytest.approx(top["value"].iloc[-1])
+    shuffled = last["shuffled"] / last.groupby("module")["shuffled"].transform("mean")
+    assert by_row.loc["no. 3 at random", 4] == pytest.approx(shuffled.nlargest(3).iloc[-1])
     assert {(row.role, row.neuron in PLANTED[row.layer]) for row in top.itertuples()} <= {("ffn_in", 1), ("ffn_out", 1)}
     ends = course[course["step"] == 4].set_index("name")["value"]
     assert list(ends[names]) == pytest.approx(list(top["value"]))
+
+
+def test_references_of_the_course_are_the_kth_of_each_step_without_a_null_the_first_only(tmp_path: Path) -> None:
+    """The neuron that is second at the last step is third before, when another one is second."""
+    sizes = {0: [3.0, 1.0, 2.0, 6.0], 9: [0.0, 3.0, 5.0, 8.0]}
+    values = {("sensitivity_in", UP.replace("ffn_in", "ffn_out")): sizes}
+    for row in MODULES:
+        for side in ("in", "out"):
+            values.setdefault((f"sensitivity_{side}", row["module"]), {0: [1.0] * 4, 9: [1.0] * 4})
+    course = plots.sensitivity_over_steps(plant(tmp_path, "a", values, modules=MODULES), k=2).panels[0].data
+    by_row = course.pivot(index="name", columns="step", values="value").loc[course["name"].unique()]
+    assert list(by_row.index) == ["0 ffn_out 3", "0 ffn_out 2", "no. 2 of all"]
+    assert by_row.to_numpy().tolist() == [[2.0, 2.0], [pytest.approx(2 / 3), 1.25], [1.0, 1.25]]
 
 
 def test_both_renderers_show_the_numbers_of_the_tables(run: Run) -> None:

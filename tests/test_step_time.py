@@ -33,6 +33,13 @@ def test_parts_are_medians_of_the_later_steps(tmp_path):
     })  # fmt: skip
     assert chart.colors == ("forward", "backward", "rest")
     assert "at most 0% of their median" in chart.caption
+    _, line, percentages = chart.marks
+    assert (chart.title, line.x) == ("Time per step; line and percentages: full", 36)
+    assert dict(zip(percentages.data["recipe"], percentages.data["words"], strict=True)) == {
+        "full": "100%", "LISA": "72%",
+    }  # fmt: skip
+    single = plots.step_seconds({"full": full})
+    assert (single.title, len(single.marks)) == ("Time per step", 1)
     assert (
         analysis.relative_spread(
             plant(tmp_path, "s", {(name, ""): dict(enumerate([1, 1, 1, 2, 3], 1)) for name in NAMES}).table

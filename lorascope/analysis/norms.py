@@ -132,3 +132,12 @@ def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
 
 def _cell_columns(cells: pd.DataFrame) -> list[str]:
     return list(cells.columns.drop(["step", "value"]))
+
+
+def percent_change(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the change of a norm, or another quantity, since step 0, in percent of it; NaN where it is unknown."""
+    key = _cell_columns(cells)
+    start = cells.loc[(cells["step"] == 0).fillna(False), [*key, "value"]]
+    matched = cells.merge(start, on=key, how="left", suffixes=("", "_start"))
+    ratio = matched["value"].to_numpy(np.float64) / matched["value_start"].to_numpy(np.float64)
+    return cells.assign(value=100 * (ratio - 1))

@@ -6,6 +6,7 @@ A neuron is a row of a linear layer, or a column of the output projection of a f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,6 @@ TOP = 0.1
 """Fraction of the neurons of a module that are called its most sensitive ones."""
 GRADIENTS = {"value": "recorded", "shuffled": "gradients shuffled"}
 """Columns of ``list_sensitivities`` with a sensitivity, and the gradients that it is computed from."""
-RANDOM = "random (95%)"
-"""Name of the row of ``follow_top`` that 95% of random neurons are below."""
 # Logarithmic, so that the few most sensitive neurons have most of the axis.
 _PERCENTS = np.geomspace(1, 100, 21)
 _Z95 = 1.645  # 95th percentile of a normal distribution
@@ -134,22 +133,34 @@ def follow_top(runs: Sequence[Result], k: int) -> pd.DataFrame:
     -------
     DataFrame
         ``name, step, value``, means over runs of the sensitivity as a multiple of the mean of the module. Neurons are
-        in the order of their value at the last step; last, as ``RANDOM``, the 95th percentile of all neurons.
+        in the order of their value at the last step. Then follow two references of `top_references`: the k-th largest
+        value at each step, of all neurons and, if it was recorded, of the expected sensitivities with shuffled
+        gradients.
     """
     tables = []
     for run in runs:
         last = list_sensitivities(run)[["module", "role", "place", "neuron"]].assign(run=run.id, name=name_neurons)
         rows = run.table.rename(columns={"index": "neuron"}).astype({"module": "str", "quantity": "str"})
-        for side in ("out", "in"):
+        for quantity, side in product(("sensitivity", "shuffled_sensitivity"), ("out", "in")):
             neurons = last[(last["role"] == "ffn_out") == (side == "in")]
-            courses = rows.loc[rows["quantity"] == f"sensitivity_{side}", ["module", "neuron", "step", "value"]]
-            tables.append(courses.merge(neurons[["run", "module", "role", "neuron", "name"]], on=["module", "neuron"]))
+            courses = rows.loc[rows["quantity"] == f"{quantity}_{side}", ["module", "neuron", "step", "value"]]
+            courses = courses.merge(neurons[["run", "module", "role", "neuron", "name"]], on=["module", "neuron"])
+            tables.append(courses.assign(quantity=quantity))
     courses = pd.concat(tables, ignore_index=True)
     # All sensitivities change with the size of the gradient, so only multiples show which neurons stand out.
-    values = courses.groupby(["run", *_GROUP, "step"], observed=True)["value"]
+    values = courses.groupby(["run", "quantity", *_GROUP, "step"], observed=True)["value"]
     courses["value"] /= values.transform("mean")
-    means = courses.groupby(["name", "step"])["value"].mean().reset_index()
-    order = means[means["step"] == means["step"].max()].nlargest(k, "value")["name"]
-    # The course of chosen neurons means little without that of neurons nobody chose.
-    random = means.groupby("step")["value"].quantile(0.95).reset_index().assign(name=RANDOM)
-    return pd.concat([means.set_index("name").loc[order].reset_index(), random], ignore_index=True)
+    means = courses.groupby(["quantity", "name", "step"])["value"].mean().reset_index()
+    recorded = means[means["quantity"] == "sensitivity"]
+    order = recorded[recorded["step"] == recorded["step"].max()].nlargest(k, "value")["name"]
+    # Neurons chosen at one step must be compared with those that would be chosen at the others.
+    largest = means.groupby(["quantity", "step"])["value"].nlargest(k)
+    references = largest.groupby(level=["quantity", "step"]).min().reset_index()
+    references["name"] = np.where(references["quantity"] == "sensitivity", *top_references(k))
+    rows = pd.concat([recorded.set_index("name").loc[order].reset_index(), references], ignore_index=True)
+    return rows[["name", "step", "value"]]
+
+
+def top_references(k: int) -> tuple[str, str]:
+    """Return the names of the rows of ``follow_top`` that are not neurons: the k-th of all, and at random."""
+    return f"no. {k} of all", f"no. {k} at random"

@@ -45,13 +45,14 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Curve(Shape):
-    """Geometry of a line; ``dash`` is plotly's name of its dash pattern."""
+    """Geometry of a line; ``dash`` is plotly's name of its dash pattern, and a ``thin`` one joins dots."""
 
     x: Numbers
     y: Numbers
     color: str
     dash: str
     group: str
+    thin: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +258,8 @@ def build(mark: Any, panel: Panel, frame: Any) -> Iterator[Shape]:
 def _(mark: Line, panel: Panel, frame: Any) -> Iterator[Curve]:
     for rows, key in panel.split(mark, frame, "color", "dash"):
         x, y = _split_stretches(mark, rows, *panel.positions(mark, rows))
-        yield Curve(x, y, panel.color(mark, key), panel.style(mark, "dash", key), group(key))
+        color = panel.theme.gray if mark.muted else panel.color(mark, key)
+        yield Curve(x, y, color, panel.style(mark, "dash", key), group(key), mark.muted)
 
 
 @build.register

@@ -106,6 +106,8 @@ class Line(Mark):
         Column of the categories that dash patterns distinguish. Default: that of ``color``.
     stretch : str, optional
         Column of stretches: rows of different ones are not joined.
+    muted : bool
+        Whether the lines are thin and gray, as between the dots that they join. Default False.
     data : DataFrame, optional
         Table of this mark. Default: the table of the chart.
 
@@ -120,6 +122,7 @@ class Line(Mark):
     color: str | None = None
     dash: str | None = None
     stretch: str | None = None
+    muted: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ _PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2
 DASHES: dict[str, Any] = dict(zip(STYLES["dash"], _PATTERNS, strict=True))
 MARKERS = dict(zip(STYLES["shape"], "os^DvPX", strict=True))
 MARKERS |= {f"{shape}-open": marker for shape, marker in MARKERS.items()} | {"line-ns-open": "|"}
+THIN = 0.5  # width in points of a line between dots
 DOT = 4.0  # diameter of a dot in points
 LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a column
 # Vector cells can be edited and have no blur, but take 0.2 kB each; more of them are an image.
@@ -33,7 +34,10 @@ def draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> Any:
     look: dict[str, Any]
     match shape:
         case Curve():
-            return ax.plot(shape.x, shape.y, color=shape.color, linestyle=DASHES[shape.dash], zorder=zorder)[0]
+            look = {"color": shape.color, "linestyle": DASHES[shape.dash], "zorder": zorder}
+            if shape.thin:
+                look["linewidth"] = THIN
+            return ax.plot(shape.x, shape.y, **look)[0]
         case Area():
             look = {"color": shape.color, "alpha": FAINT, "linewidth": 0, "zorder": zorder}
             return ax.fill_between(shape.x, shape.low, shape.high, **look)

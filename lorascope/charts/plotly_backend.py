@@ -208,7 +208,8 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
     look: dict[str, Any]
     match shape:
         case Curve():
-            look = {"mode": "lines", "line": {"color": shape.color, "width": 2, "dash": shape.dash}}
+            width = 1 if shape.thin else 2
+            look = {"mode": "lines", "line": {"color": shape.color, "width": width, "dash": shape.dash}}
             yield go.Scatter(x=shape.x, y=shape.y, **look, **_group_fields(panel, shape.group, shape.x, shape.y))
         case Area():
             # The outline of each stretch without gaps, separated by NaN.

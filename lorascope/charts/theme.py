@@ -80,6 +80,11 @@ class Theme:
         return mix_colors(VIRIDIS, start + share * (stop - start))
 
     @property
+    def gray(self) -> str:
+        """Color of muted lines: that of gray text."""
+        return mix_colors([self.background, self.ink], MUTED)
+
+    @property
     def ramp(self) -> list[str]:
         """Colors of a scale for lines and dots, evenly spaced from its low end to its high end."""
         return [self.color_at(step / 9) for step in range(10)]

@@ -43,6 +43,7 @@ from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, Constant, OfTable
 from lorascope.papers.judging.truth_names import task_name
 from lorascope.papers.planted_pairs import Student, planted_arms
+from lorascope.plots.factor_embeddings import join_dots
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import FFN
 
@@ -279,12 +280,14 @@ def factors_figure(table: pd.DataFrame) -> Panels:
         for name, start in {TEXT: SEPARATE, TEXT_SHARED: SHARED}.items():
             of_set = of_factor[of_factor["set"] == name]
             if len(of_set):  # a small version may have only one ground
-                planes.append(factor_plane(of_set, f"{factor}, {start}", _SERIES))
+                plane = factor_plane(of_set, f"{factor}, {start}", _SERIES)
+                planes.append(replace(plane, marks=[join_dots(plane.data, ["module"]), *plane.marks]))
         fractions.append(_shared_fractions(of_factor, factor))
     caption = (
-        "Above: the A or B of one module in one run on text, placed by t-SNE. Below: factors whose nearest factor in "
-        "another domain or task belongs to the same module, on text and for planted tasks that share A or have "
-        "unrelated updates, with separate or shared initial A's; dots and bars: mean and range over seeds."
+        "Above: the A or B of one module in one run on text, placed by t-SNE; lines join a module's dots with their "
+        "mean. Below: factors whose nearest factor in another domain or task belongs to the same module, on text and "
+        "for planted tasks that share A or have unrelated updates, with separate or shared initial A's; mean and range "
+        "over seeds."
     )
     fractions[0] = replace(fractions[0], caption=caption)
     title = "Similarity of A and of B between domains or tasks"

@@ -25,14 +25,14 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from lorascope.analysis import norms
 from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
-from lorascope.charts.marks import Axis, Point, Rule
+from lorascope.charts.marks import Axis, Point
 from lorascope.papers.arms import Arm, KeptTable
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.study_statistics import Comparison, OfTable, pair
@@ -150,26 +150,27 @@ KEPT_TABLES: dict[str, list[KeptTable]] = {
 
 
 def norms_figure(table: pd.DataFrame) -> Panels:
-    """Draw the norm of the update from the kept table ``norms``: by block, and of embedding and head."""
-    panels = _norm_panels(table, ["update"], ["update"], "Norm of the update by layer, mean over training")
+    """Draw the norm of the update by layer from the kept table ``norms``: of embedding, blocks and head."""
+    panels = _norm_panels(table, {"update": "{model}"}, "Norm of the update by layer, mean over training")
     return _with_caption(
         panels,
-        f"{_mean_and_range(table)} Vertical line: the median block, for LISA of those that it drew; its other blocks "
-        "have no update. The head of SmolLM2 is tied to its embedding: only LoRA has a second norm there.",
+        f"Norm over that of the median block. {_mean_and_range(table)} LISA trains random blocks, so its embedding and "
+        "head only are drawn, over the median block that it drew. The head of SmolLM2 is tied to its embedding: only "
+        "LoRA has a second norm there.",
     )
 
 
 def factor_norms_figure(table: pd.DataFrame) -> Panels:
-    """Draw the norms of factors from the kept table ``norms``: learned ones by block, and of embedding and head.
+    """Draw the norms of LoRA's factors by layer from the kept table ``norms``, and below them the learned ones.
 
     The norm of the weight, the paper's fourth reading, hardly changes in training.
     """
-    panels = _norm_panels(table, ["factors", LEARNED], [LEARNED], "Norm of LoRA's factors by layer, mean over training")
+    titles = {"factors": "{model}: A and B", LEARNED: "{model}: A and B minus start"}
+    panels = _norm_panels(table, titles, "Norm of LoRA's factors by layer, mean over training")
     return _with_caption(
         panels,
-        f"{_mean_and_range(table)} Factors − start: change of A and B in training, without their initial values. "
-        "Vertical line: the median block. The small start was trained on SmolLM2 only, and minilm's new head has no "
-        "LoRA.",
+        f"Norm over that of the median block. {_mean_and_range(table)} Minus start: change of A and B in training, "
+        "without their initial values. The small start was trained on SmolLM2 only, and minilm's new head has no LoRA.",
     )
 
 
@@ -187,48 +188,45 @@ def _with_caption(panels: Panels, caption: str) -> Panels:
     return replace(panels, grid=((replace(first, caption=caption), *next_panels), *rows))
 
 
-def _norm_panels(table: pd.DataFrame, outer: list[str], by_block: list[str], title: str) -> Panels:
-    """Draw one column of panels per model: readings by block, and of embedding and head over the median block."""
-    columns: list[Panels] = []
-    for model, arms in {"SmolLM2": DECODER_NORMS, "minilm": ENCODER_NORMS}.items():
-        labels = dict(zip(arms.values(), arms, strict=True))
-        layers = table[table["arm"].isin(labels) & (table["block"] | table["place"].isin(["embed", "head"]))]
-        if layers.empty:  # a small version has the encoder only
-            continue
-        layers = layers.assign(method=layers["arm"].map(labels))
+def _norm_panels(table: pd.DataFrame, titles: dict[str, str], title: str) -> Panels:
+    """Draw one row of panels per reading of ``titles`` and one column per model."""
+    rows = []
+    for reading, title_of_model in titles.items():
         charts = []
-        for reading in by_block:
-            # Without a label, axes of different panels have different limits.
-            axes = Axis(label=f"block of {model}"), Axis(label="" if columns else f"norm of {reading}", log=True)
-            charts.append(_block_norms(layers[layers["reading"] == reading], axes, f"blocks of {model}", list(arms)))
-        charts.append(_outer_norms(layers, f"embedding and head of {model}", list(arms), outer))
-        columns.append(stack_vertically(*charts))
-    return replace(set_side_by_side(*columns), title=title)
+        for model, arms in {"SmolLM2": DECODER_NORMS, "minilm": ENCODER_NORMS}.items():
+            labels = dict(zip(arms.values(), arms, strict=True))
+            is_drawn = table["arm"].isin(labels) & (table["block"] | table["place"].isin(["embed", "head"]))
+            layers = table[is_drawn & (table["reading"] == reading)]
+            if layers.empty:  # a small version has the encoder only
+                continue
+            layers = layers.assign(method=layers["arm"].map(labels))
+            charts.append(_layer_norms(layers, title_of_model.format(model=model), list(arms)))
+        rows.append(set_side_by_side(*charts))
+    return replace(stack_vertically(*rows), title=title)
 
 
-def _outer_norms(layers: pd.DataFrame, title: str, methods: list[str], readings: list[str]) -> Chart:
-    """Draw some norms of embedding and head of one model over the median norm of its blocks."""
-    keys = ["method", "reading", "seed"]
+def _layer_norms(layers: pd.DataFrame, title: str, methods: list[str]) -> Chart:
+    """Draw one norm of one model over the median block: a line of the blocks, and dots of embedding and head."""
+    keys = ["method", "seed"]
     changed_blocks = layers[layers["block"] & (layers["value"] > 0)]
     medians = changed_blocks.groupby(keys)["value"].median().rename("median").reset_index()
-    outer = layers[~layers["block"]].merge(medians)
-    outer = outer[outer["reading"].isin(readings)]
-    outer = outer.assign(row=outer["reading"] + ", " + outer["place"], value=outer["value"] / outer["median"])
-    cells = _spread_over_seeds(outer, ["method", "row"])
-    rows = [f"{reading}, {place}" for reading in readings for place in ("embed", "head")]
-    order = [row for row in rows if row in set(cells["row"])]
-    dots = Point("value", "row", "method", low="low", high="high")
-    x, y = Axis(label="norm / median norm of the blocks", log=True), Axis(order=order, compact=True)
-    return Chart(cells, [Rule(x=1), dots], title=title, x=x, y=y, colors=methods)
-
-
-def _block_norms(layers: pd.DataFrame, axes: tuple[Axis, Axis], title: str, methods: list[str]) -> Chart:
-    """Draw one norm of the blocks of one model: lines, and dots of LISA, which draws its blocks at random."""
-    blocks = layers[layers["block"]]
-    cells = _spread_over_seeds(blocks.assign(block=blocks["place"].astype(int)), ["method", "block"])
-    is_lisa = cells["method"] == "LISA"
-    dots = Point("block", "value", "method", low="low", high="high", data=cells[is_lisa])
-    return curves(cells[~is_lisa], "block", axes, dots, color="method", points=False, title=title, colors=methods)
+    # A block of LISA has an update only from the step at which it is first drawn.
+    layers = layers[~layers["block"] | (layers["method"] != "LISA")].merge(medians)
+    cells = _spread_over_seeds(layers.assign(value=layers["value"] / layers["median"]), ["method", "place", "block"])
+    number = cells.loc[cells["block"], "place"].nunique()
+    gap = 1 + number // 8  # so that the dots are apart from the lines and from the frame
+    positions = {"embed": -gap} | {str(block): block for block in range(number)} | {"head": number - 1 + gap}
+    cells = cells.assign(layer=cells["place"].map(positions))
+    numbered = range(0, number, 1 if number < 12 else 10)
+    ticks = {}
+    for name in ("embed", *map(str, numbered), "head"):
+        if name in set(cells["place"]):
+            ticks[positions[name]] = name
+    across = Axis(label="layer", ticks=ticks, limits=(cells["layer"].min() - gap / 2, cells["layer"].max() + gap / 2))
+    dots = Point("layer", "value", "method", low="low", high="high", data=cells[~cells["block"]])
+    axes = across, Axis(label="norm / median block", log=True)
+    look: dict[str, Any] = {"color": "method", "points": False, "title": title, "colors": methods}
+    return curves(cells[cells["block"]], "layer", axes, dots, **look)
 
 
 def _spread_over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from lorascope.analysis import factor_embeddings, factor_sharing, norms
 from lorascope.analysis.factor_embeddings import Factor, FactorSet, View
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels
-from lorascope.charts.marks import Axis, Mark, Point, Text
+from lorascope.charts.marks import Axis, Line, Mark, Point, Text
 from lorascope.plots.figure_registry import figure, gather_apart
 from lorascope.plots.requirements import UPDATES
 from lorascope.plots.run_groups import Cohort, Runs, require_choices
@@ -36,9 +36,9 @@ _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the
     topic="factors",
     needs=(UPDATES,),
     runs=2,
-    reads="Each dot is the A or B of one module in one run; a dot in a ring of another color is a factor that domains "
-    "share, separate colors mean domain-specific factors. Only structure that remains in the control, whose runs have "
-    "separate initial A's, and a percentage in the title above the chance level, were learned.",
+    reads="Each dot is the A or B of one module in one run, and thin lines join the dots of a module: short lines, or "
+    "rings, mean that domains share its factor, long lines and separate colors that factors are domain-specific. Only "
+    "structure that remains in the control (separate initial A's) with a percentage above chance was learned.",
     misleads="Runs with the same initial A stay together because A moves little, and t-SNE distances between groups "
     "mean nothing: use the numbers of lorascope.analysis.factor_sharing. Raw factors also depend on how the update was "
     "split into B and A, which view='space' avoids.",
@@ -98,7 +98,7 @@ def factor_embedding(
         require_choices(factors=(factor, ("A", "B")))
     caption = (
         f"Each dot is a factor of one module in one run ({_VIEWS[view]}), scaled to norm 1; dots in one place appear "
-        "as rings."
+        "as rings. Lines join the dots of a module with their mean."
     )
     if any(len(cohort.groups) > 1 for cohort in cohorts.values()):
         caption += (
@@ -170,7 +170,7 @@ def _tsne(cloud: FactorSet, cohort: Cohort, title: str, perplexity: float, seeds
         scaled = centered / (np.abs(centered).max() or 1.0)  # equal factors are all at zero
         points.append(_place_points(cloud, cohort, scaled).assign(start=start))
     table, frame = pd.concat(points), "start" if seeds else None
-    marks: list[Mark] = [Point("x", "y", "domain", size="size")]
+    marks: list[Mark] = [join_dots(table, ["module", "factor", "start"]), Point("x", "y", "domain", size="size")]
     if table["factor"].nunique() > 1:
         # A and B share this plane, so their names are drawn above the dots of each.
         keys = filter(None, ("factor", frame))
@@ -180,6 +180,13 @@ def _tsne(cloud: FactorSet, cohort: Cohort, title: str, perplexity: float, seeds
     x, y = (Axis(label=label, ticks={}, limits=(-_EDGE, _EDGE)) for label in labels)
     look: dict[str, Any] = {"x": x, "y": y, "frame": frame, "colors": cohort.labels, "square": True}
     return Chart(table, marks, title=title, meta=cohort.meta, **look)
+
+
+def join_dots(dots: pd.DataFrame, keys: Sequence[str]) -> Line:
+    """Return the lines from the dots with equal ``keys``, the factors of a module, to their mean."""
+    means = dots.groupby(list(keys), sort=False)[["x", "y"]].transform("mean")
+    ends = [dots.assign(spoke=range(len(dots))), dots.assign(spoke=range(len(dots)), x=means["x"], y=means["y"])]
+    return Line("x", "y", stretch="spoke", muted=True, data=pd.concat(ends, ignore_index=True))
 
 
 def _name_dots(chart: Chart) -> Chart:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations, combinations_with_replacement, product
 from typing import Any
 
@@ -14,7 +13,7 @@ from lorascope.analysis import leading_directions as analysis
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.analysis.spectra import added_values
 from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
-from lorascope.charts.marks import Axis, Band, Heat, Mark, Text
+from lorascope.charts.marks import Axis, Band, Mark, Point, Text
 from lorascope.plots.builders import curves
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.norms import update_profile
@@ -23,7 +22,8 @@ from lorascope.plots.run_groups import Cohort, Runs, common_names, define, requi
 from lorascope.plots.sensitive_neurons import NULL, profiles_by_recipe
 from lorascope.runs.result import Result
 
-_LEAST_REACH = 10.0  # degrees at the end of the color scale, so that noise is pale
+_UPDATES, _RANDOM = "two updates", "random directions"
+_RIGHT_ANGLE = 90.0  # degrees: the largest principal angle
 
 
 @figure(
@@ -31,8 +31,8 @@ _LEAST_REACH = 10.0  # degrees at the end of the color scale, so that noise is p
     needs=("learned_norm", SPECTRA),
     runs=2,
     reads="The panels show the singular values of each method's update, its norm by layer, and the angles between "
-    "leading singular vectors of two methods. Only angles well below those of random directions (dark blue) show "
-    "shared directions; the diagonal compares seeds of one recipe.",
+    "leading singular vectors of two updates. Only dots well to the left of their tick, the angle of random "
+    "directions, show shared directions; a row of seeds compares the runs of one recipe.",
     misleads="Heights of spectra and norms follow the learning rates, which differ between methods: compare shapes. "
     "Small angles may come from shared initial factors (runs of one seed) or shared frequencies (all FourierFT runs): "
     "compare different seeds and methods.",
@@ -68,8 +68,8 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     cohort.require_runs(2)
     cohort.require_same("task", "model")
     spectrum, modules = _spectrum(cohort, module)
-    heat, notes = _angles(cohort, k)
-    panels: list[Chart] = [heat]
+    angles, notes = _angles(cohort, k)
+    panels: list[Chart] = [angles]
     if (profiles := profiles_by_recipe(cohort)) is not None:
         panels.append(profiles)
         notes.append("Neurons: sensitivity |w ∂L/∂w| over the mean of the module, mean over modules.")
@@ -78,8 +78,8 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     caption = cohort.caption(
         f"Singular values of the learned update ΔW − ΔW₀: {modules}. {define('learned_norm')}",
         f"Angles: principal angles between the first {k} singular vectors (fewer if an update has fewer), averaged "
-        "over outputs, inputs, the modules that both runs have and pairs of runs; color: minus the same for random "
-        "directions, in brackets.",
+        "over outputs, inputs, the modules that both runs have and pairs of runs; 0: equal directions, 90: orthogonal "
+        "ones.",
         *notes,
         *cohort.missing_initial_updates(),
     )
@@ -98,7 +98,7 @@ def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
         "component",
         (Axis(label="component", log=True), Axis(label="singular value", log=True)),
         points=False,
-        title=f"Spectrum of {module}" if module else "Spectrum",
+        title=f"Spectrum of {module}" if module else "Spectrum (ends at the rank)",
         colors=cohort.labels,
     )
     return chart, description
@@ -145,24 +145,28 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
         if not pairs:
             continue
         mean, chance = analysis.average_angles(pairs)
-        words = f"{mean:.0f}° (random {chance:.0f}°)"
+        words = ""
         if pd.isna(mean):
             # A run that saved only singular values has no directions at all.
             words = "none shared" if all(map(all, pairs)) else "not saved"
-        rows.append({"row": row, "column": column, "angle": mean, "value": mean - chance, "words": words})
+        pair = f"{row}, seeds" if row == column else f"{row}, {column}"
+        rows.append({"row": row, "column": column, "pair": pair, "angle": mean, "random": chance, "words": words})
     table = pd.DataFrame(rows)
-    empty = table[table["value"].isna()]
-    # The matrix is symmetric, so that only the labels of its upper half have rows and columns.
-    reach = max(_LEAST_REACH, table["value"].abs().max())
-    heat = Heat("column", "row", "value", "degrees", "+.0f", "diverging", (-reach, reach), words="words")
-    marks: list[Mark] = [heat, Text("column", "row", "words", data=empty)] if len(empty) else [heat]
-    x, y = (Axis(order=[label for label in cohort.labels if label in set(table[side])]) for side in ("column", "row"))
+    table = table.assign(value=table["angle"] - table["random"], series=_UPDATES)
+    empty = table[table["angle"].isna()].assign(middle=_RIGHT_ANGLE / 2)
+    marks: list[Mark] = [
+        Point("random", "pair", "series", symbol="line-ns-open", data=table.assign(series=_RANDOM)),
+        Point("angle", "pair", "series"),
+    ]
+    if len(empty):
+        marks.append(Text("middle", "pair", "words", muted=True, data=empty))
     chart = Chart(
         table,
         marks,
-        title="Angle between updates (color: minus that of random directions)",
-        x=x,
-        y=replace(y, compact=True),
+        title="Angle between updates (left of the tick: shared directions)",
+        x=Axis(label="angle (degrees)", limits=(0, _RIGHT_ANGLE)),
+        y=Axis(order=table["pair"], compact=True),
+        colors=[*cohort.labels, _UPDATES, _RANDOM],
     )
     unsaved = [label for label, runs in directions.items() if not any(runs)]
     if not unsaved:

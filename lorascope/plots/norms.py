@@ -166,7 +166,7 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     history=True,
     reads="Each panel is one reading of LISA's weight norm, averaged over the steps of training; hollow marks are step "
     "0. A skew toward the first and last layers was learned only as far as the distance from hollow marks shows it.",
-    misleads="The norm of the whole weight hardly changes in training, so the first panel shows the base model. The "
+    misleads="A norm can stay equal while the weight rotates: a change of 0% does not mean an unchanged weight. The "
     "adapter norm is mostly initialization, because B of an embedding starts random and large: compare distances to "
     "step 0, not heights.",
 )
@@ -174,8 +174,9 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
     """Plot norms by layer averaged over training, for each reading of "weight norm" (LISA, section 3.1 and Fig. 2).
 
     LISA's Figure 2 suggests that LoRA mostly changes the first and last layers. The panels show the norms of weight and
-    update and, for recipes with adapters, of the adapter, each with its value at step 0, and in the title the smallest
-    and largest percentage of a norm that it had there. The update of an embedding's adapter scales with its random B.
+    update and, for recipes with adapters, of the adapter, each with its value at step 0. The norm of a weight hardly
+    changes, so it is in percent of step 0, if all runs recorded that; titles of the others have the smallest and
+    largest percentage at step 0. The update of an embedding's adapter scales with its random B.
     If the head is tied to the embedding, compare with the head, whose adapter has no such B.
 
     Parameters
@@ -183,7 +184,7 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs to plot, and runs to compare with.
     per_weight : bool
-        Divide the norms of weight and update by the root of the number of weights, which makes layers comparable.
+        Divide norms that are not in percent by the root of the number of weights, which makes layers comparable.
 
     Examples
     --------
@@ -199,16 +200,22 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
             layers[name] = norms.norm_per_weight(norms.select_quantity(cohort.table, name), modules)
     elif (cohort.table["quantity"] == "adapter_norm").any():
         layers["adapter_norm"] = norms.pool_modules(norms.select_quantity(cohort.table, "adapter_norm"))
-    caption = "Mean over the recorded steps after step 0; percentages: step 0 over this mean, in every layer."
+    caption = "Mean over the recorded steps after step 0; percentages in titles: step 0 over this mean, in every layer."
     if per_weight:
         caption += " Norms are divided by √n, where n is the number of weights in the matrices of a layer."
     panels = []
     for name, rows in layers.items():
+        label = axis_label(name) + " / √n" * per_weight
+        # A weight's norm over the steps is too similar to that at step 0 to be distinguished on its own axis.
+        is_percent = name == "weight_norm" and (rows["step"] == 0).groupby(rows["run"], observed=True).any().all()
+        if is_percent:
+            rows, label = norms.percent_change(rows), "change of ‖W‖ (%)"
         # Mean over the steps first, then mean and band over seeds.
         cells = seed_cells(cohort.label(norms.mean_over_steps(rows)), _CELL).assign(metric=name)
         start = seed_cells(cohort.label(rows[(rows["step"] == 0).fillna(False)]), _CELL)
-        label = axis_label(name) + " / √n" * per_weight
         title = f"{_READINGS[name]}{_percent_at_start(cells, start)}"
+        if is_percent:
+            title = f"{_READINGS[name]}, change"
         chart = profile(cohort, cells, label, title=title, caption=cohort.caption(caption))
         hollow = Point("place", "value", "recipe", hollow=True, data=start)
         panels.append(replace(chart, marks=(hollow, *chart.marks)))

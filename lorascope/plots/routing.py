@@ -29,15 +29,15 @@ _MOST_NUMBERED = 16  # largest number of columns whose cells have room for numbe
 @figure(
     topic="routers",
     needs=("gate_information",),
-    reads="Each cell is the mean gate weight of an expert on one group of texts (a domain or a task) minus a uniform "
-    "weight, in one layer. Rows that differ within an expert mean group-specific routing, if the information in the "
-    "title exceeds that of shuffled groups; equal rows mean that all groups prefer the expert.",
+    reads="The first rows show which experts all groups prefer to uniform gates, at step 0 and later: what changed "
+    "between them was learned. A row of a group (a domain or a task) is its mean gate weight minus that of all: pale "
+    "cells mean equal routing of the groups, colored ones that routing is group-specific.",
     misleads="Experts of different layers or seeds do not correspond, so one run is drawn, and random routers also "
-    "separate groups slightly: compare with step 0. Means hide tokens that are routed sharply to different experts: "
-    "check gate_course.",
+    "separate groups slightly: compare the information in the title with that of shuffled groups. Means hide tokens "
+    "that are routed sharply to different experts: check gate_course.",
 )
 def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> Drawable:
-    """Plot the routing to experts: mean gate weight of each by group minus a uniform weight, one layer per frame.
+    """Plot the routing to experts: mean gate weights minus uniform ones, and by group, one layer per frame.
 
     Parameters
     ----------
@@ -52,33 +52,33 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     """
     cohort = gather_runs("gates", runs, control)
     # Experts of different seeds do not correspond, so that a mean over runs would mix them.
-    gates_by_group = [_gates_by_group(group.runs[0], step) for group in cohort.groups]
-    largest = float(pd.concat(gates_by_group)["value"].abs().max())
+    differences = [_gate_differences(group.runs[0], step) for group in cohort.groups]
+    largest = float(pd.concat(differences)["value"].abs().max())
     panels = []
-    for group, cells in zip(cohort.groups, gates_by_group, strict=True):
-        run, last = group.runs[0], cells["step"].iloc[0]
+    for group, cells in zip(cohort.groups, differences, strict=True):
+        run, last = group.runs[0], cells["step"].iloc[-1]
         experts = sorted(cells["head"].unique())
         columns = [f"{role} {expert}" for role in used_roles(cells) for expert in experts]
         numbers = "+.0f" if len(columns) <= _MOST_NUMBERED else None
         sentences = (
-            f"Mean gate weight of each expert over held-out tokens of a group, minus 1/{len(experts)}, in percentage "
-            f"points; modules of a role pooled by mean; after step {last}. {define('gate_information')} Shuffled: the "
-            "same with permuted groups of the texts."
+            "Mean gate weight of each expert over held-out tokens, in percentage points; modules of a role pooled by "
+            f"mean. All: mean over groups, minus a uniform weight; below, each group minus all, after step {last}. "
+            f"{define('gate_information')} Shuffled: the same with permuted groups of the texts."
         )
         sample = "One run" if run.meta.seed is None else f"One run (seed {run.meta.seed})"
         limits = (-largest, largest)  # one scale for all panels
         panels.append(
             Chart(
                 cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),
-                [Heat("column", "domain", "value", f"gate − 1/{len(experts)} (points)", numbers, "diverging", limits)],
+                [Heat("column", "row", "value", "difference of gates (points)", numbers, "diverging", limits)],
                 title=f"{group.label}, {_information(run, int(last))}",
                 x=Axis(label="role and expert", order=columns),
-                y=Axis(label="group", order=sorted(cells["domain"].unique()), compact=True),
+                y=Axis(order=cells["row"].unique(), compact=True),
                 caption=f"{sentences} {sample}, so no interval.",
                 frame="layer",
             )
         )
-    return cohort.complete(wrap(panels, 1, "Gate weight minus uniform"))
+    return cohort.complete(wrap(panels, 1, "Gate weights"))
 
 
 @figure(
@@ -116,8 +116,22 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
     return cohort.complete(wrap(panels, len(panels), "Routing over the steps"))
 
 
+def _gate_differences(run: Result, step: int | None) -> pd.DataFrame:
+    """Return gates minus others in points, by layer and role: of all groups at two steps, then of each at the last."""
+    by_group = _gates_by_group(run, step)
+    keys = ["step", "layer", "role", "head"]
+    overall = by_group.groupby(keys, sort=False)["gate"].mean().reset_index()
+    experts = overall["head"].nunique()
+    name = f"all − 1/{experts}, step " + overall["step"].astype("str")
+    overall = overall.assign(domain="all", row=name, value=100 * (overall["gate"] - 1 / experts))
+    last = by_group[by_group["step"] == by_group["step"].iloc[-1]].sort_values("domain", kind="stable")
+    groups = last.merge(overall[[*keys, "gate"]], on=keys, suffixes=("", "_all"))
+    groups = groups.assign(row=groups["domain"] + " − all", value=100 * (groups["gate"] - groups.pop("gate_all")))
+    return pd.concat([overall, groups], ignore_index=True)
+
+
 def _gates_by_group(run: Result, step: int | None) -> pd.DataFrame:
-    """Return the gate weights of a run by group, and in ``value`` minus uniform ones in points, by layer and role."""
+    """Return the gate weights of a run by group, layer and role, at the first saved step and then at ``step``."""
     rows = run.table[run.table["quantity"] == "gate_information"].drop_duplicates("module")
     names = [f"{module}/gate_by_domain" for module in rows["module"]]
     saved = run.snapshot_steps(names[0])  # all modules are saved at the same steps
@@ -128,11 +142,11 @@ def _gates_by_group(run: Result, step: int | None) -> pd.DataFrame:
             f"step must be one of {', '.join(map(str, saved))}, where run {run.id} saved its gates, got {step}"
         )
     tables = []
-    for name, position, role in zip(names, norms.layer_places(rows), rows["role"], strict=True):
-        tables.append(run.snapshot(name, step).assign(layer=str(position), role=role))
+    for saved_step in dict.fromkeys((saved[0], step)):
+        for name, position, role in zip(names, norms.layer_places(rows), rows["role"], strict=True):
+            tables.append(run.snapshot(name, saved_step).assign(layer=str(position), role=role))
     keys = ["step", "layer", "role", "domain", "head"]
-    cells = pd.concat(tables).groupby(keys, sort=False)["value"].mean().rename("gate").reset_index()
-    return cells.assign(value=100 * (cells["gate"] - 1 / cells["head"].nunique()))
+    return pd.concat(tables).groupby(keys, sort=False)["value"].mean().rename("gate").reset_index()
 
 
 def _information(run: Result, step: int) -> str:

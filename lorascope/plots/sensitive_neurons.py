@@ -91,11 +91,12 @@ def neuron_sensitivity(runs: Runs, control: Runs | None = None) -> Panels:
     topic="neurons",
     needs=("sensitivity_out", "sensitivity_in"),
     history=True,
-    reads="Each row is one of the most sensitive neurons at the last step, named by layer, role and number. A row that "
-    "is bright from the start was sensitive in the base model; one that brightens became sensitive in training.",
-    misleads="The neurons are chosen at the last step, so their rows brighten towards it by selection: compare seeds, "
-    "and with the last row, which few neurons exceed. Each step is measured on its own few batches, so single bright "
-    "cells are noise.",
+    reads="Each row is one of the most sensitive neurons at the last step, named by layer, role and number. A neuron "
+    "below the row 'of all' at a step was not among the most sensitive ones there: it became so later. The row 'at "
+    "random' is what the most sensitive neurons would have if the gradients were shuffled.",
+    misleads="The neurons are chosen at the last step, so their rows brighten towards it by selection: compare each "
+    "step with the row 'of all', and seeds. Each step is measured on its own few batches, so single bright cells are "
+    "noise.",
 )
 def sensitivity_over_steps(runs: Runs, control: Runs | None = None, k: int = 8) -> Drawable:
     """Plot the sensitivity of the most sensitive neurons over the steps, one panel per label.
@@ -119,8 +120,11 @@ def sensitivity_over_steps(runs: Runs, control: Runs | None = None, k: int = 8) 
     largest = max(float(course["value"].max()) for course in courses.values())
     caption = (
         f"Sensitivity |w ∂L/∂w| over the mean of the module, for the {k} largest at the last step; neurons by layer, "
-        f"role and number. 95% of the neurons are below the last row. {cohort.sample_sentence}"
+        f"role and number. No. {k} of all: value number {k} of all neurons at each step, in descending order. "
     )
+    if any(analysis.top_references(k)[1] in set(course["name"]) for course in courses.values()):
+        caption += "At random: the same of the expected sensitivities if the gradients are shuffled within the module. "
+    caption += cohort.sample_sentence
     panels = []
     for label, course in courses.items():
         panels.append(
@@ -133,7 +137,7 @@ def sensitivity_over_steps(runs: Runs, control: Runs | None = None, k: int = 8) 
                 caption=caption,
             )
         )
-    return cohort.complete(wrap(panels, 2, "Most sensitive neurons by step; last row: 95th percentile of all neurons"))
+    return cohort.complete(wrap(panels, 2, f"Sensitivity by step of the {k} most sensitive neurons at the last step"))
 
 
 def _share_heats(cohort: Cohort, neurons: pd.DataFrame) -> list[Chart]:

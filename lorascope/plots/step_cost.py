@@ -9,7 +9,7 @@ import pandas as pd
 
 from lorascope.analysis import memory_estimate, norms, step_time
 from lorascope.charts.chart import Chart, Drawable, wrap
-from lorascope.charts.marks import Rule
+from lorascope.charts.marks import Rule, Text
 from lorascope.plots.builders import stacked_bars
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import Cohort, Runs, require_choices
@@ -24,6 +24,7 @@ _COLORS = (*memory_estimate.COMPONENTS, _ACTIVATIONS)
 _PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in the LISA paper
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 _CARD = 24e9 / 2**30  # memory of a 24 GB GPU in GiB
+_MARGIN = 0.12  # position of percentages to the right of the longest bar, over its length: they fit into a column
 _COUNTS = "no interval, because seeds differ only in the length of their texts"
 
 
@@ -138,7 +139,8 @@ def _batch_phrase(cohort: Cohort) -> list[str]:
     topic="optimizers",
     needs=tuple(step_time.COMPONENTS),
     reads="Each bar is the time of one step: forward (the loss), backward (its gradients) and the rest, mostly the "
-    "optimizer. A method is faster where its bar is shorter by more than the spread in the caption.",
+    "optimizer. A method is faster than the first one where its bar ends to the left of the line, by more than the "
+    "spread in the caption.",
     misleads="Times hold for one machine, model, batch size and text length: with large embeddings or short texts the "
     "optimizer's fraction is larger than usual. Adapters slow down the forward pass, which offsets their savings: "
     "compare whole bars.",
@@ -149,7 +151,7 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of ``ls.step_time.measure``.
+        Runs of ``ls.step_time.measure``. The first label is the one that percentages refer to.
 
     Examples
     --------
@@ -162,10 +164,22 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
     cells = rows.groupby(["recipe", "part"], sort=False)["value"].mean().mul(1e3).reset_index()
     spread = step_time.relative_spread(cohort.table)
     caption = cohort.caption(
-        f"Medians over the steps after step {step_time.WARM}: {'; '.join(_batch_phrase(cohort))}.",
+        f"Medians over the steps after step {step_time.WARM}: {'; '.join(_batch_phrase(cohort))}. Rest: mostly the "
+        "optimizer.",
         f"Half the interquartile range of the steps: at most {spread:.0%} of their median.",
         interval=_COUNTS,
         pair=_COUNTS,
     )
     colors, label = list(step_time.COMPONENTS.values()), "time per step (ms)"
-    return cohort.complete(stacked_bars(cells, cohort.labels, label, colors, title="Time per step", caption=caption))
+    bars = stacked_bars(cells, cohort.labels, label, colors, title="Time per step", caption=caption)
+    if len(cohort.labels) == 1:
+        return cohort.complete(bars)
+    # The end of a bar is compared with that of the first one.
+    totals = cells.groupby("recipe", sort=False)["value"].sum().reset_index()
+    first, longest = totals["value"].iloc[0], totals["value"].max()
+    totals["words"] = (100 * totals["value"] / first).map("{:.0f}%".format)
+    totals["margin"] = (1 + _MARGIN) * longest
+    marks = [*bars.marks, Rule(x=first), Text("margin", "recipe", "words", data=totals)]
+    title = f"Time per step; line and percentages: {cohort.labels[0]}"
+    x = replace(bars.x, limits=(0, (1 + 2 * _MARGIN) * longest))
+    return cohort.complete(replace(bars, marks=marks, title=title, x=x))

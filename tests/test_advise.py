@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,17 @@ def test_a_small_budget_names_what_it_skips(bert: str, task: Task, tmp_path: Pat
     for measurement in told.skipped:
         assert "CPU seconds do not fit into the budget" in measurement.reason
         assert measurement.command.startswith("lorascope ")
+
+
+def test_advice_without_an_action_says_whether_measurements_were_skipped() -> None:
+    receipt = Receipt(run="abc", base="minilm", rows={"task": "192 rows 5f2a1c"})
+    skipped = advice.SkippedMeasurement("price", "about 151 CPU seconds do not fit into the budget")
+    complete = advice.Advice("runs/lora", "LoRA", (), (), (), (), {}, receipt)
+    assert complete.sections()["what to do"] == ["  nothing: no change was shown to be better"]
+    (line,) = replace(complete, skipped=(skipped,)).sections()["what to do"]
+    assert line.startswith("  nothing yet: ")
+    (line,) = replace(complete, receipt=replace(receipt, rows={})).sections()["what to do"]
+    assert line == "  nothing was measured"
 
 
 def test_bad_arguments_get_one_line(bert: str, task: Task, tmp_path: Path, capsys: Any) -> None:  # noqa: F811

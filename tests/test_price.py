@@ -22,7 +22,7 @@ from lorascope.adapters import delta
 from lorascope.adapters.host_weights import orient_weight
 from lorascope.analysis.gradient_signal import count_directions
 from lorascope.analysis.paired_rows import estimate_rows
-from lorascope.analysis.rank_prices import Price
+from lorascope.analysis.rank_prices import Evidence, Price
 from lorascope.cli.main import main
 from lorascope.export import RankBudget
 from lorascope.inputs import tasks
@@ -39,7 +39,7 @@ from lorascope.insight.missing_directions import (
     leading_directions,
     reach_of,
 )
-from lorascope.insight.price import make_blocks
+from lorascope.insight.price import _next_command, make_blocks
 from lorascope.insight.update_parts import component_parts
 from lorascope.methods import AdaLoRA, DoRA, Full, LoRA, PiSSA, VeRA
 from lorascope.observe.measured_rows import TaskLoss
@@ -373,6 +373,16 @@ def test_the_next_command_can_be_pasted(bert: str, task: tasks.Task, tmp_path: P
     command = f"lorascope price {tmp_path / 'run'} --model {bert} --task reviews --ranks "
     assert result.next_command.startswith(command)
     assert result.next_command.endswith("runs, less than a minute")
+
+
+def test_a_rank_that_loses_nothing_is_retrained_at_half_even_if_directions_are_missing(
+    bert: str, task: tasks.Task, tmp_path: Path
+) -> None:
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=4)[1]
+    losses = estimate_rows(np.zeros(2), np.ones(2), np.arange(2))
+    evidence = Evidence([], losses, directions=37, control=0, doubled=None, inside_p=0.001)
+    assert "--ranks 2 " in _next_command(run, bert, task, evidence, "wasteful")
+    assert "--ranks 8 " in _next_command(run, bert, task, evidence, "not finished")
 
 
 def test_command_prints_prices(bert: str, task: tasks.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,7 +163,7 @@ class Advice:
 
     def _describe_actions(self) -> Iterator[str]:
         if not self.actions:
-            yield "  nothing: no change was shown to be better" if self.receipt.rows else "  nothing was measured"
+            yield f"  {self._describe_nothing()}"
         for number, action in enumerate(self.actions, start=1):
             ending = ": confirm" if action.verdict == CONFIRM else ""
             yield f"  {number} {action.change}{ending}"
@@ -173,6 +173,13 @@ class Advice:
             keywords = [f"{name}={value!r}" for name, value in self.config.items() if name != "lr"]
             yield f"  next training, retrained here: lr={self.config['lr']:g}"
             yield f"      LoraConfig({', '.join(keywords)})"
+
+    def _describe_nothing(self) -> str:
+        if not self.receipt.rows:
+            return "nothing was measured"
+        if self.skipped:
+            return "nothing yet: what was measured shows no better change, and the measurements below were skipped"
+        return "nothing: no change was shown to be better"
 
     def _repr_html_(self) -> str:
         lists = {"facts": ["name", "text"], "actions": ["verdict", "change"], "undecided": ["question", "rows_needed"]}

@@ -219,7 +219,7 @@ def _measure_price(
         rows_needed=rows_for_verdict(half, tolerance, len(text.table)) if verdict == "undecided" else np.nan,
         smallest_signal=smallest_signal(signals[REAL]),
         residuals=np.zeros(0),
-        next_command=_next_command(run, call.model, adapted.task, evidence),
+        next_command=_next_command(run, call.model, adapted.task, evidence, verdict),
         receipt=receipt,
     )
 
@@ -427,13 +427,14 @@ def _read_record(run: Result) -> Float[np.ndarray, "cell"]:
     return read_residuals(run.path.parent / RECORD, run.id)
 
 
-def _next_command(run: Result, model: str, task: Task, evidence: Evidence) -> str:
+def _next_command(run: Result, model: str, task: Task, evidence: Evidence, verdict: str) -> str:
     """Return the command that retrains where the answer is open: above the rank if directions are missing, or below."""
     if missing_for_retraining(run, task) or evidence.retrained:
         return ""
     rank = run.meta.recipe["rank"]
-    # Below rank 1 there is nothing to train.
-    is_open_above = rank == 1 or (evidence.directions > 0 and not evidence.control)
+    # A cut without loss precedes gradients, as in the verdict. Below rank 1 there is nothing to train.
+    points_beyond = evidence.directions > 0 and not evidence.control
+    is_open_above = rank == 1 or (points_beyond and verdict != "wasteful")
     target = 2 * rank if is_open_above else rank // 2
     words = ["lorascope", "price", str(run.path), "--model", model, "--task", task.name]
     command = shlex.join([*words, "--ranks", str(target), "--retrain", str(_SEEDS)])

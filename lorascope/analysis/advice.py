@@ -177,6 +177,7 @@ class Advice:
     def _describe_nothing(self) -> str:
         if not self.receipt.rows:
             return "nothing was measured"
+        # A measurement that was not made may still show a better change.
         if self.skipped:
             return "nothing yet: what was measured shows no better change, and the measurements below were skipped"
         return "nothing: no change was shown to be better"

@@ -340,6 +340,7 @@ def dial_of_rows(
 
 def _changes_at(table: pd.DataFrame, scales: Mapping[str, float]) -> pd.DataFrame:
     """Return the changes of loss and distance of each part at a scale, with their intervals, by part."""
+    # Parts without a curve have no best scale, so that no row is theirs.
     is_scaled = table["scale"] == table["part"].map(scales)
     names = {TASK: "best_loss", KEEP: "best_distance"}
     changes = []

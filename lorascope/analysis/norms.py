@@ -139,5 +139,6 @@ def percent_change(cells: pd.DataFrame) -> pd.DataFrame:
     key = _cell_columns(cells)
     start = cells.loc[(cells["step"] == 0).fillna(False), [*key, "value"]]
     matched = cells.merge(start, on=key, how="left", suffixes=("", "_start"))
+    # A norm of zero at the start has no percentages.
     ratio = matched["value"].to_numpy(np.float64) / matched["value_start"].to_numpy(np.float64)
     return cells.assign(value=100 * (ratio - 1))

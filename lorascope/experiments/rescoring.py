@@ -74,11 +74,13 @@ def score(
     require_fit([resolved], task)
     # A classifier with the same labels in another order keeps its order.
     labels = run.meta.labels or task.labels
+    # A run with a test size evaluates the first rows of the split.
     rows = task.split("test").head(len(run.predictions))
     answers = class_numbers(rows, labels)
     predicted = _predicted_classes(run, answers, len(labels))
     value = float(resolved.compute(predicted, answers))
     units = np.arange(len(rows))
+    # Sentences of one article depend on each other, so that single rows would give too narrow an interval.
     if "cluster" in rows:
         units = np.unique(rows["cluster"], return_inverse=True)[1]
     count = int(units.max()) + 1

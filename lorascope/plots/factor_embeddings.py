@@ -184,6 +184,7 @@ def _tsne(cloud: FactorSet, cohort: Cohort, title: str, perplexity: float, seeds
 
 def join_dots(dots: pd.DataFrame, keys: Sequence[str]) -> Line:
     """Return the lines from the dots with equal ``keys``, the factors of a module, to their mean."""
+    # Lines between all pairs of many runs would cover the dots.
     means = dots.groupby(list(keys), sort=False)[["x", "y"]].transform("mean")
     ends = [dots.assign(spoke=range(len(dots))), dots.assign(spoke=range(len(dots)), x=means["x"], y=means["y"])]
     return Line("x", "y", stretch="spoke", muted=True, data=pd.concat(ends, ignore_index=True))

@@ -60,6 +60,7 @@ def measure_students(seed: int, out: Path) -> Measured:
         rows.append((name, retrained.lr, retrained.loss))
     trunk = float(priced.runs["loss"].to_numpy()[priced.runs["rank"] == STUDENT_METHOD.rank].item())
     rows.append(("cut to rank 2", STUDENT_METHOD.lr, trunk + float(priced.table["cut"].to_numpy()[0])))
+    # Placed ranks cannot be better than those of the teacher.
     planted = replace(STUDENT_METHOD, rank=planted_truths.uneven_ranks(planted_teacher.student(), seed))
     short = replace(STUDENT_METHOD, rank=2)
     quarter = {"steps": STUDENT_SETTINGS["steps"] // 4}
@@ -73,6 +74,7 @@ def measure_students(seed: int, out: Path) -> Measured:
     bounds = []
     for model in (planted_truths.teachers(UNEVEN, seed)[0], planted_teacher.student()):
         bounds.append(_mean_loss(model, task.fit(model)))
+    # A student that stops early is a control, and need not learn.
     best = students.groupby("student", sort=False)["loss"].min().drop("rank 2, a quarter of the steps")
     table = pd.DataFrame({"task": best.index, "gap": best.to_numpy() - bounds[0], "base_gap": bounds[1] - bounds[0]})
     tables = {"students": students, "forks": effects[["step", "loss_trunk", "loss_fork"]]}

@@ -2,9 +2,9 @@
 
 Run ``python benchmarks/advice_retrained.py --seeds 5 --out runs/advice``. Two adapters of the guide "From adapter to
 decision, three times" are trained again on the bundled sentences about movies, with seeds that no advice was given on.
-A smaller rank is trained, a scale below 1 is measured on the unchanged adapters. Advice is confirmed if the 95% interval of
-the change of the test loss, over seeds, ends below the margin with which it was given. Finished runs in the folder are
-not trained again. A run takes about 50 CPU seconds.
+A smaller rank is trained, a scale below 1 is measured on the unchanged adapters. Advice is confirmed if the 95%
+interval of the change of the test loss, over seeds, ends below the margin with which it was given. Finished runs in the
+folder are not trained again. A run takes about 50 CPU seconds.
 """
 
 from __future__ import annotations

@@ -147,6 +147,15 @@ def test_since_start_subtracts_the_value_at_step_0() -> None:
     assert cells(found, "step", "place") == {(0, "embed"): 0, (0, "1"): 0, (9, "embed"): 0.5, (9, "1"): 1.0}
 
 
+def test_percent_change_is_relative_to_step_0_and_unknown_without_it_or_if_it_is_zero() -> None:
+    steps = [(0, "words", 4.0), (5, "words", 3.0), (9, "words", 6.0), (0, "h.1.q", 0.0), (9, "h.1.q", 1.0)]
+    rows = table([(step, module, "weight_norm", value) for step, module, value in [*steps, (9, "head", 1.0)]])
+    changes = norms.percent_change(norms.pool_modules(norms.select_quantity(rows, "weight_norm")))
+    percent = cells(changes, "step", "place")
+    assert [percent[step, "embed"] for step in (0, 5, 9)] == [0.0, -25.0, 50.0]
+    assert sum(np.isnan(list(percent.values()))) == len(percent) - 3 == 3
+
+
 def test_since_start_without_step_0_raises() -> None:
     rows = table(
         [(0, "words", "adapter_norm", 1.0), (9, "words", "adapter_norm", 1.0), (9, "head", "adapter_norm", 1.0)]

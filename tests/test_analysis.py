@@ -140,6 +140,15 @@ def test_last_uses_the_last_step_of_each_run_and_quantity() -> None:
     }
 
 
+def test_percent_change_is_relative_to_step_0_and_unknown_without_it_or_if_it_is_zero() -> None:
+    steps = [(0, "words", 4.0), (5, "words", 3.0), (9, "words", 6.0), (0, "h.1.q", 0.0), (9, "h.1.q", 1.0)]
+    rows = table([(step, module, "weight_norm", value) for step, module, value in [*steps, (9, "head", 1.0)]])
+    changes = norms.percent_change(norms.pool_modules(norms.select_quantity(rows, "weight_norm")))
+    percent = cells(changes, "step", "place")
+    assert [percent[step, "embed"] for step in (0, 5, 9)] == [0.0, -25.0, 50.0]
+    assert sum(np.isnan(list(percent.values()))) == len(percent) - 3 == 3
+
+
 def test_frames_are_evenly_spaced_over_common_steps() -> None:
     def steps(run: str, recorded: range) -> pd.DataFrame:
         return table([(step, "words", "update_norm", 1.0) for step in recorded], run)

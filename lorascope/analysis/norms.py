@@ -135,10 +135,10 @@ def _cell_columns(cells: pd.DataFrame) -> list[str]:
 
 
 def percent_change(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the change of a norm, or another quantity, since step 0, in percent of it; NaN where it is unknown."""
+    """Return the change of a norm, or another quantity, since step 0, in percent; NaN if that was unknown or zero."""
     key = _cell_columns(cells)
     start = cells.loc[(cells["step"] == 0).fillna(False), [*key, "value"]]
     matched = cells.merge(start, on=key, how="left", suffixes=("", "_start"))
     # A norm of zero at the start has no percentages.
-    ratio = matched["value"].to_numpy(np.float64) / matched["value_start"].to_numpy(np.float64)
-    return cells.assign(value=100 * (ratio - 1))
+    start_value = matched["value_start"].where(matched["value_start"] != 0).to_numpy(np.float64)
+    return cells.assign(value=100 * (matched["value"].to_numpy(np.float64) / start_value - 1))

@@ -210,6 +210,7 @@ EVIDENCE_NEEDED = {
     "weights": "weight norms: a run, or an adapter with `--base`",
     "base": "a run, or an adapter with `--base`",
     "history": "a run",
+    "dial": "a run with `dial.csv` in its folder (`lorascope dial RUN -o RUN/dial.csv`)",
     "training": "a training in progress",
     "merged model": "adapter, base and merged model",
     "tuned model": "a whole model and its base",

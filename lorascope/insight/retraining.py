@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,9 +84,7 @@ def train_ranks(
     Alpha stays the same, so that the scale alpha / rank is larger at a smaller rank, as in ``export.rank_pattern``.
     """
     # Observers are not among the settings, because only losses are compared.
-    settings: dict[str, Any] = {}
-    for field in fields(Settings):
-        settings[field.name] = run.meta.settings[field.name]
+    settings = asdict(Settings.read(run.meta.settings))
     method: Any = from_config(run.meta.recipe)
     # Not in the folder of the run, whose files are its own.
     assert run.path is not None

@@ -340,9 +340,7 @@ def _rebuild_spec(run: Run, marker: TrainingMarker, task: Task, method: Method |
         raise ValueError(f"task must be the data of run {run.id}, {meta.task}, got {task.name} with different rows")
     if method is None:
         method = _rebuild_method(run)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    # Runs without a metric do not store it.
-    settings = Settings(**{name: meta.settings[name] for name in names if name != "metric" or name in meta.settings})
+    settings = Settings.read(meta.settings)
     assert meta.seed is not None
     assert meta.phase is not None
     name, split = meta.phase

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,13 @@ class Settings:
             return left if self.schedule == "linear" else 1.0
 
         return factor
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Settings:
+        """Return the settings of a run from its JSON form, which may have further keys."""
+        # Runs without a metric do not store it.
+        names = {field.name for field in dataclasses.fields(cls)} & stored.keys()
+        return cls(**{name: stored[name] for name in names})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, in which 1 and 1.0 are the same setting."""

@@ -153,6 +153,7 @@ def plugin(monkeypatch: Any) -> Iterator[Any]:
     def load(**modules: str) -> None:
         points = [EntryPoint(name, value, "lorascope.figures") for name, value in modules.items()]
         monkeypatch.setattr(plugins, "installed_entry_points", lambda: EntryPoints(points))
+        plugins.load_entry_points.cache_clear()
         plugins.load_plugins.__wrapped__("lorascope.plots", "lorascope.figures", ("explore",))
 
     yield load

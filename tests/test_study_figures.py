@@ -173,13 +173,13 @@ def test_forest_without_runs_counts_the_pairs_that_wait_and_has_no_panel_of_them
     for results in (pd.DataFrame(columns=RESULT_COLUMNS), compute(REGISTERED, COMPARISONS, EMPTY).results):
         figure = forest(results, REGISTERED, EARLIER)
         assert [chart.title for chart in figure.panels] == [f"{forest_plot.TEXT} (5 seeds)"]
-        assert figure.panels[0].caption.endswith(" 11 of 11 pairs have no runs yet.")
+        assert figure.panels[0].caption.endswith(" 11 of 11 pairs are not finished.")
         # Words are below effects.
         assert figure.panels[0].y.order == ("LoRA", "LISA", "NeFT", "AdaLoRA")
         figure.mpl()
         figure.plotly()
     both = forest(results_of(adalora=8.0), REGISTERED, EARLIER)
-    assert both.panels[0].caption.endswith(" 10 of 11 pairs have no runs yet.")
+    assert both.panels[0].caption.endswith(" 10 of 11 pairs are not finished.")
     # Without an estimate on text, only the pairs are drawn.
     (truth,) = forest(results_of(adalora=8.0), REGISTERED, NO_ESTIMATE).panels
     assert truth.title.startswith(forest_plot.TRUTH)
@@ -250,7 +250,9 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
     claims = registered_study.read(DATA / "registered-2.toml").claims
     judged = {id: claims[id] for id in ("pair.adalora", "pair.basis", "pair.adapprox")}
     figure = pair_effects(replace(REGISTERED, claims=judged), results)
-    assert [chart.x.label for chart in figure.panels] == ["points of the gap"] * 2 + ["% of the control's loss"]
+    assert [chart.x.label for chart in figure.panels] == ["points of the gap"] * 2 + [
+        "100 ln(control's loss / its own)"
+    ]
     expected = results.set_index("claim")["effect"]
     for id, chart in zip(judged, figure.panels, strict=True):
         assert chart.data.set_index("side").loc[FAVORABLE, "effect"] == expected[id]

@@ -91,9 +91,8 @@ def neuron_sensitivity(runs: Runs, control: Runs | None = None) -> Panels:
     topic="neurons",
     needs=("sensitivity_out", "sensitivity_in"),
     history=True,
-    reads="Each row is one of the most sensitive neurons at the last step, named by layer, role and number. A neuron "
-    "below the row 'of all' at a step was not among the most sensitive ones there: it became so later. The row 'at "
-    "random' is what the most sensitive neurons would have if the gradients were shuffled.",
+    reads="Each row is one of the most sensitive neurons at the last step; one below the row 'of all' at a step became "
+    "so later. The row 'at random' is what the most sensitive neurons would have if the gradients were shuffled.",
     misleads="The neurons are chosen at the last step, so their rows brighten towards it by selection: compare each "
     "step with the row 'of all', and seeds. Each step is measured on its own few batches, so single bright cells are "
     "noise.",

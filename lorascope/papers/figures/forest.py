@@ -44,8 +44,8 @@ _X_LABEL = f"effect / bound (linear from {MINUS}1 to 1, logarithmic beyond)"
 _CAPTION = (
     "Effect of each method minus its control, with 95% intervals, divided by the bound of its claim: the smallest gain "
     "that matters, or the largest acceptable cost. Numbers are in points unless they have a unit: of accuracy on text, "
-    "and of the gap closed on planted teachers. Levels are not corrected for many claims: of 40 intervals at 95%, "
-    "about two miss by chance."
+    "and of the gap closed on planted teachers; percent: 100 times the logarithm of the ratio of losses. Levels are "
+    "not corrected for many claims: of 40 intervals at 95%, about two miss by chance."
 )
 _NOTES = {
     PRINTED: "Printed gains are from other models and tasks.",
@@ -173,7 +173,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
         if (table[["mark", "word"]] == subject).any(axis=None):
             caption += f" {note}"
     if waiting:
-        caption += f" {waiting} of {len(pairs)} pairs have no runs yet."
+        caption += f" {waiting} of {len(pairs)} pairs are not finished."
     ends = table[["position", "position_low", "position_high"]].to_numpy().ravel()
     low, high = min(-1.0, np.nanmin(ends)), max(1.0, np.nanmax(ends))
     room = 0.04 * (high - low)

@@ -33,7 +33,7 @@ from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistrat
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED
 
 CLOSED, LOSS = "gap closed (points)", "final loss (% of first)"
-_POINTS, _PERCENT = "points of the gap", "% of the control's loss"
+_POINTS, _PERCENT = "points of the gap", "100 ln(control's loss / its own)"
 DIFFERENCE, _MEAN = "difference between truths", "mean"
 _COLORS = (*SIDES, _MEAN, BOUND, DIFFERENCE)
 _NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name and of its font
@@ -76,7 +76,7 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
     panel of effects.
     """
     judged = set(results["claim"]) if "claim" in results else set()
-    caption = "Each hollow symbol is one seed."
+    caption = "Each hollow symbol is one seed, or one of several tasks of a seed."
     if judged:
         caption += f" Right: {_EFFECT}{_explain_words(registration, results)}"
     rows: list[tuple[Chart, ...]] = []

@@ -116,7 +116,7 @@ def test_other_files_are_never_replaced(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("--paper", "hydra"), "unknown paper 'hydra'; expected one of lora, lisa, adalora, autolora, alora,"),
-        (("--paper", "lora", "--claim", "pair.lora"), "--paper, --claim, --evidence and --instruments cannot be combined"),
+        (("--paper", "lora", "--claim", "pair.lora"), "--claim, --evidence and --instruments cannot be combined"),
         (("--paper", "lora", "--evidence", "x"), "cannot be combined"),
         (("--paper", "lora", "--seed", -1), "--seed must be from 0"),
     ],

@@ -76,7 +76,7 @@ def test_wheel_has_package_types_templates_and_evidence_but_no_tests(wheel: Path
         "pages/parts.html",
     }
     files = [*(ROOT / "data").glob("*.toml"), ROOT / "data" / "paper-figures.csv"]
-    for folder in ("edition-1", "evidence-2", "examples", "published"):
+    for folder in ("edition-1", "evidence-2", "examples", "instruments", "published"):
         files += (ROOT / "data" / folder).rglob("*")
     data = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     expected = package | {f"lorascope/{name}" for name in own | data}
@@ -140,7 +140,7 @@ def test_verify_and_reproduce_name_the_clone_that_they_need(site: Path, tmp_path
     shutil.rmtree(tmp_path / "hidden")
     done = call(site, tmp_path, ["-m", "lorascope.cli", "reproduce", "--evidence", "kept"], "train")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "--evidence requires a clone of the repository" in done.stderr
+    assert "--evidence and --instruments require a clone of the repository" in done.stderr
 
 
 def test_installed_package_has_the_kept_results(site: Path, tmp_path: Path) -> None:

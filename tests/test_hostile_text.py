@@ -426,7 +426,8 @@ def test_progress_bar_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_sweep_standings_are_printable(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = dict.fromkeys(("model", "task", "metric"), EVIL)
-    rows = [common | {"recipe": EVIL, "run": EVIL, "seed": seed, "value": float(seed)} for seed in range(3)]
+    common |= {"recipe": EVIL, "run": EVIL, "lower_is_better": False}
+    rows = [common | {"seed": seed, "value": float(seed)} for seed in range(3)]
     rows += [row | {"recipe": "b", "run": "b", "value": row["value"] + 1} for row in rows]
     monkeypatch.setattr(sweep.recipe_tests, "collect_scores", lambda runs: pd.DataFrame(rows))
     told = sweep._format_standings(SimpleNamespace(runs=list))

@@ -29,7 +29,7 @@ def update_too_strong(case: Case) -> Findings:
     if not (update["best_scale"] < 1 and update["learn_low"] > 0):
         return
     if update["best_loss_high"] < margin and update["best_distance_high"] < 0:
-        # Of the distance at scale 1, as the user has it now.
+        # Relative to scale 1, at which the user has the update now.
         nearer = -update["best_distance"] / update["forget"]
         message = (
             f"at scale {update['best_scale']:g} the loss changes by {update['best_loss']:+.3f} nats "

@@ -106,7 +106,7 @@ class StudyArm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StudyDeviation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A deviation from the registration: one per cause, with the claims that it concerns.
 
-    ``processors`` are models that compute the same numbers to the last bit, so that they count as one machine.
+    ``processors`` are models that compute bitwise equal numbers, so that they count as one machine.
     """
 
     claims: tuple[str, ...]

@@ -11,6 +11,7 @@ import pytest
 import write_pages
 from made_up_study import made_up, planted
 from page_blocks import format_table
+from question_pages import question_blocks
 from study_pages import StudyPages, study_blocks
 from test_study_judging import SITUATIONS, effects_of, with_all_seeds
 
@@ -27,8 +28,7 @@ UNLEARNED = "HydraLoRA, 4 experts of rank 4, tasks share A"
 
 def copy_clone(root: Path) -> Path:
     """Copy the pages, and the data that their blocks follow from."""
-    ignored = shutil.ignore_patterns("evidence")
-    shutil.copytree(ROOT / "data", root / "data", ignore=ignored)
+    shutil.copytree(ROOT / "data", root / "data")
     (root / "figures").symlink_to(ROOT / "figures")
     (root / "docs" / "papers").mkdir(parents=True)
     for page in write_pages.pages(ROOT):
@@ -79,6 +79,21 @@ def cells(block: str, first: str) -> dict[str, str]:
         found += [dict(zip(header, row, strict=True)) for row in rows if row[0].startswith(first)]
     (row,) = found
     return row
+
+
+def test_answered_question_has_its_numbers(tmp_path: Path) -> None:
+    root = copy_clone(tmp_path / "clone")
+    file = root / "data" / "instruments" / "evidence" / "results.csv"
+    results = pd.read_csv(file).set_index("claim")
+    answer = {"n": 32, "effect": 1.254, "low": 1.113, "high": 1.395, "word": "gain"}
+    answer |= {"positive_effect": 2.5, "positive_low": 2.0, "positive_high": 3.0}
+    for name, value in answer.items():
+        results[name] = results[name].astype(object)
+        results.loc["instruments.forks", name] = value
+    file.write_bytes(to_csv(results.reset_index()))
+    row = cells(question_blocks(root)["questions"], "`instruments.forks`")
+    assert (row["effect [95%]"], row["positive control"]) == ("+1.25 [1.11, 1.40]", "+2.50 [2.00, 3.00]")
+    assert (row["instrument"], row["bound"], row["word"]) == ("[forks](forks.md)", "gain 0.5 doublings", "gain")
 
 
 def test_pages_of_the_repository_agree_with_its_evidence(capsys: pytest.CaptureFixture[str]) -> None:

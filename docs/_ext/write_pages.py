@@ -8,6 +8,7 @@ from pathlib import Path
 
 import edition_1
 import page_blocks
+import question_pages
 import study_pages
 
 from lorascope.files.printable import printable
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
 
 def find_differences(root: Path, write: bool) -> Iterator[str]:
     """Yield one line per block that differs; write the blocks first."""
-    blocks = edition_1.blocks(root / "data") | study_pages.study_blocks(root)
+    blocks = edition_1.blocks(root / "data") | study_pages.study_blocks(root) | question_pages.question_blocks(root)
     blocks = {name: f"\n{text}\n\n" for name, text in blocks.items()}
     # The installed package reads the states of the papers' figures without the images.
     states, file = study_pages.find_states(root), root / "data" / study_pages.PAPER_FIGURES

@@ -29,7 +29,7 @@ _RESULT_KINDS = dict.fromkeys(RESULT_COLUMNS, NUMBER) | dict.fromkeys(_TEXTS, TE
 # Unit of a claim -> digits, and what follows the number.
 _FORMATS = {
     "points of accuracy": (2, ""), "nats": (3, " nats"), "percent of the loss": (1, "%"),
-    "log10 of the ratio of norms": (2, ""),
+    "log10 of the ratio of norms": (2, ""), "doublings": (2, ""), "rank correlation": (2, ""), "scale": (2, ""),
 }  # fmt: skip
 
 

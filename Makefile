@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 CHECKED := --jaxtyping-packages="lorascope,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
-.PHONY: reproduce full test test-all lint types tests slow numbers docs notebooks gpu clean
+.PHONY: reproduce full test test-all lint types tests slow ray numbers docs notebooks gpu clean
 
 reproduce: .venv/installed
 	$(BIN)/lorascope reproduce -o $(OUT)
@@ -27,7 +27,7 @@ test: lint
 
 test-all: lint
 	@$(MAKE) --no-print-directory -j 2 types slow
-	$(BIN)/pytest -m ray  # by itself: a cluster takes the whole machine
+	@$(MAKE) --no-print-directory ray
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -44,9 +44,13 @@ tests: .venv/installed
 slow: .venv/installed
 	$(BIN)/pytest $(CHECKED) -n 2 --dist worksteal -m "not ray"
 
+# By itself: a cluster takes the whole machine.
+ray: .venv/installed
+	$(BIN)/pytest -m ray
+
+# Elementwise operations without vector instructions, and products of matrices with those of AVX2.
 numbers: .venv/installed
-	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)
 
 # Runs the notebooks, the guides and the examples of the gallery; a warning is an error.
 docs: .venv/installed

@@ -86,7 +86,8 @@ class Delta(nn.Module):
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
         """Compute the output of an adapted linear host: ``F.linear(x, W, b)`` plus the update's contribution."""
-        return F.linear(x, W, b) + self(x)
+        output = F.linear(x, W, b)
+        return (output + self(x)).to(output.dtype)
 
     def factors(self) -> dict[str, Tensor]:
         """Return the tensors to store in snapshots, by name.
@@ -137,7 +138,8 @@ class AdaptedEmbedding(_Adapted, nn.Embedding):
     """``nn.Embedding`` with a Delta."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids) + self.delta(ids)
+        output = super().forward(ids)
+        return (output + self.delta(ids)).to(output.dtype)
 
 
 _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {

@@ -297,7 +297,8 @@ class ALoRADelta(LoRADelta):
     def add_component(self, index: int, sign: int, x: Tensor, y: Tensor) -> Tensor:
         """Return the host's output ``y`` at input ``x`` with a component added (sign 1) or removed (-1)."""
         row, column = self.A[index : index + 1], self.B[:, index]
-        coordinate = F.linear(x, row) if x.is_floating_point() else F.embedding(x, row.T, self.padding)
+        is_lookup = not x.is_floating_point()
+        coordinate = F.embedding(x, row.T, self.padding) if is_lookup else F.linear(x.to(row.dtype), row)
         return torch.addcmul(y, coordinate, column, value=sign * self.scale).to(y.dtype)
 
     def is_idle(self, index: int) -> bool:

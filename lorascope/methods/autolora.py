@@ -68,7 +68,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import to_array
+from lorascope.adapters.delta import host_weight, to_array
 from lorascope.array_types import Bool, Float
 from lorascope.methods.field_checks import require, require_integer, require_literals, require_scaling
 from lorascope.methods.lora import LoRA, LoRADelta
@@ -173,8 +173,9 @@ class AutoLoRA(AdapterMethod, name="autolora"):
     def delta(self, name: str, host: nn.Module) -> AutoLoRADelta:
         """Return B diag(alpha) A of one module."""
         delta = AutoLoRADelta(host, self.rank, self.alpha / self.rank, self.dropout, self.constraint)
-        if delta.A.dtype != delta.logits.dtype and self.hypergradient in ("finite_difference", "betty"):
-            problem = f"weights in {delta.A.dtype} would round its differences to zero"
+        dtype = host_weight(host).dtype
+        if dtype != delta.logits.dtype and self.hypergradient in ("finite_difference", "betty"):
+            problem = f"weights in {dtype} would round its differences to zero"
             fix = 'Load them in float32, or set hypergradient="exact"'
             raise ValueError(f"cannot use hypergradient {self.hypergradient!r}: {problem}. {fix}")
         return delta

@@ -36,11 +36,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import host_weight, to_array
+from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
 from lorascope.methods.field_checks import require
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.methods.method import reject_embedding
+from lorascope.methods.precision import wide_dtype
 from lorascope.updates import WeightDecomposed
 
 
@@ -72,13 +73,14 @@ class DoRADelta(LoRADelta):
     def __init__(self, host: nn.Module, *arguments: Any, **options: Any) -> None:
         super().__init__(host, *arguments, **options)
         # B is zero, so V is W_0, and with its norms the first update is zero.
-        self.magnitude = nn.Parameter(torch.linalg.norm(host_weight(host).detach(), dim=1))
+        W0 = host_weight(host).detach()
+        self.magnitude = nn.Parameter(torch.linalg.norm(W0.to(wide_dtype(W0)), dim=1))
 
     def _ratio(self, W0: Float[Tensor, "out in"]) -> Float[Tensor, "out"]:
         """Return m / |V|, with the norm as a constant of the gradient."""
         # Section 4.3: a gradient through the norm would need more memory and hardly change the result.
         norm = torch.linalg.norm(W0 + self.scale * (self.B @ self.A).detach(), dim=1)
-        return self.magnitude / norm.to(W0.dtype)
+        return self.magnitude / norm.to(self.magnitude.dtype)
 
     def weight(self) -> Float[Tensor, "out in"]:
         W0 = host_weight(self.host).detach()
@@ -89,17 +91,18 @@ class DoRADelta(LoRADelta):
         x = F.dropout(x, self.dropout, self.training)
         ratio = self._ratio(W0)
         # The host adds W_0 x, so its part here is only the change of magnitude.
-        return (ratio - 1) * F.linear(x, W0) + ratio * F.linear(F.linear(x, self.A), self.B) * self.scale
+        hidden = F.linear(x.to(self.A.dtype), self.A)
+        return (ratio - 1) * F.linear(x, W0) + ratio * F.linear(hidden, self.B) * self.scale
 
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
         """As in the base class, but without dropout the product W_0 x is computed once."""
         if self.dropout and self.training:
-            return F.linear(x, W, b) + self(x)
-        ratio = self._ratio(W.detach())
-        output = ratio * (F.linear(x, W) + self.scale * F.linear(F.linear(x, self.A), self.B))
-        return output if b is None else output + b
+            return Delta.affine(self, x, W, b)
+        ratio, product = self._ratio(W.detach()), F.linear(x, W)
+        output = ratio * (product + self.scale * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B))
+        return (output if b is None else output + b).to(product.dtype)
 
     def factors(self) -> dict[str, Tensor]:
         """Return A, B and the magnitude."""

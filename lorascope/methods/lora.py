@@ -43,6 +43,7 @@ from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
 from lorascope.methods.field_checks import is_integer, require_integer, require_literals, require_scaling
 from lorascope.methods.method import AdapterMethod, added_later
+from lorascope.methods.precision import wide_dtype
 from lorascope.schema import module_table
 from lorascope.updates import Update, from_factors
 
@@ -134,6 +135,7 @@ class LoRA(AdapterMethod, name="lora"):
 class LoRADelta(Delta):
     """LoRA's update scale * B A of one module, whose host sets shape and dtype of the factors.
 
+    A host of 16 bits has factors in float32, as in PEFT, because 16 bits would round small steps away.
     ``dropout`` is the dropout probability on the input of A; it is not used on an embedding. Initial values come from
     ``generator``, by default the global one. ``columns``, the number of columns of B, is the rank by default.
     """
@@ -149,10 +151,11 @@ class LoRADelta(Delta):
     ) -> None:
         super().__init__()
         weight = host_weight(host)
+        dtype = wide_dtype(weight)
         self.scale, self.dropout = float(scale), float(dropout)
         self.padding: int | None = host.padding_idx if isinstance(host, nn.Embedding) else None
-        self.A = nn.Parameter(torch.zeros(rank, weight.shape[1], dtype=weight.dtype))
-        self.B = nn.Parameter(torch.zeros(weight.shape[0], columns or rank, dtype=weight.dtype))
+        self.A = nn.Parameter(torch.zeros(rank, weight.shape[1], dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], columns or rank, dtype=dtype))
         if isinstance(host, nn.Embedding):
             # A is the factor that starts at zero, as in PEFT.
             nn.init.normal_(self.B, generator=generator)
@@ -176,7 +179,7 @@ class LoRADelta(Delta):
     def hidden(self, x: Tensor) -> Float[Tensor, "*batch columns"]:
         """Return A x, with dropout."""
         if x.is_floating_point():
-            return F.linear(F.dropout(x, self.dropout, self.training), self.right)
+            return F.linear(F.dropout(x.to(self.A.dtype), self.dropout, self.training), self.right)
         return F.embedding(x, self.right.T, self.padding)  # the input has ids, for which A x is a lookup
 
     def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
@@ -187,6 +190,9 @@ class LoRADelta(Delta):
     ) -> Float[Tensor, "*batch out"]:
         """As in the base class, but ``addmm`` adds the second product to the host's output, which saves one pass."""
         output, hidden, B = F.linear(x, W, b), self.hidden(x), self.left
+        # The sum is rounded once if the host is narrower.
+        if hidden.dtype != output.dtype:
+            return (output + F.linear(hidden, B) * self.scale).to(output.dtype)
         flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, hidden.shape[-1]), B.T, alpha=self.scale)
         return flat.view(output.shape)
 

@@ -98,6 +98,7 @@ class ResidualDelta(LoRADelta):
 
     def hidden(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch columns"]:
         """Return A x, with dropout, and A0 x, in one product if possible."""
+        x = x.to(self.A.dtype)
         # W_0 - s B_0 A_0 is part of the frozen weight, so its input has no dropout.
         if self.dropout and self.training:
             return torch.cat([F.linear(F.dropout(x, self.dropout), self.A), F.linear(x, self.A0)], -1)

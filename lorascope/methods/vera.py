@@ -38,6 +38,7 @@ from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
 from lorascope.methods.field_checks import is_integer, require, require_integer
 from lorascope.methods.method import AdapterMethod, reject_embedding
+from lorascope.methods.precision import wide_dtype
 from lorascope.schema import module_table
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
@@ -106,21 +107,22 @@ class VeRADelta(Delta):
     ) -> None:
         super().__init__()
         weight = host_weight(host)
+        dtype = wide_dtype(weight)
         outer, inner = weight.shape
         A, B = projections(projection[0], rank, *projection[1:])
         self.dropout = float(dropout)
-        self.lambda_b = nn.Parameter(torch.zeros(outer, dtype=weight.dtype))
-        self.lambda_d = nn.Parameter(torch.full((rank,), d_initial, dtype=weight.dtype))
+        self.lambda_b = nn.Parameter(torch.zeros(outer, dtype=dtype))
+        self.lambda_d = nn.Parameter(torch.full((rank,), d_initial, dtype=dtype))
         # Not stored: the seed gives the same A and B again.
-        self.register_buffer("A", torch.tensor(A[:, :inner], dtype=weight.dtype), persistent=False)
-        self.register_buffer("B", torch.tensor(B[:outer], dtype=weight.dtype), persistent=False)
+        self.register_buffer("A", torch.tensor(A[:, :inner], dtype=dtype), persistent=False)
+        self.register_buffer("B", torch.tensor(B[:outer], dtype=dtype), persistent=False)
         self.projection = (*projection, inner)
 
     def weight(self) -> Float[Tensor, "out in"]:
         return (self.lambda_b.unsqueeze(1) * self.B) @ (self.lambda_d.unsqueeze(1) * self.A)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        hidden = self.lambda_d * F.linear(F.dropout(x, self.dropout, self.training), self.A)
+        hidden = self.lambda_d * F.linear(F.dropout(x.to(self.A.dtype), self.dropout, self.training), self.A)
         return self.lambda_b * F.linear(hidden, self.B)
 
     def factors(self) -> dict[str, Tensor]:

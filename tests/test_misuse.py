@@ -53,12 +53,19 @@ def test_loss_beyond_the_range_of_floats_raises(tmp_path: Path, digits: int) -> 
 SPOILED = ("3", '"x"', "null", "[]", "{}", "[3]", '{"a":3}')
 
 
-@pytest.mark.parametrize("key", ["facts", "findings", "unchecked", "notes", "subjects", "figures", "versions", "label"])
-def test_damaged_card_is_verified_in_one_line(tmp_path: Path, key: str) -> None:
-    page = tmp_path / "card.html"
-    code, errors = command("report", str(lora(tmp_path)), "-o", str(page))
+@pytest.fixture(scope="module")
+def card(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the report card of an adapter."""
+    folder = tmp_path_factory.mktemp("card")
+    page = folder / "card.html"
+    code, errors = command("report", str(lora(folder)), "-o", str(page))
     assert code == 0, errors
-    text = page.read_text(encoding="utf-8")
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("key", ["facts", "findings", "unchecked", "notes", "subjects", "figures", "versions", "label"])
+def test_damaged_card_is_verified_in_one_line(card: str, tmp_path: Path, key: str) -> None:
+    page, text = tmp_path / "card.html", card
     start = text.index(f'"{key}":') + len(key) + 3
     _, size = json.JSONDecoder().raw_decode(text[start:])
     for value in SPOILED:

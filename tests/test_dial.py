@@ -242,6 +242,13 @@ def test_path_shares_add_up_to_the_effect_of_the_whole(
             assert parts[f"{name}_share"].sum() == pytest.approx(whole[f"{name}_share"])
 
 
+def test_the_whole_update_needs_no_gradients(
+    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(RowMeasure, "slopes")
+    assert ls.dial(*opened, task, keep, by=WHOLE, **QUIET).summary().shape[0] == 1
+
+
 @pytest.mark.parametrize("by", [WHOLE, "intruder"])
 def test_parts_that_do_not_divide_the_update_give_the_whole_no_share(
     opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task, by: str

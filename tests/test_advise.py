@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 from test_export import trained
 from test_price import METHODS, task  # noqa: F401  # a fixture
@@ -27,6 +29,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.insight.advise import Plan, _Adviser, _Costs, repeat
 from lorascope.insight.instrument_costs import MeasurementCost
 from lorascope.methods import Full, HydraLoRA, LoRA
+from lorascope.runs.lora_config import next_lora_keywords
 from lorascope.runs.receipt import Receipt
 
 SUBJECT = Subject("runs/lora", "minilm", "reviews")
@@ -229,6 +232,42 @@ def test_retraining_gives_a_configuration_only_if_it_is_as_good(bert: str, task:
         assert told.config["r"] in (1, 2, 3, 4)
     else:
         assert told.config == {}
+
+
+@pytest.mark.slow
+def test_what_is_printed_can_be_pasted(
+    bert: str,
+    task: Task,  # noqa: F811
+    keep: Task,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = write_texts(tmp_path, task=task, keep=keep)
+    run = trained(bert, ls.tasks.load(words[1]), METHODS["lora"], tmp_path / "run", steps=12)[1]
+    assert main(["advise", str(run.path), "--model", bert, *words, "--budget", "1000"]) == 0
+    lines = list(map(str.strip, capsys.readouterr().out.splitlines()))
+    commands = dict.fromkeys(line for line in lines if line.startswith("lorascope "))
+    assert any("--retrain 3" in command for command in commands)
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+
+
+@pytest.mark.slow
+def test_the_printed_configuration_trains_the_ranks(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=2)[1]
+    ranks = {module: 1 + number % 3 for number, module in enumerate(run.updates())}
+    config = next_lora_keywords(run, ranks, run.updates()) | {"lr": 0.01}
+    receipt = Receipt(run=run.id, base=bert, rows={"task": "192 rows 5f2a1c"})
+    printed = repr(advice.Advice("run", "LoRA", (), (), (), (), config, receipt))
+    (line,) = [line.strip() for line in printed.splitlines() if line.strip().startswith("LoraConfig(")]
+    model = peft.get_peft_model(ls.models.load(bert, task), eval(line, {"LoraConfig": peft.LoraConfig}))
+    trained_ranks = {}
+    for name, tensor in model.named_parameters():
+        if ".lora_A." in name:
+            trained_ranks[name.removeprefix("base_model.model.").partition(".lora_A")[0]] = len(tensor)
+    assert trained_ranks == ranks
 
 
 def test_the_step_to_keep_is_that_of_the_gauge(bert: str, task: Task, keep: Task, tmp_path: Path) -> None:  # noqa: F811

@@ -431,6 +431,8 @@ def actions_of_price(price: Price, subject: Subject) -> Iterator[Action]:
         rank = price.rank // 2
         interval = _interval_of(_rows_of(price, rank).iloc[0], "cut")
         change = f"train the next run at rank {rank}: the cut costs {_format_interval(interval, 'nats')}"
+        if price.next_cost:
+            change += f", retraining takes {price.next_cost}"
         yield Action(CONFIRM, change, *interval[:3], "nats", price.next_command, _EVEN_SHARES / 2)
     # Retraining has been measured, so nothing is left to confirm.
     elif price.verdict == "enough":
@@ -466,6 +468,8 @@ def questions_of_price(price: Price, subject: Subject) -> Iterator[OpenQuestion]
         yield OpenQuestion(question, rows, command=command)
     if price.runs.empty:
         question = "loss after retraining, and the learning rate: the best one depends on the rank"
+        if price.next_cost:
+            question += f" ({price.next_cost})"
         yield OpenQuestion(question, seeds_needed=3, command=price.next_command)
 
 

@@ -180,7 +180,7 @@ def locate_result(name: str | Path) -> Path:
 
 
 def runs_in(name: str) -> list[Path]:
-    """Return the runs in a folder that is none itself, such as that of a sweep; empty if it also has other results."""
+    """Return the runs in a folder that is not a run, such as that of a sweep; empty if it also has other results."""
     path = Path(os.path.expanduser(name))
     if _may_be_result(path):
         return []

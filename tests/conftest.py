@@ -115,6 +115,29 @@ def llama(tmp_path_factory) -> str:
     return tiny_folder(tmp_path_factory.mktemp("models") / "llama", "llama")
 
 
+def draw_reviews(seed: int, filler: list[str]) -> pd.DataFrame:
+    """Return 900 reviews of filler around one word that decides the label."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(900):
+        label = draw.choice(["negative", "positive"])
+        words = draw.choices(filler, k=draw.randint(3, 7))
+        words.insert(draw.randrange(len(words)), draw.choice(GOOD if label == "positive" else BAD))
+        rows.append({"text": " ".join(words), "label": label})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="session")
+def reviews() -> tasks.Task:
+    return tasks.from_frame(draw_reviews(0, FILLER), "reviews")
+
+
+@pytest.fixture(scope="session")
+def other_text() -> tasks.Task:
+    """Text without labels that has other words than the reviews."""
+    return tasks.from_frame(draw_reviews(1, [*FILLER[::2], "Review"])[["text"]], "other")
+
+
 @pytest.fixture(scope="session")
 def task() -> tasks.Task:
     """Short reviews in two domains, whose label depends on a single word."""

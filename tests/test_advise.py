@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 from test_export import trained
 from test_price import METHODS, task  # noqa: F401  # a fixture
@@ -23,8 +26,10 @@ from lorascope.analysis.forgetting_course import forgetting_course
 from lorascope.analysis.rank_prices import RUNS, CutPrice, tabulate_prices
 from lorascope.cli.main import main
 from lorascope.inputs.tasks import Task
-from lorascope.insight.advise import repeat
+from lorascope.insight.advise import Plan, _Adviser, _Costs, repeat
+from lorascope.insight.instrument_costs import MeasurementCost
 from lorascope.methods import Full, HydraLoRA, LoRA
+from lorascope.runs.lora_config import next_lora_keywords
 from lorascope.runs.receipt import Receipt
 
 SUBJECT = Subject("runs/lora", "minilm", "reviews")
@@ -63,6 +68,22 @@ def test_a_scale_within_the_margin_is_an_action_and_one_that_touches_it_says_con
     half = action.high - 0.01
     rows = math.ceil(ROWS * (half / 0.09) ** 2)
     assert action.command == f"lorascope dial runs/lora --model minilm --task reviews --by whole --rows {rows}"
+
+
+def test_more_rows_than_the_split_has_are_a_question_without_a_command() -> None:
+    spread = made_dial(0.01, 1.0)
+    (action,) = advice.actions_of_dial(spread, SUBJECT)
+    rows = int(action.command.split()[-1])
+    assert list(advice.actions_of_dial(spread, SUBJECT._replace(rows=rows))) == [action]
+    few = SUBJECT._replace(rows=rows - 1)
+    assert not list(advice.actions_of_dial(spread, few))
+    (question,) = advice.questions_of_dial(spread, few)
+    assert (question.rows_needed, question.command) == (rows, "")
+    assert f"the validation split has {rows - 1} rows" in question.question
+    open_price = made_price(verdict="undecided", rows_needed=500.0)
+    for available, command in ((499, ""), (500, "lorascope price runs/lora --model minilm --task reviews --rows 500")):
+        question = next(advice.questions_of_price(open_price, SUBJECT._replace(rows=available)))
+        assert question.command == command
 
 
 def test_a_scale_that_needs_far_more_rows_is_a_question_and_a_costly_one_is_neither() -> None:
@@ -213,6 +234,42 @@ def test_retraining_gives_a_configuration_only_if_it_is_as_good(bert: str, task:
         assert told.config == {}
 
 
+@pytest.mark.slow
+def test_what_is_printed_can_be_pasted(
+    bert: str,
+    task: Task,  # noqa: F811
+    keep: Task,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = write_texts(tmp_path, task=task, keep=keep)
+    run = trained(bert, ls.tasks.load(words[1]), METHODS["lora"], tmp_path / "run", steps=12)[1]
+    assert main(["advise", str(run.path), "--model", bert, *words, "--budget", "1000"]) == 0
+    lines = list(map(str.strip, capsys.readouterr().out.splitlines()))
+    commands = dict.fromkeys(line for line in lines if line.startswith("lorascope "))
+    assert any("--retrain 3" in command for command in commands)
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+
+
+@pytest.mark.slow
+def test_the_printed_configuration_trains_the_ranks(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=2)[1]
+    ranks = {module: 1 + number % 3 for number, module in enumerate(run.updates())}
+    config = next_lora_keywords(run, ranks, run.updates()) | {"lr": 0.01}
+    receipt = Receipt(run=run.id, base=bert, rows={"task": "192 rows 5f2a1c"})
+    printed = repr(advice.Advice("run", "LoRA", (), (), (), (), config, receipt))
+    (line,) = [line.strip() for line in printed.splitlines() if line.strip().startswith("LoraConfig(")]
+    model = peft.get_peft_model(ls.models.load(bert, task), eval(line, {"LoraConfig": peft.LoraConfig}))
+    trained_ranks = {}
+    for name, tensor in model.named_parameters():
+        if ".lora_A." in name:
+            trained_ranks[name.removeprefix("base_model.model.").partition(".lora_A")[0]] = len(tensor)
+    assert trained_ranks == ranks
+
+
 def test_the_step_to_keep_is_that_of_the_gauge(bert: str, task: Task, keep: Task, tmp_path: Path) -> None:  # noqa: F811
     method = LoRA(rank=2, lr=0.3, head_lr=0.3)  # so high a rate that the last step is not the best
     gauge = ls.observe.kl(every=2, rows=40, keep=keep)
@@ -256,11 +313,46 @@ def test_an_adapter_that_cannot_be_retrained_keeps_its_cuts(bert: str, task: Tas
 def test_a_small_budget_names_what_it_skips(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
     run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=2)[1]
     told = ls.advise(run, bert, task, budget=1e-9, reads=True, progress=False)
-    assert [measurement.name for measurement in told.skipped] == ["price", "dial --by module", "read"]
+    assert [measurement.name for measurement in told.skipped] == ["dial --by whole", "price", "read"]
     assert "--rows reviews" in told.skipped[2].command  # read has no --task
     for measurement in told.skipped:
         assert "CPU seconds do not fit into the budget" in measurement.reason
         assert measurement.command.startswith("lorascope ")
+    assert "Intervals" not in repr(told)  # nothing was measured
+
+
+def plan_with(run: ls.Run, bert: str, task: Task, budget: float, per_row: float) -> Any:  # noqa: F811
+    """Return the plan of a machine that takes ``per_row`` seconds per unit of cost, and what it skips."""
+    adviser = _Adviser(run, bert, task, task, 192, 192, "last", progress=False)
+    costs = {by: MeasurementCost(0.0, per_row * passes, 192, 32) for by, passes in DIAL_PASSES.items()}
+    price = MeasurementCost(0.0, per_row * 20, 1280, 128)
+    adviser.began = time.process_time()
+    adviser._estimate_costs = lambda: _Costs(costs, price, (160, 320, 640, 1280), costs[WHOLE])  # type: ignore[method-assign]
+    return adviser.choose(budget, False), adviser.skipped
+
+
+DIAL_PASSES = {WHOLE: 20.0, "layer": 110.0, "module": 150.0}
+
+
+def test_the_plan_keeps_the_budget_and_offers_rows_that_fit(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=2)[1]
+    # The whole curve takes 38.4 of 120 seconds, 320 rows of the price take 64, and the difference to layers is 172.8.
+    plan, skipped = plan_with(run, bert, task, 120, 0.01)
+    assert plan == Plan(WHOLE, 320)
+    (module,) = skipped
+    assert module.name == "dial --by module"
+    assert module.reason.startswith("about 288 CPU seconds do not fit into the budget of 120; 80 rows take about 120")
+    assert module.command.endswith("--by module --rows 80 --keep-rows 80")
+    # With 20 times as slow a model, 24 rows would fit, which are too few for an interval.
+    plan, skipped = plan_with(run, bert, task, 120, 0.2)
+    assert plan == Plan()
+    assert [measurement.name for measurement in skipped] == ["dial --by whole", "price"]
+    assert not any("rows take" in measurement.reason for measurement in skipped)
+    # Five times as slow, the curve fits with fewer rows, and 128 rows of the price do not.
+    plan, skipped = plan_with(run, bert, task, 120, 0.05)
+    assert skipped[0].command.endswith("--by whole --rows 120 --keep-rows 120")
+    assert skipped[1].reason.endswith("into the budget of 120")
+    assert plan_with(run, bert, task, 1000, 0.01) == (Plan("module", 1280), [])
 
 
 def test_advice_without_an_action_says_whether_measurements_were_skipped() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import BAD, FILLER, GOOD
 from test_export import trained
 from torch import Tensor, nn
 
@@ -46,34 +44,13 @@ METHODS = {
 }
 
 
-def sentences(seed: int, filler: list[str]) -> pd.DataFrame:
-    draw = random.Random(seed)
-    rows = []
-    for _ in range(900):
-        label = draw.choice(["negative", "positive"])
-        words = draw.choices(filler, k=draw.randint(3, 7))
-        words.insert(draw.randrange(len(words)), draw.choice(GOOD if label == "positive" else BAD))
-        rows.append({"text": " ".join(words), "label": label})
-    return pd.DataFrame(rows)
-
-
-@pytest.fixture(scope="module")
-def task() -> tasks.Task:
-    return tasks.from_frame(sentences(0, FILLER), "reviews")
-
-
-@pytest.fixture(scope="module")
-def keep() -> tasks.Task:
-    return tasks.from_frame(sentences(1, [*FILLER[::2], "Review"])[["text"]], "other")
-
-
 @pytest.fixture(scope="module", params=[*METHODS, "decoder"])
 def opened(
-    request: Any, bert: str, llama: str, task: tasks.Task, tmp_path_factory: pytest.TempPathFactory
+    request: Any, bert: str, llama: str, reviews: tasks.Task, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ls.Run, str]:
     folder = llama if request.param == "decoder" else bert
     method = METHODS.get(request.param, LoRA(rank=3, alpha=12.0, targets=("q", "ffn_out"), lr=1e-2))
-    return trained(folder, task, method, tmp_path_factory.mktemp("dial") / "run", steps=12)[1], folder
+    return trained(folder, reviews, method, tmp_path_factory.mktemp("dial") / "run", steps=12)[1], folder
 
 
 def divide(model: nn.Module, updates: Any, by: str) -> PartsOfUpdate:
@@ -85,9 +62,9 @@ def divide(model: nn.Module, updates: Any, by: str) -> PartsOfUpdate:
     return group_parts(model, updates, by)
 
 
-def measures(adapted: AdaptedBase, keep: tasks.Task) -> dict[str, RowMeasure]:
+def measures(adapted: AdaptedBase, other_text: tasks.Task) -> dict[str, RowMeasure]:
     base = adapted.base
-    kept = load_keep(keep, adapted.task, base)
+    kept = load_keep(other_text, adapted.task, base)
     distance = Drift if models.missing(base) else Divergence
     return {
         TASK: TaskLoss(base, *encode_rows(base, adapted.task, "validation", ROWS, 128)),
@@ -96,11 +73,11 @@ def measures(adapted: AdaptedBase, keep: tasks.Task) -> dict[str, RowMeasure]:
 
 
 def test_at_scale_1_the_model_is_the_run_bit_by_bit_and_at_0_the_base(
-    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+    opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task
 ) -> None:
     run, folder = opened
-    adapted = open_adapted(run, folder, task, "last")
-    axes = measures(adapted, keep)
+    adapted = open_adapted(run, folder, reviews, "last")
+    axes = measures(adapted, other_text)
     detached = axes[TASK].values()
     assert not axes[KEEP].values().any()  # exactly the base
     delta.attach(adapted.base, adapted.deltas)
@@ -114,7 +91,7 @@ def test_at_scale_1_the_model_is_the_run_bit_by_bit_and_at_0_the_base(
             np.testing.assert_array_equal(axes[TASK].values(), expected)
     with updates.scaled(whole, 0.0):
         assert not axes[KEEP].values().any()
-    restored = models.load(folder, task=task)
+    restored = models.load(folder, task=reviews)
     run.restore(restored)
     rows = encode_rows(adapted.base, adapted.task, "validation", ROWS, 128)
     from lorascope.training.evaluation import evaluate
@@ -123,10 +100,10 @@ def test_at_scale_1_the_model_is_the_run_bit_by_bit_and_at_0_the_base(
     np.testing.assert_array_equal(values[TASK], expected)
 
 
-def test_nothing_of_the_model_changes(opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task) -> None:
+def test_nothing_of_the_model_changes(opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task) -> None:
     run, folder = opened
-    adapted = open_adapted(run, folder, task, "last")
-    axes = measures(adapted, keep)
+    adapted = open_adapted(run, folder, reviews, "last")
+    axes = measures(adapted, other_text)
     delta.attach(adapted.base, adapted.deltas)
     before = {name: tensor.clone() for name, tensor in adapted.base.state_dict().items()}
     classes = [type(module) for module in adapted.base.modules()]
@@ -145,15 +122,15 @@ def test_nothing_of_the_model_changes(opened: tuple[ls.Run, str], task: tasks.Ta
 
 
 def test_removing_parts_equals_separate_passes_with_the_part_subtracted(
-    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+    opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task
 ) -> None:
     """Subtract the matrix of each part from the weight below the adapter, in float64."""
     run, folder = opened
-    adapted = open_adapted(run, folder, task, "last")
+    adapted = open_adapted(run, folder, reviews, "last")
     adapted.base.double()
     for part_delta in adapted.deltas.values():
         part_delta.double()
-    axes = measures(adapted, keep)
+    axes = measures(adapted, other_text)
     delta.attach(adapted.base, adapted.deltas)
     updates = {name: item.update() for name, item in adapted.deltas.items()}
     for by in ("module", "role", "component", "intruder"):
@@ -199,10 +176,10 @@ class subtracted:
 
 @pytest.mark.parametrize("by", ["module", "component", "intruder"])
 def test_slopes_equal_central_differences(
-    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task, by: str
+    opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task, by: str
 ) -> None:
     run, folder = opened
-    adapted = open_adapted(run, folder, task, "last")
+    adapted = open_adapted(run, folder, reviews, "last")
     adapted.base.double()
     for part_delta in adapted.deltas.values():
         part_delta.double()
@@ -211,7 +188,7 @@ def test_slopes_equal_central_differences(
             module.forward = lambda x, module=module: (
                 module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
             )
-    axes = measures(adapted, keep)
+    axes = measures(adapted, other_text)
     delta.attach(adapted.base, adapted.deltas)
     parts, directions = divide(adapted.base, adapted.updates, by)
     if not parts:
@@ -230,11 +207,11 @@ def test_slopes_equal_central_differences(
 
 
 def test_path_shares_add_up_to_the_effect_of_the_whole(
-    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+    opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task
 ) -> None:
     run, folder = opened
     for by in ("module", "component", "layer"):
-        result = ls.dial(run, folder, task, keep, by=by, exact=1, **QUIET)
+        result = ls.dial(run, folder, reviews, other_text, by=by, exact=1, **QUIET)
         whole = result.summary().iloc[0]
         for name in ("learn", "forget"):
             assert whole[f"{name}_share"] == pytest.approx(whole[name], rel=0.01, abs=1e-6)
@@ -242,19 +219,26 @@ def test_path_shares_add_up_to_the_effect_of_the_whole(
             assert parts[f"{name}_share"].sum() == pytest.approx(whole[f"{name}_share"])
 
 
+def test_the_whole_update_needs_no_gradients(
+    opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(RowMeasure, "slopes")
+    assert ls.dial(*opened, reviews, other_text, by=WHOLE, **QUIET).summary().shape[0] == 1
+
+
 @pytest.mark.parametrize("by", [WHOLE, "intruder"])
 def test_parts_that_do_not_divide_the_update_give_the_whole_no_share(
-    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task, by: str
+    opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task, by: str
 ) -> None:
-    whole = ls.dial(*opened, task, keep, by=by, **QUIET).summary().iloc[0]
+    whole = ls.dial(*opened, reviews, other_text, by=by, **QUIET).summary().iloc[0]
     assert whole["learn"] != 0
     assert np.isnan([whole["learn_share"], whole["forget_share"], whole["learn_slope"], whole["forget_slope"]]).all()
 
 
 def test_controls_of_components_are_as_large_and_in_the_span_of_the_update(
-    opened: tuple[ls.Run, str], task: tasks.Task
+    opened: tuple[ls.Run, str], reviews: tasks.Task
 ) -> None:
-    adapted = open_adapted(*opened, task, "last")
+    adapted = open_adapted(*opened, reviews, "last")
     components = component_parts(adapted.base, adapted.updates)
     parts, directions = add_random_controls(components, set(components.parts[::2]))
     assert [part for part in parts if not part.control] == components.parts
@@ -278,9 +262,9 @@ def test_a_single_component_has_no_random_control() -> None:
 
 
 def test_every_removed_component_is_judged_next_to_its_control(
-    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+    opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task
 ) -> None:
-    result = ls.dial(*opened, task, keep, by="component", exact=2, **QUIET)
+    result = ls.dial(*opened, reviews, other_text, by="component", exact=2, **QUIET)
     summary = result.summary()
     controls = summary[summary["control"]]
     assert len(controls) == 2
@@ -295,9 +279,9 @@ def test_every_removed_component_is_judged_next_to_its_control(
     assert result.learn_margin == pytest.approx(abs(summary["learn"].iloc[0]) / max(number, 10))
 
 
-def test_drift_is_one_minus_the_cosine(bert: str, task: tasks.Task, keep: tasks.Task) -> None:
-    base = models.load(bert, task=task)
-    rows = encode_rows(base, load_keep(keep, task, base), "validation", ROWS, 128)
+def test_drift_is_one_minus_the_cosine(bert: str, reviews: tasks.Task, other_text: tasks.Task) -> None:
+    base = models.load(bert, task=reviews)
+    rows = encode_rows(base, load_keep(other_text, reviews, base), "validation", ROWS, 128)
     drift = Drift(base, *rows)
     before = torch.cat([pooled_states(base, batch) for batch in map(dict, drift.batches)]).detach()
     with torch.no_grad():
@@ -309,11 +293,11 @@ def test_drift_is_one_minus_the_cosine(bert: str, task: tasks.Task, keep: tasks.
     assert (drift.values() > 1e-3).any()
 
 
-def test_divergence_is_that_of_scipy(llama: str, keep: tasks.Task) -> None:
+def test_divergence_is_that_of_scipy(llama: str, other_text: tasks.Task) -> None:
     from scipy.special import rel_entr, softmax
 
     base = models.load(llama).double()
-    text = load_keep(keep, keep.fit(base), base)
+    text = load_keep(other_text, other_text.fit(base), base)
     rows = encode_rows(base, text, "validation", ROWS, 128)
     divergence = Divergence(base, *rows)
     before = [base(input_ids=batch["input_ids"]).logits.detach().double() for batch in divergence.batches]
@@ -330,10 +314,10 @@ def test_divergence_is_that_of_scipy(llama: str, keep: tasks.Task) -> None:
 
 
 def test_the_dial_of_a_run_has_every_column_and_a_receipt(
-    opened: tuple[ls.Run, str], task: tasks.Task, keep: tasks.Task
+    opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task
 ) -> None:
     run, folder = opened
-    result = ls.dial(run, folder, task, keep, by="module", **QUIET)
+    result = ls.dial(run, folder, reviews, other_text, by="module", **QUIET)
     assert isinstance(result, Dial)
     summary = result.summary().set_index("part")
     assert set(summary.index[1:]) == set(run.updates())
@@ -347,12 +331,12 @@ def test_the_dial_of_a_run_has_every_column_and_a_receipt(
     assert str(result.receipt) in repr(result)
     assert "do not cover the seed" in repr(result)
     assert {"parts", "table", "receipt", "margins", "run"} == result.to_json().keys()
-    again = ls.dial(run, folder, task, keep, by="module", **QUIET)
+    again = ls.dial(run, folder, reviews, other_text, by="module", **QUIET)
     pd.testing.assert_frame_equal(again.summary(), result.summary())
 
 
-def test_bad_arguments_get_one_line(bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path) -> None:
-    run = trained(bert, task, METHODS["lora"], tmp_path / "lora", steps=2)[1]
+def test_bad_arguments_get_one_line(bert: str, reviews: tasks.Task, other_text: tasks.Task, tmp_path: Path) -> None:
+    run = trained(bert, reviews, METHODS["lora"], tmp_path / "lora", steps=2)[1]
     for arguments, message in (
         ({"by": "head"}, "by must be one of module, component, layer, role, intruder, whole, got 'head'"),
         ({"exact": 0}, "exact must be an integer >= 1, got 0"),
@@ -360,37 +344,37 @@ def test_bad_arguments_get_one_line(bert: str, task: tasks.Task, keep: tasks.Tas
         ({"rows": 8}, "intervals need at least 32 rows, got 8 of its validation split"),
     ):
         with pytest.raises(ValueError, match=message):
-            ls.dial(run, bert, task, keep, **QUIET | arguments)
+            ls.dial(run, bert, reviews, other_text, **QUIET | arguments)
     with pytest.raises(ValueError, match="keep must have other rows than the task, got 64 of 64 in both"):
-        ls.dial(run, bert, task, task, **QUIET)
-    full = trained(bert, task, Full(lr=1e-3), tmp_path / "full", steps=2)[1]
+        ls.dial(run, bert, reviews, reviews, **QUIET)
+    full = trained(bert, reviews, Full(lr=1e-3), tmp_path / "full", steps=2)[1]
     with pytest.raises(ValueError, match="has no adapter"):
-        ls.dial(full, bert, task, keep, **QUIET)
-    hydra = trained(bert, task, HydraLoRA(rank=2, targets=("q",), lr=1e-2), tmp_path / "hydra", steps=2)[1]
+        ls.dial(full, bert, reviews, other_text, **QUIET)
+    hydra = trained(bert, reviews, HydraLoRA(rank=2, targets=("q",), lr=1e-2), tmp_path / "hydra", steps=2)[1]
     with pytest.raises(ValueError, match="it depends on the input"):
-        ls.dial(hydra, bert, task, keep, **QUIET)
+        ls.dial(hydra, bert, reviews, other_text, **QUIET)
 
 
 def test_an_exported_adapter_has_the_dial_of_its_run(
-    bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path
+    bert: str, reviews: tasks.Task, other_text: tasks.Task, tmp_path: Path
 ) -> None:
-    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=6)[1]
+    run = trained(bert, reviews, METHODS["lora"], tmp_path / "run", steps=6)[1]
     adapter = ls.load(ls.export.to_peft(run, tmp_path / "adapter"))
-    ours, theirs = (ls.dial(item, bert, task, keep, by="module", **QUIET).summary() for item in (run, adapter))
+    ours, theirs = (ls.dial(item, bert, reviews, other_text, by="module", **QUIET).summary() for item in (run, adapter))
     for name in ("learn", "forget", "learn_share"):
         np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("part", [WHOLE, "ffn_out", "encoder layer 1", "component"])
 def test_an_export_with_scales_computes_what_the_dial_measured(
-    bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path, part: str
+    bert: str, reviews: tasks.Task, other_text: tasks.Task, tmp_path: Path, part: str
 ) -> None:
     """The losses of the exported adapter are those of the dial at the exported scale."""
-    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=6)[1]
+    run = trained(bert, reviews, METHODS["lora"], tmp_path / "run", steps=6)[1]
     if part == "component":
         part = f"{next(iter(run.updates()))} 2"
-    adapted = open_adapted(run, bert, task, "last")
-    axes = measures(adapted, keep)
+    adapted = open_adapted(run, bert, reviews, "last")
+    axes = measures(adapted, other_text)
     delta.attach(adapted.base, adapted.deltas)
     for by in ("role", "layer", "component"):
         parts, directions = divide(adapted.base, adapted.updates, by)
@@ -401,19 +385,19 @@ def test_an_export_with_scales_computes_what_the_dial_measured(
         expected = axes[TASK].values()
     folder = ls.export.to_peft(run, tmp_path / "scaled", scales={part: 0.5})
     for source in (folder, ls.export.to_peft(ls.load(folder), tmp_path / "again", scales={WHOLE: 1.0})):
-        scaled = open_adapted(ls.load(source), bert, task, "last")
+        scaled = open_adapted(ls.load(source), bert, reviews, "last")
         loss = TaskLoss(scaled.base, *encode_rows(scaled.base, scaled.task, "validation", ROWS, 128))
         delta.attach(scaled.base, scaled.deltas)
         np.testing.assert_allclose(loss.values(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_scales_of_another_run_or_an_unknown_part_are_refused(
-    bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path
+    bert: str, reviews: tasks.Task, other_text: tasks.Task, tmp_path: Path
 ) -> None:
     first, second = (
-        trained(bert, task, METHODS["lora"], tmp_path / str(seed), steps=2, seed=seed)[1] for seed in (0, 1)
+        trained(bert, reviews, METHODS["lora"], tmp_path / str(seed), steps=2, seed=seed)[1] for seed in (0, 1)
     )
-    table = ls.dial(first, bert, task, keep, by="whole", **QUIET).save(tmp_path / "dial.csv")
+    table = ls.dial(first, bert, reviews, other_text, by="whole", **QUIET).save(tmp_path / "dial.csv")
     assert read_scales(table, first) in ({}, {WHOLE: read_scales(table, first).get(WHOLE)})
     with pytest.raises(ValueError, match=f"belong to run {first.id}, not to run {second.id}"):
         read_scales(table, second)
@@ -424,10 +408,10 @@ def test_scales_of_another_run_or_an_unknown_part_are_refused(
 
 
 def test_the_command_prints_verdicts_and_writes_scales(
-    bert: str, task: tasks.Task, keep: tasks.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bert: str, reviews: tasks.Task, other_text: tasks.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=4)[1]
-    files = {"task": task, "keep": keep}
+    run = trained(bert, reviews, METHODS["lora"], tmp_path / "run", steps=4)[1]
+    files = {"task": reviews, "keep": other_text}
     for name, item in files.items():
         item.table.drop(columns=["draw"]).to_csv(tmp_path / f"{name}.csv", index=False)
     arguments = ["dial", str(run.path), "--model", bert, "--task", str(tmp_path / "task.csv")]

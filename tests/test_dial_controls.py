@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dial import QUIET, sentences
+from conftest import FILLER, draw_reviews
+from test_dial import QUIET
 from test_export import trained
 
 import lorascope as ls
@@ -28,35 +29,28 @@ STUDENT: dict[str, Any] = {"steps": 60, "batch_size": 16, "eval_every": 0, "test
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def keep() -> tasks.Task:
-    from conftest import FILLER
-
-    return tasks.from_frame(sentences(1, [*FILLER[::2], "Review"])[["text"]], "other")
-
-
 def reviews(shuffled: bool, seed: int) -> tasks.Task:
-    from conftest import FILLER
-
-    rows = sentences(0, FILLER)
+    rows = draw_reviews(0, FILLER)
     if shuffled:
         rows["label"] = np.random.default_rng(seed).permutation(rows["label"])
     return tasks.from_frame(rows, "reviews")
 
 
-def test_an_adapter_trained_on_shuffled_labels_has_nothing_to_keep(bert: str, keep: tasks.Task, tmp_path: Path) -> None:
+def test_an_adapter_trained_on_shuffled_labels_has_nothing_to_keep(
+    bert: str, other_text: tasks.Task, tmp_path: Path
+) -> None:
     clean = 0
     for seed in SEEDS:
         task = reviews(True, seed)
         run = trained(bert, task, METHOD, tmp_path / str(seed), steps=60, seed=seed)[1]
-        summary = ls.dial(run, bert, task, keep, by="module", **QUIET).summary()
+        summary = ls.dial(run, bert, task, other_text, by="module", **QUIET).summary()
         clean += not summary["verdict"].isin(["keep", "trade"]).any()
     assert clean >= 19
 
 
 def test_the_module_with_the_largest_share_on_selection_rows_is_worth_keeping(tmp_path: Path) -> None:
     """Students of a planted teacher: shares on training rows, effects on validation rows."""
-    task, keep = planted_teacher.task(0), planted_teacher.task(1)
+    task, other_text = planted_teacher.task(0), planted_teacher.task(1)
     verdicts = []
     for seed in SEEDS:
         method = LoRA(rank=4, targets="all-linear", lr=1e-2)
@@ -67,7 +61,7 @@ def test_the_module_with_the_largest_share_on_selection_rows_is_worth_keeping(tm
         axes = {}
         for split in ("train", "validation"):
             task_rows = encode_rows(base, task, split, 128, 64)
-            keep_rows = encode_rows(base, load_keep(keep, task, base), split, 128, 64)
+            keep_rows = encode_rows(base, load_keep(other_text, task, base), split, 128, 64)
             axes[split] = {TASK: TaskLoss(base, *task_rows), KEEP: Divergence(base, *keep_rows)}
         delta.attach(base, adapted.deltas)
         updates, bar = ScaledUpdates(base, adapted.deltas, {}), tqdm(disable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from lorascope.analysis.dial import (
 )
 from lorascope.analysis.paired_rows import add_estimates, estimate_rows, rows_to_decide
 from lorascope.analysis.seed_intervals import Estimate
+from lorascope.charts.marks import Line
 from lorascope.plots import dial as draw_dial
 from lorascope.plots import learn_forget
 from lorascope.runs.receipt import Receipt
@@ -159,6 +161,21 @@ def test_figures_draw_the_numbers_of_the_tables() -> None:
         draw_dial(measured, [])
     with pytest.raises(ValueError, match="part must be one of whole, got 'b'"):
         draw_dial(measured, ["b"])
+
+
+def test_the_line_of_the_whole_update_has_no_color_of_a_role() -> None:
+    measured = planted_dial()
+    roles = ("q", "k", "v", "o", "ffn_gate", "ffn_in", "ffn_out")
+    part = measured.parts.iloc[[1]]
+    parts = [measured.parts.iloc[[0]], *(part.assign(part=role, role=role) for role in roles)]
+    chart = learn_forget(replace(measured, parts=pd.concat(parts, ignore_index=True)))
+    (proportion,) = [mark for mark in chart.marks if isinstance(mark, Line) and mark.color is None]
+    assert proportion.muted
+    whole = measured.parts.iloc[0]
+    slope = proportion.data["forget"].iloc[1] / proportion.data["learn"].iloc[1]
+    assert slope == pytest.approx(whole["forget"] / whole["learn"])
+    # The palette has eight colors.
+    assert len(chart.colors) == 8
 
 
 def planted_dial() -> Dial:

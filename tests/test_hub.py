@@ -20,7 +20,7 @@ import pytest
 from contract.format_rows import Q, V, lora
 from test_series import write
 
-from lorascope.files.hub import HubName, label, locate, parse_name
+from lorascope.files.hub import HubName, label, locate, model_name, parse_name
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # Each name is loaded, and its label or the error is printed; the second part counts the requests that came meanwhile.
@@ -280,6 +280,9 @@ def test_label_of_a_path() -> None:
     assert label(inside) == "user/adapter@0123456"
     assert label(inside / "final") == "user/adapter/final@0123456"
     assert label(Path("/runs/lora")) == "lora"
+    assert model_name(str(inside)) == "user/adapter"
+    for name in ("minilm", "org/base", "/models/base", "unknown"):
+        assert model_name(name) == name
 
 
 NORM = """

@@ -480,3 +480,14 @@ def test_unfinished_run_is_json_if_asked(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["inspect", str(tmp_path / "run"), "--csv"]) == 1
     assert capsys.readouterr().out == ""
     recorder.close()
+
+
+def test_a_base_in_the_cache_of_the_hub_is_shown_by_its_name(tmp_path: Path) -> None:
+    base = tmp_path / "models--org--base" / "snapshots" / ("0123456789" * 4)
+    weights = {f"{name}.weight": np.ones((20, 12), "f4") for name in llama(1, [1.0])}
+    base.mkdir(parents=True)
+    write_tensors(base / "model.safetensors", weights, {})
+    plant(tmp_path / "a", llama(1, [2.0, 1.0]), base_model_name_or_path=str(base))
+    adapter = ls.load(tmp_path / "a", base)
+    assert adapter.meta.model == "org/base"
+    assert dict(inspect(adapter).facts)["base"] == "org/base (read from the cache)"

@@ -9,9 +9,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import FILLER
 from planted import plant
-from test_dial import METHODS, sentences
+from test_dial import METHODS
 from test_export import trained
 
 import lorascope as ls
@@ -21,16 +20,6 @@ from lorascope.papers.setups import planted_teacher
 
 ROWS = 40
 METHOD = ls.LoRA(rank=3, alpha=12.0, targets=("q", "ffn_out"), lr=1e-2)
-
-
-@pytest.fixture(scope="module")
-def task() -> tasks.Task:
-    return tasks.from_frame(sentences(0, FILLER), "reviews")
-
-
-@pytest.fixture(scope="module")
-def keep() -> tasks.Task:
-    return tasks.from_frame(sentences(1, [*FILLER[::2], "Review"])[["text"]], "other")
 
 
 def without_time(run: ls.Run) -> Any:
@@ -46,14 +35,14 @@ def test_last_value_is_the_dial_s_and_other_records_stay(
     name: str,
     method: ls.Method,
     request: Any,
-    task: tasks.Task,
-    keep: tasks.Task,
+    reviews: tasks.Task,
+    other_text: tasks.Task,
     tmp_path: Path,
 ) -> None:
     folder = request.getfixturevalue(name)
-    gauge = ls.observe.kl(every=5, rows=ROWS, keep=keep)
-    plain = trained(folder, task, method, tmp_path / "plain", steps=12, observe=[ls.observe.norms()])[1]
-    run = trained(folder, task, method, tmp_path / "run", steps=12, observe=[gauge, ls.observe.norms()])[1]
+    gauge = ls.observe.kl(every=5, rows=ROWS, keep=other_text)
+    plain = trained(folder, reviews, method, tmp_path / "plain", steps=12, observe=[ls.observe.norms()])[1]
+    run = trained(folder, reviews, method, tmp_path / "run", steps=12, observe=[gauge, ls.observe.norms()])[1]
     pandas_equal(without_time(plain), without_time(run))
     values = run.table[run.table["quantity"].isin(("kl_keep", "drift_keep"))].set_index("step")["value"]
     assert values.index.tolist() == [0, 5, 10, 12]
@@ -65,7 +54,7 @@ def test_last_value_is_the_dial_s_and_other_records_stay(
             np.testing.assert_array_equal(before[key], after[key])
     if isinstance(method, ls.Full):
         return
-    dial = ls.dial(run, folder, task, keep, by="whole", rows=ROWS, keep_rows=ROWS, progress=False)
+    dial = ls.dial(run, folder, reviews, other_text, by="whole", rows=ROWS, keep_rows=ROWS, progress=False)
     curve = dial.table.query("scale == 1").set_index("axis")["value"]
     assert values[12] == curve["keep"]
     assert run.table.query("quantity == 'row_loss' and step == 12")["value"].mean() == pytest.approx(
@@ -84,13 +73,13 @@ def updates(run: ls.Run) -> dict[str, np.ndarray]:
 
 def test_recorder_measures_peft_adapters_on_the_rows_to_keep(
     llama: str,
-    keep: tasks.Task,
+    other_text: tasks.Task,
     tmp_path: Path,
 ) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(ls.models.load(llama), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with ls.record(model, optimizer, tmp_path / "run", steps=1, kl=keep) as recorder:
+    with ls.record(model, optimizer, tmp_path / "run", steps=1, kl=other_text) as recorder:
         model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
         optimizer.step()
         recorder.step()

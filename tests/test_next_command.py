@@ -119,3 +119,46 @@ def test_command_follows_what_was_measured(tmp_path: Path, capsys: pytest.Captur
     assert (words[0], words[2:]) == ("read", ["--model", "NAME", "--rows", "NAME"])
     (folder / READING).write_text(json.dumps(document), encoding="utf-8")
     assert shown()[0] == "plot"
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "expected"),
+    [
+        ("minilm", "sentiment/movies", ["minilm", "sentiment/movies"]),
+        ("minilm, first 2 blocks", "my rows.csv", ["NAME", "my rows.csv"]),
+    ],
+)
+def test_command_of_a_run_names_its_model_and_task(
+    model: str, task: str, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factors = {"h.0.q": planted.low_rank(10.0, 0.1, 0.1, 0.1)}
+    values = {("update_norm", "h.0.q"): {10: 1.0}}
+    run = planted.plant(tmp_path, "a", values, factors=factors, model=model, task=task)
+    assert main(["inspect", str(run.path)]) == 0
+    words = next_words(capsys.readouterr().out)
+    assert words[0] == "price"
+    assert [words[3], words[5]] == expected
+
+
+def test_command_after_a_sweep_plots_its_rates_and_after_seeds_their_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for lr in (0.1, 0.3):
+        for seed in (0, 1):
+            values = {(name, ""): {0: 2.0, 9: 1.0} for name in ("loss", "eval_loss", "test_loss")}
+            recipe, settings = {"name": "lora", "rank": 2}, {"steps": 9, "lr": lr}
+            planted.plant(
+                tmp_path / "sweep", f"{lr}-{seed}", values, factors={"h.0.q": planted.low_rank(2.0, 1.0)}, seed=seed,
+                recipe=recipe, settings=settings,
+            )  # fmt: skip
+    folders = sorted(map(str, (tmp_path / "sweep").iterdir()))
+    labeled = [f"LoRA rank 2 at {Path(folder).name[:3]}={folder}" for folder in folders]
+    for paths, figure, runs in ((folders, "learning_rates", labeled), (folders[:2], "training_curves", folders[:2])):
+        assert main(["inspect", *paths]) == 0
+        words = next_words(capsys.readouterr().out)
+        assert words == ["plot", figure, *runs, "-o", f"{figure}.pdf"]
+        assert main([*words[:-1], str(tmp_path / f"{figure}.csv")]) == 0
+        capsys.readouterr()
+    # The folder of a sweep is its runs.
+    assert main(["inspect", str(tmp_path / "sweep")]) == 0
+    assert next_words(capsys.readouterr().out)[1:-2] == ["learning_rates", *labeled]

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FILLER, tiny_tokenizer
+from conftest import FILLER, draw_reviews, tiny_tokenizer
 from scipy.linalg import eigh
-from test_dial import sentences
 from test_export import trained
 from tiny import tiny
 from tqdm.auto import tqdm
@@ -99,7 +98,7 @@ def find_directions(
 
 def judge_planted(ground: Ground, folder: str, out: Path, seed: int) -> str:
     """Train an adapter, add a part as large as a random component of it, and return the verdict on the part."""
-    task = split_rows(sentences(seed, ground.common), "reviews")
+    task = split_rows(draw_reviews(seed, ground.common), "reviews")
     run = trained(folder, task, ground.method, out, steps=100, seed=seed)[1]
     adapted = open_adapted(run, folder, task, "last")
     base = adapted.base.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from lorascope.insight.missing_directions import (
     leading_directions,
     reach_of,
 )
-from lorascope.insight.price import _next_command, make_blocks
+from lorascope.insight.price import _next_training, make_blocks
 from lorascope.insight.update_parts import component_parts
 from lorascope.methods import AdaLoRA, DoRA, Full, LoRA, PiSSA, VeRA
 from lorascope.observe.measured_rows import TaskLoss
@@ -370,9 +371,9 @@ def test_retraining_pairs_runs_by_seed_and_adds_to_the_record(bert: str, task: t
 def test_the_next_command_can_be_pasted(bert: str, task: tasks.Task, tmp_path: Path) -> None:
     run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=4)[1]
     result = ls.price(run, bert, task, **QUIET)
-    command = f"lorascope price {tmp_path / 'run'} --model {bert} --task reviews --ranks "
-    assert result.next_command.startswith(command)
-    assert result.next_command.endswith("runs, less than a minute")
+    command = ["lorascope", "price", str(tmp_path / "run"), "--model", bert, "--task", "reviews", "--ranks", "2"]
+    assert shlex.split(result.next_command) == [*command, "--retrain", "3"]
+    assert result.next_cost.endswith("runs, less than a minute")
 
 
 def test_a_rank_that_loses_nothing_is_retrained_at_half_even_if_directions_are_missing(
@@ -381,8 +382,8 @@ def test_a_rank_that_loses_nothing_is_retrained_at_half_even_if_directions_are_m
     run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=4)[1]
     losses = estimate_rows(np.zeros(2), np.ones(2), np.arange(2))
     evidence = Evidence([], losses, directions=37, control=0, doubled=None, inside_p=0.001)
-    assert "--ranks 2 " in _next_command(run, bert, task, evidence, "wasteful")
-    assert "--ranks 8 " in _next_command(run, bert, task, evidence, "not finished")
+    assert "--ranks 2 " in _next_training(run, bert, task, evidence, "wasteful")["next_command"]
+    assert "--ranks 8 " in _next_training(run, bert, task, evidence, "not finished")["next_command"]
 
 
 def test_command_prints_prices(bert: str, task: tasks.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,7 +181,8 @@ def made_price(**changes: Any) -> Price:
         "rows_needed": 900.0,
         "smallest_signal": 0.25,
         "residuals": np.zeros(0),
-        "next_command": "lorascope price runs/lora --ranks 2 --retrain 3     9 runs, about 19 minutes",
+        "next_command": "lorascope price runs/lora --ranks 2 --retrain 3",
+        "next_cost": "9 runs, about 19 minutes",
         "receipt": Receipt(run="abc", base="minilm", rows={"task": "192 rows 5f2a1c"}),
     }
     return Price(**fields | changes)
@@ -197,10 +198,11 @@ def test_printed_form() -> None:
         "6 components   cut now +0.100 nats [0.098, 0.102]   after retraining: not measured",
         "placed by size the 8 largest components instead of rank 2: -0.010 nats [-0.012, -0.008]",
         "beyond rank 4  signal in 7 directions; 0 with drawn labels (control); largest in layer 4 ffn_in",
-        "next           lorascope price runs/lora --ranks 2 --retrain 3     9 runs, about 19 minutes",
+        "next           lorascope price runs/lora --ranks 2 --retrain 3",
     ]
-    assert "do not cover the seed" in lines[8]
-    assert lines[9].startswith("receipt        run abc, task 192 rows 5f2a1c")
+    assert lines[8].strip() == "9 runs, about 19 minutes"
+    assert "do not cover the seed" in lines[9]
+    assert lines[10].startswith("receipt        run abc, task 192 rows 5f2a1c")
     nothing = made_price(modules=made_price().modules.assign(directions=0), verdict="wasteful", rows_needed=math.nan)
     assert "signal in 0 directions; 0 with drawn labels (control); one above 0.25 would" in repr(nothing)
     assert repr(nothing).startswith("runs/lora: wasteful, tolerance 0.01 nats\n")

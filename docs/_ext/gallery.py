@@ -35,6 +35,12 @@ TOPICS = {
 INSTRUMENTS = ("Instruments", "What an instrument measured of an adapter on rows of text, with its base model.")
 # Figures of results, which have no requirements of a run to register, and the guides that measure the results.
 GUIDES = {"learn_forget": "dial", "dial": "dial", "price": "price", "reading": "reader", "forks": "forks"}
+# Figures of tables, by topic, with the pages that explain them.
+TABLES = {
+    "updates": {"frequency_bias": "papers/fourierft"},
+    "ranks": {"agreement": "papers/adalora", "against_truth": "papers/adalora"},
+    "routers": {"head_choice": "papers/hydralora"},
+}
 
 
 def draw_pages(source: Path) -> dict[str, str]:
@@ -43,6 +49,8 @@ def draw_pages(source: Path) -> dict[str, str]:
     entries: dict[str, list[str]] = {topic: [] for topic in TOPICS}
     for figure in FIGURES.values():
         entries[figure.topic].append(entry(figure, runs, source / IMAGES))
+    for topic, tables in TABLES.items():
+        entries[topic] += [result_entry(name, page, runs, source / IMAGES) for name, page in tables.items()]
     pages = {"gallery/index.md": index_page()}
     for topic, (name, intro) in TOPICS.items():
         pages[f"gallery/{topic}.md"] = f"# {name}\n\n{intro}\n\n" + "\n".join(entries[topic])
@@ -55,6 +63,8 @@ def draw_pages(source: Path) -> dict[str, str]:
 def index_page() -> str:
     """Return the index of the gallery, with the code that trains its runs."""
     figures = {topic: [figure.name for figure in FIGURES.values() if figure.topic == topic] for topic in TOPICS}
+    for topic, tables in TABLES.items():
+        figures[topic] += tables
     figures["instruments"] = [*GUIDES]
     cards = ""
     for topic, (name, intro) in {**TOPICS, "instruments": INSTRUMENTS}.items():
@@ -81,10 +91,10 @@ def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
 
 
 def result_entry(name: str, guide: str, runs: dict[str, Any], images: Path) -> str:
-    """Return the section of the figure of a result, with its guide: image, code, reading."""
+    """Return the section of the figure of a result or a table, with the page on it: image, code, reading."""
     draw = getattr(ls.plots, name)
     reads = " ".join(numpydoc.docscrape.FunctionDoc(draw)["Extended Summary"])
-    link = f"[The guide](../{guide}.md) measures it, and has the caveats."
+    link = f"[This page](../{guide}.md) explains it, with its caveats."
     return section(name, draw, f"**How to read.** {reads}\n\n{link}", runs, images)
 
 
@@ -118,5 +128,5 @@ def save_images(chart: Drawable, name: str, images: Path) -> Iterator[str]:
     """Save a chart for both color schemes, and yield the Markdown that shows each in its own."""
     for theme in ("light", "dark"):
         file = chart.save(images / f"{name}-{theme}.svg", theme=theme, caption=True)
-        alt = chart.title if hasattr(chart, "title") else name
+        alt = getattr(chart, "title", "") or name
         yield f"```{{image}} images/{file.name}\n:alt: {alt}\n:class: only-{theme}\n```\n"

@@ -11,6 +11,8 @@ import pandas as pd
 import torch
 
 import lorascope as ls
+from lorascope.analysis.head_count import repeated_selection
+from lorascope.analysis.score_agreement import correlate
 from lorascope.papers.setups import planted_teacher
 from lorascope.schema.module_roles import ATTENTION, FFN
 
@@ -157,12 +159,25 @@ def measure_adapter(root: Path) -> dict[str, Any]:
     for seed in (0, 1, 2):
         trunk = ls.train(base, task, method, seed=seed, root=root, **settings)
         forks.append(ls.fork(trunk, base, task, step=STUDENT["steps"] // 2, lr=3e-3, progress=False))
+    dialed = ls.dial(adapter, base, task, planted_teacher.task(1), by="module", progress=False)
+    tweets = ls.tasks.load(TWEETS).table["text"]
     return {
-        "dialed": ls.dial(adapter, base, task, planted_teacher.task(1), by="module", progress=False),
+        "dialed": dialed,
+        "correlations": correlate_scores(dialed),
+        "clusters": repeated_selection(tweets, repetitions=3, most=5, sample=150),
         "priced": ls.price(adapter, base, task, ranks=(1, 2, 4), progress=False),
         "words": ls.read(adapter, base, task, top=1, progress=False),
         "forked": forks,
     }
+
+
+def correlate_scores(dialed: Any) -> pd.DataFrame:
+    """Return the rank correlations of what is known of the modules of an update, and of the effect of removing them."""
+    modules = dialed.summary().query("part != 'whole'").assign(run=dialed.label, component=-1)
+    scores = {"energy": "energy", "learn_share": "path share", "learn_slope": "slope", "learn": "effect of removal"}
+    table = modules.rename(columns=scores).melt(["run", "module", "component"], [*scores.values()], "score")
+    # The slope is negative where more of a module would lower the loss further.
+    return correlate(table.assign(value=table["value"].where(table["score"] != "slope", -table["value"])))
 
 
 def train_changed_task(root: Path) -> ls.Run:

@@ -78,12 +78,16 @@ class SkippedMeasurement(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """Run or adapter that the advice is about, as the commands name it, with its model and its texts."""
+    """Run or adapter that the advice is about, as the commands name it, with its model and its texts.
+
+    ``rows`` is the number of rows of the task's validation split.
+    """
 
     path: str
     model: str = "NAME"
     task: str = "NAME"
     keep: str = ""
+    rows: float = math.inf
 
     def command(self, name: str, *options: str) -> str:
         """Return a command that measures the subject, as a shell reads it."""
@@ -92,6 +96,18 @@ class Subject(NamedTuple):
         if self.keep and name in ("dial", "advise"):
             words += ["--keep", self.keep]
         return shlex.join([*words, *options])
+
+    def command_with_rows(self, name: str, rows: float, *options: str) -> str:
+        """Return a command that measures with more rows; empty if the validation split has fewer."""
+        if rows > self.rows:
+            return ""
+        return self.command(name, *options, "--rows", f"{rows:.0f}")
+
+    def describe_split(self, rows: float) -> str:
+        """Return how many rows there are, if these are more; an empty text otherwise."""
+        if not self.rows < rows < math.inf:
+            return ""
+        return f" (the validation split has {self.rows:.0f} rows)"
 
 
 @dataclass(frozen=True)
@@ -143,7 +159,8 @@ class Advice:
         for title, section in self.sections().items():
             lines += ["", title, *section]
         lines.append("")
-        lines.append("Intervals of cuts and scales are over rows; they do not cover the seed of the training.")
+        if self.receipt.rows:
+            lines.append("Intervals of cuts and scales are over rows; they do not cover the seed of the training.")
         lines.append(f"{'receipt':<{_LABEL}} {self.receipt}")
         return "\n".join(lines)
 
@@ -255,6 +272,11 @@ def _count_rows(dial: Dial) -> int:
     return int(dial.receipt.rows["task"].split()[0])
 
 
+def _most_rows(dial: Dial, subject: Subject) -> float:
+    """Return the largest number of rows with which a change is worth confirming."""
+    return min(_MOST_ROWS * _count_rows(dial), subject.rows)
+
+
 def _scales_below_1(dial: Dial) -> Iterator[_Scale]:
     """Yield the best scales of the whole update, and of parts that only forget or hurt."""
     parts = [(WHOLE, "the update")]
@@ -283,11 +305,11 @@ def actions_of_dial(dial: Dial, subject: Subject) -> Iterator[Action]:
         command = shlex.join(words)
         rows = scale.rows_needed(dial)
         # With more rows than anyone has, it is a question rather than an action.
-        if rows > _MOST_ROWS * _count_rows(dial):
+        if rows > _most_rows(dial, subject):
             continue
         if rows:
             verdict = CONFIRM
-            command = subject.command("dial", "--by", by, "--rows", f"{rows:.0f}")
+            command = subject.command_with_rows("dial", rows, "--by", by)
         weight = -scale.moved / (dial.forget_margin or math.inf)
         yield Action(verdict, change, *scale.loss[:3], "nats", command, weight)
 
@@ -296,9 +318,10 @@ def questions_of_dial(dial: Dial, subject: Subject) -> Iterator[OpenQuestion]:
     """Yield the scales and the parts that these rows do not decide."""
     for scale in _scales_below_1(dial):
         rows = scale.rows_needed(dial)
-        if rows > _MOST_ROWS * _count_rows(dial):
+        if rows > _most_rows(dial, subject):
             change = f"{scale.name} at scale {scale.scale:g}: loss {_format_interval(scale.loss, 'nats')}"
-            yield OpenQuestion(f"whether {change} is below the margin {dial.learn_margin:.3f}", rows)
+            question = f"whether {change} is below the margin {dial.learn_margin:.3f}"
+            yield OpenQuestion(question + subject.describe_split(rows), rows)
     # A verdict of a single part would need rows that hardly anyone has, so all are counted together.
     undecided = _judged(dial, "undecided")
     if undecided.empty:
@@ -313,8 +336,8 @@ def questions_of_dial(dial: Dial, subject: Subject) -> Iterator[OpenQuestion]:
         yield OpenQuestion(question)
         return
     decided = int((rows_needed <= rows).sum())
-    command = subject.command("dial", "--by", by, "--rows", f"{rows:.0f}")
-    yield OpenQuestion(f"{question}, {decided} of them with more rows", rows, command=command)
+    question += f", {decided} of them with more rows{subject.describe_split(rows)}"
+    yield OpenQuestion(question, rows, command=subject.command_with_rows("dial", rows, "--by", by))
 
 
 def _judged(dial: Dial, verdict: str) -> pd.DataFrame:
@@ -408,6 +431,8 @@ def actions_of_price(price: Price, subject: Subject) -> Iterator[Action]:
         rank = price.rank // 2
         interval = _interval_of(_rows_of(price, rank).iloc[0], "cut")
         change = f"train the next run at rank {rank}: the cut costs {_format_interval(interval, 'nats')}"
+        if price.next_cost:
+            change += f", retraining takes {price.next_cost}"
         yield Action(CONFIRM, change, *interval[:3], "nats", price.next_command, _EVEN_SHARES / 2)
     # Retraining has been measured, so nothing is left to confirm.
     elif price.verdict == "enough":
@@ -438,10 +463,13 @@ def questions_of_price(price: Price, subject: Subject) -> Iterator[OpenQuestion]
         rows = price.rows_needed
         command = ""
         if math.isfinite(rows):
-            command = subject.command("price", "--rows", f"{rows:.0f}")
-        yield OpenQuestion(f"whether rank {price.rank // 2} is enough", rows, command=command)
+            command = subject.command_with_rows("price", rows)
+        question = f"whether rank {price.rank // 2} is enough{subject.describe_split(rows)}"
+        yield OpenQuestion(question, rows, command=command)
     if price.runs.empty:
         question = "loss after retraining, and the learning rate: the best one depends on the rank"
+        if price.next_cost:
+            question += f" ({price.next_cost})"
         yield OpenQuestion(question, seeds_needed=3, command=price.next_command)
 
 

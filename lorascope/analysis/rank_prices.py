@@ -219,7 +219,9 @@ class Price:
     residuals : array (cell,)
         Retrained minus cut price of earlier cells of the track record, in nats.
     next_command : str
-        Command that retrains, with its estimated time; empty if the run cannot be retrained.
+        Command that retrains; empty if the run cannot be retrained.
+    next_cost : str
+        Number of runs that this command trains, and their estimated time.
     receipt : Receipt
         What was measured, and with what.
     """
@@ -236,6 +238,7 @@ class Price:
     smallest_signal: float
     residuals: Float[np.ndarray, "cell"]
     next_command: str
+    next_cost: str
     receipt: Receipt
 
     def summary(self) -> pd.DataFrame:
@@ -282,6 +285,7 @@ class Price:
             "tolerance": self.tolerance,
             "rows_needed": None if math.isnan(self.rows_needed) else self.rows_needed,
             "next": self.next_command,
+            "next_cost": self.next_cost,
             "receipt": self.receipt.to_json(),
         }
 
@@ -293,7 +297,8 @@ class Price:
         lines += self._describe_placement()
         lines.append(f"{f'beyond rank {self.rank}':<14} {self._describe_directions()}")
         if self.next_command:
-            lines.append(f"{'next':<14} {self.next_command}")
+            # The command has a line of its own, so that it can be pasted.
+            lines += [f"{'next':<14} {self.next_command}", f"{'':<14} {self.next_cost}"]
         lines.append("Intervals of cuts are over rows; they do not cover the seed of the training.")
         lines.append(f"{'receipt':<14} {self.receipt}")
         return "\n".join(lines)

@@ -21,7 +21,7 @@ from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.text_layout import make_console
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import NoUpdatesError, is_series, is_whole_model, load_series, locate_result
+from lorascope.runs.loading import NoUpdatesError, is_series, is_whole_model, load_series, locate_result, runs_in
 from lorascope.runs.module_summary import json_rows
 
 
@@ -40,8 +40,8 @@ def main(
 ) -> int:
     """Inspect an adapter or a run: show its norms, ranks and findings.
 
-    Several adapters or runs are compared in pairs: norms, cosines, angles, rank allocation. A folder of checkpoints is
-    shown as one training: first, last, and where it still moves. Nothing is trained. Only
+    Several adapters or runs, or all runs in a folder, are compared in pairs: norms, cosines, angles, rank allocation. A
+    folder of checkpoints is shown as one training: first, last, and where it still moves. Nothing is trained. Only
     adapters that store no shapes, such as FourierFT, or that rescale the base, such as IA3, require their base model.
     For a whole model, --base shows which neurons rotated.
 
@@ -74,6 +74,8 @@ def main(
             "--json and --csv cannot be combined": json and csv,
         }
     )
+    if len(paths) == 1 and (folders_of_sweep := runs_in(paths[0])):
+        paths = tuple(map(str, folders_of_sweep))
     if len(paths) == 1 and not series and is_series(folder := locate_result(paths[0])):
         series, paths = True, (str(folder),)
     if series:

@@ -202,7 +202,7 @@ def _adapter_facts(run: Adapter) -> Facts:
         size = f"rank {_range(updates, 'rank')}, {scale}"
     base = "not read"
     if run.base is not None:
-        base = f"read from {run.base.folder}"
+        base = "read from the cache" if hub_source(run.base.folder) else f"read from {run.base.folder}"
     stored = describe_files([update.dtype for update in updates], run.files.files)
     facts = [(run.label, f"{run.files.kind}, {size}")]
     source = hub_source(run.files.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.inspection import Facts, Inspection
 from lorascope.diagnosis.layer_strips import Modules, Strip, layer_strip
 from lorascope.diagnosis.null import below_null, outliers
+from lorascope.files.hub import model_name
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.text_layout import (
@@ -63,7 +65,11 @@ def report_screen(
 ) -> str:
     """Format an inspection screen: header, body, blocks, findings, and the command to run next."""
     end = [*blocks, Block("findings", list(map(finding_paragraph, findings)))]
-    screen = render_text(target, block_grid(header), "", *body, "", block_grid(end))
+    return add_command(render_text(target, block_grid(header), "", *body, "", block_grid(end)), target, command)
+
+
+def add_command(screen: str, target: Console, command: str) -> str:
+    """Return a screen with the command to run next in its last line, if there is one."""
     if not command:
         return screen
     with target.capture() as captured:  # without wrapping, because a wrapped command cannot be copied
@@ -197,14 +203,17 @@ def next_command(inspection: Inspection) -> str:
     if case.has_gauge and case.stored_dial is None:
         return shell_command("lorascope plot kl {} -o kl.pdf", folders)
     if use is not None and _is_priced(run):
-        model = shell_word(base.folder) if base is not None else "NAME"
-        instrument = f"{{}} --model {model} --task NAME"
+        model, task = _name_model(run), run.meta.task or "NAME"
+        if base is not None:
+            model = model_name(str(base.folder))
+        model, task = shell_word(model), shell_word(task)
+        instrument = f"{{}} --model {model} --task {task}"
         if use.needs_half and case.stored_price is None:
             # The same rank for all modules that has as many components in total.
             mean_use = math.ceil(use.used / len(use.modules))
             return shell_command(f"lorascope price {instrument} --ranks {mean_use}", folders)
         if case.stored_dial is not None and case.stored_reading is None:
-            return shell_command(f"lorascope read {{}} --model {model} --rows NAME", folders)
+            return shell_command(f"lorascope read {{}} --model {model} --rows {task}", folders)
         if base is not None and case.stored_dial is None and "intruders-unknown" not in causes:
             return shell_command(f"lorascope dial {instrument}", folders)
         if 2 * len(use.full) > len(use.modules) and case.stored_price is None:
@@ -220,6 +229,13 @@ def next_command(inspection: Inspection) -> str:
     elif run.incomplete_updates() and not run.spectra:
         figure = "update_norm"
     return shell_command(f"lorascope plot {figure} {{}} -o {figure}.pdf", folders)
+
+
+def _name_model(run: Result) -> str:
+    """Return the base model of a run as ``--model`` takes it; NAME for an adapter, and for the first blocks of one."""
+    if isinstance(run, Adapter) or re.search(r", first \d+ blocks$", run.meta.model):
+        return "NAME"
+    return run.meta.model
 
 
 def _is_priced(run: Result) -> bool:
@@ -316,7 +332,7 @@ def shell_command(command: str, paths: Sequence[str | Path]) -> str:
 
 
 def shell_word(path: str | Path) -> str:
-    """Return a path, absolute or relative, as one word of a shell."""
+    """Return a path, absolute or relative, or another name as one word of a shell."""
     word = min(str(path), os.path.relpath(path), key=len)
     if word.startswith(("-", "~")):  # neither an option nor a home folder
         word = f"./{word}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lorascope.analysis import adapter_similarity
+from lorascope.analysis.rate_card import compares_rates
 from lorascope.diagnosis.inspection import Inspection
-from lorascope.diagnosis.inspection_screen import finding_paragraph
+from lorascope.diagnosis.inspection_screen import add_command, finding_paragraph, shell_word
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import utf8_text
 from lorascope.files.text_layout import (
@@ -152,7 +154,25 @@ def comparison_screen(comparison: Comparison, target: Console) -> str:
     screen: list[RenderableType] = [aligned_table(columns, sizes), "", grid, block_grid(_legend(comparison))]
     if warnings:
         screen += ["", block_grid(warnings)]
-    return render_text(target, *screen)
+    return add_command(render_text(target, *screen), target, _next_command(comparison))
+
+
+def _next_command(comparison: Comparison) -> str:
+    """Return the command that plots losses of compared runs, by learning rate if they have several."""
+    runs = [inspection.run for inspection in comparison.inspections]
+    recorded = set.intersection(*(set(run.meta.quantities or {}) for run in runs))
+    folders = [shell_word(str(run.path)) for run in runs]
+    figure = "training_curves"
+    # Adapters and recordings of another trainer may have no rate.
+    if all("lr" in run.meta.settings for run in runs) and compares_rates(runs):
+        # Seeds of one label are averaged, so the labels have the rate.
+        for index, run in enumerate(runs):
+            folders[index] = shlex.quote(f"{run.label} at {run.meta.settings['lr']:g}=") + folders[index]
+        if {"eval_loss", "test_loss"} <= recorded:
+            figure = "learning_rates"
+    if "loss" not in recorded and figure == "training_curves":
+        return ""
+    return f"lorascope plot {figure} {' '.join(folders)} -o {figure}.pdf"
 
 
 def _letters(index: int) -> str:

@@ -96,6 +96,14 @@ def hub_source(path: Path) -> tuple[str, str] | None:
     return "/".join(filter(None, (match["repository"].replace("--", "/"), match["folder"]))), match["commit"]
 
 
+def model_name(name: str) -> str:
+    """Return the hub name of a model for its folder in the hub's cache; other names and folders are unchanged."""
+    # A relative path in the cache is a name there as well.
+    if not os.path.isabs(name) or (source := hub_source(Path(name))) is None:
+        return name
+    return source[0]
+
+
 def commit_of(path: Path) -> str | None:
     """Return the commit of a path in the hub's cache; None for other paths."""
     source = hub_source(path)

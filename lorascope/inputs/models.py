@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from lorascope.files.file_names import is_plain
 from lorascope.files.gguf_io import GgufFile
-from lorascope.files.hub import commit_of, current_commit, note_commit
+from lorascope.files.hub import commit_of, current_commit, model_name, note_commit
 from lorascope.files.hub_answers import without_retries
 from lorascope.files.printable import first_line, printable
 from lorascope.files.safetensors_io import indexed_shards
@@ -104,7 +104,7 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
 
 def name_of(model: nn.Module) -> str:
     """Return the name by which a model was loaded, or its hub id or folder, or its class."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    name = model_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     blocks = getattr(model, "_lorascope_blocks", None)
     if blocks is not None:
         name += f", first {blocks} blocks"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,19 +15,21 @@ import numpy as np
 from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.analysis import advice
 from lorascope.analysis.advice import COSTS, LEARNED, WRONG, Advice, Fact, OpenQuestion, SkippedMeasurement, Subject
+from lorascope.analysis.dial import WHOLE
 from lorascope.analysis.forgetting_course import forgetting_course
 from lorascope.analysis.rank_prices import Price
 from lorascope.analysis.turning_points import FEWEST_CHECKPOINTS, find_turns
 from lorascope.diagnosis.doctor import diagnose
 from lorascope.diagnosis.inspection import inspect
+from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
-from lorascope.inputs.text_rows import encode_rows, load_keep
+from lorascope.inputs.text_rows import FEWEST_ROWS, encode_rows, load_keep
 from lorascope.insight.adapted_base import open_adapted
 from lorascope.insight.dial import dial
-from lorascope.insight.instrument_costs import READING, dial_passes, price_passes
+from lorascope.insight.instrument_costs import READING, MeasurementCost, dial_passes, price_passes
 from lorascope.insight.measured_results import measured_again
 from lorascope.insight.price import price
-from lorascope.insight.reader import FEWEST_ROWS, read
+from lorascope.insight.reader import LARGEST_ROWS, read
 from lorascope.insight.update_parts import group_parts
 from lorascope.observe.measured_rows import TaskLoss
 from lorascope.runs.lora_config import next_lora_keywords
@@ -37,7 +39,7 @@ from lorascope.runs.series import Series
 from lorascope.training.settings import Settings
 
 BUDGET = 120.0
-_PRICE_ROWS = 1280
+_PRICE_ROWS = (160, 320, 640, 1280)
 _TIMED_ROWS = 64
 _CARDS = 3
 _TOLERANCE = 1e-6  # of a repeated number
@@ -251,60 +253,93 @@ class _Adviser:
             self.skip("dial, price", f"the update of {dependent[0]} depends on its input; see ls.at_gates")
             return Plan()
         costs = self._estimate_costs()
-        remaining = _Remaining(budget - (time.process_time() - self.began))
-        by, price_rows = "", 0
-        if remaining.takes(costs.dial["whole"]):
-            by = "whole"
+        spent = time.process_time() - self.began
+        remaining = _Remaining(budget - spent)
+        by, is_read = "", False
+        if remaining.takes(costs.dial[WHOLE].seconds):
+            by = WHOLE
+        else:
+            self._skip_costly("dial", costs.dial[WHOLE], budget, "--by", WHOLE)
+        price_rows = 0
         if not costs.price_rows:
             self.skip("price", f"fewer than {_FEWEST_PRICE_ROWS} rows in the validation split")
-        elif remaining.takes(costs.price):
-            price_rows = costs.price_rows
+        elif remaining.takes(costs.price.seconds_of(costs.price_rows[0])):
+            price_rows = costs.price_rows[0]
         else:
-            self._skip_costly("price", costs.price)
+            self._skip_costly("price", costs.price, budget)
         # Finer parts replace coarser ones, so that only the difference of their costs is added.
         for finer in ("layer", "module"):
-            if by and remaining.takes(costs.dial[finer] - costs.dial[by]):
+            if by and remaining.takes(costs.dial[finer].seconds - costs.dial[by].seconds):
                 by = finer
-        if by != "module":
-            self._skip_costly("dial", costs.dial["module"], "--by", "module")
-        is_read = reads and remaining.takes(costs.reading)
-        if reads and not is_read:
-            self._skip_costly("read", costs.reading)
+        if by and by != "module":
+            self._skip_costly("dial", costs.dial["module"], budget, "--by", "module")
+        if reads and remaining.takes(costs.reading.seconds):
+            is_read = True
+        elif reads:
+            self._skip_costly("read", costs.reading, budget)
+        # What remains shortens the intervals of the price.
+        for rows in costs.price_rows:
+            if rows > price_rows > 0 and remaining.takes(costs.price.per_row * (rows - price_rows)):
+                price_rows = rows
         return Plan(by, price_rows, is_read)
 
-    def _skip_costly(self, name: str, seconds: float, *options: str) -> None:
-        reason = f"about {seconds:.0f} CPU seconds do not fit into the budget"
-        self.skip(" ".join([name, *options]), reason, self.subject.command(name, *options))
+    def _skip_costly(self, name: str, cost: MeasurementCost, budget: float, *options: str) -> None:
+        """Skip a measurement that the budget does not pay for, with the command of as many rows as it would pay for."""
+        title = " ".join([name, *options])
+        reason = f"about {cost.seconds:.0f} CPU seconds do not fit into the budget of {budget:g}"
+        rows = cost.rows_within(budget)
+        if 0 < rows < cost.rows:
+            reason += f"; {rows} rows take about {cost.seconds_of(rows):.0f}"
+            options += ("--rows", str(rows))
+            if name == "dial":
+                options += ("--keep-rows", str(rows))
+        elif rows:
+            reason += " with the others"
+        self.skip(title, reason, self.subject.command(name, *options))
 
     def _estimate_costs(self) -> _Costs:
         """Estimate the CPU seconds of every instrument from one timed pass over a few rows."""
         assert self.model is not None
         assert self.task is not None
+        began = time.process_time()
         adapted = open_adapted(self.run, self.model, self.task, self.state)
+        opening = time.process_time() - began
         # An unreadable text must not look like one that is missing, which skips the dial.
         if self.keep is not None:
             load_keep(self.keep, adapted.task, adapted.base)
         max_length = self.run.meta.settings.get("max_length", Settings.max_length)
         text = encode_rows(adapted.base, adapted.task, "validation", _TIMED_ROWS, max_length)
-        # A forward pass is the unit of all estimates.
-        began = time.process_time()
+        loss = TaskLoss(adapted.base, *text)
         with evaluation_mode(adapted.base):
-            TaskLoss(adapted.base, *text).values()
+            loss.values()  # the first pass also allocates memory
+            # A forward pass is the unit of all estimates.
+            began = time.process_time()
+            loss.values()
         per_row = (time.process_time() - began) / len(text.table)
-        available = len(adapted.task.split("validation"))
         modules = len(adapted.updates)
         layers = len(group_parts(adapted.base, adapted.updates, "layer").parts)
-        # Rows to keep are about as long as those of the task.
-        dial_rows = min(self.rows, available) + self.keep_rows
-        parts = {"whole": 0, "layer": layers, "module": modules}
-        seconds = {by: per_row * dial_rows * dial_passes(by, number) for by, number in parts.items()}
-        price_rows = min(_PRICE_ROWS, available)
-        if price_rows < _FEWEST_PRICE_ROWS:
-            price_rows = 0
-        # Cuts to every rank, and to as many components.
-        price_seconds = per_row * price_rows * price_passes(2 * len(self._cut_ranks()))
-        reading = per_row * FEWEST_ROWS * READING
-        return _Costs(seconds, price_seconds, price_rows, reading)
+        # A probe is of encoders with a new head, whose base predicts nothing.
+        probes = bool(models.missing(adapted.base))
+        available = self.validation_rows
+        dial_rows = max(min(self.rows, available), self.keep_rows)
+        dials = {}
+        for by, number in ((WHOLE, 0), ("layer", layers), ("module", modules)):
+            # Rows to keep are about as many as those of the task, and about as long.
+            seconds = 2 * per_row * dial_passes(by, number, probes)
+            dials[by] = MeasurementCost(opening, seconds, dial_rows, FEWEST_ROWS)
+        price_rows = sorted({min(rows, available) for rows in _PRICE_ROWS if available >= _FEWEST_PRICE_ROWS})
+        # Cuts to every rank, to as many components of all modules, and to them as a budget.
+        seconds = per_row * price_passes(3 * len(self._cut_ranks()))
+        price_cost = MeasurementCost(opening, seconds, price_rows[-1] if price_rows else 0, _FEWEST_PRICE_ROWS)
+        rows = min(LARGEST_ROWS, available)
+        return _Costs(dials, price_cost, price_rows, MeasurementCost(opening, per_row * READING, rows, rows))
+
+    @cached_property
+    def validation_rows(self) -> int:
+        """Number of rows of the validation split."""
+        assert self.task is not None
+        task = self.task if isinstance(self.task, Task) else tasks.load(self.task)
+        return len(task.split("validation"))
 
     @cached_property
     def counts(self) -> list[int]:
@@ -322,6 +357,8 @@ class _Adviser:
     def measure(self, plan: Plan, retrain: int) -> None:
         """Use the instruments of a plan."""
         self.plan = plan
+        if plan.by or plan.price_rows:
+            self.subject = self.subject._replace(rows=self.validation_rows)
         if self.progress:
             print(f"advise: {plan.describe()}", file=sys.stderr)
         if plan.by:
@@ -441,12 +478,12 @@ class _Remaining:
 
 @dataclass(frozen=True)
 class _Costs:
-    """Estimated CPU seconds of the dial by its parts, of the price with its rows, and of the reader."""
+    """Costs of the dial by its parts, of the price with the numbers of rows to choose from, and of the reader."""
 
-    dial: Mapping[str, float]
-    price: float
-    price_rows: int
-    reading: float
+    dial: Mapping[str, MeasurementCost]
+    price: MeasurementCost
+    price_rows: Sequence[int]
+    reading: MeasurementCost
 
 
 def _points_beyond(priced: Price) -> bool:

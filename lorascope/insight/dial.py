@@ -164,12 +164,12 @@ def _turn(run: Result, texts: _Texts, call: DialCall, progress: bool) -> Dial:
         started = time.process_time()
         measures = texts.measures("validation")
         seconds = (time.process_time() - started) * (1 + texts.rows / texts.keep_rows)
-        announce("dial", seconds * dial_passes(by, len(parts)), progress)
         selecting = {}
         if by == "component":
             selecting = texts.measures("train")
         if probe := texts.probe():
             measures[PROBE] = probe
+        announce("dial", seconds * dial_passes(by, len(parts), probe is not None), progress)
         attach(adapted.base, adapted.deltas)
         removed = parts
         if selecting:
@@ -190,7 +190,9 @@ def _turn(run: Result, texts: _Texts, call: DialCall, progress: bool) -> Dial:
         for part in removed:
             if verdicts[part.name] in SCALED and not part.control:
                 values += dialed.curve(part, [scale for scale in scales if scale != 0])
-        shares, slopes = dialed.path_shares(parts), dialed.slopes(parts, 1.0)
+        shares = slopes = {TASK: np.zeros(0), KEEP: np.zeros(0)}
+        if parts:  # gradients take as long as three measurements of all rows
+            shares, slopes = dialed.path_shares(parts), dialed.slopes(parts, 1.0)
     receipt = Receipt(
         run=run.id,
         base=call.model,

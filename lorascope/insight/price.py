@@ -219,7 +219,7 @@ def _measure_price(
         rows_needed=rows_for_verdict(half, tolerance, len(text.table)) if verdict == "undecided" else np.nan,
         smallest_signal=smallest_signal(signals[REAL]),
         residuals=np.zeros(0),
-        next_command=_next_command(run, call.model, adapted.task, evidence, verdict),
+        **_next_training(run, call.model, adapted.task, evidence, verdict),
         receipt=receipt,
     )
 
@@ -427,10 +427,13 @@ def _read_record(run: Result) -> Float[np.ndarray, "cell"]:
     return read_residuals(run.path.parent / RECORD, run.id)
 
 
-def _next_command(run: Result, model: str, task: Task, evidence: Evidence, verdict: str) -> str:
-    """Return the command that retrains where the answer is open: above the rank if directions are missing, or below."""
+def _next_training(run: Result, model: str, task: Task, evidence: Evidence, verdict: str) -> dict[str, str]:
+    """Return the command that retrains where the answer is open, with its cost.
+
+    The answer is open above the rank if directions are missing, or below it.
+    """
     if missing_for_retraining(run, task) or evidence.retrained:
-        return ""
+        return {"next_command": "", "next_cost": ""}
     rank = run.meta.recipe["rank"]
     # A cut without loss precedes gradients, as in the verdict. Below rank 1 there is nothing to train.
     points_beyond = evidence.directions > 0 and not evidence.control
@@ -438,4 +441,4 @@ def _next_command(run: Result, model: str, task: Task, evidence: Evidence, verdi
     target = 2 * rank if is_open_above else rank // 2
     words = ["lorascope", "price", str(run.path), "--model", model, "--task", task.name]
     command = shlex.join([*words, "--ranks", str(target), "--retrain", str(_SEEDS)])
-    return f"{command}     {describe_cost(cast(Run, run), [target], _SEEDS)}"
+    return {"next_command": command, "next_cost": describe_cost(cast(Run, run), [target], _SEEDS)}

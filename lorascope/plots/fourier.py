@@ -176,6 +176,9 @@ def frequency_bias(
 ) -> Panels:
     """Plot the probability that FourierFT draws a frequency, by distance from zero and as maps (Eq. 5 and Fig. 3).
 
+    A curve peaks at the center of its band; center 0 prefers slow waves. Caveat: this is the draw, and not what a
+    training makes of it.
+
     Parameters
     ----------
     shape : (int, int)
@@ -189,6 +192,10 @@ def frequency_bias(
     ------
     ValueError
         ``shape`` is not two positive integers.
+
+    Examples
+    --------
+    >>> ls.plots.frequency_bias((48, 48), centers=(0, 12), width=12)
     """
     if not (isinstance(shape, Sequence) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
         value = shape if isinstance(shape, tuple) else type(shape).__name__

@@ -33,6 +33,12 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     ------
     ValueError
         ``found`` is not a table.
+
+    Examples
+    --------
+    ``clusters`` is ``repeated_selection(texts)``.
+
+    >>> ls.plots.head_choice(clusters, static=3)
     """
     if not isinstance(found, pd.DataFrame):
         must = "found must be the table of analysis.head_count.repeated_selection"

@@ -13,7 +13,7 @@ from lorascope.plots.figure_registry import document_result
 
 _ROWS = "95% intervals over rows; they do not cover the seed of the training"
 _LEARN, _FORGET = "learn (nats of task loss)", "forget"
-_MARGINS, _PROPORTION = "even share", "as the whole update"
+_MARGINS, _PROPORTION = "even share", "whole update"
 _PARTS = 8  # curves that are distinguished by color
 
 
@@ -44,13 +44,15 @@ def learn_forget(dial: Dial) -> Chart:
     box = box.assign(low=-dial.forget_margin, high=dial.forget_margin, color=_MARGINS)
     marks: list[Mark] = [
         Band("learn", "low", "high", "color", data=box),
-        Line("learn", "forget", "color", data=_proportion(parts, whole)),
-        Line("learn", "forget", color, dash="interval", stretch="part", data=_crosses(parts)),
+        Line("learn", "forget", color, dash="line", stretch="part", data=_crosses(parts)),
+        # Roles and the box may take all colors of the palette, whose first one would come again.
+        Line("learn", "forget", dash="line", muted=True, data=_proportion(parts, whole)),
         Point("learn", "forget", color, data=parts[~parts["control"]]),
     ]
     if parts["control"].any():
         marks.append(Point("learn", "forget", color, data=parts[parts["control"]], hollow=True))
     sentences = [f"Each dot is a part of the update of {dial.label}; effects of removing it, {_ROWS}."]
+    sentences.append("Dashed: forgetting per learning of the whole update.")
     if parts["control"].any():
         sentences.append("Hollow: controls of the same size.")
     outside = (parts["learn"].abs() > dial.learn_margin) | (parts["forget"].abs() > dial.forget_margin)
@@ -62,7 +64,7 @@ def learn_forget(dial: Dial) -> Chart:
         title="Learning against forgetting by part",
         x=Axis(label=_LEARN),
         y=Axis(label=f"{_FORGET} ({unit} from the base)"),
-        colors=[*dict.fromkeys(parts[color]), _MARGINS, _PROPORTION],
+        colors=[*dict.fromkeys(parts[color]), _MARGINS],
         caption=" ".join(sentences),
         meta={"figure": "learn_forget", "receipt": dial.receipt.to_json()},
     )
@@ -75,7 +77,7 @@ def _crosses(parts: pd.DataFrame) -> pd.DataFrame:
         for end in ("low", "high"):
             arm = parts[["part", "role", "verdict", other]].assign(**{direction: parts[f"{direction}_{end}"]})
             arms.append(arm.assign(part=parts["part"] + f" {direction}"))
-    return pd.concat(arms, ignore_index=True).assign(interval="95% interval")
+    return pd.concat(arms, ignore_index=True).assign(line="95% interval")
 
 
 def _proportion(parts: pd.DataFrame, whole: pd.Series) -> pd.DataFrame:
@@ -83,7 +85,7 @@ def _proportion(parts: pd.DataFrame, whole: pd.Series) -> pd.DataFrame:
     reach = min(parts["learn_high"].max(), parts["forget_high"].max() * whole["learn"] / whole["forget"])
     ends = pd.Series([0.0, max(reach, 0.0)])
     table = pd.DataFrame({"learn": ends, "forget": ends * whole["forget"] / whole["learn"]})
-    return table.assign(color=_PROPORTION)
+    return table.assign(line=_PROPORTION)
 
 
 @document_result

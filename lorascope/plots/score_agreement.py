@@ -16,12 +16,21 @@ from lorascope.plots.run_groups import INTERVAL, PAIR
 def agreement(cells: pd.DataFrame, level: str) -> Chart:
     """Plot the agreement of scores: rank correlation of every pair, averaged over runs.
 
+    Two scores with a correlation near 1 order the objects alike, so that one of them suffices. Caveat: scores may agree
+    and all be wrong; compare them with a measured effect.
+
     Parameters
     ----------
     cells : DataFrame
         Table with columns ``run, first, second, value, low, high``.
     level : str
         Scored objects, such as "components", "modules" or "neurons".
+
+    Examples
+    --------
+    ``correlations`` are those of scores of the modules of ``ls.example("adapter")``.
+
+    >>> ls.plots.agreement(correlations, "modules")
     """
     sample, interval = _describe_runs(cells)
     return pair_heat(
@@ -38,6 +47,9 @@ def agreement(cells: pd.DataFrame, level: str) -> Chart:
 def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
     """Plot the agreement of every score with the true one: rank correlation, averaged over runs, with its interval.
 
+    A score whose interval is above 0 orders the objects better than at random. Caveat: a correlation over all objects
+    says little about the few that matter most.
+
     Parameters
     ----------
     cells : DataFrame
@@ -46,6 +58,12 @@ def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
         Name of the score that is the truth.
     level : str
         Scored objects, as for :func:`agreement`.
+
+    Examples
+    --------
+    ``correlations`` are those of scores of the modules of ``ls.example("adapter")``.
+
+    >>> ls.plots.against_truth(correlations, "effect of removal", "modules")
     """
     sample, interval = _describe_runs(cells)
     with_truth = cells[(cells["second"] == truth) & (cells["first"] != truth)]

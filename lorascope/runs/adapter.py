@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lorascope.files.hub import label
+from lorascope.files.hub import label, model_name
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -52,7 +52,7 @@ class Adapter(Result):
             label=label(files.path),
             method=config | {"name": files.kind.lower()},
             recipe={"source": str(files.path.resolve())},
-            model=config.get("base_model_name_or_path") or "unknown",
+            model=model_name(config.get("base_model_name_or_path") or "unknown"),
             task=None,
             seed=None,
             status="not trained here",

@@ -32,6 +32,7 @@ from lorascope.runs.series import Series
 _DESCRIBES = re.compile(r"lora_adapter_metadata$|ss_|modelspec\.|general\.|adapter\.")
 MARKS = (*MANIFESTS, CONFIG)
 _MAX_DEPTH = 2  # folders below the one to load, such as name and checkpoint of a training
+_MOST_COMPARED = 26
 _MAX_LISTED = 8
 
 
@@ -176,6 +177,18 @@ def locate_result(name: str | Path) -> Path:
     if len(results) == 1:
         return results[0]
     return path  # opening it lists the results
+
+
+def runs_in(name: str) -> list[Path]:
+    """Return the runs in a folder that is not a run, such as that of a sweep; empty if it also has other results."""
+    path = Path(os.path.expanduser(name))
+    if _may_be_result(path):
+        return []
+    results = list(_find_results(path, _MAX_DEPTH))
+    # Pairs of more runs take minutes, and survey lists any number.
+    if not 1 < len(results) <= _MOST_COMPARED or not all(map(is_run, results)):
+        return []
+    return results
 
 
 def _may_be_result(path: Path) -> bool:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.optimize import minimize_scalar
+from scipy.stats import spearmanr
 from test_rank_prices import made_price
 
 from lorascope.analysis.rank_prices import RUNS
 from lorascope.papers import instruments
-from lorascope.papers.instruments import FORK_STEP, LATE_STEP, QUESTIONS, TEACHER, halvings, student_loss
+from lorascope.papers.instruments import (
+    FLIPPED,
+    FORK_STEP,
+    LATE_STEP,
+    ORDER_BOUND,
+    QUESTIONS,
+    SENTENCES,
+    TEACHER,
+    best_scale,
+    halvings,
+    norm_order,
+    repeat_order,
+    student_loss,
+)
 from lorascope.papers.judging import registered_study
 from lorascope.papers.judging.code_hash import comparison_hash, judging_hash
 from lorascope.papers.judging.data_folder import DATA
@@ -25,6 +41,8 @@ from lorascope.papers.training.student_measures import Measured
 
 REGISTERED = DATA / "instruments" / "registered.toml"
 SEEDS = range(200, 240)
+SCALES = np.arange(0.25, 1.5, 0.25)
+MODULE_COLUMNS = ["norm", "learn_even", "learn_odd"]
 
 
 def test_halvings_counts_doublings_from_fork_effects_to_independent_seeds() -> None:
@@ -47,9 +65,43 @@ def test_difference_of_students_is_the_placement_of_a_price() -> None:
     assert difference == pytest.approx(-estimate.mean)
 
 
+def test_norm_order_is_the_rank_correlation_with_learn_on_all_rows() -> None:
+    modules = pd.DataFrame(np.random.default_rng(0).normal(size=(36, 3)), columns=MODULE_COLUMNS).round(1)
+    learn = modules["learn_even"] + modules["learn_odd"]
+    assert norm_order(modules) == pytest.approx(spearmanr(modules["norm"], learn)[0], abs=1e-12)
+
+
+def test_repeat_order_predicts_the_correlation_of_twice_as_many_rows() -> None:
+    # Four equally noisy measurements of one quantity: two halves, and the halves of as many other rows.
+    generator = np.random.default_rng(0)
+    measured = generator.normal(size=20_000) + 1.5 * generator.normal(size=(4, 20_000))
+    halves = pd.DataFrame({"learn_even": measured[0], "learn_odd": measured[1]})
+    assert repeat_order(halves) == pytest.approx(np.corrcoef(measured[:2].sum(0), measured[2:].sum(0))[0, 1], abs=0.03)
+
+
+@pytest.mark.parametrize("flipped", [0.0, 0.3])
+def test_best_scale_of_a_parabola_is_its_minimum(flipped: float) -> None:
+    def loss(scale: Any) -> Any:
+        return (1 - flipped) * (scale - 0.9) ** 2 + flipped * (scale - 0.5) ** 2
+
+    curve = pd.DataFrame({"scale": SCALES, "loss": (SCALES - 0.9) ** 2, "wrong_loss": (SCALES - 0.5) ** 2})
+    assert best_scale(curve, flipped) == pytest.approx(minimize_scalar(loss).x, abs=1e-6)
+
+
+def test_best_scale_beyond_the_scales_is_their_end() -> None:
+    assert best_scale(pd.DataFrame({"scale": SCALES, "loss": -SCALES, "wrong_loss": SCALES})) == 1.25
+
+
 def made_up_tables(claim: str, effect: float, control: float, generator: np.random.Generator) -> dict[str, Any]:
     """Return the tables of a seed in which a claim has an effect and a positive control."""
+    if claim == "instruments.norm":
+        return {"modules": made_up_modules(-effect, ORDER_BOUND - control, generator)}
     effect, control = np.array([effect, control]) + generator.normal(size=2) * 0.02 * abs(BOUNDS[claim])
+    if claim == "instruments.scale":
+        # The vertex of a weighted mean of two parabolas is the weighted mean of their vertices.
+        vertex = 1 - (control - (1 - FLIPPED) * effect) / FLIPPED
+        losses = {"loss": (SCALES - 1 + effect) ** 2, "wrong_loss": (SCALES - vertex) ** 2}
+        return {"curve": pd.DataFrame({"scale": SCALES} | losses)}
     if claim == "instruments.forks":
         pieces = []
         for step, value in ((FORK_STEP, effect), (LATE_STEP, control)):
@@ -64,18 +116,31 @@ def made_up_tables(claim: str, effect: float, control: float, generator: np.rand
     return {"students": pd.DataFrame(rows, columns=["student", "lr", "loss"])}
 
 
+def made_up_modules(order: float, repeat: float, generator: np.random.Generator) -> pd.DataFrame:
+    """Return modules whose norm has a correlation with learn, which has one with learn on as many other rows."""
+    common, *noise = generator.normal(size=(4, 400))
+    of_halves = max(repeat, 0.0) / (2 - max(repeat, 0.0))
+    halves = np.sqrt(of_halves) * common + np.sqrt(1 - of_halves) * np.array(noise[:2])
+    learn = halves.sum(0) / halves.sum(0).std()
+    norm = order * learn + np.sqrt(1 - order**2) * noise[2]
+    return pd.DataFrame(np.array([norm, *halves]).T, columns=MODULE_COLUMNS)
+
+
 REGISTRATION = registered_study.read(REGISTERED)
 BOUNDS = {id: claim.rule.bound for id, claim in REGISTRATION.claims.items()}
 
 
-def made_up_evidence(claim: str, effect: float, control: float, closed: float = 0.8) -> StudyEvidence:
+def made_up_evidence(claim: str, effect: float, control: float, learned: float = 0.8) -> StudyEvidence:
     (label,) = REGISTRATION.claims[claim].for_arms
     generator = np.random.default_rng(0)
     rows, tables = [], {}
     for seed in SEEDS:
         run: dict[str, Any] = {"run": f"r{seed}", "arm": label, "arm_hash": REGISTRATION.arms[label].hash}
         run |= {"role": "judged", "seed": seed, "rate": REGISTRATION.arms[label].rates[0], "threads": 1}
-        rows.append(run | {"gap": 1 - closed, "base_gap": 1.0})
+        of_arm = {"gap": 1 - learned, "base_gap": 1.0}
+        if label == SENTENCES:
+            of_arm = {"accuracy": learned, "majority": 0.5}
+        rows.append(run | of_arm)
         for name, table in made_up_tables(claim, effect, control, generator).items():
             tables.setdefault(name, []).append(table.assign(arm=label, seed=seed, run=f"r{seed}"))
     texts = {name: "" for name, kind in STUDY_COLUMNS.items() if kind.dtype == "str"}
@@ -83,9 +148,9 @@ def made_up_evidence(claim: str, effect: float, control: float, closed: float = 
     return StudyEvidence(runs.reindex(columns=list(STUDY_COLUMNS)), {name: pd.concat(t) for name, t in tables.items()})
 
 
-def judge(claim: str, effect: float, control: float, closed: float = 0.8) -> str:
+def judge(claim: str, effect: float, control: float, learned: float = 0.8) -> str:
     only = replace(REGISTRATION, claims={claim: REGISTRATION.claims[claim]})
-    return str(compute(only, QUESTIONS, made_up_evidence(claim, effect, control, closed)).results["word"].item())
+    return str(compute(only, QUESTIONS, made_up_evidence(claim, effect, control, learned)).results["word"].item())
 
 
 # Effects in bounds, and the words of a gain and of a cost claim.
@@ -112,7 +177,11 @@ def test_a_control_without_an_effect_leaves_no_headroom(claim: str) -> None:
 
 
 def test_an_arm_far_from_its_teacher_is_not_learned() -> None:
-    assert judge("instruments.placement", 0.02, 0.02, closed=0.15) == "not learned"
+    assert judge("instruments.placement", 0.02, 0.02, learned=0.15) == "not learned"
+
+
+def test_an_arm_near_the_most_frequent_class_is_not_learned() -> None:
+    assert judge("instruments.norm", 0.0, -0.4, learned=0.55) == "not learned"
 
 
 def test_registration_has_the_hashes_of_the_code() -> None:
@@ -122,26 +191,34 @@ def test_registration_has_the_hashes_of_the_code() -> None:
         arms = {name: statistic.arms() for name, statistic in QUESTIONS[id].statistics().items()}
         assert {name: set(labels) for name, labels in claim.labels().items() if labels} == arms
     assert set(REGISTRATION.claims) == set(QUESTIONS)
-    assert set(REGISTRATION.arms) == {TEACHER}
+    assert set(REGISTRATION.arms) == {SENTENCES, TEACHER}
 
 
-def train_made_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Train with a measurement that returns made-up tables, and return the measured seeds."""
-    measured: list[int] = []
+ROWS_OF_RUNS = {
+    TEACHER: pd.DataFrame({"phase": "", "task": ["rank 4", "rank 2"], "gap": 0.1, "base_gap": 1.0}),
+    SENTENCES: pd.DataFrame({"phase": "", "task": ["products"], "accuracy": 0.8, "majority": 0.6}),
+}
 
-    def measure(seed: int, out: Path) -> Measured:
-        measured.append(seed)
+
+def train_made_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Train with measurements that return made-up tables, and return the measured arms and seeds."""
+    measured: list[tuple[str, int]] = []
+
+    def measure(seed: int, out: Path, label: str) -> Measured:
+        measured.append((label, seed))
         tables = {}
         for claim in QUESTIONS:
+            if label not in REGISTRATION.claims[claim].for_arms:
+                continue
             generator = np.random.default_rng([seed, len(claim)])
             for name, table in made_up_tables(claim, BOUNDS[claim], BOUNDS[claim] / 2, generator).items():
                 tables.setdefault(name, []).append(table)
         joined = {name: pd.concat(pieces, ignore_index=True) for name, pieces in tables.items()}
-        rows = pd.DataFrame({"phase": "", "task": ["rank 4", "rank 2"], "gap": 0.1, "base_gap": 1.0})
-        return Measured(rows, pd.DataFrame({"phase": [""], "step": [1], "loss": [3.0]}), joined)
+        return Measured(ROWS_OF_RUNS[label], pd.DataFrame({"phase": [""], "step": [1], "loss": [3.0]}), joined)
 
-    arm = instrument_training.ARMS[TEACHER]._replace(measure=measure)
-    monkeypatch.setitem(instrument_training.ARMS, TEACHER, arm)
+    for label in ROWS_OF_RUNS:
+        arm = instrument_training.ARMS[label]._replace(measure=partial(measure, label=label))
+        monkeypatch.setitem(instrument_training.ARMS, label, arm)
     instrument_training.train_instruments(folder / "evidence", folder / "runs", folder / "registered.toml")
     return measured
 
@@ -153,11 +230,14 @@ def verify(folder: Path) -> list[str]:
 
 def test_seeds_are_trained_once_and_a_changed_word_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "registered.toml").write_bytes(REGISTERED.read_bytes())
-    assert train_made_up(tmp_path, monkeypatch) == list(range(200, 232))
+    expected = []
+    for label, arm in REGISTRATION.arms.items():
+        expected += [(label, seed) for seed in range(200, 200 + arm.seeds)]
+    assert sorted(train_made_up(tmp_path, monkeypatch)) == sorted(expected)
     assert train_made_up(tmp_path, monkeypatch) == []
     assert verify(tmp_path) == []
     results = tmp_path / "evidence" / "results.csv"
-    assert set(pd.read_csv(results)["word"]) <= {"gain", "gain below m", "no headroom", "open"}
+    assert set(pd.read_csv(results)["word"]) <= {"gain", "gain below m", "no cost", "no headroom", "open"}
     results.write_text(results.read_text("utf-8").replace("gain", "loss"), "utf-8")
     assert verify(tmp_path)
 

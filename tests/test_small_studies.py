@@ -118,6 +118,9 @@ def test_other_files_are_never_replaced(tmp_path: Path) -> None:
         (("--paper", "hydra"), "unknown paper 'hydra'; expected one of lora, lisa, adalora, autolora, alora,"),
         (("--paper", "lora", "--claim", "pair.lora"), "--claim, --evidence and --instruments cannot be combined"),
         (("--paper", "lora", "--evidence", "x"), "cannot be combined"),
+        (("--instruments", "x", "--paper", "lora"), "--evidence and --instruments cannot be combined"),
+        (("--instruments", "x", "--claim", "pair.lora", "--seed", 31), "--instruments cannot be combined"),
+        (("--instruments", "x", "--evidence", "y"), "--evidence and --instruments cannot be combined"),
         (("--paper", "lora", "--seed", -1), "--seed must be from 0"),
     ],
 )

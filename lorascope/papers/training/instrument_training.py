@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorascope.papers.instruments import QUESTIONS, TEACHER
+from lorascope.papers.instruments import QUESTIONS, SENTENCES, TEACHER
 from lorascope.papers.judging import kept_study, registered_study, study_verification
 from lorascope.papers.judging.code_hash import module_hash
 from lorascope.papers.judging.kept_study import FIRST_SEED, StudyEvidence, StudyRun
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_rates import TUNING_SEEDS
 from lorascope.papers.setups import planted_teacher, planted_truths
-from lorascope.papers.training import student_measures
+from lorascope.papers.training import sentence_measures, student_measures
 from lorascope.papers.training.student_measures import Measured
 from lorascope.papers.training.study_training import code_commit, machine
 
@@ -48,6 +48,9 @@ class MeasuredArm(NamedTuple):
 _STUDENT_MODULES = (student_measures.__name__, planted_truths.__name__, planted_teacher.__name__)
 ARMS = {
     TEACHER: MeasuredArm(student_measures.STUDENT_METHOD.lr, _STUDENT_MODULES, student_measures.measure_students),
+    SENTENCES: MeasuredArm(
+        sentence_measures.SENTENCE_METHOD.lr, (sentence_measures.__name__,), sentence_measures.measure_sentences
+    ),
 }
 """Arms by label."""
 

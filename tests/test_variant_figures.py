@@ -357,7 +357,14 @@ def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots
     for chart in panels:
         assert chart.square
         assert set(chart.data["series"]) == {"q0", "v1", "q3", "v5"}
-        assert chart.marks[0].shape == "task"
+        lines, dots = chart.marks
+        assert dots.shape == "task"
+        # One line per dot, to the mean of its module, so that a module is visible without color.
+        spokes = lines.data.groupby("spoke")[["module", "x", "y"]]
+        assert len(spokes) == len(chart.data)
+        means = chart.data.groupby("module")[["x", "y"]].mean()
+        ends = spokes.last().set_index("module")
+        np.testing.assert_allclose(ends[["x", "y"]], means.loc[ends.index], rtol=1e-6)
 
 
 PRINTED = {"scores-alora", "parts-hydralora", "splits", "scores-adalora", "parts-adalora", "matrices"}

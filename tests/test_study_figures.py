@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.charts.figure_plan import plan_figure
-from lorascope.charts.marks import Point, Text
+from lorascope.charts.marks import Point, Rule, Text
 from lorascope.charts.theme import theme
 from lorascope.papers import registry
 from lorascope.papers.figures import forest as forest_plot
@@ -315,8 +315,24 @@ def test_losses_are_compared_with_the_control_of_their_seed() -> None:
     assert gray_words(figure) == ["not run"] * (len(figure.panels) - 1)
     titles = [chart.title for chart in figure.panels]
     assert len(titles) == len(set(titles))
-    assert "AdaLoRA vs LoRA\n2 seeds" in titles
+    assert "AdaLoRA vs LoRA\n2 of 16 seeds" in titles
+    # Pairs that claim a small cost have a worse method as control, in which there is nothing to gain.
+    caption = figure.panels[0].caption
+    assert "LoRA, rank 1 (LoRA vs full fine-tuning) and Adafactor (" in caption
     pair_losses(REGISTERED, EMPTY).mpl()
+
+
+def test_losses_of_alora_have_lines_at_its_first_and_last_round() -> None:
+    claim = REGISTERED.claims["pair.alora"]
+    method, control = claim.for_arms
+    evidence = made_up_losses({method: 3.0, control: 5.0})
+    scores = pd.DataFrame({"arm": [method] * 3 + ["AdaLoRA"], "step": [30, 10, 20, 90]})
+    evidence = replace(evidence, tables=evidence.tables | {"scores": scores})
+    registration = replace(REGISTERED, claims={"pair.alora": claim})
+    (panel,) = pair_losses(registration, evidence).panels
+    assert [rule.x for rule in panel.marks_of(Rule)] == [None, 10, 30]
+    assert "rounds are between the vertical lines" in panel.caption
+    assert "worse" not in panel.caption
 
 
 def test_losses_of_three_seeds_have_t_intervals() -> None:

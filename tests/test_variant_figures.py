@@ -335,6 +335,12 @@ def test_costs_are_cpu_seconds_and_tokens_per_second(evidence: StudyEvidence) ->
     assert printed.data.set_index("name")["value"]["ALoRA"] == 3.81
 
 
+def test_losses_of_fourierft_have_a_title_and_the_truth_of_each_panel(evidence: StudyEvidence) -> None:
+    chart = drawn("losses-fourierft", evidence)
+    assert "equal size" in chart.title
+    assert [panel.title for panel in chart.panels] == ["Truth: 192 coefficients suffice", "Truth: rank 2 suffices"]
+
+
 def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
     left, _, right = drawn("losses-lisa", evidence).panels
     arm = f"LISA, 1 of 8 blocks, {names.ALL_BLOCKS}"

@@ -33,18 +33,19 @@ from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistrat
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED
 
 CLOSED, LOSS = "gap closed (points)", "final loss (% of first)"
-_POINTS, _PERCENT = "points of the gap", "100 ln(control's loss / its own)"
+_POINTS, _PERCENT = "points of the gap", "100 ln(control / own loss)"
 DIFFERENCE, _MEAN = "difference between truths", "mean"
 _COLORS = (*SIDES, _MEAN, BOUND, DIFFERENCE)
 _NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name and of its font
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", DIFFERENCE: "difference_", POSITIVE: "positive_"}
 _EFFECT = "method minus control by seed, with 95% intervals; right of 0 (dashed), the method is better."
 _MEANINGS = {
-    "as claimed": "a gain (or no cost) where the truth favors the method, and less at the other truth",
+    "as claimed": "an interval above 0 (above the bound of a cost) where the truth favors the method, and less at the "
+    "other truth",
     "not only there": "a gain, but not less at the other truth",
     "not even there": "no gain, a loss or a cost even where the truth favors the method",
-    "gain below m": "a gain that is smaller than the bound",
-    "cost below d": "a cost that is smaller than the bound",
+    "gain below m": "an interval between 0 and the bound",
+    "cost below d": "an interval between the bound and 0",
     "open": "the interval allows several answers",
     NO_HEADROOM: "the positive control has no effect, so neither could the method",
     NOT_LEARNED: "an arm did not learn its task",

@@ -259,7 +259,18 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
         low, high = chart.x.limits or (0, 0)
         assert low < min(chart.data["low"]) < max(chart.data["high"]) < high
     assert "A pair without a positive control has none." in figure.panels[0].caption
+    assert "The positive control of Adapprox vs AdamW is a known worse method." in figure.panels[0].caption
     figure.mpl()
+
+
+def test_pair_that_is_not_finished_says_how_many_seeds_are() -> None:
+    """The gaps of two seeds are drawn, and the effect is not judged."""
+    evidence = evidence_of("pair.adalora", 8.0)
+    runs = evidence.runs[evidence.runs["seed"] < FIRST_SEED + 2]
+    unjudged = compute(REGISTERED, COMPARISONS, EMPTY).results
+    claims = {"pair.adalora": REGISTERED.claims["pair.adalora"]}
+    _, effects = pair_gaps(replace(REGISTERED, claims=claims), replace(evidence, runs=runs), unjudged).panels
+    assert gray_words(effects) == ["2 of 16 seeds: not finished"]
 
 
 def test_pairs_on_the_quadratic_show_the_loss() -> None:

@@ -85,7 +85,12 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
         if claim.id.startswith("pair."):
             row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence), caption),)
             if claim.id in judged:
-                row += (_draw_effects(claim, results, "Difference from the control", truths(claim)),)
+                chart = _draw_effects(claim, results, "Difference from the control", truths(claim))
+                if 0 < (finished := _count_finished(claim, evidence)) < claim.rule.seeds:
+                    # Its gaps are drawn, so that "not run" would contradict them.
+                    words = f"{finished} of {count_phrase(claim.rule.seeds, 'seed')}: not finished"
+                    chart = replace(chart, marks=[write_word(0.0, FAVORABLE, words)])
+                row += (chart,)
             rows.append(row)
     return Panels(
         tuple(rows), columns=max(map(len, rows)), title="Pairs of planted teachers: every seed, and the effect"
@@ -116,7 +121,19 @@ def _explain_words(registration: StudyRegistration, results: pd.DataFrame) -> st
     for word, meaning in _MEANINGS.items():
         if word in words:
             sentences.append(f" {word.capitalize()}: {meaning}.")
+    worse = []
+    for claim in registration.claims.values():
+        # A pair that claims a small cost needs a method whose cost is visible.
+        if claim.id.startswith("pair.") and claim.rule.kind == "cost" and claim.control_arms:
+            worse.append(compared_methods(claim))
+    if worse:
+        sentences.append(f" The positive control of {' and '.join(worse)} is a known worse method.")
     return "".join(sentences)
+
+
+def _count_finished(claim: StudyClaim, evidence: StudyEvidence) -> int:
+    """Return the number of seeds that all arms of a pair have finished."""
+    return len(set.intersection(*(set(evidence.seeds(arm.arm)) for arm in claim_arms(claim))))
 
 
 def effect_table(result: Mapping[str, Any]) -> pd.DataFrame:

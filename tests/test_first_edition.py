@@ -70,7 +70,7 @@ def test_differences_of_lisa_are_from_lora_of_the_same_seed() -> None:
         assert values[name] == pytest.approx(difference.mean(), rel=1e-9)
 
 
-def test_selected_fractions_of_neurons_are_those_of_the_numbers_beside_them() -> None:
+def test_selected_fractions_of_neurons_equal_the_numbers_of_another_figure() -> None:
     _, panel = stored_figures(FOLDER)["neuron-cosine"].chart.panels
     counts = stored_figures(FOLDER)["neurons"].chart.panels[0].data
     np.testing.assert_allclose(panel.data["value"], 100 * counts["value"] / 1536, rtol=1e-12)

@@ -41,9 +41,10 @@ def main() -> None:
             parameters, gradients, optimizer, peak = (memory[part] for part in PARTS)
             print(f"| {way} | {parameters:.1f} | {gradients:.1f} | {optimizer:.1f} | {peak:.0f} |", flush=True)
     panels = ls.plots.memory(found).panels
+    # Measured models are in the left column, so that the long names of the right one need no gutter on the left.
     measured, computed = panels[: len(arguments.models)], panels[len(arguments.models) :]
-    figure = ls.stack_vertically(
-        ls.set_side_by_side(*measured), ls.set_side_by_side(*computed), title="Memory of a training step"
+    figure = ls.set_side_by_side(
+        ls.stack_vertically(*measured), ls.stack_vertically(*computed), title="Memory of a training step"
     )
     figure.save(arguments.figure, width="page")
 

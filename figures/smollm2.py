@@ -22,14 +22,16 @@ from lorascope.charts.chart import Chart, Drawable
 from lorascope.charts.save import save_small
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import ROLES
+from lorascope.updates.linalg import effective_rank
 
 MODEL: Any = "smollm2"
 SETTINGS = {"batch_size": 8, "eval_every": 0, "eval_size": 16, "test_size": 200}
 STEPS, SEEDS = 40, (200, 201, 202, 203, 204)
-FULL, LORA = "full fine-tuning", "LoRA, rank 16"
+RANK = 16
+FULL, LORA = "full fine-tuning", f"LoRA, rank {RANK}"
 METHODS = {
     FULL: ls.Full(lr=1e-5, head_lr=1e-5),
-    LORA: ls.LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed", "lm_head"), lr=1e-3, head_lr=1e-3),
+    LORA: ls.LoRA(rank=RANK, alpha=16.0, targets=("all-linear", "embed", "lm_head"), lr=1e-3, head_lr=1e-3),
 }
 LEADING = 4  # directions per update that are compared between seeds
 
@@ -45,7 +47,7 @@ def draw(runs: Mapping[str, list[Run]]) -> dict[str, Drawable]:
     """Draw one figure per file."""
     return {
         "smollm2-norms": draw_norms(runs),
-        "smollm2-ranks": ls.plots.update_norm_heat({LORA: runs[LORA]}, quantity="effective_rank"),
+        "smollm2-ranks": draw_ranks(runs[LORA]),
         "smollm2-directions": draw_directions(runs[LORA]),
     }
 
@@ -65,6 +67,27 @@ def draw_norms(runs: Mapping[str, list[Run]]) -> Drawable:
         )
         charts.append(replace(chart, data=matrices.assign(log=log), marks=[heat], y=y, caption=caption))
     return replace(ls.set_side_by_side(*charts), title="Relative update by block and role, over its mean")
+
+
+def draw_ranks(runs: list[Run]) -> Drawable:
+    """Draw the effective rank of every update, with that of random factors of the same shapes in the caption."""
+    chart = ls.plots.update_norm_heat({LORA: runs}, quantity="effective_rank")
+    (panel,) = chart.panels
+    matrices = runs[0].modules.dropna(subset="layer")["module"]
+    shapes = {update.shape for name, update in runs[0].updates().items() if name in set(matrices)}
+    ranks = sorted(random_effective_rank(shape, RANK) for shape in shapes)
+    caption = f"{panel.caption} Random factors of the same shapes: {ranks[0]:.1f} to {ranks[-1]:.1f}."
+    return replace(panel, caption=caption)
+
+
+def random_effective_rank(shape: tuple[int, int], rank: int) -> float:
+    """Return the effective rank of a product of random factors, the first of them uniform as LoRA's initial A."""
+    outputs, inputs = shape
+    rng = np.random.default_rng(0)
+    A, B = rng.uniform(-1, 1, (rank, inputs)), rng.standard_normal((outputs, rank))
+    # The small triangular factors have the singular values of the product.
+    triangles = np.linalg.qr(B, mode="r"), np.linalg.qr(A.T, mode="r")
+    return effective_rank(np.linalg.svd(triangles[0] @ triangles[1].T, compute_uv=False))
 
 
 def draw_directions(runs: list[Run]) -> Drawable:

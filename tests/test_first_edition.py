@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -51,3 +52,40 @@ def test_missing_table_of_a_stored_figure_is_named(tmp_path: Path) -> None:
     pq.write_table(table.select(table.column_names[:1]), file)
     with pytest.raises(ValueError, match=r"use-shift\.parquet"):
         stored_figures(tmp_path)
+
+
+def test_differences_of_lisa_are_from_lora_of_the_same_seed() -> None:
+    runs = pd.read_csv(FOLDER.parent / "runs.csv.gz").query("role == 'judged'")
+    losses = runs[runs["arm"].str.contains("whole SmolLM2")].pivot(index="seed", columns="arm", values="loss")
+    arms = {
+        "LISA": "LISA, 2 of 30 blocks, whole SmolLM2",
+        "LISA, one draw": "LISA, 2 of 30 blocks, one draw, whole SmolLM2",
+        "full fine-tuning": "full fine-tuning, whole SmolLM2",
+    }
+    _, panel = stored_figures(FOLDER)["training-curves-lisa"].chart.panels
+    values = panel.data.set_index("recipe")["value"]
+    assert set(values.index) == set(arms)
+    for name, arm in arms.items():
+        difference = (losses[arm] - losses["LoRA, rank 8, whole SmolLM2"]).dropna()
+        assert values[name] == pytest.approx(difference.mean(), rel=1e-9)
+
+
+def test_selected_fractions_of_neurons_equal_the_numbers_of_another_figure() -> None:
+    _, panel = stored_figures(FOLDER)["neuron-cosine"].chart.panels
+    counts = stored_figures(FOLDER)["neurons"].chart.panels[0].data
+    np.testing.assert_allclose(panel.data["value"], 100 * counts["value"] / 1536, rtol=1e-12)
+    (chance,) = set(panel.marks[0].data["value"])
+    # Both projections of six layers have as many neurons.
+    assert chance == pytest.approx(panel.data["value"].mean(), rel=1e-9)
+
+
+def test_random_logits_retain_as_many_components_as_the_search() -> None:
+    chart = stored_figures(FOLDER)["selection-weights"].chart
+    ends = chart.marks[-1].data.set_index("fate")
+    logits = 0.93 * np.random.default_rng(1).standard_normal((50_000, 8))
+    weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for fate, of_fate in (("retained", weights[weights > 1 / 8]), ("dropped", weights[weights <= 1 / 8])):
+        quantiles = np.quantile(of_fate, [0.1, 0.5, 0.9])
+        np.testing.assert_allclose(ends.loc[fate, ["low", "value", "high"]].astype(float), quantiles, rtol=0.02)
+    assert round(480 * (weights > 1 / 8).mean()) in range(174, 178)
+    assert "176 of 480" in chart.caption

@@ -310,9 +310,14 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
         by_module = chart.data.groupby("module")[["x", "y"]]
         assert by_module.std().max(axis=None) < 0.1 * by_module.mean().std().min()
         assert len(chart.data) == 30
+    # Two measures of a row would cover each other in one panel.
+    assert [chart.title for chart in fractions] == ["A, by cosine", "A, by spaces", "B, by cosine", "B, by spaces"]
     for chart in fractions:
         assert chart.data[["value", "low", "high"]].drop_duplicates().to_numpy().tolist() == [[50.0, 0.0, 100.0]]
-        assert len(chart.data) == 6 * 2  # three grounds with two starts, by cosine and by spaces
+        assert len(chart.data) == 6  # three grounds with two starts
+        names = ["text", "tasks share A", "unrelated updates"]
+        assert list(chart.y.ticks.values())[::2] == [f"{name}: separate starts" for name in names]
+        assert list(chart.y.ticks.values())[1::2] == ["shared start"] * 3
         chances = chart.table(chart.marks[0]).groupby("row", sort=False)["value"].first()
         assert chances.round().tolist() == [8, 8, 17, 17, 17, 17]
 

@@ -55,6 +55,10 @@ def test_figures_script_of_the_full_model_draws_small_runs(smollm2, tmp_path, mo
     charts = drawing.draw(runs)
     page = (Path(drawing.__file__).parents[1] / "docs" / "smollm2.md").read_text(encoding="utf-8")
     assert re.findall(r"figures/(smollm2-\w+)\.png", page) == list(charts)
+    assert " Random factors of the same shapes: 15." in charts["smollm2-ranks"].caption
+    # Equal singular values would give the rank, and those of random factors are nearly equal.
+    assert 15.8 < drawing.random_effective_rank((576, 1536), 16) < 16
+    assert drawing.random_effective_rank((9, 7), 1) == pytest.approx(1.0)
     # Seeds have separate initial A's, of which two steps change little.
     outputs, inputs = charts["smollm2-directions"].panels
     assert inputs.data["overlap"].abs().max() < 0.1 < outputs.data["overlap"].max() <= 1

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.charts.figure_plan import plan_figure
-from lorascope.charts.marks import Point, Text
+from lorascope.charts.marks import Point, Rule, Text
 from lorascope.charts.theme import theme
 from lorascope.papers import registry
 from lorascope.papers.figures import forest as forest_plot
@@ -238,7 +238,8 @@ def test_pairs_have_a_dot_per_seed() -> None:
     between = judged[["difference_effect", "difference_low", "difference_high"]]
     assert numbers.loc[DIFFERENCE].tolist() == between.tolist()
     assert effects.title == "Difference from the control\n16 seeds: as claimed"
-    assert "As claimed: a gain" in panel.caption
+    # A gain may be smaller than the bound, as long as its interval reaches it.
+    assert "As claimed: an interval above 0 (above the bound of a cost)" in panel.caption
     assert not gray_words(effects)
     pd.testing.assert_frame_equal(panel.data[table.columns], table)
     assert not gray_words(panel)
@@ -250,9 +251,7 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
     claims = registered_study.read(DATA / "registered-2.toml").claims
     judged = {id: claims[id] for id in ("pair.adalora", "pair.basis", "pair.adapprox")}
     figure = pair_effects(replace(REGISTERED, claims=judged), results)
-    assert [chart.x.label for chart in figure.panels] == ["points of the gap"] * 2 + [
-        "100 ln(control's loss / its own)"
-    ]
+    assert [chart.x.label for chart in figure.panels] == ["points of the gap"] * 2 + ["100 ln(control / own loss)"]
     expected = results.set_index("claim")["effect"]
     for id, chart in zip(judged, figure.panels, strict=True):
         assert chart.data.set_index("side").loc[FAVORABLE, "effect"] == expected[id]
@@ -260,7 +259,18 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
         low, high = chart.x.limits or (0, 0)
         assert low < min(chart.data["low"]) < max(chart.data["high"]) < high
     assert "A pair without a positive control has none." in figure.panels[0].caption
+    assert "The positive control of Adapprox vs AdamW is a known worse method." in figure.panels[0].caption
     figure.mpl()
+
+
+def test_pair_that_is_not_finished_says_how_many_seeds_are() -> None:
+    """The gaps of two seeds are drawn, and the effect is not judged."""
+    evidence = evidence_of("pair.adalora", 8.0)
+    runs = evidence.runs[evidence.runs["seed"] < FIRST_SEED + 2]
+    unjudged = compute(REGISTERED, COMPARISONS, EMPTY).results
+    claims = {"pair.adalora": REGISTERED.claims["pair.adalora"]}
+    _, effects = pair_gaps(replace(REGISTERED, claims=claims), replace(evidence, runs=runs), unjudged).panels
+    assert gray_words(effects) == ["2 of 16 seeds: not finished"]
 
 
 def test_pairs_on_the_quadratic_show_the_loss() -> None:
@@ -315,8 +325,24 @@ def test_losses_are_compared_with_the_control_of_their_seed() -> None:
     assert gray_words(figure) == ["not run"] * (len(figure.panels) - 1)
     titles = [chart.title for chart in figure.panels]
     assert len(titles) == len(set(titles))
-    assert "AdaLoRA vs LoRA\n2 seeds" in titles
+    assert "AdaLoRA vs LoRA\n2 of 16 seeds" in titles
+    # Pairs that claim a small cost have a worse method as control, in which there is nothing to gain.
+    caption = figure.panels[0].caption
+    assert "LoRA, rank 1 (LoRA vs full fine-tuning) and Adafactor (" in caption
     pair_losses(REGISTERED, EMPTY).mpl()
+
+
+def test_losses_of_alora_have_lines_at_its_first_and_last_round() -> None:
+    claim = REGISTERED.claims["pair.alora"]
+    method, control = claim.for_arms
+    evidence = made_up_losses({method: 3.0, control: 5.0})
+    scores = pd.DataFrame({"arm": [method] * 3 + ["AdaLoRA"], "step": [30, 10, 20, 90]})
+    evidence = replace(evidence, tables=evidence.tables | {"scores": scores})
+    registration = replace(REGISTERED, claims={"pair.alora": claim})
+    (panel,) = pair_losses(registration, evidence).panels
+    assert [rule.x for rule in panel.marks_of(Rule)] == [None, 10, 30]
+    assert "rounds are between the vertical lines" in panel.caption
+    assert "worse" not in panel.caption
 
 
 def test_losses_of_three_seeds_have_t_intervals() -> None:

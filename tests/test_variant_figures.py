@@ -335,6 +335,12 @@ def test_costs_are_cpu_seconds_and_tokens_per_second(evidence: StudyEvidence) ->
     assert printed.data.set_index("name")["value"]["ALoRA"] == 3.81
 
 
+def test_losses_of_fourierft_have_a_title_and_the_truth_of_each_panel(evidence: StudyEvidence) -> None:
+    chart = drawn("losses-fourierft", evidence)
+    assert "equal size" in chart.title
+    assert [panel.title for panel in chart.panels] == ["Truth: 192 coefficients suffice", "Truth: rank 2 suffices"]
+
+
 def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
     left, _, right = drawn("losses-lisa", evidence).panels
     arm = f"LISA, 1 of 8 blocks, {names.ALL_BLOCKS}"
@@ -357,7 +363,14 @@ def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots
     for chart in panels:
         assert chart.square
         assert set(chart.data["series"]) == {"q0", "v1", "q3", "v5"}
-        assert chart.marks[0].shape == "task"
+        lines, dots = chart.marks
+        assert dots.shape == "task"
+        # One line per dot, to the mean of its module, so that a module is visible without color.
+        spokes = lines.data.groupby("spoke")[["module", "x", "y"]]
+        assert len(spokes) == len(chart.data)
+        means = chart.data.groupby("module")[["x", "y"]].mean()
+        ends = spokes.last().set_index("module")
+        np.testing.assert_allclose(ends[["x", "y"]], means.loc[ends.index], rtol=1e-6)
 
 
 PRINTED = {"scores-alora", "parts-hydralora", "splits", "scores-adalora", "parts-adalora", "matrices"}

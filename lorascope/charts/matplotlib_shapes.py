@@ -120,8 +120,9 @@ def write_text(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
 
 
 def fill_settings(color: str, hatch: str) -> dict[str, Any]:
-    """Return the settings of a bar, whose hatch distinguishes it in gray."""
-    return {"facecolor": color, "edgecolor": matplotlib.rcParams["axes.facecolor"], "hatch": 2 * hatch, "linewidth": 0}
+    """Return the settings of a bar, whose hatch and edge distinguish it in gray from the next one of a stack."""
+    edge = matplotlib.rcParams["axes.facecolor"]
+    return {"facecolor": color, "edgecolor": edge, "hatch": 2 * hatch, "linewidth": 0.3}
 
 
 def _are_between(values: Numbers, limits: Limits) -> Bool[np.ndarray, "n"]:

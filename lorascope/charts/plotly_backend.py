@@ -161,7 +161,7 @@ def _legend_sample(entry: Entry, theme: Theme) -> Any:
 def _fill(color: str, hatch: str, theme: Theme) -> dict[str, Any]:
     """Return the marker of bars, whose hatch distinguishes them in gray."""
     pattern = {"shape": hatch, "size": 6, "solidity": 0.15, "fgcolor": theme.background, "fillmode": "overlay"}
-    return {"color": color, "line": {"width": 0}, "pattern": pattern if hatch else {}}
+    return {"color": color, "line": {"color": theme.background, "width": 0.5}, "pattern": pattern if hatch else {}}
 
 
 def traces(panel: Panel, frame: Any = None) -> list[Any]:

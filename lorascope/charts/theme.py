@@ -44,7 +44,7 @@ MIN_WIDTH, MAX_WIDTH = 1.0, 40.0  # inches
 STYLES = {
     "dash": ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"],
     "shape": ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"],
-    "hatch": ["", "", "", "", "/", ".", "", "x"],  # of colors as light as others
+    "hatch": ["", "", "", "\\", "/", ".", "", "x"],  # of colors about as light as others
 }
 
 

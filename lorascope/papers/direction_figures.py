@@ -341,8 +341,8 @@ def draw_thirds(evidence: StudyEvidence) -> Drawable | None:
         return None
     caption = (
         "A's and B's of all modules of LoRAs on three domains, and on three random thirds of all text, two orders of "
-        "the data each, with a shared initial A, placed by t-SNE; a dot per run and module. Titles: factors whose "
-        "nearest factor of another text is from the same module, first seed."
+        "the data each, with a shared initial A, placed by t-SNE; a dot per run and module. Lines join a module's dots "
+        "with their mean. Titles: factors whose nearest factor of another text is from the same module, first seed."
     )
     charts = []
     groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS)
@@ -359,7 +359,8 @@ def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's figure 10: the A's and B's of four modules of LoRAs on several texts."""
     caption = (
         "A's and B's of four modules (role and layer) of LoRAs on three texts, two orders each, placed by t-SNE; a dot "
-        "per run. Titles: factors whose nearest factor of another text, among all modules, is from the same module."
+        "per run. Lines join a module's dots with their mean. Titles: factors whose nearest factor of another text, "
+        "among all modules, is from the same module."
     )
     charts = []
     sets = {"shared start": hydralora_factors.TEXT_SHARED, "separate starts": hydralora_factors.TEXT}

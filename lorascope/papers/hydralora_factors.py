@@ -265,8 +265,9 @@ _GROUNDS = {
     SHARED_A: (SHARED_A_SEPARATE, SHARED_A_SHARED, 100 / 6),
     UNRELATED: (UNRELATED_SEPARATE, UNRELATED_SHARED, 100 / 6),
 }
-_VIEWS = {"raw": "nearest by cosine", "space": "nearest by overlap of spaces"}
-_SERIES = (*DOMAINS, *_VIEWS.values(), "at random")
+_VIEWS = {"raw": "by cosine", "space": "by spaces"}
+_MEAN = "mean and range over seeds"
+_SERIES = (*DOMAINS, _MEAN, "at random")
 
 
 def factors_figure(table: pd.DataFrame) -> Panels:
@@ -280,14 +281,14 @@ def factors_figure(table: pd.DataFrame) -> Panels:
         for name, start in {TEXT: SEPARATE, TEXT_SHARED: SHARED}.items():
             of_set = of_factor[of_factor["set"] == name]
             if len(of_set):  # a small version may have only one ground
-                plane = factor_plane(of_set, f"{factor}, {start}", _SERIES)
-                planes.append(replace(plane, marks=[join_dots(plane.data, ["module"]), *plane.marks]))
-        fractions.append(_shared_fractions(of_factor, factor))
+                planes.append(factor_plane(of_set, f"{factor}, {start}", _SERIES))
+        for view in _VIEWS:
+            fractions.append(_shared_fractions(of_factor[of_factor["view"] == view], f"{factor}, {_VIEWS[view]}"))
     caption = (
         "Above: the A or B of one module in one run on text, placed by t-SNE; lines join a module's dots with their "
-        "mean. Below: factors whose nearest factor in another domain or task belongs to the same module, on text and "
-        "for planted tasks that share A or have unrelated updates, with separate or shared initial A's; mean and range "
-        "over seeds."
+        "mean. Below: factors whose nearest factor in another domain or task, by cosine of the arrays or overlap of "
+        "their spaces, belongs to the same module. Rows: text, and planted tasks that share A or have unrelated "
+        "updates, with separate or shared initial A's."
     )
     fractions[0] = replace(fractions[0], caption=caption)
     title = "Similarity of A and of B between domains or tasks"
@@ -297,33 +298,35 @@ def factors_figure(table: pd.DataFrame) -> Panels:
 def factor_plane(
     of_set: pd.DataFrame, title: str, colors: Sequence[str], color: str = "task", **settings: Any
 ) -> Chart:
-    """Draw the raw factors of the first seed of a set by their places, colored by a column."""
+    """Draw the raw factors of the first seed of a set by their places, colored by a column, and join each module's."""
     dots = of_set[(of_set["view"] == "raw") & (of_set["seed"] == of_set["seed"].min())]
     # A plane has neither an origin nor a unit.
     low, high = dots[["x", "y"]].min(), dots[["x", "y"]].max()
     scaled = (dots[["x", "y"]] - (low + high) / 2) / (high - low).max()
     dots = dots.assign(x=scaled["x"], y=scaled["y"], series=dots[color])
     axis = Axis(ticks={}, limits=(-0.6, 0.6))
-    mark = Point("x", "y", "series", **settings)
-    return Chart(dots, [mark], title=title, x=axis, y=axis, colors=colors, square=True)
+    marks = [join_dots(dots, ["module"]), Point("x", "y", "series", **settings)]
+    return Chart(dots, marks, title=title, x=axis, y=axis, colors=colors, square=True)
 
 
-def _shared_fractions(of_factor: pd.DataFrame, factor: str) -> Chart:
-    """Draw the shared fractions of all sets, and those at random."""
-    rows, at_random = [], []
-    for ground, (*names, chance) in _GROUNDS.items():
-        for name, start in zip(names, (SEPARATE, SHARED), strict=True):
-            label = f"{ground}, {start.split()[0]}"
-            for (_, view), of_seed in of_factor[of_factor["set"] == name].groupby(["seed", "view"]):
-                if view in _VIEWS:
-                    rows.append((label, _VIEWS[view], shared_fraction(of_seed, factor, view)))
-            if (of_factor["set"] == name).any():
-                at_random.append((label, "at random", chance))
+def _shared_fractions(of_view: pd.DataFrame, title: str) -> Chart:
+    """Draw the shared fractions of all sets for one factor and view, and those at random."""
+    rows, at_random, ticks = [], [], {}
+    factor, view = of_view[["factor", "view"]].iloc[0]
+    for ground, (separate, shared, chance) in _GROUNDS.items():
+        # The second row of a ground is below the first, so that its name is not repeated.
+        for name, tick in ((separate, f"{ground}: {SEPARATE}"), (shared, SHARED)):
+            of_set = of_view[of_view["set"] == name]
+            for _, of_seed in of_set.groupby("seed"):
+                rows.append((name, _MEAN, shared_fraction(of_seed, factor, view)))
+            if len(of_set):
+                at_random.append((name, "at random", chance))
+                ticks[name] = tick
     columns = ["row", "series", "value"]
     over_seeds = pd.DataFrame(rows, columns=columns).groupby(columns[:2], sort=False)["value"]
     cells = over_seeds.agg(value="mean", low="min", high="max").reset_index()
-    ticks = Point("value", "row", "series", symbol="line-ns-open", data=pd.DataFrame(at_random, columns=columns))
-    x = Axis(label=f"nearest {factor} is of the same module (%)", limits=(0, 105))
-    y = Axis(order=[row for row, *_ in at_random], compact=True)
-    marks = [ticks, Point("value", "row", "series", low="low", high="high")]
-    return Chart(cells, marks, title=f"shared fraction of {factor}", x=x, y=y, colors=_SERIES)
+    chances = Point("value", "row", "series", symbol="line-ns-open", data=pd.DataFrame(at_random, columns=columns))
+    x = Axis(label="same module (%)", limits=(0, 105))
+    y = Axis(order=ticks, ticks=ticks, compact=True)
+    marks = [chances, Point("value", "row", "series", low="low", high="high")]
+    return Chart(cells, marks, title=title, x=x, y=y, colors=_SERIES)

@@ -33,18 +33,19 @@ from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistrat
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED
 
 CLOSED, LOSS = "gap closed (points)", "final loss (% of first)"
-_POINTS, _PERCENT = "points of the gap", "100 ln(control's loss / its own)"
+_POINTS, _PERCENT = "points of the gap", "100 ln(control / own loss)"
 DIFFERENCE, _MEAN = "difference between truths", "mean"
 _COLORS = (*SIDES, _MEAN, BOUND, DIFFERENCE)
 _NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name and of its font
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", DIFFERENCE: "difference_", POSITIVE: "positive_"}
 _EFFECT = "method minus control by seed, with 95% intervals; right of 0 (dashed), the method is better."
 _MEANINGS = {
-    "as claimed": "a gain (or no cost) where the truth favors the method, and less at the other truth",
+    "as claimed": "an interval above 0 (above the bound of a cost) where the truth favors the method, and less at the "
+    "other truth",
     "not only there": "a gain, but not less at the other truth",
     "not even there": "no gain, a loss or a cost even where the truth favors the method",
-    "gain below m": "a gain that is smaller than the bound",
-    "cost below d": "a cost that is smaller than the bound",
+    "gain below m": "an interval between 0 and the bound",
+    "cost below d": "an interval between the bound and 0",
     "open": "the interval allows several answers",
     NO_HEADROOM: "the positive control has no effect, so neither could the method",
     NOT_LEARNED: "an arm did not learn its task",
@@ -84,7 +85,12 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
         if claim.id.startswith("pair."):
             row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence), caption),)
             if claim.id in judged:
-                row += (_draw_effects(claim, results, "Difference from the control", truths(claim)),)
+                chart = _draw_effects(claim, results, "Difference from the control", truths(claim))
+                if 0 < (finished := _count_finished(claim, evidence)) < claim.rule.seeds:
+                    # Its gaps are drawn, so that "not run" would contradict them.
+                    words = f"{finished} of {count_phrase(claim.rule.seeds, 'seed')}: not finished"
+                    chart = replace(chart, marks=[write_word(0.0, FAVORABLE, words)])
+                row += (chart,)
             rows.append(row)
     return Panels(
         tuple(rows), columns=max(map(len, rows)), title="Pairs of planted teachers: every seed, and the effect"
@@ -115,7 +121,19 @@ def _explain_words(registration: StudyRegistration, results: pd.DataFrame) -> st
     for word, meaning in _MEANINGS.items():
         if word in words:
             sentences.append(f" {word.capitalize()}: {meaning}.")
+    worse = []
+    for claim in registration.claims.values():
+        # A pair that claims a small cost needs a method whose cost is visible.
+        if claim.id.startswith("pair.") and claim.rule.kind == "cost" and claim.control_arms:
+            worse.append(compared_methods(claim))
+    if worse:
+        sentences.append(f" The positive control of {' and '.join(worse)} is a known worse method.")
     return "".join(sentences)
+
+
+def _count_finished(claim: StudyClaim, evidence: StudyEvidence) -> int:
+    """Return the number of seeds that all arms of a pair have finished."""
+    return len(set.intersection(*(set(evidence.seeds(arm.arm)) for arm in claim_arms(claim))))
 
 
 def effect_table(result: Mapping[str, Any]) -> pd.DataFrame:

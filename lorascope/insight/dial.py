@@ -100,7 +100,7 @@ def dial(
         drift of its mean hidden state.
     by : {"module", "component", "layer", "role", "intruder", "whole"}
         Parts of the update: modules, singular components with random controls, layers, roles, intruder dimensions with
-        equally large controls, or only the whole.
+        the most similar other directions of their modules, or only the whole.
     rows, keep_rows : int
         Maximum numbers of rows.
     scales : sequence of float
@@ -144,7 +144,7 @@ def dial(
 
 
 class DialCall(NamedTuple):
-    """Arguments of a dial that change its result, besides its texts."""
+    """Arguments of a dial that change its result, apart from its texts."""
 
     model: str
     by: str
@@ -221,7 +221,7 @@ class _Texts:
     max_length: int
 
     def identity(self) -> list[Any]:
-        """Return what the rows depend on, besides the model."""
+        """Return what the rows depend on, apart from the model."""
         keep = self.keep.name, self.keep.kind, self.keep.hash
         return [self.adapted.task.hash, keep, self.rows, self.keep_rows, self.max_length]
 

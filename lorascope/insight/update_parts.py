@@ -146,10 +146,11 @@ def add_random_controls(components: PartsOfUpdate, controlled: Set[UpdatePart]) 
 
 
 def intruder_parts(model: nn.Module, updates: Mapping[str, Update]) -> PartsOfUpdate:
-    """Return the intruder dimensions of an update, each followed by its control: the equally large non-intruder.
+    """Return the intruder dimensions of an update, each followed by its control: the non-intruder closest in size.
 
     Part j of a module is ``u_j (u_j^T dW v_j) v_j^T`` with singular vectors u_j and v_j of W0 + dW. The control is the
-    singular vector of the same module that is no intruder and whose part has the most similar size.
+    singular vector of the same module that is no intruder and whose part has the most similar size; it may be much
+    smaller, which the column ``energy`` of the dial shows.
     """
     energies, parts, directions = _energies(updates), [], {}
     for module, layer, role, _ in _positions(model, updates):

@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 CHECKED := --jaxtyping-packages="lorascope,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
-.PHONY: reproduce full test test-all lint types tests slow ray numbers docs notebooks gpu clean
+.PHONY: reproduce full test test-all lint types tests slow complete ray numbers docs notebooks gpu clean
 
 reproduce: .venv/installed
 	$(BIN)/lorascope reproduce -o $(OUT)
@@ -43,6 +43,11 @@ tests: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/pytest $(CHECKED) -n 2 --dist worksteal -m "not ray"
+
+# The tests of `slow`, with types and shapes checked in the contracts only: these call every method, figure and format.
+complete: .venv/installed
+	$(BIN)/pytest $(CHECKED) -n 2 --dist worksteal -m "not ray" tests/contract
+	$(BIN)/pytest -n 2 --dist worksteal -m "not ray" --ignore tests/contract
 
 # By itself: a cluster takes the whole machine.
 ray: .venv/installed

@@ -141,24 +141,26 @@ def test_command_of_a_run_names_its_model_and_task(
 
 
 def test_command_after_a_sweep_plots_its_rates_and_after_seeds_their_losses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Shown paths are relative to the working directory where that is shorter.
+    monkeypatch.chdir(tmp_path)
     for lr in (0.1, 0.3):
         for seed in (0, 1):
             values = {(name, ""): {0: 2.0, 9: 1.0} for name in ("loss", "eval_loss", "test_loss")}
             recipe, settings = {"name": "lora", "rank": 2}, {"steps": 9, "lr": lr}
             planted.plant(
-                tmp_path / "sweep", f"{lr}-{seed}", values, factors={"h.0.q": planted.low_rank(2.0, 1.0)}, seed=seed,
+                Path("sweep"), f"{lr}-{seed}", values, factors={"h.0.q": planted.low_rank(2.0, 1.0)}, seed=seed,
                 recipe=recipe, settings=settings,
             )  # fmt: skip
-    folders = sorted(map(str, (tmp_path / "sweep").iterdir()))
+    folders = sorted(map(str, Path("sweep").iterdir()))
     labeled = [f"LoRA rank 2 at {Path(folder).name[:3]}={folder}" for folder in folders]
     for paths, figure, runs in ((folders, "learning_rates", labeled), (folders[:2], "training_curves", folders[:2])):
         assert main(["inspect", *paths]) == 0
         words = next_words(capsys.readouterr().out)
         assert words == ["plot", figure, *runs, "-o", f"{figure}.pdf"]
-        assert main([*words[:-1], str(tmp_path / f"{figure}.csv")]) == 0
+        assert main([*words[:-1], f"{figure}.csv"]) == 0
         capsys.readouterr()
     # The folder of a sweep is its runs.
-    assert main(["inspect", str(tmp_path / "sweep")]) == 0
+    assert main(["inspect", "sweep"]) == 0
     assert next_words(capsys.readouterr().out)[1:-2] == ["learning_rates", *labeled]

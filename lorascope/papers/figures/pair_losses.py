@@ -83,7 +83,7 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
             marks.append(write_word(0.0, 0.5))
         else:
             seeds = count_phrase(claim.rule.seeds, "seed")
-            if (finished := int(table["n"].max())) < claim.rule.seeds:
+            if (finished := int(table["n"].min())) < claim.rule.seeds:
                 seeds = f"{finished} of {seeds}"
             title += f"\n{seeds}"
         charts.append(Chart(table, marks, title=title, x=x, y=y, colors=SIDES))

@@ -54,7 +54,7 @@ def learn_forget(dial: Dial) -> Chart:
     sentences = [f"Each dot is a part of the update of {dial.label}; effects of removing it, {_ROWS}."]
     sentences.append("Dashed: forgetting per learning of the whole update.")
     if parts["control"].any():
-        sentences.append("Hollow: controls of the same size.")
+        sentences.append("Hollow: controls, of the same or the closest size.")
     outside = (parts["learn"].abs() > dial.learn_margin) | (parts["forget"].abs() > dial.forget_margin)
     if not outside.any():
         sentences.append("No part is outside the margins.")

@@ -12,6 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Types and shapes of all arguments, checked at every call: doubles the time of the suite.
 CHECKED := --jaxtyping-packages="lorascope,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+CONTRACTS := $(addprefix tests/contract/test_,exporters.py formats.py methods.py observers.py)
 NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
 .PHONY: reproduce full test test-all lint types tests slow complete ray numbers docs notebooks gpu clean
@@ -44,10 +45,10 @@ tests: .venv/installed
 slow: .venv/installed
 	$(BIN)/pytest $(CHECKED) -n 2 --dist worksteal -m "not ray"
 
-# The tests of `slow`, with types and shapes checked in the contracts only: these call every method, figure and format.
+# The tests of `slow`, with types and shapes checked in these contracts only, which call every method and format.
 complete: .venv/installed
-	$(BIN)/pytest $(CHECKED) -n 2 --dist worksteal -m "not ray" tests/contract
-	$(BIN)/pytest -n 2 --dist worksteal -m "not ray" --ignore tests/contract
+	$(BIN)/pytest $(CHECKED) -n 2 --dist worksteal -m "not ray" $(CONTRACTS)
+	$(BIN)/pytest -n 2 --dist worksteal -m "not ray" $(CONTRACTS:%=--ignore=%)
 
 # By itself: a cluster takes the whole machine.
 ray: .venv/installed

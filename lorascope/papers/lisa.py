@@ -149,14 +149,19 @@ KEPT_TABLES: dict[str, list[KeptTable]] = {
 }
 
 
+_SMALL_START = "Small start: the embedding's B begins with the gain of a linear layer's A instead of PEFT's. "
+
+
 def norms_figure(table: pd.DataFrame) -> Panels:
     """Draw the norm of the update by layer from the kept table ``norms``: of embedding, blocks and head."""
-    panels = _norm_panels(table, {"update": "{model}"}, "Norm of the update by layer, mean over training")
+    panels = _norm_panels(
+        table, {"update": "{model}"}, "Norm of the update by layer: LoRA's large embedding comes from its start"
+    )
     return _with_caption(
         panels,
-        f"Norm over that of the median block. {_mean_and_range(table)} LISA trains random blocks, so its embedding and "
-        "head only are drawn, over the median block that it drew. The head of SmolLM2 is tied to its embedding: only "
-        "LoRA has a second norm there.",
+        f"Norm over that of the median block. {_mean_and_range(table)} {_SMALL_START}LISA trains random blocks, so its "
+        "embedding and head only are drawn, over the median block that it drew. The head of SmolLM2 is tied to its "
+        "embedding: only LoRA has a second norm there.",
     )
 
 
@@ -166,11 +171,12 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
     The norm of the weight, the paper's fourth reading, hardly changes in training.
     """
     titles = {"factors": "{model}: A and B", LEARNED: "{model}: A and B minus start"}
-    panels = _norm_panels(table, titles, "Norm of LoRA's factors by layer, mean over training")
+    panels = _norm_panels(table, titles, "Norm of LoRA's factors by layer: learned embeddings are not the largest")
     return _with_caption(
         panels,
-        f"Norm over that of the median block. {_mean_and_range(table)} Minus start: change of A and B in training, "
-        "without their initial values. The small start was trained on SmolLM2 only, and minilm's new head has no LoRA.",
+        f"Norm over that of the median block. {_mean_and_range(table)} {_SMALL_START}Minus start: change of A and B in "
+        "training, without their initial values. The small start was trained on SmolLM2 only, and minilm's new head "
+        "has no LoRA.",
     )
 
 

@@ -83,7 +83,14 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     )
     # What does not apply to any drawn arm would only be asked about.
     if "AutoLoRA" in set(cells["recipe"]):
-        caption += " AutoLoRA's weights sum to one in every module, so they cannot order modules."
+        caption += " AutoLoRA selects once, by weights that sum to one in every module and so cannot order modules."
+    seeds = cells.groupby("recipe", sort=False)["n"].max().astype(int)
+    title = "Rank and scores by planted rank"
+    if seeds.nunique() == 1:
+        title += f", {count_phrase(int(seeds.iloc[0]), 'seed')}"
+    elif len(seeds):
+        counts = (f"{number} of {name}" for name, number in seeds.items())
+        caption += f" Seeds, of which some are not trained yet: {', '.join(counts)}."
     missing = [name for name in arms if name not in set(cells["recipe"])]
     if missing:
         caption += f" Not run: {', '.join(missing)}."
@@ -95,5 +102,4 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     for when, table in zip(("First scores", "Last scores"), score_tables(scores, ranks, arms), strict=True):
         y = Axis(label="score (percentile)")
         charts.append(curves(table, "planted", (x, y), Rule(y=50), title=f"{when} (random: 50)", **settings))
-    seeds = int(cells["n"].max()) if len(cells) else 0
-    return Panels((tuple(charts),), title=f"Rank and scores by planted rank, {count_phrase(seeds, 'seed')}")
+    return Panels((tuple(charts),), title=title)

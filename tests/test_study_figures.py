@@ -472,9 +472,9 @@ def test_rows_have_distinct_names_and_headings_of_pages() -> None:
 
 
 def test_figures_are_drawn_once_they_have_runs() -> None:
-    def drawn(evidence: StudyEvidence, earlier: pd.DataFrame, registered: Any = REGISTERED) -> set[str]:
-        results = compute(registered, COMPARISONS, EMPTY).results
-        data = StudyData(registered, evidence, results, earlier)
+    def drawn(evidence: StudyEvidence, earlier: pd.DataFrame) -> set[str]:
+        results = compute(REGISTERED, COMPARISONS, EMPTY).results
+        data = StudyData(REGISTERED, evidence, results, earlier)
         return {row.name for row in ROWS if row.draw(data) is not None}
 
     assert drawn(EMPTY, NO_ESTIMATE) == set()
@@ -484,11 +484,7 @@ def test_figures_are_drawn_once_they_have_runs() -> None:
     claim = REGISTERED.claims["pair.adalora"]
     favorable = dict.fromkeys(claim.for_arms, 3.0)
     assert drawn(made_up_losses(favorable), NO_ESTIMATE) == set()  # without the other truth, there is no pair
-    of_two_seeds = made_up_losses(favorable | dict.fromkeys(claim.against_arms, 3.0))
-    assert drawn(of_two_seeds, NO_ESTIMATE) == set()  # a pair is drawn once it has all its seeds
-    complete = msgspec.structs.replace(claim, rule=msgspec.structs.replace(claim.rule, seeds=2))
-    registered = replace(REGISTERED, claims={**REGISTERED.claims, "pair.adalora": complete})
-    assert drawn(of_two_seeds, NO_ESTIMATE, registered) == names
+    assert drawn(made_up_losses(favorable | dict.fromkeys(claim.against_arms, 3.0)), NO_ESTIMATE) == names
     neurons = replace(EMPTY, tables={"neurons": neuron_table(seeds=2).assign(selected=False)})
     assert drawn(neurons, NO_ESTIMATE) == {"neuron-scores"}
     ranks = RANKS.replace({"arm": {"a": "AdaLoRA, rank 4 to 2, uneven ranks"}})

@@ -24,10 +24,8 @@ from lorascope.runs.receipt import Receipt
 
 LEARNED, COSTS, WRONG = "where did the rank go", "what does it cost", "what is wrong"
 CONFIRM, MEASURED, MEND = "confirm", "measured", "mend"
-MOST_ACTIONS = 3
-_MOST_NAMES = 3  # groups of modules in one line
-_EVEN_SHARES = 10  # of all components, as of the parts of a dial
-_LABEL = 15
+MOST_ACTIONS, _MOST_NAMES = 3, 3  # in all; groups of modules in one line
+_EVEN_SHARES, _LABEL = 10, 15  # of all components, as of the parts of a dial; characters
 _MOST_ROWS = 20  # times the rows measured: more will hardly be at hand
 _DISTANCES = {"nats": "KL", "drift": "drift"}
 

@@ -270,7 +270,7 @@ def test_the_printed_configuration_trains_the_ranks(bert: str, task: Task, tmp_p
     assert trained_ranks == ranks
 
 
-def test_the_step_to_keep_is_that_of_the_gauge(bert: str, task: Task, keep: Task, tmp_path: Path) -> None:  # noqa: F811
+def test_the_step_to_keep_comes_from_the_gauge(bert: str, task: Task, keep: Task, tmp_path: Path) -> None:  # noqa: F811
     method = LoRA(rank=2, lr=0.3, head_lr=0.3)  # so high a rate that the last step is not the best
     gauge = ls.observe.kl(every=2, rows=40, keep=keep)
     run = trained(bert, task, method, tmp_path / "run", steps=20, observe=[gauge])[1]

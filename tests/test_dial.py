@@ -293,7 +293,7 @@ def test_drift_is_one_minus_the_cosine(bert: str, reviews: tasks.Task, other_tex
     assert (drift.values() > 1e-3).any()
 
 
-def test_divergence_is_that_of_scipy(llama: str, other_text: tasks.Task) -> None:
+def test_divergence_equals_scipy(llama: str, other_text: tasks.Task) -> None:
     from scipy.special import rel_entr, softmax
 
     base = models.load(llama).double()
@@ -369,7 +369,7 @@ def test_an_exported_adapter_has_the_dial_of_its_run(
 def test_an_export_with_scales_computes_what_the_dial_measured(
     bert: str, reviews: tasks.Task, other_text: tasks.Task, tmp_path: Path, part: str
 ) -> None:
-    """The losses of the exported adapter are those of the dial at the exported scale."""
+    """The losses of the exported adapter equal the losses of the dial at the exported scale."""
     run = trained(bert, reviews, METHODS["lora"], tmp_path / "run", steps=6)[1]
     if part == "component":
         part = f"{next(iter(run.updates()))} 2"

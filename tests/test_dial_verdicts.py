@@ -43,7 +43,7 @@ def test_the_mean_of_single_rows_has_the_interval_of_scipys_t_test() -> None:
 
 
 def test_rows_of_one_cluster_count_as_one_sum() -> None:
-    """Four rows in two clusters of equal rows: the error is that of the two sums."""
+    """Four rows in two clusters of equal rows: the error equals the error of the two sums."""
     estimate = estimate_rows(np.array([1.0, 1.0, 3.0, 3.0]), np.ones(4), np.array([0, 0, 1, 1]))
     assert estimate.mean == 2
     assert estimate.errors == ((math.sqrt(2 / 1 * (2**2 + 2**2)) / 4, 1.0),)
@@ -113,14 +113,14 @@ def test_an_update_that_does_not_learn_has_nothing_to_keep() -> None:
 
 
 def test_parts_without_effect_are_rarely_decided_among_many() -> None:
-    """Of 300 parts of pure noise, far fewer than 2.5% are said to learn."""
+    """Far fewer than 2.5% of 300 parts of pure noise get a verdict of learning."""
     noise = np.random.default_rng(2).normal(0, 0.001, (300, 2))
     effects = {str(i): Effects(effect(learn), effect(forget)) for i, (learn, forget) in enumerate(noise)}
     verdicts = judge_parts(effects, WHOLE, *MARGINS)
     assert sum(verdict in ("keep", "trade", "only forgets") for verdict in verdicts) <= 1
 
 
-def test_rows_needed_are_those_of_the_axis_that_needs_more() -> None:
+def test_rows_needed_come_from_the_axis_that_needs_more() -> None:
     learn, forget = effect(0.0, 0.01), effect(0.5)
     expected = ROWS * (1.96 * 0.01 / 0.005) ** 2  # learn is at 0, so only the margin can be excluded
     assert rows_needed(Effects(learn, forget), WHOLE, *MARGINS, ROWS) == math.ceil(expected)
@@ -205,7 +205,7 @@ def test_a_dial_of_planted_effects_finds_them() -> None:
 
 
 def test_the_summary_has_the_changes_at_the_best_scale() -> None:
-    """The loss rises by 0.02 and the distance falls by 0.3, as the curve says; a part without a curve has no scale."""
+    """The loss increases by 0.02 and the distance decreases by 0.3, as the curve says; a part without a curve has no scale."""
     measured = planted_dial()
     summary = measured.summary().set_index("part")
     assert summary.loc["whole", "best_scale"] == 0.5

@@ -471,7 +471,7 @@ def test_norms_have_at_most_seven_characters() -> None:
     ]
 
 
-def test_unfinished_run_is_json_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_run_is_json_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = torch.nn.Linear(2, 2)
     recorder = ls.record(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "run")
     assert main(["inspect", str(tmp_path / "run"), "--json"]) == 1
@@ -482,7 +482,7 @@ def test_unfinished_run_is_json_if_asked(tmp_path: Path, capsys: pytest.CaptureF
     recorder.close()
 
 
-def test_a_base_in_the_cache_of_the_hub_is_shown_by_its_name(tmp_path: Path) -> None:
+def test_a_base_in_the_hugging_face_cache_is_shown_by_its_name(tmp_path: Path) -> None:
     base = tmp_path / "models--org--base" / "snapshots" / ("0123456789" * 4)
     weights = {f"{name}.weight": np.ones((20, 12), "f4") for name in llama(1, [1.0])}
     base.mkdir(parents=True)

@@ -35,7 +35,7 @@ from lorascope.papers.judging.study_results import RESULT_COLUMNS, compute
 from lorascope.papers.neft import AT_RANDOM, hit_rate
 from lorascope.papers.study_figures import ALL_METHODS, ALLOCATORS, ROWS, StudyData, draw_neuron_scores
 
-# Of the forest plot, and two of other forms.
+# Claims of the forest plot, and two of other forms.
 IDS = [f"pair.{method.lower()}" for method in PAPERS]
 COMPARISONS = {id: registry.COMPARISONS[id] for id in (*IDS, "pair.basis", "pair.factored", "text.lora")}
 REGISTERED = registration(COMPARISONS)

@@ -172,7 +172,7 @@ def measure_adapter(root: Path) -> dict[str, Any]:
 
 
 def correlate_scores(dialed: Any) -> pd.DataFrame:
-    """Return the rank correlations of what is known of the modules of an update, and of the effect of removing them."""
+    """Return the rank correlations of scores of the modules of an update, and of the effect of removing them."""
     modules = dialed.summary().query("part != 'whole'").assign(run=dialed.label, component=-1)
     scores = {"energy": "energy", "learn_share": "path share", "learn_slope": "slope", "learn": "effect of removal"}
     table = modules.rename(columns=scores).melt(["run", "module", "component"], [*scores.values()], "score")

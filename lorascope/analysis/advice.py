@@ -24,8 +24,10 @@ from lorascope.runs.receipt import Receipt
 
 LEARNED, COSTS, WRONG = "where did the rank go", "what does it cost", "what is wrong"
 CONFIRM, MEASURED, MEND = "confirm", "measured", "mend"
-MOST_ACTIONS, _MOST_NAMES = 3, 3  # in all; groups of modules in one line
-_EVEN_SHARES, _LABEL = 10, 15  # of all components, as of the parts of a dial; characters
+MOST_ACTIONS = 3
+_MOST_NAMES = 3  # groups of modules in one line
+_EVEN_SHARES = 10  # of all components, as of the parts of a dial
+_LABEL = 15
 _MOST_ROWS = 20  # times the rows measured: more will hardly be at hand
 _DISTANCES = {"nats": "KL", "drift": "drift"}
 
@@ -302,7 +304,6 @@ def actions_of_dial(dial: Dial, subject: Subject) -> Iterator[Action]:
         words = ["lorascope", "export", subject.path, "--scales", f"{scale.part}={scale.scale:g}", "--peft", "scaled"]
         command = shlex.join(words)
         rows = scale.rows_needed(dial)
-        # With more rows than anyone has, it is a question rather than an action.
         if rows > _most_rows(dial, subject):
             continue
         if rows:
@@ -340,7 +341,6 @@ def questions_of_dial(dial: Dial, subject: Subject) -> Iterator[OpenQuestion]:
 
 def _judged(dial: Dial, verdict: str) -> pd.DataFrame:
     """Return the parts with a verdict, those that forget most first; controls are not among them."""
-    # The first row is the whole update, and controls are not parts of it.
     parts = dial.parts[(dial.parts["verdict"] == verdict) & ~dial.parts["control"] & (dial.parts["part"] != WHOLE)]
     return parts.sort_values("forget", ascending=False)
 

@@ -297,7 +297,7 @@ class Price:
         lines += self._describe_placement()
         lines.append(f"{f'beyond rank {self.rank}':<14} {self._describe_directions()}")
         if self.next_command:
-            # The command has a line of its own, so that it can be pasted.
+            # The cost is on the next line, so that the command can be pasted.
             lines += [f"{'next':<14} {self.next_command}", f"{'':<14} {self.next_cost}"]
         lines.append("Intervals of cuts are over rows; they do not cover the seed of the training.")
         lines.append(f"{'receipt':<14} {self.receipt}")

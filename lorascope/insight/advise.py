@@ -148,7 +148,7 @@ def repeat(document: Mapping[str, Any], run: Result) -> list[str]:
     call = receipt["call"]
     model, task, keep = (call[name] or None for name in ("model", "task", "keep"))
     adviser = _Adviser(run, model, task, keep, call["rows"], call["keep_rows"], call["state"], progress=False)
-    # Of a series, the last checkpoint is measured.
+    # For a series, the last checkpoint is measured.
     if receipt["run"] != adviser.run.id:
         raise ValueError(f"the receipt is of run {receipt['run']}, got {adviser.run.id}")
     with measured_again():

@@ -139,7 +139,7 @@ def price(
 
 
 class PriceCall(NamedTuple):
-    """Arguments of a price that change its result, besides its task."""
+    """Arguments of a price that change its result, apart from its task."""
 
     model: str
     ranks: tuple[int, ...]

@@ -16,7 +16,7 @@ from lorascope.plots.run_groups import INTERVAL, PAIR
 def agreement(cells: pd.DataFrame, level: str) -> Chart:
     """Plot the agreement of scores: rank correlation of every pair, averaged over runs.
 
-    Two scores with a correlation near 1 order the objects alike, so that one of them suffices. Caveat: scores may agree
+    Two scores with a correlation near 1 order the objects in the same way, so that one of them suffices. Caveat: scores may agree
     and all be wrong; compare them with a measured effect.
 
     Parameters
@@ -28,7 +28,7 @@ def agreement(cells: pd.DataFrame, level: str) -> Chart:
 
     Examples
     --------
-    ``correlations`` are those of scores of the modules of ``ls.example("adapter")``.
+    ``correlations`` compare scores of the modules of ``ls.example("adapter")``.
 
     >>> ls.plots.agreement(correlations, "modules")
     """
@@ -61,7 +61,7 @@ def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
 
     Examples
     --------
-    ``correlations`` are those of scores of the modules of ``ls.example("adapter")``.
+    ``correlations`` compare scores of the modules of ``ls.example("adapter")``.
 
     >>> ls.plots.against_truth(correlations, "effect of removal", "modules")
     """

@@ -28,7 +28,7 @@ from lorascope.plots.run_groups import INTERVAL
 
 WINDOW = 10  # steps, of which a batch's loss is the mean
 _TITLE_WIDTH, _TITLE_SIZE = 150.0, 8.0  # points
-_MOVED = "ALoRA, rank 2"
+_OF_ROUNDS = "pair.alora"
 _CAPTION = (
     f"Training loss, mean of {WINDOW} steps, minus that of the control of the same seed, in percent of the latter. "
     f"Lines: means over seeds; bands: {INTERVAL}. Panels have different scales."
@@ -95,7 +95,7 @@ def _ends_of_rounds(claim: StudyClaim, evidence: StudyEvidence) -> list[int]:
     """Return the steps of the first and last round of a pair of ALoRA, which scores components in every round."""
     scores = evidence.tables.get("scores")
     arm = claim.for_arms[0]
-    if scores is None or split_label(arm)[0] != _MOVED:
+    if scores is None or claim.id != _OF_ROUNDS:
         return []
     steps = sorted(map(int, scores.loc[scores["arm"] == arm, "step"]))
     return [*steps[:1], *steps[-1:]]
@@ -113,6 +113,6 @@ def _caption(claims: Sequence[StudyClaim]) -> str:
     if worse:
         gains += f"; a known worse method shows that a cost would be seen: {' and '.join(worse)}"
     sentences.append(f"{gains}.")
-    if any(split_label(claim.for_arms[0])[0] == _MOVED for claim in claims):
+    if any(claim.id == _OF_ROUNDS for claim in claims):
         sentences += ["ALoRA's rounds are between the vertical lines.", _REPEATS]
     return " ".join(sentences)

@@ -81,7 +81,7 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
         "selection. Means over the modules with the same planted rank, then over seeds; bands "
         f"and bars: {INTERVAL}."
     )
-    # What does not apply to any drawn arm would only be asked about.
+    # A sentence on an arm that is not drawn would raise a question.
     if "AutoLoRA" in set(cells["recipe"]):
         caption += " AutoLoRA selects once, by weights that sum to one in every module and so cannot order modules."
     seeds = cells.groupby("recipe", sort=False)["n"].max().astype(int)

@@ -205,7 +205,7 @@ def test_a_dial_of_planted_effects_finds_them() -> None:
 
 
 def test_the_summary_has_the_changes_at_the_best_scale() -> None:
-    """The loss increases by 0.02 and the distance decreases by 0.3, as the curve says; a part without a curve has no scale."""
+    """The loss increases by 0.02 and the distance decreases by 0.3, as in the curve; other parts have none."""
     measured = planted_dial()
     summary = measured.summary().set_index("part")
     assert summary.loc["whole", "best_scale"] == 0.5

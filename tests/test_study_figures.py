@@ -239,7 +239,7 @@ def test_pairs_have_a_dot_per_seed() -> None:
     assert numbers.loc[DIFFERENCE].tolist() == between.tolist()
     assert effects.title == "Difference from the control\n16 seeds: as claimed"
     # A gain may be smaller than the bound, as long as its interval reaches it.
-    assert "As claimed: an interval above 0 (above the bound of a cost)" in panel.caption
+    assert "an interval above 0 that is not all below the bound (of a cost, " in panel.caption
     assert not gray_words(effects)
     pd.testing.assert_frame_equal(panel.data[table.columns], table)
     assert not gray_words(panel)
@@ -392,7 +392,7 @@ def test_allocations_average_modules_then_seeds() -> None:
     equal = (100 * (2 / 3 + 3 / 4) / 2, 100 * (2 / 3 + 3 / 4) / 2)  # mean ranks of three and of two equal scores
     assert values[1] == pytest.approx(dict(zip((0, 4), equal, strict=True)))
     assert values[2] == pytest.approx({0: 100 * (1 / 2 + 1) / 2, 4: 100 * (1 + 1 / 2) / 2})
-    assert figure.panels[0].caption.endswith("Not run: ALoRA.")
+    assert figure.panels[0].caption.endswith("Not finished: ALoRA.")
     assert figure.title == "Rank and scores by planted rank, 2 seeds"
     figure.mpl()
     # Scores of one step, as AutoLoRA has them, are the last ones.

@@ -155,8 +155,8 @@ def draw_fourier_losses(evidence: StudyEvidence) -> Drawable | None:
         arms = of_truth(truth, **{"FourierFT, 192": fourierft.SPARSE, "LoRA, rank 2": fourierft.SMALL_STUDENT})
         caption = (
             "Seeds that an arm has not finished are left out. Both have 192 parameters per matrix. Left: the teacher "
-            "changes the 192 entries that FourierFT trains. The paper compares LoRA of rank 1 with as many "
-            "coefficients, on text."
+            "changes the 192 entries that FourierFT trains. The paper compares LoRA of rank 1 with 1,536 "
+            "coefficients, on MRPC."
         )
         charts.append(loss_course(evidence, "losses", arms, "training loss", title, caption))
     return in_row(*charts, title="Training loss of FourierFT and LoRA of equal size, by truth")

@@ -171,7 +171,7 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
     The norm of the weight, the paper's fourth reading, hardly changes in training.
     """
     titles = {"factors": "{model}: A and B", LEARNED: "{model}: A and B minus start"}
-    panels = _norm_panels(table, titles, "Norm of LoRA's factors by layer: learned embeddings are not the largest")
+    panels = _norm_panels(table, titles, "Norm of LoRA's factors by layer: the embedding's is its initial value")
     return _with_caption(
         panels,
         f"Norm over that of the median block. {_mean_and_range(table)} {_SMALL_START}Minus start: change of A and B in "

@@ -16,8 +16,8 @@ from lorascope.plots.run_groups import INTERVAL, PAIR
 def agreement(cells: pd.DataFrame, level: str) -> Chart:
     """Plot the agreement of scores: rank correlation of every pair, averaged over runs.
 
-    Two scores with a correlation near 1 order the objects in the same way, so that one of them suffices. Caveat: scores may agree
-    and all be wrong; compare them with a measured effect.
+    Two scores with a correlation near 1 order the objects in the same way, so that one of them suffices. Caveat: scores
+    may agree and all be wrong; compare them with a measured effect.
 
     Parameters
     ----------

@@ -44,8 +44,8 @@ _X_LABEL = f"effect / bound (linear from {MINUS}1 to 1, logarithmic beyond)"
 _CAPTION = (
     "Effect of each method minus its control, with 95% intervals, divided by the bound of its claim: the smallest gain "
     "that matters, or the largest acceptable cost. Numbers are in points unless they have a unit: of accuracy on text, "
-    "and of the gap closed on planted teachers; percent: 100 times the logarithm of the ratio of losses. Levels are "
-    "not corrected for many claims: of 40 intervals at 95%, about two miss by chance."
+    "and of the gap closed on planted teachers; numbers with % are 100 ln(control's / own loss), and -61 means a loss "
+    "85% higher. Levels are not corrected for many claims: one interval of twenty misses by chance."
 )
 _NOTES = {
     PRINTED: "Printed gains are from other models and tasks.",

@@ -40,12 +40,12 @@ _NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name a
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", DIFFERENCE: "difference_", POSITIVE: "positive_"}
 _EFFECT = "method minus control by seed, with 95% intervals; right of 0 (dashed), the method is better."
 _MEANINGS = {
-    "as claimed": "an interval above 0 (above the bound of a cost) where the truth favors the method, and less at the "
-    "other truth",
+    "as claimed": "where the truth favors the method, an interval above 0 that is not all below the bound (of a cost, "
+    "above the bound and not all below 0), and less at the other truth",
     "not only there": "a gain, but not less at the other truth",
     "not even there": "no gain, a loss or a cost even where the truth favors the method",
-    "gain below m": "an interval between 0 and the bound",
-    "cost below d": "an interval between the bound and 0",
+    "gain below m": "an interval between 0 and the bound m",
+    "cost below d": "an interval between the bound -d and 0",
     "open": "the interval allows several answers",
     NO_HEADROOM: "the positive control has no effect, so neither could the method",
     NOT_LEARNED: "an arm did not learn its task",

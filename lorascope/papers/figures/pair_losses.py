@@ -33,7 +33,7 @@ _CAPTION = (
     f"Training loss, mean of {WINDOW} steps, minus that of the control of the same seed, in percent of the latter. "
     f"Lines: means over seeds; bands: {INTERVAL}. Panels have different scales."
 )
-_REPEATS = "Jumps near step 190, and for ALoRA near 170 and 340, are where texts repeat."
+_REPEATS = "Jumps near steps 190 and 380, and for ALoRA near 170 and 340, are where texts repeat."
 """ALoRA trains on nine tenths of the 3,000 texts, in batches of 16 like all students."""
 
 

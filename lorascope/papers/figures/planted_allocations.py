@@ -71,7 +71,9 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     uniform : float
         Rank of all modules without allocation.
     """
-    cells = allocation_table(ranks, arms)
+    # Lines of an arm with fewer seeds than others, whose training goes on, would look like a result.
+    allocated = allocation_table(ranks, arms)
+    cells = allocated[allocated["n"] == allocated["n"].max()]
     truth = pd.DataFrame({"planted": sorted(set(cells["planted"]))})
     references = pd.concat([
         truth.assign(recipe=_TRUTH, value=truth["planted"]), truth.assign(recipe=_UNIFORM, value=uniform)
@@ -84,16 +86,10 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     # A sentence on an arm that is not drawn would raise a question.
     if "AutoLoRA" in set(cells["recipe"]):
         caption += " AutoLoRA selects once, by weights that sum to one in every module and so cannot order modules."
-    seeds = cells.groupby("recipe", sort=False)["n"].max().astype(int)
-    title = "Rank and scores by planted rank"
-    if seeds.nunique() == 1:
-        title += f", {count_phrase(int(seeds.iloc[0]), 'seed')}"
-    elif len(seeds):
-        counts = (f"{number} of {name}" for name, number in seeds.items())
-        caption += f" Seeds, of which some are not trained yet: {', '.join(counts)}."
     missing = [name for name in arms if name not in set(cells["recipe"])]
     if missing:
-        caption += f" Not run: {', '.join(missing)}."
+        caption += f" Not finished: {', '.join(missing)}."
+    arms = {name: arm for name, arm in arms.items() if name not in missing}
     x = Axis(label="rank of the teacher's update", ticks=ticks_at(truth["planted"]))
     settings: dict[str, Any] = {"caption": caption, "colors": [*arms, _TRUTH, _UNIFORM]}
     marks: list[Mark] = [Line("planted", "value", "recipe", data=references)]
@@ -102,4 +98,5 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     for when, table in zip(("First scores", "Last scores"), score_tables(scores, ranks, arms), strict=True):
         y = Axis(label="score (percentile)")
         charts.append(curves(table, "planted", (x, y), Rule(y=50), title=f"{when} (random: 50)", **settings))
-    return Panels((tuple(charts),), title=title)
+    seeds = int(cells["n"].max()) if len(cells) else 0
+    return Panels((tuple(charts),), title=f"Rank and scores by planted rank, {count_phrase(seeds, 'seed')}")

@@ -25,7 +25,7 @@ _SHORT = {
     "HydraLoRA, 4 experts of rank 4": "HydraLoRA",
     "HydraLoRA, separate A's of rank 3": "separate A's",
     "HydraLoRA, separate A's of rank 6": "separate, rank 6",
-    "LISA on the two blocks": "on these blocks",
+    "LISA on the two blocks": "LISA, right blocks",
     "LoRA, rank 2, attention": "LoRA, rank 2",
     "LoRA, rank 8, attention": "LoRA, rank 8",
     "LoRA, rank 4, one task only": "one task only",

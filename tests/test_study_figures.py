@@ -326,6 +326,12 @@ def test_losses_are_compared_with_the_control_of_their_seed() -> None:
     titles = [chart.title for chart in figure.panels]
     assert len(titles) == len(set(titles))
     assert "AdaLoRA vs LoRA\n2 of 16 seeds" in titles
+    # One arm of the other truth has one seed, and the other arms have two.
+    other = made_up_losses(dict.fromkeys(claim.against_arms, 3.0)).tables["losses"]
+    partial = pd.concat([losses, other[(other["arm"] != claim.against_arms[0]) | (other["seed"] == 200)]])
+    runs = partial[["run", "arm", "seed", "phase"]].drop_duplicates().assign(role="judged", task="")
+    evidence = StudyEvidence(runs.reindex(columns=list(STUDY_COLUMNS)), {"losses": partial})
+    assert "AdaLoRA vs LoRA\n1 of 16 seeds" in [chart.title for chart in pair_losses(REGISTERED, evidence).panels]
     # Pairs that claim a small cost have a worse method as control, in which there is nothing to gain.
     caption = figure.panels[0].caption
     assert "LoRA, rank 1 (LoRA vs full fine-tuning) and Adafactor (" in caption
@@ -395,6 +401,11 @@ def test_allocations_average_modules_then_seeds() -> None:
     assert figure.panels[0].caption.endswith("Not finished: ALoRA.")
     assert figure.title == "Rank and scores by planted rank, 2 seeds"
     figure.mpl()
+    # An arm with fewer seeds than another one is still trained.
+    partial = pd.concat([RANKS, RANKS[RANKS["run"] == "1"].assign(arm="b", run="3")])
+    (of_ranks, *_) = planted_allocations(partial, scores, {"AdaLoRA": "a", "ALoRA": "b"}, 2).panels
+    assert set(of_ranks.data["recipe"]) == {"AdaLoRA"}
+    assert of_ranks.caption.endswith("Not finished: ALoRA.")
     # Scores of one step, as AutoLoRA has them, are the last ones.
     once = planted_allocations(RANKS, scores[scores["step"] == 20], {"AdaLoRA": "a"}, 2).panels
     assert len(once[1].data) == 0

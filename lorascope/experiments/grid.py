@@ -130,11 +130,11 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
         entry = table.get(key, "minilm")
         lists[key] = values = list(entry) if isinstance(entry, list | tuple) else [entry]
         if not values:
-            raise ValueError(f"{key} must have at least one value, got {entry!r}")
+            raise ValueError(f"{key} must have at least one value, got {reprlib.repr(entry)}")
         for value in values:
             allowed = isinstance(value, str | Path | Task) or (key == "model" and callable(value))
             if key != "method" and not allowed:
-                raise ValueError(f"{key} must be a string or a list of strings, got {value!r}")
+                raise ValueError(f"{key} must be a string or a list of strings, got {reprlib.repr(value)}")
     methods = list(itertools.chain.from_iterable(map(_methods, lists["method"])))
     settings = _read_settings(table["settings"], methods)
     for combination in settings:
@@ -169,7 +169,7 @@ def _methods(entry: Any) -> list[Method]:
 
 def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
     if not isinstance(table, Mapping):
-        raise ValueError(f"settings must be a table such as {{steps = 300}}, got {table!r}")
+        raise ValueError(f"settings must be a table such as {{steps = 300}}, got {reprlib.repr(table)}")
     hints = get_type_hints(train)
     for name in _NO_SETTINGS:
         del hints[name]
@@ -221,7 +221,7 @@ def _read_named(
     if isinstance(entry, str):
         table = {"name": entry}
     if not isinstance(table, Mapping) or not isinstance(name := table.get("name"), str):
-        raise ValueError(f"{noun} must be a name or a table with a name, such as {example}, got {entry!r}")
+        raise ValueError(f"{noun} must be a name or a table with a name, such as {example}, got {reprlib.repr(entry)}")
     _require_known([name], kinds, noun)
     fields = dict(table)
     del fields["name"]
@@ -265,7 +265,7 @@ def _combinations(table: Mapping[str, Any], hints: Mapping[str, Any]) -> list[di
             values = [_toml_to_value(item, hint) for item in value]
         if not values or not all(is_of_type(item, hint) for item in values):
             allowed = f"{_describe_type(hint)}, or a list of these (one run per value)"
-            raise ValueError(f"{key} must be {allowed}, got {value!r}")
+            raise ValueError(f"{key} must be {allowed}, got {reprlib.repr(value)}")
         choices.append(values)
     _require_count(choices)
     return [dict(zip(table, combination, strict=True)) for combination in itertools.product(*choices)]
@@ -322,7 +322,7 @@ def _describe_type(hint: Any) -> str:
 def _require_type(key: str, value: Any, hint: Any) -> None:
     """Raise ValueError if the value of a key does not have this type."""
     if not is_of_type(value, hint):
-        raise ValueError(f"{key} must be {_describe_type(hint)}, got {value!r}")
+        raise ValueError(f"{key} must be {_describe_type(hint)}, got {reprlib.repr(value)}")
 
 
 def _require_known(names: Collection[str], choice: Collection[str], noun: str) -> None:

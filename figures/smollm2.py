@@ -19,6 +19,7 @@ import pandas as pd
 import lorascope as ls
 from lorascope.analysis.leading_directions import Directions, leading_singular_vectors
 from lorascope.charts.chart import Chart, Drawable
+from lorascope.charts.geometry import MINUS
 from lorascope.charts.save import save_small
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import ROLES
@@ -34,6 +35,7 @@ METHODS = {
     LORA: ls.LoRA(rank=RANK, alpha=16.0, targets=("all-linear", "embed", "lm_head"), lr=1e-3, head_lr=1e-3),
 }
 LEADING = 4  # directions per update that are compared between seeds
+SIGNED = np.log2(1.5)  # cells that differ from the mean by this factor have a sign
 
 
 def train(root: str, jobs: int | None) -> dict[str, list[Run]]:
@@ -58,14 +60,21 @@ def draw_norms(runs: Mapping[str, list[Run]]) -> Drawable:
     for chart in ls.plots.update_norm_heat(runs, quantity="relative_update").panels:
         matrices = chart.data[chart.data["role"] != "norm"]
         log = np.log2(matrices["value"] / matrices["value"].mean())
-        heat = ls.Heat("place", "role", "log", "log₂(update / mean)", scale="diverging", limits=(-2, 2))
+        # In gray, both ends of the colors are dark.
+        sign = np.select([log >= SIGNED, log <= -SIGNED], ["+", MINUS], "")
+        label = "log₂(update / mean)"
+        heat = ls.Heat("place", "role", "log", label, "+.1f", "diverging", limits=(-2, 2), words="sign")
+        largest = matrices.loc[log.idxmax()]
+        title = f"{chart.title}: largest at {largest['role']} of block {largest['place']}"
         # Norm layers are not adapted by LoRA.
         y = replace(chart.y, order=[role for role in chart.y.order or () if role != "norm"])
         caption = (
-            "‖W − W₀‖ / ‖W₀‖ of every matrix over the mean of its method, in powers of two. "
+            "‖W − W₀‖ / ‖W₀‖ of every matrix over the mean of its method, in powers of two. Cells with + and − are at "
+            "least 1.5 times above or below the mean. "
             f"Mean of {len(SEEDS)} seeds, after step {STEPS}."
         )
-        charts.append(replace(chart, data=matrices.assign(log=log), marks=[heat], y=y, caption=caption))
+        matrices = matrices.assign(log=log, sign=sign)
+        charts.append(replace(chart, data=matrices, marks=[heat], title=title, y=y, caption=caption))
     return replace(ls.set_side_by_side(*charts), title="Relative update by block and role, over its mean")
 
 

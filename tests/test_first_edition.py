@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from lorascope.charts.chart import Chart
 from lorascope.papers.figures.first_edition import stored_figures
 
 FOLDER = Path(__file__).parents[1] / "data" / "edition-1" / "figures"
@@ -89,3 +90,101 @@ def test_random_logits_retain_as_many_components_as_the_search() -> None:
         np.testing.assert_allclose(ends.loc[fate, ["low", "value", "high"]].astype(float), quantiles, rtol=0.02)
     assert round(480 * (weights > 1 / 8).mean()) in range(174, 178)
     assert "176 of 480" in chart.caption
+
+
+def contains_zero(table: pd.DataFrame) -> bool:
+    return bool(((table["low"] <= 0) & (table["high"] >= 0)).all())
+
+
+def rows_of(panel: Chart, column: str, name: object) -> pd.DataFrame:
+    """Return the rows of a panel's table with a value in a column."""
+    return panel.data[panel.data[column] == name]
+
+
+def test_titles_say_what_the_differences_say() -> None:
+    """Findings in titles are not computed when a stored figure is drawn."""
+    figures = stored_figures(FOLDER)
+
+    def differences(name: str, words: str) -> pd.DataFrame:
+        assert figures[name].chart.title.endswith(words)
+        return figures[name].chart.panels[1].data
+
+    assert contains_zero(differences("accuracy-adalora", ": no difference is seen"))
+    assert contains_zero(differences("basis-ablation", ": no difference is seen, unlike in the paper"))
+    assert contains_zero(differences("bias-curve", ": no band differs from a uniform draw"))
+    assert contains_zero(differences("budgets", ": AdaLoRA and LoRA do not differ, AdaLoRA is printed higher"))
+    assert (figures["budgets"].chart.panels[3].data["value"] > 0).all()
+    below = differences("accuracy-lora", ": LoRA is below full fine-tuning, hardly at rank 4").set_index("recipe")
+    assert (below["value"] < 0).all()
+    assert list(below.index[below["high"] > 0]) == ["LoRA, rank 4"]
+    assert (differences("quality", ": FourierFT is below LoRA of equal size")["high"] < 0).all()
+    by_size = differences("low-data", ": LoRA is lower on all of them, not on 100").set_index("examples")
+    assert by_size["high"]["all"] < 0
+    assert by_size["low"]["100"] < 0 < by_size["value"]["100"]
+    of_loss = differences("training-curves-optimizers", ": Adafactor ends lowest, Adapprox above AdamW")
+    of_loss = of_loss.set_index("recipe")
+    assert of_loss["value"].idxmin() == "Adafactor"
+    assert of_loss["high"]["Adafactor"] < 0 < of_loss["low"]["Adapprox"]
+    neurons = differences("training-curves-neft", ": selected neurons are not better than random ones")
+    neurons = neurons.set_index("recipe")["value"]
+    assert neurons["NeFT, 9%"] > neurons["random neurons, 9%"]
+
+
+def test_titles_say_what_the_levels_say() -> None:
+    figures = stored_figures(FOLDER)
+
+    def panels(name: str, words: str) -> tuple[Chart, ...]:
+        chart = figures[name].chart
+        assert (chart.title or chart.panels[0].title).endswith(words)
+        return chart.panels
+
+    (norms,) = panels("update-norm", ": only LoRA's grows with depth")
+    for recipe, grows in (("LoRA, rank 8", True), ("full fine-tuning", False)):
+        by_layer = rows_of(norms, "recipe", recipe).set_index("place")
+        assert bool(by_layer["low"]["5"] > by_layer["high"]["0"]) == grows
+    (steps,) = panels("norm-over-steps", ": from step 80 on, only LoRA's grows with depth")
+    for recipe, grows in (("LoRA, rank 8", True), ("full fine-tuning", False)):
+        by_step = rows_of(steps, "recipe", recipe).set_index(["step", "place"])
+        for step in steps.data["step"].unique():
+            grows_now = bool(by_step["low"][step, "5"] > by_step["high"][step, "0"])
+            assert grows_now == grows or step < 80
+    by_rank = panels("ranks-lora", ": lowest at ranks 1 and 2, whose learning rate is not tuned")[0].data.sort_values(
+        "value"
+    )
+    assert set(by_rank["rank"][:2]) == {1, 2}
+    left_out = panels("left-out-adalora", ": two of three seeds need the penalty")[0]
+    majority = left_out.marks[0].x
+    assert (rows_of(left_out, "recipe", "no penalty")["value"] <= majority).sum() == 2
+    found, random = panels("rank-allocation", ": AdaLoRA gives the lowest layers more")
+    assert found.data.groupby("place")["value"].mean().idxmax() == "0"
+    assert random.data.groupby("place")["value"].mean().between(7, 9).all()
+    assert found.data.groupby("place")["value"].mean()["0"] > found.data.groupby("place")["value"].mean()["5"] + 2
+    *_, difference = panels("rank-domains", ": few modules differ for all seeds")
+    assert difference.data["words"].str.endswith("*").sum() == 3
+    outside, total = 0, 0
+    for panel in panels("fourier-spectrum", ": like that of shuffled coefficients")[3:]:
+        outside += int((~panel.data["value"].between(panel.data["low"], panel.data["high"])).sum())
+        total += len(panel.data)
+    assert outside <= 0.05 * total
+    (overlap,) = panels("neuron-overlap", ": far above random, also between texts")
+    assert overlap.data["overlap"].min() > 2 * overlap.marks[0].x
+    (planted,) = panels("planted", ": AdaLoRA and ALoRA follow it, AutoLoRA hardly")
+    ends = planted.data.pivot(index="recipe", columns="planted", values="value")
+    growth = ends[4] - ends[0]
+    assert growth["AutoLoRA"] < 0.2 < 1 < min(growth["AdaLoRA"], growth["ALoRA"])
+    assert f"{ends.loc['AutoLoRA'].mean():.1f} ranks per module" in planted.caption
+    _, best = panels("toy-task", ": FourierFT and a random basis fit, LoRA does not")
+    fitted = best.data.set_index("recipe")["value"] == 1
+    assert list(fitted.index[fitted]) == ["FourierFT", "random basis"]
+    (scores,) = panels("importance-alora", ": retained and dropped ones overlap")
+    bands = scores.data.pivot(index="step", columns="fate", values=["low", "high"])
+    assert (bands["low"]["retained"] < bands["high"]["dropped"]).all()
+    neurons, *_ = panels("neurons", ": mostly of ffn_out, unlike random ones and probes")
+    counts = neurons.data.groupby("role")["value"].sum()
+    assert counts["ffn_out"] > 2 * counts["ffn_in"]
+    for panel in figures["neurons"].chart.panels[2:]:
+        totals = panel.data.groupby("role")["value"].sum()
+        assert totals.max() < 1.1 * totals.min()
+    shift, printed = panels("use-shift", ": larger for the largest rotation, unlike in the paper")
+    assert shift.data.set_index("recipe")["value"].idxmax() == "NeFT, 9%"
+    assert printed.data.set_index("recipe")["value"].idxmin() == "NeFT, 9%"

@@ -173,13 +173,14 @@ def test_forest_without_runs_counts_the_pairs_that_wait_and_has_no_panel_of_them
     for results in (pd.DataFrame(columns=RESULT_COLUMNS), compute(REGISTERED, COMPARISONS, EMPTY).results):
         figure = forest(results, REGISTERED, EARLIER)
         assert [chart.title for chart in figure.panels] == [f"{forest_plot.TEXT} (5 seeds)"]
-        assert figure.panels[0].caption.endswith(" 11 of 11 pairs are not finished.")
+        assert " 11 of 11 pairs are not finished: LoRA vs full fine-tuning, " in figure.panels[0].caption
         # Words are below effects.
         assert figure.panels[0].y.order == ("LoRA", "LISA", "NeFT", "AdaLoRA")
         figure.mpl()
         figure.plotly()
     both = forest(results_of(adalora=8.0), REGISTERED, EARLIER)
-    assert both.panels[0].caption.endswith(" 10 of 11 pairs are not finished.")
+    assert " 10 of 11 pairs are not finished: " in both.panels[0].caption
+    assert "AdaLoRA vs LoRA" not in both.panels[0].caption
     # Without an estimate on text, only the pairs are drawn.
     (truth,) = forest(results_of(adalora=8.0), REGISTERED, NO_ESTIMATE).panels
     assert truth.title.startswith(forest_plot.TRUTH)
@@ -259,6 +260,11 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
         low, high = chart.x.limits or (0, 0)
         assert low < min(chart.data["low"]) < max(chart.data["high"]) < high
     assert "A pair without a positive control has none." in figure.panels[0].caption
+    assert " 8 of 11 pairs are not finished." in figure.panels[0].caption
+    below = results.assign(effect=results["effect"].mask(results["claim"] == "pair.adalora", 1.9))
+    titles = [chart.title for chart in pair_effects(replace(REGISTERED, claims=judged), below).panels]
+    assert titles[0] == "AdaLoRA vs LoRA\n16 seeds: as claimed, mean < m"
+    assert not any("mean < m" in chart.title for chart in figure.panels)
     assert "The positive control of Adapprox vs AdamW is a known worse method." in figure.panels[0].caption
     figure.mpl()
 
@@ -326,6 +332,10 @@ def test_losses_are_compared_with_the_control_of_their_seed() -> None:
     titles = [chart.title for chart in figure.panels]
     assert len(titles) == len(set(titles))
     assert "AdaLoRA vs LoRA\n2 of 16 seeds" in titles
+    (drawn_panel,) = [chart for chart in figure.panels if len(chart.data)]
+    assert drawn_panel.y.label == "difference (%)"
+    low, high = drawn_panel.y.limits
+    assert low < drawn_panel.data["value"].min() < 0 < high  # panels with one label keep their own limits
     # One arm of the other truth has one seed, and the other arms have two.
     other = made_up_losses(dict.fromkeys(claim.against_arms, 3.0)).tables["losses"]
     partial = pd.concat([losses, other[(other["arm"] != claim.against_arms[0]) | (other["seed"] == 200)]])

@@ -338,7 +338,15 @@ def test_costs_are_cpu_seconds_and_tokens_per_second(evidence: StudyEvidence) ->
 def test_losses_of_fourierft_have_a_title_and_the_truth_of_each_panel(evidence: StudyEvidence) -> None:
     chart = drawn("losses-fourierft", evidence)
     assert "equal size" in chart.title
-    assert [panel.title for panel in chart.panels] == ["Truth: 192 coefficients suffice", "Truth: rank 2 suffices"]
+    truths = "Truth: 192 coefficients suffice", "Truth: rank 2 suffices"
+    for panel, truth in zip(chart.panels, truths, strict=True):
+        of_arms = panel.data[panel.data["step"] == panel.data["step"].max()].sort_values("value")
+        assert panel.title == f"{truth}: {of_arms['recipe'].iloc[0]} is lower"
+        # Bars at the right are apart from the lines and from each other, with the same numbers.
+        bars = panel.marks_of(Point)[0].data.set_index("recipe")
+        assert bars["step"].is_unique
+        assert bars["step"].min() > panel.data["step"].max()
+        assert bars["value"].to_dict() == of_arms.set_index("recipe")["value"].to_dict()
 
 
 def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
@@ -410,7 +418,8 @@ def test_losses_have_the_range_of_seeds_at_the_last_step_only(evidence: StudyEvi
     left, _, right = drawn("losses-lisa", evidence).panels
     assert not left.marks_of(Band)
     (ends,) = left.marks_of(Point)
-    assert set(left.table(ends)["step"]) == {395.0}
+    at_end = left.data[left.data["step"] == 395.0].set_index("recipe")[["value", "low", "high"]]
+    pd.testing.assert_frame_equal(left.table(ends).set_index("recipe")[["value", "low", "high"]], at_end)
     assert (ends.low, ends.high) == ("low", "high")
     assert not right.marks_of(Point)
 

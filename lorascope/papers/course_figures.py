@@ -21,6 +21,7 @@ from lorascope.plots.builders import curves, ticks_at
 from lorascope.plots.run_groups import INTERVAL
 
 WINDOW = 10  # steps, of which a batch's loss is the mean
+_APART = 0.015  # of the axis: horizontal distance of bars
 FEW, ALL_BLOCKS = truth_names.FEW_NEURONS, truth_names.ALL_BLOCKS
 
 
@@ -69,8 +70,11 @@ def loss_course(
     # A seed has no range, and bands of several arms would cover each other.
     if not by_seed:
         last = cells[cells["step"] == cells.groupby("recipe")["step"].transform("max")]
-        marks.append(Point("step", "value", "recipe", low="low", high="high", data=last))
-        caption = f"Lines: mean of {len(seeds)} seeds; bars at the last step: their range. {caption}"
+        # Side by side, because ranges of several arms overlap.
+        apart = _APART * cells["step"].max() * (1 + pd.Series(pd.factorize(last["recipe"])[0], index=last.index))
+        ends = last.assign(step=last["step"] + apart)
+        marks.append(Point("step", "value", "recipe", low="low", high="high", data=ends))
+        caption = f"Lines: mean of {len(seeds)} seeds; bars at the right: mean and range at the last step. {caption}"
     return Chart(
         cells,
         marks,
@@ -104,7 +108,7 @@ def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
         "a single draw. Right: one teacher, so that only data order and draws differ. The paper's lines end at about "
         "the same loss for all K and all seeds, and lowest for the largest γ."
     )
-    label, on_one = "training loss", of_truth(ALL_BLOCKS, variants.ON_ONE[-1])
+    label, on_one = "training loss (nats)", of_truth(ALL_BLOCKS, variants.ON_ONE[-1])
     return in_row(
         loss_course(evidence, "losses", by_number | full, label, "Number of blocks", caption),
         loss_course(evidence, "losses", by_interval, label, "Steps between draws", caption),
@@ -117,7 +121,7 @@ def draw_lisa_validation(evidence: StudyEvidence) -> Drawable | None:
     arms = dict(zip(("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"), variants.ON_ONE, strict=True))
     caption = "All seeds learn the text of one planted teacher. The paper shows no sign of overfitting by LISA."
     return loss_course(
-        evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss", "Validation loss", caption
+        evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss (nats)", "Validation loss", caption
     )
 
 
@@ -135,7 +139,7 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
         "not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as 36. The authors' logs have full "
         f"fine-tuning {gains} above NeFT at the best step of two language pairs."
     )
-    label = "validation loss"
+    label = "validation loss (nats)"
     return in_row(
         loss_course(evidence, "validation", of_truth(FEW, **full, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
                "Against full fine-tuning", caption),
@@ -152,13 +156,17 @@ def draw_fourier_losses(evidence: StudyEvidence) -> Drawable | None:
     truths = "Truth: 192 coefficients suffice", "Truth: rank 2 suffices"
     # A claim compares both arms, so their rates are tuned.
     for truth, title in zip(fourierft.SUFFICIENT, truths, strict=True):
-        arms = of_truth(truth, **{"FourierFT, 192": fourierft.SPARSE, "LoRA, rank 2": fourierft.SMALL_STUDENT})
+        arms = of_truth(truth, **{"FourierFT": fourierft.SPARSE, "LoRA": fourierft.SMALL_STUDENT})
         caption = (
-            "Seeds that an arm has not finished are left out. Both have 192 parameters per matrix. Left: the teacher "
-            "changes the 192 entries that FourierFT trains. The paper compares LoRA of rank 1 with 1,536 "
+            "Seeds that an arm has not finished are left out. Both have 192 parameters per matrix, LoRA rank 2. Left: "
+            "the teacher changes the 192 entries that FourierFT trains. The paper compares LoRA of rank 1 with 1,536 "
             "coefficients, on MRPC."
         )
-        charts.append(loss_course(evidence, "losses", arms, "training loss", title, caption))
+        chart = loss_course(evidence, "losses", arms, "training loss (nats)", title, caption)
+        if chart is not None:
+            last = chart.data[chart.data["step"] == chart.data["step"].max()].set_index("recipe")["value"]
+            chart = replace(chart, title=f"{title}: {last.idxmin()} is lower")
+        charts.append(chart)
     return in_row(*charts, title="Training loss of FourierFT and LoRA of equal size, by truth")
 
 
@@ -201,6 +209,10 @@ def shift_table(evidence: StudyEvidence, arm: str, reference: str, seed: int) ->
 
 _MODEL_RANKS = 352_256  # of the neurons of one projection of LLaMA-2 7B
 _ROLE_RANKS = 384  # of the decoder
+_UTILIZATION = (
+    "Utilization: largest absolute correlation of a neuron's weights with the hidden states of its block or a later "
+    "one."
+)
 
 
 def draw_use(evidence: StudyEvidence) -> Drawable | None:
@@ -222,10 +234,10 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
         table[(table["panel"] == "a") | (table["number"] < variants.MORE_NEURONS[-1])], ["panel", "recipe", "number"]
     )
     caption = (
-        f"Mean shift of a neuron's utilization rank in its role, in percent of the ranks; bars: {INTERVAL}. (a) from "
-        "NeFT with 3% of the neurons, (b) from the largest number of the same kind. Right: printed numbers, divided by "
-        f"{_MODEL_RANKS:,} ranks. There, reversed neurons shift the ranks more in (a), here at "
-        f"{number_above(cells[cells['panel'] == 'a'], 'reversed', 'next')}."
+        f"{_UTILIZATION} Mean shift of a neuron's utilization rank in its role, in percent of the ranks; bars: "
+        f"{INTERVAL}. (a) from NeFT with 3% of the neurons, (b) from the largest number of the same kind. Right: "
+        f"printed numbers, divided by {_MODEL_RANKS:,} ranks. There, reversed neurons shift the ranks more in (a); "
+        f"here at {number_above(cells[cells['panel'] == 'a'], 'reversed', 'next')}."
     )
     shift, printed_shift = Axis(label="mean shift (% of ranks)"), Axis(label="printed shift (% of ranks)")
     charts = []
@@ -260,10 +272,10 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
             for kind in ("strong", "suppressed", "indirect"):
                 counts.append((name, kind, 100 * numbers[kind] / (2 * _ROLE_RANKS)))
     caption = (
-        "Above: mean shift of utilization ranks of NeFT with 6% of the neurons from 3%, by percentile of utilization, "
-        "and as read off the paper's figure. Below: neurons of NeFT with further neurons whose rank shifts by at least "
-        f"28% from NeFT with 3%, in percent, mean of {len(seeds)} seeds. Suppressed ones are used less, indirect ones "
-        "do not train."
+        f"{_UTILIZATION} Above: mean shift of utilization ranks of NeFT with 6% of the neurons from 3%, by percentile "
+        "of utilization, and as read off the paper's figure. Below: neurons of NeFT with further neurons whose rank "
+        f"shifts by at least 28% from NeFT with 3%, in percent, mean of {len(seeds)} seeds. Suppressed ones are used "
+        "less, indirect ones do not train."
     )
     moved = pd.concat(shifts).assign(source="measured")
     middle = (moved["low"] + moved["high"]) / 2

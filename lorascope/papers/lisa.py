@@ -175,7 +175,7 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
     return _with_caption(
         panels,
         f"Norm over that of the median block. {_mean_and_range(table)} {_SMALL_START}Minus start: change of A and B in "
-        "training, without their initial values. The small start was trained on SmolLM2 only, and minilm's new head "
+        "training, without their initial values. The small start was trained on SmolLM2 only, and MiniLM's new head "
         "has no LoRA.",
     )
 
@@ -199,7 +199,7 @@ def _norm_panels(table: pd.DataFrame, titles: dict[str, str], title: str) -> Pan
     rows = []
     for reading, title_of_model in titles.items():
         charts = []
-        for model, arms in {"SmolLM2": DECODER_NORMS, "minilm": ENCODER_NORMS}.items():
+        for model, arms in {"SmolLM2": DECODER_NORMS, "MiniLM": ENCODER_NORMS}.items():
             labels = dict(zip(arms.values(), arms, strict=True))
             is_drawn = table["arm"].isin(labels) & (table["block"] | table["place"].isin(["embed", "head"]))
             layers = table[is_drawn & (table["reading"] == reading)]

@@ -20,10 +20,12 @@ from lorascope.charts.marks import Axis, Mark, Point, Rule, Text
 from lorascope.papers.figures.study_marks import (
     BOUND,
     FAVORABLE,
+    GAP,
     OTHER,
     POSITIVE,
     SIDES,
     SIGNS,
+    SMALL,
     compared_methods,
     truths,
 )
@@ -43,12 +45,13 @@ _NUMBERS_SHARE = 0.36  # of the width of a panel, for the column of numbers
 _X_LABEL = f"effect / bound (linear from {MINUS}1 to 1, logarithmic beyond)"
 _CAPTION = (
     "Effect of each method minus its control, with 95% intervals, divided by the bound of its claim: the smallest gain "
-    "that matters, or the largest acceptable cost. Numbers are in points unless they have a unit: of accuracy on text, "
-    "and of the gap closed on planted teachers; numbers with % are 100 ln(control's / own loss), and -61 means a loss "
-    "85% higher. The positive control of a cost is a known worse method. Levels are not corrected for many claims: one "
-    "interval of twenty misses by chance."
+    f"that matters, m, or the largest acceptable cost, d. {SMALL} Numbers are in points unless they have a unit: of "
+    f"accuracy on text, and of the gap closed on planted teachers. {GAP} Numbers with % are 100 ln(control's / own "
+    "loss); -61 means a loss 85% higher. Orange squares: the other truth of the row above. The positive control of a "
+    "cost is a known worse method. Levels are not corrected for many claims: one interval of twenty misses by chance."
 )
 _NOTES = {
+    EDITION_1: "Edition 1: an earlier set of runs, on real text.",
     PRINTED: "Printed gains are from other models and tasks.",
     NO_HEADROOM: "No headroom: a positive control gains nothing.",
     NOT_LEARNED: "Not learned: runs stay at chance level.",
@@ -167,14 +170,15 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     """Draw the forest plot; for its arguments see ``forest_table``. Pairs without runs are counted in the caption."""
     table = forest_table(results, registration, earlier)
     pairs = [id for id in registration.claims if id.startswith("pair.")]
-    waiting = len(pairs) - table.loc[table["row"].isin(pairs), "row"].nunique()
+    waiting = [id for id in pairs if id not in set(table["row"])]
     grounds = [ground for ground in (TEXT, TRUTH) if (table["ground"] == ground).any()]
     caption = _CAPTION
     for subject, note in _NOTES.items():
         if (table[["mark", "word"]] == subject).any(axis=None):
             caption += f" {note}"
     if waiting:
-        caption += f" {waiting} of {len(pairs)} pairs are not finished."
+        unfinished = ", ".join(compared_methods(registration.claims[id]) for id in waiting)
+        caption += f" {len(waiting)} of {len(pairs)} pairs are not finished: {unfinished}."
     ends = table[["position", "position_low", "position_high"]].to_numpy().ravel()
     low, high = min(-1.0, np.nanmin(ends)), max(1.0, np.nanmax(ends))
     room = 0.04 * (high - low)

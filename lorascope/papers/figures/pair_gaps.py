@@ -16,10 +16,12 @@ from lorascope.files.printable import count_phrase
 from lorascope.papers.figures.study_marks import (
     BOUND,
     FAVORABLE,
+    GAP,
     OTHER,
     POSITIVE,
     SIDES,
     SIGNS,
+    SMALL,
     arrange,
     claim_arms,
     compared_methods,
@@ -38,14 +40,14 @@ DIFFERENCE, _MEAN = "difference between truths", "mean"
 _COLORS = (*SIDES, _MEAN, BOUND, DIFFERENCE)
 _NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name and of its font
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", DIFFERENCE: "difference_", POSITIVE: "positive_"}
-_EFFECT = "method minus control by seed, with 95% intervals; right of 0 (dashed), the method is better."
+_EFFECT = f"method minus control by seed, with 95% intervals; right of 0 (dashed), the method is better. {SMALL}"
 _MEANINGS = {
     "as claimed": "where the truth favors the method, an interval above 0 that is not all below the bound (of a cost, "
     "above the bound and not all below 0), and less at the other truth",
     "not only there": "a gain, but not less at the other truth",
     "not even there": "no gain, a loss or a cost even where the truth favors the method",
-    "gain below m": "an interval between 0 and the bound m",
-    "cost below d": "an interval between the bound -d and 0",
+    "gain below m": "an interval between 0 and the bound",
+    "cost below d": "an interval between the bound and 0",
     "open": "the interval allows several answers",
     NO_HEADROOM: "the positive control has no effect, so neither could the method",
     NOT_LEARNED: "an arm did not learn its task",
@@ -78,20 +80,22 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
     """
     judged = set(results["claim"]) if "claim" in results else set()
     caption = "Each hollow symbol is one seed, or one of several tasks of a seed."
+    pairs = [claim for claim in registration.claims.values() if claim.id.startswith("pair.")]
+    if _POINTS in map(_unit_of, pairs):
+        caption += f" {GAP}"
     if judged:
         caption += f" Right: {_EFFECT}{_explain_words(registration, results)}"
     rows: list[tuple[Chart, ...]] = []
-    for claim in registration.claims.values():
-        if claim.id.startswith("pair."):
-            row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence), caption),)
-            if claim.id in judged:
-                chart = _draw_effects(claim, results, "Difference from the control", truths(claim))
-                if 0 < (finished := _count_finished(claim, evidence)) < claim.rule.seeds:
-                    # Its gaps are drawn, so that "not run" would contradict them.
-                    words = f"{finished} of {count_phrase(claim.rule.seeds, 'seed')}: not finished"
-                    chart = replace(chart, marks=[write_word(0.0, FAVORABLE, words)])
-                row += (chart,)
-            rows.append(row)
+    for claim in pairs:
+        row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence), caption),)
+        if claim.id in judged:
+            chart = _draw_effects(claim, results, "Difference from the control", truths(claim))
+            if 0 < (finished := _count_finished(claim, evidence)) < claim.rule.seeds:
+                # Its gaps are drawn, so that "not run" would contradict them.
+                words = f"{finished} of {count_phrase(claim.rule.seeds, 'seed')}: not finished"
+                chart = replace(chart, marks=[write_word(0.0, FAVORABLE, words)])
+            row += (chart,)
+        rows.append(row)
     return Panels(
         tuple(rows), columns=max(map(len, rows)), title="Pairs of planted teachers: every seed, and the effect"
     )
@@ -106,9 +110,12 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
     # Panels in a row share the names of their rows, so that there is room for the effects.
     names = {FAVORABLE: "favorable truth", OTHER: OTHER, POSITIVE: POSITIVE}
     charts = [_draw_effects(claim, results, compared_methods(claim), names) for claim in claims]
-    caption = f"Effect: {_EFFECT}{_explain_words(registration, results)}"
+    caption = f"Effect: {_EFFECT} Panels have different scales. {GAP}{_explain_words(registration, results)}"
     if not all(claim.control_arms for claim in claims):
         caption += " A pair without a positive control has none."
+    of_pairs = results[results["claim"].str.startswith("pair.")]
+    if waiting := int((of_pairs["n"] == 0).sum()):
+        caption += f" {waiting} of {len(of_pairs)} pairs are not finished."
     charts[0] = replace(charts[0], caption=caption)
     return arrange(charts, title="Effect in pairs of planted teachers, and what it says of the claim")
 
@@ -162,8 +169,11 @@ def _draw_effects(claim: StudyClaim, results: pd.DataFrame, title: str, names: M
         marks.insert(1, Point("effect", "row", "kind", symbol="line-ns-open", data=at_bound))
         # Separate limits, because an effect of a few points would be invisible next to one of fifty.
         ends = np.append(table[["effect", "low", "high"]].to_numpy().ravel(), [0.0, bound])
-        x = replace(x, limits=_limits(ends))
+        x = replace(x, limits=padded_limits(ends))
         title += f"\n{count_phrase(int(result['n']), 'seed')}: {shown_word(result)}"
+        # A gain below the bound is judged by its interval, which the dot would seem to contradict.
+        if result["pair"] == "as claimed" and result["effect"] < bound:
+            title += ", mean < m"
     ticks = {side: names.get(side, side.partition(" between")[0]) for side in order}
     table, y = table.assign(row=table["side"], kind=table["side"]), Axis(order=order, ticks=ticks, compact=True)
     return Chart(table, marks, title=title, x=x, y=y, colors=_COLORS)
@@ -173,7 +183,7 @@ def _unit_of(claim: StudyClaim) -> str:
     return _PERCENT if claim.rule.unit.startswith("percent") else _POINTS
 
 
-def _limits(numbers: np.ndarray) -> tuple[float, float]:
+def padded_limits(numbers: np.ndarray) -> tuple[float, float]:
     """Return the ends of an axis around numbers; from 0 to 100 without two of them."""
     low, high = float(np.nanmin(numbers, initial=np.inf)), float(np.nanmax(numbers, initial=-np.inf))
     if not low < high:
@@ -184,7 +194,7 @@ def _limits(numbers: np.ndarray) -> tuple[float, float]:
 
 def _draw_gaps(claim: StudyClaim, table: pd.DataFrame, caption: str) -> Chart:
     """Draw the arms of one pair; every arm has a line per truth."""
-    limits, title, label = _limits(table["value"].to_numpy()), compared_methods(claim), CLOSED
+    limits, title, label = padded_limits(table["value"].to_numpy()), compared_methods(claim), CLOSED
     if _unit_of(claim) == _PERCENT:
         label, title = LOSS, f"{title}: lower is better"
     compared = {*claim.for_arms, *claim.against_arms}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import seed_cells
@@ -12,6 +13,7 @@ from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Band, Line, Mark, Rule
 from lorascope.charts.text_wrapping import wrap_text
 from lorascope.files.printable import count_phrase
+from lorascope.papers.figures.pair_gaps import padded_limits
 from lorascope.papers.figures.study_marks import (
     FAVORABLE,
     OTHER,
@@ -74,8 +76,9 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
         claims.append(claim)
         table = loss_table(claim, evidence)
         title = wrap_text(compared_methods(claim), _TITLE_WIDTH, _TITLE_SIZE)
-        # Without a label, the axes of panels have different limits.
-        x, y = Axis(label="step"), Axis()
+        # Axes with one label would share their limits.
+        ends = table[["low", "high", "value"]].to_numpy(np.float64).ravel()
+        x, y = Axis(label="step"), Axis(label="difference (%)", limits=padded_limits(np.append(ends, 0.0)))
         marks: list[Mark] = [Rule(y=0), Band("step", "low", "high", "side"), Line("step", "value", "side")]
         marks += [Rule(x=step) for step in _ends_of_rounds(claim, evidence)]
         if table.empty:

@@ -81,7 +81,7 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     caption = (
         "Left: final rank. Scores: percentile of a component among those of the run, at the first and at the last "
         "selection. Means over the modules with the same planted rank, then over seeds; bands "
-        f"and bars: {INTERVAL}."
+        f"and bars: {INTERVAL}. The figure of edition 1 has other teachers, so its ranks differ."
     )
     # A sentence on an arm that is not drawn would raise a question.
     if "AutoLoRA" in set(cells["recipe"]):

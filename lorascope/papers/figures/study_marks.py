@@ -14,7 +14,11 @@ from lorascope.papers.judging.registered_study import StudyClaim
 
 _ROW = 3  # panels
 FAVORABLE, OTHER, POSITIVE = "truth that favors the method", "other truth", "positive control"
-BOUND = "bound: smallest gain or largest cost"
+BOUND = "bound: gain m or cost −d"
+SMALL = "An interval smaller than its dot is inside it."
+"""Sentence of captions on intervals."""
+GAP = "Gap closed: 0 is the base model, 100 its teacher."
+"""Sentence of captions on the ends of the scale."""
 SIDES = (FAVORABLE, OTHER, POSITIVE)
 """Effects of a pair, in the order of their colors."""
 SIGNS = {"gain": 1.0, "cost": -1.0}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from json import dumps
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from lorascope.cli.arguments import call, headline, options_of
+from lorascope.inputs import tasks
 from lorascope.methods import METHODS
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         *,
         model: Annotated[str, arg(metavar="NAME")] = "minilm",
         task: Annotated[str, arg(metavar="NAME")] = "sentiment",
+        splits: Literal["given", "hash"] | None = None,
         out: Annotated[str | None, arg(aliases=["-o"], metavar="DIR")] = None,
         json: bool = False,
         **options: Any,
@@ -52,13 +54,16 @@ def main(argv: Sequence[str]) -> int:
             minilm, smollm2, a folder, a GGUF file or a Hub id.
         task
             sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset.
+        splits
+            given: splits of the source, or its column split; hash: all rows are shuffled.
         out
             Run folder; runs/METHOD-TASK-ID if omitted.
         json
             Print the result as JSON.
         """
         configured = method(**{field.name: options.pop(field.name) for field in fields})
-        result = train(model, task, configured, out=out, **options)
+        data = task if splits is None else tasks.load(task, splits=splits)
+        result = train(model, data, configured, out=out, **options)
         if json:
             values = {"id": result.id, "path": str(result.path), "label": result.label}
             print(dumps(values | {"status": result.meta.status, "test": result.meta.to_json()["test"]}))

@@ -133,8 +133,10 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
             raise ValueError(f"{key} must have at least one value, got {reprlib.repr(entry)}")
         for value in values:
             allowed = isinstance(value, str | Path | Task) or (key == "model" and callable(value))
+            allowed = allowed or (key == "task" and isinstance(value, Mapping))
             if key != "method" and not allowed:
                 raise ValueError(f"{key} must be a string or a list of strings, got {reprlib.repr(value)}")
+    lists["task"] = [_load_task(entry) if isinstance(entry, Mapping) else entry for entry in lists["task"]]
     methods = list(itertools.chain.from_iterable(map(_methods, lists["method"])))
     settings = _read_settings(table["settings"], methods)
     for combination in settings:
@@ -154,6 +156,20 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
         if isinstance(model, str):
             models.locate_model(model)
     return grid
+
+
+def _load_task(entry: Mapping[str, Any]) -> Task:
+    """Load the task of a table with a name and options of ``tasks.load``."""
+    hints = get_type_hints(tasks.load)
+    del hints["return"]
+    if not isinstance(entry.get("name"), str):
+        raise ValueError(
+            f'task must be a name or a table with a name, such as {{name = "glue/rte"}}, got {reprlib.repr(entry)}'
+        )
+    _require_known(entry, hints, "key of task")
+    for key, value in entry.items():
+        _require_type(f"task: {key}", value, hints[key])
+    return tasks.load(**entry)
 
 
 def _methods(entry: Any) -> list[Method]:

@@ -15,7 +15,7 @@ from lorascope.experiments.component_removal import SvdTriple, svd_of_update
 from lorascope.export import base_of
 from lorascope.export.peft_folder import require_all_recorded
 from lorascope.formats.stored_update import plain_name
-from lorascope.inputs import models, tasks
+from lorascope.inputs import models
 from lorascope.inputs.classifier_head import fit_head, weights_hash
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import task_head
@@ -23,6 +23,7 @@ from lorascope.runs.adapter import Adapter
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
+from lorascope.training.run_spec import load_task
 from lorascope.training.state import load_tensors
 from lorascope.updates import Update
 
@@ -61,7 +62,7 @@ def open_trained(run: Result, name: str | Path, task: str | Path | Task, state: 
         The model is not the base, or trained parameters were not saved.
     """
     if not isinstance(task, Task):
-        task = tasks.load(task)
+        task = load_task(run, str(task))
     base = models.load(name, task, base_of(run)[1])
     deltas: dict[str, Delta] = {}
     if isinstance(run, Adapter) or run.meta.w0_hash is None:

@@ -6,6 +6,7 @@ import csv
 import difflib
 import os
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,6 +17,7 @@ from lorascope.files.parquet_tables import require_declared_size, require_table_
 from lorascope.files.printable import first_line, printable
 from lorascope.files.typed_json import require_regular
 from lorascope.inputs.package_assets import SENTIMENT, build_once, cache, fetch
+from lorascope.schema.suggestions import unknown_name
 
 DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",
@@ -28,11 +30,19 @@ BUNDLED = ("sentiment", *(f"sentiment/{domain}" for domain in DOMAINS), "sentime
 _SENTENCES = "sentences.parquet"
 # Maximum bytes of a file name on common file systems.
 _LONGEST = 255
+HIDDEN_LABEL = "(hidden)"
+"""Label of rows of a dataset whose class number is -1."""
+_COLUMNS = ("text", "pair", "label", "image", "prompt", "response", "group", "domain", "cluster", "split")
 _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
-def read(name: str) -> pd.DataFrame:
-    """Return the rows of a task's source by name, except of ``MIXTURE``; see ``tasks.load`` for names and errors."""
+def read(
+    name: str, columns: Mapping[str, str] | None = None, revision: str | None = None, *, with_splits: bool = False
+) -> pd.DataFrame:
+    """Return the rows of a task's source by name, except of ``MIXTURE``; see ``tasks.load`` for names and errors.
+
+    ``with_splits`` adds the splits of a dataset as column split, and keeps rows with ``HIDDEN_LABEL``.
+    """
     if name in BUNDLED:
         rows = sentiment()
         rows = rows.assign(cluster=clusters(rows))
@@ -41,12 +51,14 @@ def read(name: str) -> pd.DataFrame:
             return rows.assign(label=rows["group"]).drop(columns="group")
         if domain:
             rows = rows[rows["group"] == domain].drop(columns="group")
-        return rows
+        return rows if columns is None else rename_columns(rows, columns, name)
     path = Path(name).expanduser()
     if (size := len(os.fsencode(path.name))) > _LONGEST:
         raise ValueError(f"task must be a name of at most {_LONGEST} bytes, got {size}")
     if path.suffix in _FILES:
         rows = _read_rows_file(path)
+        if columns is not None:
+            rows = rename_columns(rows, columns, name)
         if "image" in rows:
             # Paths are relative to the folder of the file that lists them.
             images = rows["image"].to_list()
@@ -56,6 +68,8 @@ def read(name: str) -> pd.DataFrame:
             rows = rows.assign(image=pd.Series(images, rows.index, dtype=object))
         return rows
     if path.is_dir():
+        if _is_dataset(path):
+            return _read_dataset(name, columns, revision, with_splits)
         return _read_folder(path)
     if path.exists():
         require_regular(path)
@@ -65,7 +79,25 @@ def read(name: str) -> pd.DataFrame:
         raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}?")
     if name.startswith("sentiment/"):
         raise ValueError(_unknown_task(name))
-    return _read_hub(name)
+    return _read_dataset(name, columns, revision, with_splits)
+
+
+def rename_columns(rows: pd.DataFrame, columns: Mapping[str, str], name: str) -> pd.DataFrame:
+    """Return the columns of a table that a mapping of our names to its names selects, and those that have our names.
+
+    Raises
+    ------
+    ValueError
+        One of our names, or a column of the table, does not exist.
+    """
+    for column, source in columns.items():
+        if column not in _COLUMNS:
+            raise ValueError(f"columns must map {', '.join(_COLUMNS)}, got {column!r}")
+        if source not in rows:
+            raise ValueError(f"cannot read {name}: {unknown_name('column', source, rows.columns)}")
+    renamed = rows[list(columns.values())].set_axis(list(columns), axis=1)
+    used = {*columns, *columns.values()}
+    return renamed.join(rows[[column for column in _COLUMNS if column in rows and column not in used]])
 
 
 def sentiment() -> pd.DataFrame:
@@ -142,34 +174,67 @@ def _read_folder(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["image", "label"])
 
 
-def _read_hub(name: str) -> pd.DataFrame:
-    """Return the rows of all labeled splits of a dataset on the Hugging Face Hub; ``tasks`` splits them again.
+def _is_dataset(path: Path) -> bool:
+    """Return whether a folder has files that ``datasets`` reads: what it saved, or tables."""
+    if (path / "dataset_dict.json").exists():
+        return True
+    return any(file.suffix in (*_FILES, ".json") for folder in (path, path / "data") for file in folder.glob("*.*"))
 
-    The name is ``"owner/name"``, ``"owner/name:configuration"``, or a GLUE task such as ``"glue/sst2"``.
+
+def _read_dataset(
+    name: str, columns: Mapping[str, str] | None, revision: str | None, with_splits: bool
+) -> pd.DataFrame:
+    """Return the rows of all splits of a dataset, of a folder or of the Hugging Face Hub.
+
+    The name is a folder, ``"owner/name"``, ``"owner/name:configuration"``, or a GLUE task such as
+    ``"glue/sst2"``.
     """
     try:
         import datasets
     except ImportError:
-        hint = "to load datasets from the Hugging Face Hub, pip install lorascope[hub]"
+        hint = "to load datasets, pip install lorascope[hub]"
         raise ValueError(f"{_unknown_task(name)}; {hint}") from None
+    source = name
     if name.startswith("glue/"):
-        name = f"nyu-mll/glue:{name.removeprefix('glue/')}"
-    path, _, configuration = name.partition(":")
+        source = f"nyu-mll/glue:{name.removeprefix('glue/')}"
+    path, _, configuration = source.partition(":")
+    options = {} if revision is None else {"revision": revision}
     try:
-        dataset = datasets.load_dataset(path, configuration or None)
+        if (Path(name) / "dataset_dict.json").exists():
+            dataset = datasets.load_from_disk(name)
+        else:
+            dataset = datasets.load_dataset(path, configuration or None, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = f"not available on the Hugging Face Hub ({first_line(error)})"
+        if Path(name).is_dir():
+            raise ValueError(f"cannot read {name} as a dataset: {first_line(error)}") from None
         raise FileNotFoundError(f"{_unknown_task(name)}; {reason}") from None
-    return pd.concat(map(_canonical, dataset.values()), ignore_index=True)
+    tables = []
+    for split, dataset_split in dataset.items():
+        rows = _canonical(dataset_split, columns, name)
+        if with_splits:
+            rows = rows.assign(split=split)
+        elif "label" in rows:
+            rows = rows[rows["label"] != HIDDEN_LABEL]
+        tables.append(rows)
+    return pd.concat(tables, ignore_index=True)
 
 
-def _canonical(split: Any) -> pd.DataFrame:
+def _canonical(split: Any, columns: Mapping[str, str] | None, name: str) -> pd.DataFrame:
     """Return one split under lorascope's column names, with class names instead of class numbers.
 
     A split with prompt and response is returned unchanged. Otherwise the columns are image or text, and label and group
     if they exist. Without a column of that name, the first two columns of texts become text and pair.
     """
-    kinds, rows = split.features, split.to_pandas()
+    rows = split.to_pandas()
+    for column, kind in split.features.items():
+        if hasattr(kind, "names"):
+            # Hidden test labels are stored as -1.
+            names = [kind.names[number] if number >= 0 else HIDDEN_LABEL for number in rows[column]]
+            rows[column] = pd.Series(names, rows.index, dtype=object)
+    if columns is not None:
+        return rename_columns(rows, columns, name)
+    kinds = split.features
     if {"prompt", "response"} <= kinds.keys():
         return rows.drop(columns="split", errors="ignore")  # of another meaning than that of a file's column
     images = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"][:1]
@@ -180,12 +245,7 @@ def _canonical(split: Any) -> pd.DataFrame:
     new_names = {images[0]: "image"} if images else dict(zip(texts, ("text", "pair"), strict=False))
     classes = [column for column, kind in kinds.items() if column == "label" or hasattr(kind, "names")][:1]
     groups = [column for column in ("group", "domain") if column in rows]
-    rows = rows[[*new_names, *classes, *groups]]
-    if classes and hasattr(kinds[classes[0]], "names"):
-        # Hidden test labels are stored as -1.
-        rows = rows[rows[classes[0]] >= 0]
-        rows[classes[0]] = [kinds[classes[0]].names[number] for number in rows[classes[0]]]
-    return rows.rename(columns=new_names | dict.fromkeys(classes, "label"))
+    return rows[[*new_names, *classes, *groups]].rename(columns=new_names | dict.fromkeys(classes, "label"))
 
 
 def _unknown_task(name: str) -> str:

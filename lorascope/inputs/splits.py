@@ -1,13 +1,16 @@
 """Split of rows by a hash of their text, which changes neither with their order nor with their selection, or as given.
 
-The column ``split`` of a table gives the splits of its rows.
+The column ``split`` of a table gives the splits of its rows; a mapping names a part of them for each split.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +21,8 @@ SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
 """Upper bound of each split on the hash scale, from 0 to 1."""
 RULE = "sha256 of the casefolded text; train below 0.7, validation below 0.8, test the rest"
 COLUMN_RULE = f"column split; rows of train for a split without rows: {RULE}"
-_SPLIT_OF = dict(zip(SPLITS, SPLITS, strict=True)) | {"dev": "validation"}
+_SPLIT_OF = dict(zip(SPLITS, SPLITS, strict=True)) | {"dev": "validation", "valid": "validation"}
+_PART = re.compile(r"(?P<source>[^\[\]]+?)\s*(?:\[(?P<low>\d+%)?:(?P<high>\d+%)?\])?")
 
 
 def digest_text(text: str) -> str:
@@ -63,6 +67,79 @@ def complete(stated: pd.Series, assigned: pd.Series) -> pd.Series:
     """Return the stated splits; a split without rows gets the rows of train that ``assign`` would put into it."""
     missing = SPLITS.keys() - set(stated)
     return stated.mask((stated == "train") & assigned.isin(missing), assigned)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows that a mapping selects: their positions in the table, in any order, and the split of each.
+
+    ``selected_on_test`` is whether validation and test are the same rows.
+    """
+
+    positions: list[int]
+    splits: list[str]
+    selected_on_test: bool
+
+
+def require_rule(rule: object) -> None:
+    """Raise a ValueError if the argument ``splits`` of a task is invalid."""
+    if rule is None or rule in ("given", "hash"):
+        return
+    if not isinstance(rule, Mapping):
+        raise ValueError(f"splits must be 'given', 'hash' or a mapping of {', '.join(SPLITS)}, got {rule!r}")
+    if rule.keys() != SPLITS.keys():
+        raise ValueError(f"splits must name {', '.join(SPLITS)}, got {', '.join(map(repr, rule)) or 'nothing'}")
+    for split, source in rule.items():
+        if not isinstance(source, str) or not _PART.fullmatch(source.strip()):
+            raise ValueError(f"splits: {split} must be a split, or a part such as 'train[10%:]', got {source!r}")
+
+
+def select(rule: Mapping[str, Any], sources: pd.Series, digests: pd.Series, name: str) -> Selection:
+    """Return the rows that a valid mapping selects for each split.
+
+    Parameters
+    ----------
+    rule : mapping of str to str
+        Source of train, validation and test, such as ``"train[10%:]"``. A percentage is one of the rows in the order of
+        their digests, which is random; rows of one digest stay together.
+    sources : Series
+        The split of each row in the source, with the same index as ``digests``: 0 to the number of rows.
+    digests : Series
+        See :func:`digest_text`.
+    name : str
+        Name of the table, for errors.
+
+    Raises
+    ------
+    ValueError
+        A source does not exist, or train has rows of another split.
+    """
+    rows_of: dict[str, set[int]] = {}
+    for split in SPLITS:
+        match = _PART.fullmatch(rule[split].strip())
+        assert match is not None
+        members = digests[sources == match["source"]]
+        if members.empty:
+            names = ", ".join(map(printable, sources.unique()))
+            raise ValueError(f"splits: unknown split {match['source']!r} of {name}; expected one of {names}")
+        low, high = int((match["low"] or "0%")[:-1]), int((match["high"] or "100%")[:-1])
+        # Products of integers, because 0.07 * 100 is larger than 7.
+        ranks = 100 * (members.rank(method="min") - 1)
+        is_inside = (ranks >= low * len(members)) & (ranks < high * len(members))
+        rows_of[split] = set(members.index[is_inside])
+    selected_on_test = rows_of["validation"] == rows_of["test"]
+    for split, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        shared = rows_of[split] & rows_of[other]
+        if shared and not (selected_on_test and split == "validation"):
+            count = count_phrase(len(shared), "row")
+            verb = "is" if len(shared) == 1 else "are"
+            first = f"the first is row {1 + min(shared)}"
+            raise ValueError(f"cannot use splits of {name}: {count} of {split} {verb} also in {other}, {first}")
+    positions, assigned = [], []
+    for split, members_of_split in rows_of.items():
+        positions += sorted(members_of_split)
+        assigned += [split] * len(members_of_split)
+    return Selection(positions, assigned, selected_on_test)
 
 
 def _unit_number(digits: str) -> float:

@@ -7,14 +7,15 @@ import json
 import os
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
 
 from lorascope.files.safe_csv import is_numeric_text
-from lorascope.inputs import images, questions, sources, splits
+from lorascope.inputs import images, questions, sources
+from lorascope.inputs import splits as split_rules
 from lorascope.inputs.splits import SPLITS
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text
 
@@ -48,6 +49,10 @@ class Task:
         Class names in the order of their numbers; empty without a closed set of answers.
     hash : str
         SHA-256 of the data and of the rule that splits it; clusters are not part of it.
+    options : dict
+        Arguments of :func:`load` other than the name that have another value than by default.
+    selected_on_test : bool
+        Whether validation and test are the same rows, so that the best state is selected on the reported split.
     """
 
     name: str
@@ -55,6 +60,8 @@ class Task:
     table: pd.DataFrame
     labels: tuple[str, ...]
     hash: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    selected_on_test: bool = False
 
     @property
     def classifies(self) -> bool:
@@ -180,7 +187,13 @@ class Task:
         return int((labels != IGNORED).sum())
 
 
-def load(name: str | os.PathLike[str]) -> Task:
+def load(
+    name: str | os.PathLike[str],
+    *,
+    splits: str | Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    revision: str | None = None,
+) -> Task:
     """Load a task by name.
 
     Parameters
@@ -188,28 +201,51 @@ def load(name: str | os.PathLike[str]) -> Task:
     name : str or path
         ``"sentiment"`` or one domain of it (``"sentiment/tweets"``, ``movies``, ``products``, ``news``); its sentences
         with the domain as label (``"sentiment/domains"``) or with four questions (``"sentiment/mixture"``); a CSV,
-        JSONL or Parquet file; a folder with one subfolder of images per label; or a dataset on the Hugging Face Hub,
-        ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally pair, a second
-        text), or image (a path relative to the file, or bytes) and label, or prompt and response, or only text; also
-        group or domain, cluster, and split, optionally. The column split has train, validation (or dev) or test in each
-        row. Rows of train are shuffled into a split without rows, as all rows are without this column.
+        JSONL or Parquet file; a folder with one subfolder of images per label, or one that ``datasets`` reads; or a
+        dataset on the Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label
+        (and optionally pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and
+        response, or only text; also group or domain, cluster, and split, optionally.
+    splits : {"given", "hash"} or mapping, optional
+        ``"given"`` takes the splits of the source: those of a dataset, or the column split, which has train,
+        validation (or dev, valid) or test in each row. Rows of train are shuffled into a split without rows.
+        ``"hash"`` shuffles all rows. A mapping names the split of the source for train, validation and test, or a part
+        of it, such as ``{"train": "train[10%:]", "validation": "train[:10%]", "test": "validation"}``; validation and
+        test may be the same. By default ``"given"`` with a column split, otherwise ``"hash"``.
+    columns : mapping, optional
+        Column of the source for each column above, such as ``{"text": "premise", "pair": "hypothesis"}``. Columns of
+        other names are not read then.
+    revision : str, optional
+        Commit, branch or tag of a dataset on the Hugging Face Hub.
 
     Raises
     ------
     FileNotFoundError
         The file or dataset does not exist, or the Hugging Face Hub is unavailable.
     ValueError
-        The name is unknown, the file unreadable, a column or label invalid, or a split would be empty.
+        The name, a split or a column is unknown, the file unreadable, a column or label invalid, or a split would be
+        empty.
     """
     name = str(name)
+    arguments = {"splits": splits, "columns": columns, "revision": revision}
+    options = {option: value for option, value in arguments.items() if value is not None}
     if name == sources.MIXTURE:
+        if options:
+            raise ValueError(f"{next(iter(options))} must be None for {name}, whose rows lorascope makes")
         table = questions.ask()
         labels = tuple(sorted(table["label"].unique()))
         return Task(name, "classification", table, labels, _hash(questions.RULE, table.drop(columns="cluster")))
-    return from_frame(sources.read(name), name)
+    split_rules.require_rule(splits)
+    rows = sources.read(name, columns, revision, with_splits=splits not in (None, "hash"))
+    return replace(from_frame(rows, name, splits=splits), options=options)
 
 
-def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
+def from_frame(
+    rows: pd.DataFrame,
+    name: str = "table",
+    *,
+    splits: str | Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Task:
     """Make a task from a table with the columns of :func:`load`; the order of its rows does not matter.
 
     Parameters
@@ -218,14 +254,19 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
         Rows of the task. An image may also be a uint8 array or a PIL image.
     name : str
         Name of the task.
+    splits, columns
+        See :func:`load`.
 
     Raises
     ------
     ValueError
-        A column or label is invalid, or a split would be empty.
+        A column, label or split is invalid, or a split would be empty.
     """
+    split_rules.require_rule(splits)
     if rows.empty:
         raise ValueError(f"cannot make a task from {name}: it has no rows")
+    if columns is not None:
+        rows = sources.rename_columns(rows, columns, name)
     rows = rows.rename(columns={"domain": "group"})
     if duplicates := rows.columns[rows.columns.duplicated()].tolist():
         raise ValueError(f"duplicate column {duplicates[0]!r} in {name} (domain is an alias of group)")
@@ -241,42 +282,65 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
                 if not isinstance(text, str) or not text.strip():
                     cell = f"{column} in row {number} of {name}"
                     raise ValueError(f"{cell} must be a non-empty string, got {reprlib.repr(text)}")
-        digests = table[texts[0]].map(splits.digest_text).to_list()
-    labels: tuple[str, ...] = ()
+        digests = table[texts[0]].map(split_rules.digest_text).to_list()
     if kind in ("classification", "image"):
         table["label"] = _label_names(rows, name)
-        labels = tuple(sorted(table["label"].unique(), key=_label_order))
-        if len(labels) < 2:
-            raise ValueError(f"column label of {name} must have at least 2 classes, got {len(labels)}")
     for column in ("group", "cluster"):
         if column in rows and rows[column].isna().any():
             number = 1 + int(rows[column].isna().to_numpy().argmax())
             raise ValueError(f"{column} in row {number} of {name} must be a name, got a missing value")
     if "group" in rows:
         table["group"] = rows["group"].astype(str).to_list()
-    rule = splits.RULE
-    if "split" in rows:
-        table["split"], rule = splits.read_column(rows["split"], name), splits.COLUMN_RULE
-    columns = list(map(str, table))
+    rule, selected_on_test = split_rules.RULE, False
+    if splits is not None and splits != "hash" and "split" not in rows:
+        raise ValueError(f"cannot use splits={splits!r} of {name}: it has no column split")
+    if isinstance(splits, Mapping):
+        words = rows["split"].astype(str).str.strip().reset_index(drop=True)
+        # Rows are shared, shuffled or left out, so everything below refers to the selected ones.
+        selection = split_rules.select(splits, words, pd.Series(digests), name)
+        table, rows = table.iloc[selection.positions], rows.iloc[selection.positions]
+        table = table.assign(split=selection.splits).reset_index(drop=True)
+        digests = [digests[position] for position in selection.positions]
+        rule, selected_on_test = split_rules.COLUMN_RULE, selection.selected_on_test
+    elif "split" in rows and splits != "hash":
+        table["split"], rule = split_rules.read_column(rows["split"], name), split_rules.COLUMN_RULE
+    labels: tuple[str, ...] = ()
+    if "label" in table:
+        _require_known_labels(table, name)
+        labels = tuple(sorted(table["label"].unique(), key=_label_order))
+        if len(labels) < 2:
+            raise ValueError(f"column label of {name} must have at least 2 classes, got {len(labels)}")
+    column_names = list(map(str, table))
     # Sorted by content, because the order of the rows must not change the hash.
     hashed = table.assign(digest=digests)
     if kind == "image":
         hashed["image"] = digests  # neither paths nor file formats are part of the hash
-    order = ["digest", *columns]
+    order = ["digest", *column_names]
     # Clusters order rows that are equal otherwise, but are not part of the hash.
     if "cluster" in rows:
         table["cluster"] = hashed["cluster"] = rows["cluster"].astype(str).to_list()
         order.append("cluster")
     hashed = hashed.sort_values(order)
     table = table.loc[hashed.index].reset_index(drop=True)
-    assigned = splits.assign(hashed["digest"])
+    assigned = split_rules.assign(hashed["digest"])
     if "split" in table:
-        assigned["split"] = splits.complete(table.pop("split"), assigned["split"])
+        assigned["split"] = split_rules.complete(table.pop("split"), assigned["split"])
     table = table.join(assigned)
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")
-    return Task(name, kind, table, labels, _hash(rule, hashed[columns]))
+    hash = _hash(rule, hashed[column_names])
+    return Task(name, kind, table, labels, hash, selected_on_test=selected_on_test)
+
+
+def _require_known_labels(table: pd.DataFrame, name: str) -> None:
+    """Raise a ValueError if rows of a split have hidden labels, as the test rows of benchmarks do."""
+    hidden = table[table["label"] == sources.HIDDEN_LABEL]
+    if not hidden.empty:
+        split = hidden["split"].iloc[0]
+        raise ValueError(
+            f'cannot use the {split} split of {name}: its labels are hidden (-1); map {split} to "validation"'
+        )
 
 
 def _hash(rule: str, rows: pd.DataFrame) -> str:

@@ -152,6 +152,10 @@ class Manifest:
         Folders of earlier phases, relative to this one.
     fork : Fork or None
         Run and step from which ``ls.fork`` continued, and the change.
+    task_options : dict or None
+        Arguments of ``tasks.load`` other than the name, such as ``splits``.
+    selected_on_test : bool or None
+        True if validation and test were the same rows.
     facts : dict
         What readers need to know about the method, by ``Method.describe``.
     source : str or None
@@ -192,6 +196,8 @@ class Manifest:
     processor: str | None = None
     task_kind: str | None = None
     task_type: str | None = None
+    task_options: dict[str, Any] | None = None
+    selected_on_test: bool | None = None
     eval_overlap: float | None = None
     left_out: dict[str, str] | None = None
     frozen: dict[str, list[str]] | None = None

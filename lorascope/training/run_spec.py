@@ -15,12 +15,14 @@ from lorascope import __version__
 from lorascope.adapters.delta import adapters
 from lorascope.adapters.host_weights import host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
+from lorascope.inputs import tasks
 from lorascope.inputs.models import name_of
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, Phase, Step, config, task_head, trained_parameters
 from lorascope.observe import Observer
 from lorascope.runs.layout import identify
 from lorascope.runs.manifest import SCHEMA, Fork, Manifest, Parameters, describe_modules
+from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.training.processor import processor_name
 from lorascope.training.settings import Settings
@@ -75,6 +77,8 @@ class RunSpec:
             label=self.recipe.label(),
             task=self.task.name,
             task_kind=self.task.kind,
+            task_options=dict(self.task.options) or None,
+            selected_on_test=self.task.selected_on_test or None,
             labels=list(self.task.labels) if self.task.classifies else None,
             parents=[f"../{run.path.name}" for run in parents if run.path],
             total_seconds=sum(run.meta.seconds for run in parents),
@@ -82,6 +86,12 @@ class RunSpec:
             **self.identity() | {"fork": self.fork},
             **circumstances(step, method, trained_parameters(step.optimizer), device),
         )
+
+
+def load_task(run: Result, name: str) -> Task:
+    """Load a task by name: with the splits and columns that the run had, if it is the task of the run."""
+    options = run.meta.task_options or {}
+    return tasks.load(name, **options) if name == run.meta.task else tasks.load(name)
 
 
 def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parameter], device: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lorascope.array_types import Int
 from lorascope.inputs.metrics import Metric, require_fit, resolve
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import class_numbers
-from lorascope.methods.field_checks import is_integer
+from lorascope.methods.field_checks import default_if_none, is_integer
 from lorascope.runs.run import TRAIN_AGAIN, Run
 
 # Bounds of the 95% interval.
@@ -42,7 +42,7 @@ def score(
     task : Task
         The data of the run.
     metric : str or Metric, optional
-        Metric, by default accuracy.
+        Metric, by default accuracy, or the mean squared error of a task with numbers.
     bootstrap : int
         Number of resamples, 1000 by default; 0 for no interval. They draw test rows with replacement, or clusters of
         rows for a task with the column cluster. The interval is between the 2.5% and 97.5% quantiles of the metric. It
@@ -68,7 +68,8 @@ def score(
     """
     if not is_integer(bootstrap) or bootstrap < 0:
         raise ValueError(f"bootstrap must be an integer >= 0, got {bootstrap!r}")
-    (resolved,) = resolve("accuracy" if metric is None else [metric])
+    default = {"regression": "mse"}.get(task.kind, "accuracy")
+    (resolved,) = resolve([default_if_none(metric, default)])
     if run.meta.data_hash != task.hash:
         raise ValueError(f"task must be the data of run {run.id}, {run.task}, got {task.name} with different rows")
     require_fit([resolved], task)
@@ -76,8 +77,13 @@ def score(
     labels = run.meta.labels or task.labels
     # A run with a test size evaluates the first rows of the split.
     rows = task.split("test").head(len(run.predictions))
-    answers = class_numbers(rows, labels)
-    predicted = _predicted_classes(run, answers, len(labels))
+    if task.kind == "regression":
+        # As evaluate compares them.
+        answers = rows["label"].to_numpy(np.float32).astype(np.float64)
+        predicted = run.predictions["predicted"].to_numpy(np.float64)
+    else:
+        answers = class_numbers(rows, labels)
+        predicted = _predicted_classes(run, answers, len(labels))
     value = float(resolved.compute(predicted, answers))
     units = np.arange(len(rows))
     # Sentences of one article depend on each other, so that single rows would give too narrow an interval.

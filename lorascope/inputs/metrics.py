@@ -145,8 +145,11 @@ def require_fit(metrics: Iterable[Metric], task: Task) -> None:
         cannot = f"cannot compute {metric.name} of {task.name}"
         if not fitting:
             raise ValueError(f"{cannot}: it has no classes; omit metric to record the perplexity")
+        labels = f"{len(task.labels)} classes"
+        if "values" in task.predicts:
+            labels = "numbers"
         names = f"{', '.join(fitting[:-1])} or {fitting[-1]}"
-        raise ValueError(f"{cannot}: its labels are {len(task.labels)} classes; use {names}")
+        raise ValueError(f"{cannot}: its labels are {labels}; use {names}")
 
 
 # -- classes and values -------------------------------------------------------------------------------------------

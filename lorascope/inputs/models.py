@@ -73,10 +73,10 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
         if blocks is not None:
             _keep_blocks(config, blocks, name)
         head = _head_class(config, name)
-        labels = task.labels if task is not None and "Classification" in head.__name__ else ()
+        labels = task.head_labels if task is not None and "Classification" in head.__name__ else None
         # A classifier with the same labels in another order keeps its order.
-        is_relabeled = bool(labels) and set(config.id2label.values()) != set(labels)
-        if is_relabeled:
+        is_relabeled = labels is not None and set(config.id2label.values()) != set(labels)
+        if labels is not None and is_relabeled:
             set_labels(config, labels)
         # Draw new weights from a fixed seed, without changing the caller's generator.
         with torch.random.fork_rng(devices=[]):

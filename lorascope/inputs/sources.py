@@ -31,7 +31,7 @@ _SENTENCES = "sentences.parquet"
 # Maximum bytes of a file name on common file systems.
 _LONGEST = 255
 HIDDEN_LABEL = "(hidden)"
-"""Label of rows of a dataset whose class number is -1."""
+"""Label of rows of a dataset whose class number is -1, or of a split whose numbers all are."""
 _COLUMNS = ("text", "pair", "label", "image", "prompt", "response", "group", "domain", "cluster", "split")
 _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
@@ -232,6 +232,8 @@ def _canonical(split: Any, columns: Mapping[str, str] | None, name: str) -> pd.D
             # Hidden test labels are stored as -1.
             names = [kind.names[number] if number >= 0 else HIDDEN_LABEL for number in rows[column]]
             rows[column] = pd.Series(names, rows.index, dtype=object)
+        elif column == "label" and getattr(kind, "dtype", "").startswith("float") and (rows[column] == -1).all():
+            rows[column] = HIDDEN_LABEL
     if columns is not None:
         return rename_columns(rows, columns, name)
     kinds = split.features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import reprlib
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from lorascope.files.safe_csv import is_numeric_text
 from lorascope.inputs import images, questions, sources
 from lorascope.inputs import splits as split_rules
 from lorascope.inputs.splits import SPLITS
-from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text
+from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text, encode_values
 
 __all__ = ["Task", "from_frame", "load"]
 
@@ -39,8 +40,9 @@ class Task:
     ----------
     name : str
         Name, path or hub id of the source.
-    kind : {"classification", "image", "prompt", "seq2seq", "lm"}
-        Labeled texts; labeled images; prompts with responses for a causal LM or an encoder-decoder; plain text.
+    kind : {"classification", "regression", "image", "prompt", "seq2seq", "lm"}
+        Labeled texts; texts with numbers; labeled images; prompts with responses for a causal LM or an
+        encoder-decoder; plain text.
     table : DataFrame
         Columns text and label (and optionally pair, a second text), or image and label, or prompt and response, or
         text. Also group if there are groups, cluster if rows depend on each other (such as sentences of one article),
@@ -69,12 +71,21 @@ class Task:
         return self.kind in ("classification", "image")
 
     @property
+    def head_labels(self) -> tuple[str, ...] | None:
+        """Names of the outputs of the head that the task needs; None for the head of a language model."""
+        if self.kind == "regression":
+            return ("value",)
+        return self.labels if self.classifies else None
+
+    @property
     def predicts(self) -> tuple[str, ...]:
         """Kinds of predictions for a row that metrics compare with its label; see ``Metric.needs``."""
         if len(self.labels) == 2:
             return ("classes", "two classes")
         if self.labels:
             return ("classes",)
+        if self.kind == "regression":
+            return ("values",)
         return ()
 
     @property
@@ -136,6 +147,10 @@ class Task:
         if "image" in (head, self.kind) and head != self.kind:
             takes, has = ("images", "text") if head == "image" else ("text", "images")
             raise ValueError(f"{cannot}: the task has {has}, but the model takes {takes}")
+        if self.kind == "regression":
+            if head != "classification":
+                raise ValueError(f"{cannot}: regression requires a classifier head")
+            return self
         if head == self.kind:
             if not self.classifies:
                 return self
@@ -175,6 +190,8 @@ class Task:
             return images.encode_images(processor, rows, self.labels)
         if self.kind == "classification":
             return encode_classes(processor, rows, self.labels, max_length)
+        if self.kind == "regression":
+            return encode_values(processor, rows, max_length)
         if self.kind == "lm":
             return encode_text(processor, rows, max_length)
         return encode_pairs(processor, rows, self.labels, max_length, seq2seq=self.kind == "seq2seq")
@@ -182,6 +199,8 @@ class Task:
     def count_targets(self, batch: Mapping[str, Tensor]) -> int:
         """Return the number of rows (for classes) or tokens over which the loss of a batch is averaged."""
         labels = batch["labels"]
+        if self.kind == "regression":
+            return len(labels)
         if self.kind in ("prompt", "lm"):
             labels = labels[:, 1:]  # a causal LM does not predict the first token
         return int((labels != IGNORED).sum())
@@ -191,6 +210,7 @@ def load(
     name: str | os.PathLike[str],
     *,
     splits: str | Mapping[str, str] | None = None,
+    kind: str | None = None,
     columns: Mapping[str, str] | None = None,
     revision: str | None = None,
 ) -> Task:
@@ -211,6 +231,8 @@ def load(
         ``"hash"`` shuffles all rows. A mapping names the split of the source for train, validation and test, or a part
         of it, such as ``{"train": "train[10%:]", "validation": "train[:10%]", "test": "validation"}``; validation and
         test may be the same. By default ``"given"`` with a column split, otherwise ``"hash"``.
+    kind : {"classification", "regression"}, optional
+        Whether labels are names of classes or numbers. By default numbers if any has a fraction.
     columns : mapping, optional
         Column of the source for each column above, such as ``{"text": "premise", "pair": "hypothesis"}``. Columns of
         other names are not read then.
@@ -226,7 +248,7 @@ def load(
         empty.
     """
     name = str(name)
-    arguments = {"splits": splits, "columns": columns, "revision": revision}
+    arguments = {"splits": splits, "kind": kind, "columns": columns, "revision": revision}
     options = {option: value for option, value in arguments.items() if value is not None}
     if name == sources.MIXTURE:
         if options:
@@ -236,7 +258,7 @@ def load(
         return Task(name, "classification", table, labels, _hash(questions.RULE, table.drop(columns="cluster")))
     split_rules.require_rule(splits)
     rows = sources.read(name, columns, revision, with_splits=splits not in (None, "hash"))
-    return replace(from_frame(rows, name, splits=splits), options=options)
+    return replace(from_frame(rows, name, splits=splits, kind=kind), options=options)
 
 
 def from_frame(
@@ -244,6 +266,7 @@ def from_frame(
     name: str = "table",
     *,
     splits: str | Mapping[str, str] | None = None,
+    kind: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Task:
     """Make a task from a table with the columns of :func:`load`; the order of its rows does not matter.
@@ -254,7 +277,7 @@ def from_frame(
         Rows of the task. An image may also be a uint8 array or a PIL image.
     name : str
         Name of the task.
-    splits, columns
+    splits, kind, columns
         See :func:`load`.
 
     Raises
@@ -270,7 +293,7 @@ def from_frame(
     rows = rows.rename(columns={"domain": "group"})
     if duplicates := rows.columns[rows.columns.duplicated()].tolist():
         raise ValueError(f"duplicate column {duplicates[0]!r} in {name} (domain is an alias of group)")
-    kind, texts = _kind(rows, name)
+    kind, texts = _kind(rows, name, kind)
     if kind == "lm":
         rows = rows[rows["text"].astype(str).str.strip() != ""]
     if kind == "image":
@@ -285,6 +308,8 @@ def from_frame(
         digests = table[texts[0]].map(split_rules.digest_text).to_list()
     if kind in ("classification", "image"):
         table["label"] = _label_names(rows, name)
+    if kind == "regression":
+        table["label"] = _label_numbers(rows, name)
     for column in ("group", "cluster"):
         if column in rows and rows[column].isna().any():
             number = 1 + int(rows[column].isna().to_numpy().argmax())
@@ -307,6 +332,7 @@ def from_frame(
     labels: tuple[str, ...] = ()
     if "label" in table:
         _require_known_labels(table, name)
+    if kind in ("classification", "image"):
         labels = tuple(sorted(table["label"].unique(), key=_label_order))
         if len(labels) < 2:
             raise ValueError(f"column label of {name} must have at least 2 classes, got {len(labels)}")
@@ -335,7 +361,7 @@ def from_frame(
 
 def _require_known_labels(table: pd.DataFrame, name: str) -> None:
     """Raise a ValueError if rows of a split have hidden labels, as the test rows of benchmarks do."""
-    hidden = table[table["label"] == sources.HIDDEN_LABEL]
+    hidden = table[table["label"].isin([sources.HIDDEN_LABEL]) | table["label"].isna()]
     if not hidden.empty:
         split = hidden["split"].iloc[0]
         raise ValueError(
@@ -348,13 +374,19 @@ def _hash(rule: str, rows: pd.DataFrame) -> str:
     return hashlib.sha256(data.encode()).hexdigest()
 
 
-def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
+def _kind(rows: pd.DataFrame, name: str, requested: str | None) -> tuple[str, list[str]]:
     """Return the kind of task that the columns define, and the columns that a model reads."""
     columns = set(rows.columns)
+    if requested not in (None, "classification", "regression"):
+        raise ValueError(f"kind must be 'classification' or 'regression', got {requested!r}")
+    if requested is not None and not {"text", "label"} <= columns:
+        raise ValueError(f"columns of {name} must include text and label for kind={requested!r}")
     if {"prompt", "response"} <= columns:
         return "prompt", ["prompt", "response"]
     if {"text", "label"} <= columns:
-        return "classification", ["text", "pair"] if "pair" in columns else ["text"]
+        if requested is None and _has_fractions(rows["label"]):
+            requested = "regression"
+        return requested or "classification", ["text", "pair"] if "pair" in columns else ["text"]
     if {"image", "label"} <= columns:
         return "image", ["image"]
     if columns - {"group", "cluster", "split"} == {"text"}:
@@ -387,6 +419,28 @@ def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
             )
         names.append(text)
     return names
+
+
+def _has_fractions(labels: pd.Series) -> bool:
+    """Return whether all labels are numbers, and some are not whole; hidden ones are neither."""
+    texts = labels[labels != sources.HIDDEN_LABEL].astype(str).str.strip()
+    return bool(texts.map(is_numeric_text).all()) and bool((pd.to_numeric(texts, errors="coerce") % 1 > 0).any())
+
+
+def _label_numbers(rows: pd.DataFrame, name: str) -> list[float]:
+    """Return labels as numbers, NaN for hidden ones."""
+    numbers = []
+    for number, label in enumerate(rows["label"].to_list(), start=1):
+        value = math.nan
+        if label != sources.HIDDEN_LABEL:
+            try:
+                value = float(label)
+            except (TypeError, ValueError):
+                value = math.inf
+            if not math.isfinite(value):
+                raise ValueError(f"label in row {number} of {name} must be a finite number, got {reprlib.repr(label)}")
+        numbers.append(value)
+    return numbers
 
 
 def _is_whole_number(text: str) -> bool:

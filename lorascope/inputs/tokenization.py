@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorascope.array_types import Float, Int
+from lorascope.array_types import Float, Float32, Int
 
 IGNORED = -100
 """Label of tokens that the loss ignores."""
@@ -33,7 +33,8 @@ class Choices:
 class EncodedRows(ABC):
     """Tokenized rows, or images, of a task in the form of model inputs."""
 
-    classes: Int[np.ndarray, "rows"] | None = None  # class numbers; None if the labels are tokens
+    classes: Int[np.ndarray, "rows"] | None = None  # class numbers; None if the labels are tokens or values
+    values: Float32[np.ndarray, "rows"] | None = None  # numbers to predict
     choices: Choices | None = None  # closed set of responses, among which the preferred one is evaluated
     groups: list[str] | None = None  # group of each row
     shifted: bool = False  # whether position t - 1 predicts the label at position t, as in a causal LM
@@ -85,17 +86,33 @@ class Tokens(EncodedRows):
         inputs["attention_mask"] = (columns < lengths[:, None]).long()
         if self.classes is not None:
             inputs["labels"] = torch.from_numpy(self.classes[rows])
+        if self.values is not None:
+            inputs["labels"] = torch.from_numpy(self.values[rows])
         return inputs
 
 
 def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int) -> Tokens:
     """Tokenize texts, or pairs of texts, with class numbers."""
+    tokens, padding = _encode_texts(tokenizer, rows, max_length)
+    return Tokens(tokens, padding, classes=class_numbers(rows, labels), groups=groups_of(rows))
+
+
+def encode_values(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
+    """Tokenize texts, or pairs of texts, with the numbers to predict."""
+    tokens, padding = _encode_texts(tokenizer, rows, max_length)
+    return Tokens(tokens, padding, values=rows["label"].to_numpy(np.float32), groups=groups_of(rows))
+
+
+def _encode_texts(
+    tokenizer: Any, rows: pd.DataFrame, max_length: int
+) -> tuple[dict[str, list[list[int]]], dict[str, int]]:
+    """Return the inputs of texts, or pairs of texts, and their padding values."""
     pairs = {"text_pair": rows["pair"].to_list()} if "pair" in rows else {}
     encoding = tokenizer(rows["text"].to_list(), **pairs, truncation=True, max_length=max_length)
     tokens, padding = {"input_ids": encoding["input_ids"]}, {"input_ids": tokenizer.pad_token_id}
     if pairs and "token_type_ids" in encoding:
         tokens["token_type_ids"], padding["token_type_ids"] = encoding["token_type_ids"], 0
-    return Tokens(tokens, padding, classes=class_numbers(rows, labels), groups=groups_of(rows))
+    return tokens, padding
 
 
 def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:

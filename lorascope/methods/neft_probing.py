@@ -41,6 +41,7 @@ PROBE_COSINE = "probe_cosine"
 _LARGEST = "largest |cosine| between a neuron's weights and the coefficients of a probe"
 _QUANTITY = Quantity("|cos| with probes", "", "neuron", "mean", _LARGEST, "NeFT, section 3")
 register('train NeFT(select_by="probed")', **{PROBE_COSINE: _QUANTITY})
+_NO_CLASSES = "cannot use select_by='probed' without classes: use a classifier and a task with classes"
 _STRENGTHS = np.logspace(0.8, 4.1, 12)  # of the ridge penalty, as in the authors' code
 
 
@@ -60,7 +61,7 @@ class Probing(Method):
         """Freeze all parameters except the task's head."""
         head = task_head(model).values()
         if not head:
-            raise ValueError("cannot use select_by='probed' without classes: use a classifier and a task with labels")
+            raise ValueError(_NO_CLASSES)
         self._groups = neurons.list_groups(module_table.describe(model), self.targets)
         model.requires_grad_(False)
         for parameter in head:
@@ -71,7 +72,10 @@ class Probing(Method):
 
     def before_step(self, step: Step) -> None:
         """Store the labels and the mean hidden states of the batch."""
-        self.labels_.append(to_array(step.batch["labels"]))
+        labels = step.batch["labels"]
+        if labels.is_floating_point():
+            raise ValueError(_NO_CLASSES)
+        self.labels_.append(to_array(labels))
         for stack, states in token_means(step.model, step.batch).items():
             self.states_.setdefault(stack, []).append(states)
 

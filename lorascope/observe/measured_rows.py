@@ -39,6 +39,8 @@ class RowMeasure(ABC):
     unit = "nats"
 
     def __init__(self, model: nn.Module, encoded: EncodedRows, table: pd.DataFrame) -> None:
+        if encoded.values is not None:
+            raise ValueError("cannot measure in nats: labels must be classes or texts, got numbers")
         self.model, self.shifted = model, encoded.shifted
         device = next(model.parameters()).device
         # Rows of similar length are batched together.

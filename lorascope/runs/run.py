@@ -34,9 +34,10 @@ from lorascope.updates import Update, from_factors
 from lorascope.updates.weight_update import form_named
 
 TRAIN_AGAIN = "Train the run again with overwrite=True"
-# The second one is of tasks without a closed set of answers, the last one of runs before there were classes.
+# By kind of task: a closed set of answers, numbers, and texts; the last one is of runs before there were classes.
 _PREDICTION_DTYPES = (
     {"margin": "int8", "nll": "float16", "predicted": "int16"},
+    {"nll": "float32", "predicted": "float32"},
     {"nll": "float16"},
     {"margin": "int8", "nll": "float16"},
 )
@@ -102,7 +103,8 @@ class Run(Result):
         answers, ``margin`` is the logit of the right one minus the largest other, in steps of 1/32, rounded away from
         zero and clipped to 127 steps: a row is right if it is above zero. ``predicted`` is the number of the class with
         the largest logit, counted from 0 in the order of the labels; a tie with the right class gives another one. Runs
-        of earlier versions do not have it.
+        of earlier versions do not have it. For a task with numbers, ``nll`` is the squared error and ``predicted`` the
+        value.
 
         Raises
         ------
@@ -117,7 +119,7 @@ class Run(Result):
         table = read_table(file, file)
         dtypes = {name: str(dtype) for name, dtype in table.dtypes.items()}
         if dtypes not in _PREDICTION_DTYPES:
-            allowed = "margin (int8), nll (float16) and predicted (int16), or nll"
+            allowed = "margin (int8), nll (float16) and predicted (int16), nll and predicted (float32), or nll"
             raise unreadable(file, f"columns must be {allowed}, got {printable(dtypes)}")
         return table
 

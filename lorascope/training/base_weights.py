@@ -83,7 +83,7 @@ def prepare_model(model: nn.Module, task: Task, seed: int) -> TrainingMarker:
         return marker
     reject_adapted(model)
     # A fitted head is new, so its weights are drawn after it has the right size, and the hash leaves them out.
-    fit_head(model, task.labels if task.classifies else None)
+    fit_head(model, task.head_labels)
     draw_new_weights(model, seed)
     return TrainingMarker("", weights_hash(model), Base(model))
 

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorascope.array_types import Bool, Float, Int, Int8, Int16
+from lorascope.array_types import Bool, Float, Float32, Int, Int8, Int16
 from lorascope.files.predictions import predict_classes, quantize_margins
-from lorascope.inputs.metrics import Metric
+from lorascope.inputs.metrics import Metric, get
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """Result of an evaluation: ``name`` of the metric, "accuracy" or "perplexity", and values of each row.
+    """Result of an evaluation: ``name`` of the metric, such as "accuracy" or "perplexity", and values of each row.
 
-    ``nll`` is the negative log-likelihood in nats, of the class or summed over the target tokens; ``counts`` is the
-    number of target tokens, 1 for a class; ``correct`` is whether the model prefers the correct class or response, None
-    without a closed set of answers; ``margins`` is by how much, see ``quantize_margins``; ``predicted`` and ``answers``
-    are the numbers of the preferred and the right class or response; ``metrics`` replace the accuracy, the first one as
-    ``metric``.
+    ``nll`` is the negative log-likelihood in nats, of the class or summed over the target tokens, or the squared error
+    of a number; ``counts`` is the number of target tokens, 1 for a class or number; ``correct`` is whether the model
+    prefers the correct class or response, None without a closed set of answers; ``margins`` is by how much, see
+    ``quantize_margins``; ``predicted`` and ``answers`` are the numbers of the preferred and the right class or
+    response, or the predicted and the right number; ``metrics`` replace the accuracy, the first one as ``metric``.
     """
 
     name: str
@@ -36,8 +36,8 @@ class Score:
     correct: Bool[np.ndarray, "rows"] | None
     row_groups: list[str] | None
     margins: Int8[np.ndarray, "rows"] | None = None
-    predicted: Int16[np.ndarray, "rows"] | None = None
-    answers: Int[np.ndarray, "rows"] | None = None
+    predicted: Int16[np.ndarray, "rows"] | Float32[np.ndarray, "rows"] | None = None
+    answers: Int[np.ndarray, "rows"] | Float32[np.ndarray, "rows"] | None = None
     metrics: tuple[Metric, ...] = ()
 
     @property
@@ -61,12 +61,13 @@ class Score:
     @property
     def predictions(self) -> pd.DataFrame:
         """Values of each row as a run stores them; ``nll`` is scaled so that its mean is the loss."""
-        nll = (self.nll * (len(self.nll) / self.counts.sum())).astype(np.float16)
-        table = pd.DataFrame({"nll": nll})
+        nll = self.nll * (len(self.nll) / self.counts.sum())
         if self.margins is not None:
-            table.insert(0, "margin", self.margins)
-            table["predicted"] = self.predicted
-        return table
+            return pd.DataFrame({"margin": self.margins, "nll": nll.astype(np.float16), "predicted": self.predicted})
+        if self.predicted is not None:
+            # Squared errors exceed the largest number of float16.
+            return pd.DataFrame({"nll": nll.astype(np.float32), "predicted": self.predicted})
+        return pd.DataFrame({"nll": nll.astype(np.float16)})
 
     @property
     def higher_is_better(self) -> bool:
@@ -84,7 +85,8 @@ class Score:
     def _compute(self, metric: Metric, rows: Bool[np.ndarray, "rows"]) -> float:
         assert self.predicted is not None
         assert self.answers is not None
-        return float(metric.compute(self.predicted[rows].astype(np.int64), self.answers[rows]))
+        dtype = np.result_type(self.answers, np.int64)  # int64 of classes, float64 of values
+        return float(metric.compute(self.predicted[rows].astype(dtype), self.answers[rows].astype(dtype)))
 
     def _metric(self, rows: Bool[np.ndarray, "rows"]) -> float:
         if self.metrics:
@@ -112,8 +114,11 @@ def evaluate(
     The loss is the cross-entropy only, without terms that a model adds to its own loss. In a closed set of responses,
     all differ in the token at one position. A row is correct if the token of its response has the largest logit among
     these; a tie is an error. This takes one forward pass and, for one-token responses, equals comparing their
-    probabilities. Rows of similar length are batched together. ``metrics`` are of classes.
+    probabilities. Rows of similar length are batched together. ``metrics`` are of classes or, if these are numbers to
+    predict, of values.
     """
+    if encoded.values is not None:
+        return _score_values(model, encoded, device, batch_size, metrics)
     total = len(encoded)
     # Stable, so that rows of one length are in the same batches on every machine.
     order = np.argsort(encoded.lengths, kind="stable")
@@ -145,6 +150,28 @@ def evaluate(
         right_classes = encoded.choices.answers
     name = metrics[0].name if metrics else "accuracy"
     return Score(name, nll, counts, margins > 0, encoded.groups, margins, predicted, right_classes, metrics)
+
+
+def _score_values(
+    model: nn.Module, encoded: EncodedRows, device: str | torch.device, batch_size: int, metrics: tuple[Metric, ...]
+) -> Score:
+    """Evaluate the numbers that a model predicts; the loss is the mean squared error, as is the default metric."""
+    assert encoded.values is not None
+    predicted = np.zeros(len(encoded), dtype=np.float32)
+    order = np.argsort(encoded.lengths, kind="stable")
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = to_device(encoded.batch(rows), device)
+            del batch["labels"]
+            predicted[rows] = model(**batch).logits[:, 0].float().cpu().numpy()
+    model.train(training)
+    errors = (predicted.astype(np.float64) - encoded.values) ** 2
+    metrics = metrics or (get("mse"),)
+    counts = np.ones(len(encoded), dtype=np.int64)
+    return Score(metrics[0].name, errors, counts, None, encoded.groups, None, predicted, encoded.values, metrics)
 
 
 def _score_tokens(model: nn.Module, batch: dict[str, Tensor], encoded: EncodedRows) -> tuple[Any, Any, Any]:

@@ -110,7 +110,8 @@ def train(
     metric : str, Metric or sequence of these, optional
         Metrics to record at each evaluation, by the names of ``ls.metrics`` or as own functions, such as
         ``("f1", "accuracy")``. The first selects the best state, and recipes are compared by it. By default accuracy,
-        or perplexity without a closed set of answers. The names are part of the run's id.
+        perplexity without a closed set of answers, or the mean squared error of numbers. The names are part of the
+        run's id.
     observe : sequence of Observer, optional
         Observers that record quantities; ``[observe.norms()]`` by default.
     out : path, optional
@@ -175,6 +176,8 @@ def train(
     values = {field.name: arguments[field.name] for field in fields(Settings)}
     settings = Settings(**values | _rates(method, lr, head_lr))
     task = data.fit(model)
+    if task.kind == "regression" and not settings.metrics:
+        settings = replace(settings, metric="mse")
     require_fit(settings.metrics, task)
     model.to(device)
     marker = prepare_model(model, task, seed)

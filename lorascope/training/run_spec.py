@@ -79,7 +79,7 @@ class RunSpec:
             task_kind=self.task.kind,
             task_options=dict(self.task.options) or None,
             selected_on_test=self.task.selected_on_test or None,
-            labels=list(self.task.labels) if self.task.classifies else None,
+            labels=None if self.task.head_labels is None else list(self.task.head_labels),
             parents=[f"../{run.path.name}" for run in parents if run.path],
             total_seconds=sum(run.meta.seconds for run in parents),
             facts=self.phase.method.describe(),

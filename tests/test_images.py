@@ -179,7 +179,7 @@ def test_hub_dataset_with_an_image_column_gives_an_image_task():
     table = pd.DataFrame({"img": stored, "title": "a photo", "label": (rows["label"] == "left").astype(int)})
     features = {"img": image(), "title": words, "label": SimpleNamespace(names=["right", "left"], dtype="int64")}
     part = SimpleNamespace(features=features, to_pandas=lambda: table)
-    assert tasks.from_frame(sources._canonical(part)).hash == tasks.from_frame(rows).hash
+    assert tasks.from_frame(sources._canonical(part, None, "dataset")).hash == tasks.from_frame(rows).hash
 
 
 def test_hub_dataset_without_a_column_text_keeps_its_domain_as_group():
@@ -188,6 +188,6 @@ def test_hub_dataset_without_a_column_text_keeps_its_domain_as_group():
     part = SimpleNamespace(
         features=kinds | {"label": SimpleNamespace(names=["no", "yes"], dtype="int64")}, to_pandas=lambda: table.copy()
     )
-    found = sources._canonical(part)
+    found = sources._canonical(part, None, "dataset")
     assert list(found) == ["text", "label", "domain"]
     assert found["label"].tolist() == ["yes", "no"] * 20

@@ -85,9 +85,7 @@ def load_without_dropout(bert):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_weights_equal_those_of_a_plain_loop_with_mean_squared_error(
-    load_without_dropout, tmp_path, monkeypatch, accumulate
-):
+def test_weights_equal_a_plain_loop_with_squared_error(load_without_dropout, tmp_path, monkeypatch, accumulate):
     task = tasks.from_frame(table())
     batches = []
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from lorascope.cli.arguments import call, headline, options_of
-from lorascope.inputs import tasks
+from lorascope.experiments.grid import load_task
 from lorascope.methods import METHODS
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
             Print the result as JSON.
         """
         configured = method(**{field.name: options.pop(field.name) for field in fields})
-        data = task if splits is None else tasks.load(task, splits=splits)
+        data = load_task({"name": task, "splits": splits})
         result = train(model, data, configured, out=out, **options)
         if json:
             values = {"id": result.id, "path": str(result.path), "label": result.label}

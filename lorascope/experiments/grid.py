@@ -136,7 +136,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
             allowed = allowed or (key == "task" and isinstance(value, Mapping))
             if key != "method" and not allowed:
                 raise ValueError(f"{key} must be a string or a list of strings, got {reprlib.repr(value)}")
-    lists["task"] = [_load_task(entry) if isinstance(entry, Mapping) else entry for entry in lists["task"]]
+    lists["task"] = [load_task(entry) if isinstance(entry, Mapping) else entry for entry in lists["task"]]
     methods = list(itertools.chain.from_iterable(map(_methods, lists["method"])))
     settings = _read_settings(table["settings"], methods)
     for combination in settings:
@@ -158,7 +158,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
     return grid
 
 
-def _load_task(entry: Mapping[str, Any]) -> Task:
+def load_task(entry: Mapping[str, Any]) -> Task:
     """Load the task of a table with a name and options of ``tasks.load``."""
     hints = get_type_hints(tasks.load)
     del hints["return"]

@@ -27,7 +27,7 @@ from lorascope.methods.method import Method, config, from_config
 from lorascope.observe import OBSERVERS, Observer
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
-from lorascope.training.settings import Settings
+from lorascope.training.settings import Settings, require_length
 from lorascope.training.trackers import tracker_names
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
@@ -194,8 +194,8 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
         if isinstance(table["observe"], str | Mapping) and table["observe"] != _NONE:
             raise ValueError(f'observe must be a list of observers such as ["norms"], got {table["observe"]!r}')
         table = {**table, "observe": _observers(table["observe"])}
-    if "steps" not in table:
-        raise ValueError("missing setting 'steps': add it, as in {steps = 300}")
+    if "steps" not in table and "epochs" not in table:
+        raise ValueError("missing setting 'steps' or 'epochs': add one, as in {steps = 300}")
     combinations = _combinations(table, hints)
     names = get_type_hints(Settings).keys()
     _require_count([combinations, methods])
@@ -206,7 +206,8 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
         for name in ("lr", "head_lr"):
             if training.get(name) is None:
                 training[name] = getattr(method, name)
-        Settings(**training)
+        require_length(training.get("steps"), training.get("epochs"))
+        Settings(**{"steps": 0} | training)
     return combinations
 
 

@@ -35,7 +35,7 @@ from lorascope.training.base_weights import TrainingMarker, begin_training, prep
 from lorascope.training.checkpoints import Checkpoint, Checkpoints
 from lorascope.training.loop import fit, reset_model, usable_device
 from lorascope.training.output_folder import finished_run, prepare_folder
-from lorascope.training.run_spec import RunSpec, load_task
+from lorascope.training.run_spec import RunSpec, reload_task
 from lorascope.training.session import Session
 from lorascope.training.settings import Settings
 from lorascope.training.state import seed_generators, trained_tensors
@@ -313,7 +313,7 @@ def _open_task(run: Run, task: Task | str | Path | None) -> Task:
     if isinstance(task, Task):
         return task
     try:
-        return load_task(run, run.task if task is None else str(task))
+        return reload_task(run, run.task if task is None else str(task))
     except (OSError, ValueError) as error:
         if task is not None:
             raise

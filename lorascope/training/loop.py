@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,9 +27,9 @@ from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.keyboard_interrupt import catch_interrupt
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
 from lorascope.training.progress import progress_bar
-from lorascope.training.run_spec import RunSpec
+from lorascope.training.run_spec import RunSpec, phase_rows
 from lorascope.training.session import Session, clip_gradients, nonfinite_reason
-from lorascope.training.settings import Settings
+from lorascope.training.settings import Settings, require_length
 from lorascope.training.state import seed_generators
 from lorascope.training.trackers import tracker_names
 
@@ -39,7 +39,8 @@ def train(
     data: Task | str | Path,
     method: Method | str,
     *,
-    steps: int,
+    steps: int | None = None,
+    epochs: float | None = None,
     seed: int = 0,
     lr: float | None = None,
     head_lr: float | None = None,
@@ -50,7 +51,7 @@ def train(
     weight_decay: float = 0.0,
     accumulate: int = 1,
     precision: str = "fp32",
-    eval_every: int | None = None,
+    eval_every: int | Literal["epoch"] | None = None,
     eval_size: int = 512,
     test_size: int | None = None,
     max_length: int = 128,
@@ -75,8 +76,11 @@ def train(
         Task, or a name for ``tasks.load``.
     method : Method or str
         Method, such as ``LoRA(rank=8)``, or its name.
-    steps : int
+    steps : int, optional
         Optimizer steps per phase, unless the method sets another number for a phase.
+    epochs : float, optional
+        Passes over the rows of each phase, instead of steps. The last batch of an epoch has the remaining rows, as in
+        the Trainer of transformers; with steps, all batches have ``batch_size`` rows.
     seed : int
         Seed for new weights, data order, adapter initialization and dropout.
     lr : float, optional
@@ -98,9 +102,9 @@ def train(
         Number of equal micro-batches per batch, to save memory.
     precision : {"fp32", "bf16"}
         Precision of the forward pass: fp32, or bf16 by autocast, in which the weights keep their dtype.
-    eval_every : int, optional
-        Steps between evaluations on the validation split, the first before training. By default a fifth of the run; 0
-        evaluates only after the last step.
+    eval_every : int or "epoch", optional
+        Steps between evaluations on the validation split, the first before training, or "epoch", after each epoch. By
+        default a fifth of the run; 0 evaluates only after the last step.
     eval_size : int
         Number of validation rows to evaluate.
     test_size : int, optional
@@ -155,7 +159,9 @@ def train(
     require_observers(observers)
     if not is_integer(checkpoint_every) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}")
-    _require_steps(keep_checkpoints, steps)
+    require_length(steps, epochs)
+    if steps is not None:
+        _require_steps(keep_checkpoints, steps)
     if not is_integer(seed) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r}")
     seed = int(seed)  # random.seed accepts no integers of numpy
@@ -173,7 +179,7 @@ def train(
         data = tasks.load(str(data))
     if isinstance(model, str | Path):
         model = models.load(str(model), task=data)
-    values = {field.name: arguments[field.name] for field in fields(Settings)}
+    values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
     settings = Settings(**values | _rates(method, lr, head_lr))
     task = data.fit(model)
     if task.kind == "regression" and not settings.metrics:
@@ -181,7 +187,9 @@ def train(
     require_fit(settings.metrics, task)
     model.to(device)
     marker = prepare_model(model, task, seed)
-    plan = RunSpec(method, Phase(method), task, settings, seed, marker.w0_hash, tuple(observers))
+    resolved = settings.resolve(phase_rows(task, Phase(method)))
+    _require_steps(keep_checkpoints, resolved.steps)
+    plan = RunSpec(method, Phase(method), task, resolved, seed, marker.w0_hash, tuple(observers))
     if marker.recipe not in ("", plan.id):
         raise ValueError(f"cannot train a model twice: it was trained as recipe {marker.recipe}; load a fresh model")
     data_name = task.name
@@ -199,7 +207,8 @@ def train(
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
             started.append(path.name)
             rates = _rates(phase.method, default_if_none(phase.lr, lr), head_lr)
-            spec = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
+            resolved = settings.resolve(phase_rows(task, phase))
+            spec = replace(plan, phase=phase, settings=replace(resolved, steps=phase.steps or resolved.steps, **rates))
             stored = finished_run(path, spec)
             if stored is None and not locked:
                 # Hold this lock until the end, so that no other process trains in the folder between two phases.

@@ -88,7 +88,12 @@ class RunSpec:
         )
 
 
-def load_task(run: Result, name: str) -> Task:
+def phase_rows(task: Task, phase: Phase) -> int:
+    """Return the number of rows that a phase trains on."""
+    return sum(len(task.split(split, float(phase.method.search_share))) for split in phase.split.split("+"))
+
+
+def reload_task(run: Result, name: str) -> Task:
     """Load a task by name: with the splits and columns that the run had, if it is the task of the run."""
     options = run.meta.task_options or {}
     return tasks.load(name, **options) if name == run.meta.task else tasks.load(name)

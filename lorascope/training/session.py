@@ -96,8 +96,13 @@ class Session(Recording):
     def batch(self, index: int) -> Batch:
         """Return the batch of a 0-based step. Each epoch visits the rows in a new seeded permutation."""
         size, total = self.settings.batch_size, len(self.train)
+        positions = range(index * size, (index + 1) * size)
+        if self.settings.epochs is not None:
+            epoch, step = divmod(index, self.settings.epoch_steps(total))
+            start = epoch * total + step * size
+            positions = range(start, min(start + size, (epoch + 1) * total))
         rows = []
-        for position in range(index * size, (index + 1) * size):
+        for position in positions:
             epoch, row = divmod(position, total)
             # With the epoch in the seed, a resumed run draws the same rows without repeating earlier epochs.
             if self._permutation[0] != epoch:
@@ -141,6 +146,8 @@ class Session(Recording):
         total, rows = self.task.count_targets(self.step.batch), self.settings.batch_size // count
         for number in range(count):
             piece = {key: value[number * rows : (number + 1) * rows] for key, value in self.step.batch.items()}
+            if not len(piece["labels"]):
+                break  # the last batch of an epoch may be shorter
             # The loss of a piece is a mean over its own targets, whose number differs in a language model.
             share = self.task.count_targets(piece) / total if count > 1 else 1.0
             value = self._batch_loss(self.model, piece, None) * share

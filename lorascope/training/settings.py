@@ -20,6 +20,8 @@ PRECISIONS = ("fp32", "bf16")
 class Settings:
     """Training settings that all methods share; ``train`` documents each of them.
 
+    With ``epochs``, ``steps`` is 0 until :meth:`resolve` knows the number of rows.
+
     Departs:
 
     - The learning rate in step t of a warm-up of w steps is multiplied by (t + 1) / (w + 1). In transformers the factor
@@ -36,15 +38,22 @@ class Settings:
     weight_decay: float = 0.0
     accumulate: int = 1
     precision: str = "fp32"
-    eval_every: int | None = None
+    eval_every: int | str | None = None
     eval_size: int = 512
     test_size: int | None = None
     max_length: int = 128
     metric: str | Metric | Sequence[str | Metric] | None = None
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
-        require_integer(self, 1, "steps", "batch_size", "accumulate", "eval_size", "test_size", "max_length")
-        require_integer(self, 0, "eval_every")
+        require_integer(self, 1, "batch_size", "accumulate", "eval_size", "test_size", "max_length")
+        require_integer(self, 1 if self.epochs is None else 0, "steps")
+        if self.epochs is not None:
+            require(self, "epochs", "a number > 0", is_number(self.epochs) and 0 < self.epochs < math.inf)
+        if self.eval_every == "epoch":
+            require(self, "eval_every", "an integer >= 0 without epochs", self.epochs is not None)
+        else:
+            require_integer(self, 0, "eval_every")
         for name in ("lr", "head_lr", "warmup", "weight_decay", "clip"):
             value = getattr(self, name)
             require(self, name, "a number", is_number(value) or (name == "clip" and value is None))
@@ -62,6 +71,20 @@ class Settings:
         require_choice(self, "precision", PRECISIONS)
         _ = self.metrics  # an unknown one raises
 
+    def resolve(self, rows: int) -> Settings:
+        """Return the settings of a phase that trains on a number of rows, with steps instead of epochs."""
+        if self.epochs is None:
+            return self
+        epoch_steps = self.epoch_steps(rows)
+        settings = dataclasses.replace(self, steps=math.ceil(self.epochs * epoch_steps))
+        if self.eval_every == "epoch":
+            settings = dataclasses.replace(settings, eval_every=epoch_steps)
+        return settings
+
+    def epoch_steps(self, rows: int) -> int:
+        """Return the number of steps per epoch, the last one with a shorter batch."""
+        return math.ceil(rows / self.batch_size)
+
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """Metrics to record, of which the first selects the best state; empty for the default of the task."""
@@ -74,6 +97,7 @@ class Settings:
         """Number of steps between two evaluations; all steps of the run if ``eval_every`` is 0."""
         if self.eval_every is None:
             return max(1, self.steps // 5)
+        assert isinstance(self.eval_every, int)  # resolved
         return self.eval_every or self.steps
 
     @property
@@ -110,7 +134,17 @@ class Settings:
             if name in ("lr", "head_lr", "warmup", "clip", "weight_decay") and value is not None:
                 values[name] = float(value)
         # Only if there are any, because other runs keep the ids that they had before there was a choice.
-        del values["metric"]
+        del values["metric"], values["epochs"]
+        if self.epochs is not None:
+            values["epochs"] = float(self.epochs)
         if self.metrics:
             values["metric"] = [metric.name for metric in self.metrics]
         return values
+
+
+def require_length(steps: object, epochs: object) -> None:
+    """Raise a ValueError unless either the steps or the epochs of a training are set."""
+    if steps is not None and epochs is not None:
+        raise ValueError("pass steps or epochs, got both")
+    if steps is None and epochs is None:
+        raise ValueError("pass steps or epochs, such as steps=300, got neither")

@@ -217,11 +217,13 @@ class Cohort:
 
     @property
     def metric(self) -> str:
-        """Axis label of test metrics: the name of the metric if all runs share it."""
+        """Axis label of test metrics: the name of the metric if all runs share it, and which state is tested."""
         names = {getattr(run.meta.test, "name", "metric") for run in self.runs}
-        if len(names) > 1:
+        states = {run.meta.tested_state for run in self.runs}
+        if len(names) > 1 or len(states) > 1:
             return QUANTITIES["test_metric"].label
-        return f"test {names.pop()}"
+        state = states.pop()
+        return f"test {names.pop()}" + f" ({state})" * bool(state)
 
     @property
     def lower_is_better(self) -> bool:

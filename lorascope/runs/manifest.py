@@ -204,6 +204,14 @@ class Manifest:
     started: int | None = None
     seconds: Finite = 0.0
     total_seconds: Finite = 0.0
+
+    @property
+    def tested_state(self) -> str:
+        """State that was tested as words, empty for the last one; also whether the tested rows selected it."""
+        if self.settings.get("test_state", "last") == "last":
+            return ""
+        return "best state" + ", selected on the reported split" * bool(self.selected_on_test)
+
     facts: dict[str, Any] | None = None
     source: str | None = None
 

@@ -290,7 +290,10 @@ class Result(ABC):
         if "last" not in meta.states:
             return lines
         if meta.test:
-            lines.append(("test", f"{meta.test.name} {meta.test.metric:.4g}, loss {meta.test.loss:.4g}"))
+            tested = f"{meta.test.name} {meta.test.metric:.4g}, loss {meta.test.loss:.4g}"
+            if meta.tested_state:
+                tested += f" ({meta.tested_state})"
+            lines.append(("test", tested))
         return lines + self._finding_lines()
 
     def _finding_lines(self) -> Lines:

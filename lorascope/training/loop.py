@@ -54,6 +54,7 @@ def train(
     eval_every: int | Literal["epoch"] | None = None,
     eval_size: int = 512,
     test_size: int | None = None,
+    test_state: str = "last",
     max_length: int = 128,
     metric: str | Metric | Sequence[str | Metric] | None = None,
     observe: Sequence[Observer] | None = None,
@@ -109,6 +110,9 @@ def train(
         Number of validation rows to evaluate.
     test_size : int, optional
         Number of test rows to evaluate; all by default.
+    test_state : {"last", "best"}
+        State that is tested: the last one, or the one that was best on the validation split. The model is returned in
+        its last state in both cases.
     max_length : int
         Maximum number of tokens per text; longer texts are truncated.
     metric : str, Metric or sequence of these, optional

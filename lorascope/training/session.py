@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -37,8 +38,10 @@ from lorascope.training.state import (
     generators_state,
     load_generators_state,
     load_optimizer_state,
+    load_state,
     load_tensors,
     optimizer_state,
+    read_state,
     trained_tensors,
 )
 from lorascope.training.trackers import tracker_report
@@ -248,8 +251,8 @@ class Session(Recording):
         )
 
     def finish(self) -> Run:
-        """Evaluate the final state on the test split, save it and close the run folder."""
-        score = self._score(self.test)
+        """Evaluate a state on the test split, save the last and the best one and close the run folder."""
+        score = self._score_tested_state()
         self.model.eval()
         tested = [Record("test_loss", score.loss), Record("test_metric", score.metric)]
         if score.groups:
@@ -271,6 +274,17 @@ class Session(Recording):
         run = self.close("done")
         self.checkpoints.remove()
         return run
+
+    def _score_tested_state(self) -> Score:
+        """Evaluate the state that ``test_state`` names on the test split, and leave the model in its last state."""
+        if self.settings.test_state == "last" or self.best is None or self.best.step == self.step.finished:
+            return self._score(self.test)
+        # A copy, because both share the memory of the live tensors.
+        last = copy.deepcopy((trained_tensors(self.model, self.optimizer), self.method.state()))
+        load_state(self.model, self.method, *read_state(self.checkpoints.best_file(self.best.step)))
+        score = self._score(self.test)
+        load_state(self.model, self.method, *last)
+        return score
 
 
 def register_metrics(metrics: Sequence[Metric]) -> None:

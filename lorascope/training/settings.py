@@ -14,6 +14,7 @@ from lorascope.methods.method import python_number
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
+TEST_STATES = ("last", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Settings:
     max_length: int = 128
     metric: str | Metric | Sequence[str | Metric] | None = None
     epochs: float | None = None
+    test_state: str = "last"
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "eval_size", "test_size", "max_length")
@@ -69,6 +71,7 @@ class Settings:
         require(self, "clip", "> 0 or None (no clipping)", self.clip is None or self.clip > 0)
         require_choice(self, "schedule", SCHEDULES)
         require_choice(self, "precision", PRECISIONS)
+        require_choice(self, "test_state", TEST_STATES)
         _ = self.metrics  # an unknown one raises
 
     def resolve(self, rows: int) -> Settings:
@@ -134,9 +137,11 @@ class Settings:
             if name in ("lr", "head_lr", "warmup", "clip", "weight_decay") and value is not None:
                 values[name] = float(value)
         # Only if there are any, because other runs keep the ids that they had before there was a choice.
-        del values["metric"], values["epochs"]
+        del values["metric"], values["epochs"], values["test_state"]
         if self.epochs is not None:
             values["epochs"] = float(self.epochs)
+        if self.test_state != "last":
+            values["test_state"] = self.test_state
         if self.metrics:
             values["metric"] = [metric.name for metric in self.metrics]
         return values

@@ -168,6 +168,20 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, m
     save_tree(path, {**trained_tensors(model, optimizer), _LEARNED: method.state()})
 
 
+def read_state(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Return the trained tensors by parameter name, and the method's state, of a file of :func:`save_state`."""
+    stored = load_tree(path)
+    if not isinstance(stored, dict) or _LEARNED not in stored:
+        raise ValueError(f"cannot restore from {printable(path)}: it has no state of a method")
+    return stored, stored.pop(_LEARNED)
+
+
+def load_state(model: nn.Module, method: Method, tensors: Mapping[str, Tensor], learned: Any) -> None:
+    """Load the trained tensors, and the state of a method that is attached to the model."""
+    method.restore(learned)
+    load_tensors(model, tensors)
+
+
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy a state's tensors into parameters and buffers of the same names, or replace those of another shape."""
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -261,9 +275,7 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
         raise ValueError(
             f"cannot restore run {run.id}: PEFT trained it; export it with ls.export.to_peft and load it with PEFT"
         )
-    stored = load_tree(path)
-    if not isinstance(stored, dict) or _LEARNED not in stored:
-        raise ValueError(f"cannot restore from {printable(path)}: it has no state of a method")
+    state = read_state(path)
     # The new head has the names and the shape of the trained one, whose tensors are loaded below.
     fit_head(model, run.meta.labels)
     if method is None and config["name"] not in METHODS:
@@ -275,6 +287,5 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
             f"cannot restore run {printable(run.id)}: its fields do not fit its method: {printable(error)}"
         ) from error
     attach_method(method, model)
-    method.restore(stored.pop(_LEARNED))
-    load_tensors(model, stored)
+    load_state(model, method, *state)
     model.eval()

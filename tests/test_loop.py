@@ -592,6 +592,17 @@ def test_schedules_have_the_expected_rates():
     assert replace(base, warmup=0.25).warmup_steps == 3
 
 
+def test_schedule_from_zero_equals_that_of_transformers():
+    from transformers import get_linear_schedule_with_warmup
+
+    from lorascope.training.settings import Settings
+
+    rate = Settings(steps=10, lr=1.0, head_lr=1.0, warmup=2, warmup_start="zero").rate()
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    expected = get_linear_schedule_with_warmup(torch.optim.SGD([parameter], 1.0), 2, 10).lr_lambdas[0]
+    assert [rate(step) for step in range(11)] == [expected(step) for step in range(11)]
+
+
 def test_best_state_is_the_one_with_the_best_validation(fresh_bert, task, tmp_path):
     run = ls.train(
         fresh_bert,

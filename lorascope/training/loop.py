@@ -47,6 +47,7 @@ def train(
     batch_size: int = 16,
     schedule: str = "linear",
     warmup: float = 0.06,
+    warmup_start: str = "nonzero",
     clip: float | None = 1.0,
     weight_decay: float = 0.0,
     accumulate: int = 1,
@@ -95,6 +96,8 @@ def train(
         Learning rate schedule after the linear warm-up: linear or cosine decay to zero, or constant.
     warmup : float
         Length of the warm-up: a fraction of all steps if below 1, else a number of steps.
+    warmup_start : {"nonzero", "zero"}
+        Factor of the rate in step t, from 0, of a warm-up of w steps: (t + 1) / (w + 1), or t / w as in transformers.
     clip : float or None
         Maximum global gradient norm; None disables clipping.
     weight_decay : float

@@ -15,6 +15,9 @@ from lorascope.methods.method import python_number
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 TEST_STATES = ("last", "best")
+WARMUP_STARTS = ("nonzero", "zero")
+# By default not stored, because runs keep the ids that they had before there was a choice.
+_ADDED_LATER = {"metric": None, "epochs": None, "test_state": "last", "warmup_start": "nonzero"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class Settings:
     Departs:
 
     - The learning rate in step t of a warm-up of w steps is multiplied by (t + 1) / (w + 1). In transformers the factor
-      is t / w, which is 0 in the first step.
+      is t / w, which is 0 in the first step, as with ``warmup_start="zero"``.
     """
 
     steps: int
@@ -46,6 +49,7 @@ class Settings:
     metric: str | Metric | Sequence[str | Metric] | None = None
     epochs: float | None = None
     test_state: str = "last"
+    warmup_start: str = "nonzero"
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "eval_size", "test_size", "max_length")
@@ -72,6 +76,7 @@ class Settings:
         require_choice(self, "schedule", SCHEDULES)
         require_choice(self, "precision", PRECISIONS)
         require_choice(self, "test_state", TEST_STATES)
+        require_choice(self, "warmup_start", WARMUP_STARTS)
         _ = self.metrics  # an unknown one raises
 
     def resolve(self, rows: int) -> Settings:
@@ -113,6 +118,8 @@ class Settings:
         warm, total = self.warmup_steps, self.steps
 
         def factor(step: int) -> float:
+            if step < warm and self.warmup_start == "zero":
+                return step / warm
             if step < warm:
                 return (step + 1) / (warm + 1)
             left = max(0.0, (total - step) / max(1, total - warm))
@@ -134,14 +141,11 @@ class Settings:
         values = dataclasses.asdict(dataclasses.replace(self, metric=None))
         for name, value in values.items():
             values[name] = python_number(value)
-            if name in ("lr", "head_lr", "warmup", "clip", "weight_decay") and value is not None:
+            if name in ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs") and value is not None:
                 values[name] = float(value)
-        # Only if there are any, because other runs keep the ids that they had before there was a choice.
-        del values["metric"], values["epochs"], values["test_state"]
-        if self.epochs is not None:
-            values["epochs"] = float(self.epochs)
-        if self.test_state != "last":
-            values["test_state"] = self.test_state
+        for name, default in _ADDED_LATER.items():
+            if values[name] == default:
+                del values[name]
         if self.metrics:
             values["metric"] = [metric.name for metric in self.metrics]
         return values

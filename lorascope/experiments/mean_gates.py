@@ -20,6 +20,7 @@ from lorascope.methods.hydralora_routing import Routing, stack_gates, watch
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
+from lorascope.training.run_spec import reload_model
 
 
 def mean_gates(
@@ -107,7 +108,7 @@ def _restore_trained(trained: nn.Module | Result, base: nn.Module | None) -> Any
         return trained
     if base is None:
         name, blocks = base_of(trained)
-        base = models.load(name, blocks=blocks)
+        base = reload_model(trained, name, blocks=blocks)
     if isinstance(trained, Adapter):
         attach(base, _routers(trained, base))
     else:

@@ -23,7 +23,7 @@ from lorascope.runs.adapter import Adapter
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
-from lorascope.training.run_spec import reload_task
+from lorascope.training.run_spec import reload_model, reload_task
 from lorascope.training.state import load_tensors
 from lorascope.updates import Update
 
@@ -63,7 +63,7 @@ def open_trained(run: Result, name: str | Path, task: str | Path | Task, state: 
     """
     if not isinstance(task, Task):
         task = reload_task(run, str(task))
-    base = models.load(name, task, base_of(run)[1])
+    base = reload_model(run, name, task, base_of(run)[1])
     deltas: dict[str, Delta] = {}
     if isinstance(run, Adapter) or run.meta.w0_hash is None:
         if isinstance(run, Adapter):

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,22 @@ from lorascope.files.whole_files import file_hash
 from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch
 from lorascope.inputs.tasks import Task
 from lorascope.schema import module_table
+from lorascope.schema.suggestions import unknown_name
 
 __all__ = ["load", "missing", "processor", "tokenizer"]
 
 BUNDLED = ("minilm", "smollm2")
+_OPTION_TYPES = bool | int | float | str
+# They describe the files, not the model.
+_FILE_FIELDS = ("dtype", "model_type", "transformers_version")
 
 
-def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | None = None) -> nn.Module:
+def load(
+    name: str | os.PathLike[str],
+    task: Task | None = None,
+    blocks: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Load a model with a head, in float32 and evaluation mode.
 
     Encoders are loaded as sequence classifiers, decoders as causal LMs, encoder-decoders as seq2seq LMs, and vision
@@ -50,6 +59,8 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
         Task whose labels a classifier gets.
     blocks : int, optional
         Number of transformer blocks to load, from the first, in each stack; all by default.
+    options : mapping, optional
+        Fields of the configuration that replace those of the checkpoint, such as ``{"hidden_dropout_prob": 0.0}``.
 
     Returns
     -------
@@ -61,7 +72,8 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     FileNotFoundError
         The name is unknown, the file or folder does not exist, or the Hugging Face Hub is unavailable.
     ValueError
-        This kind of model has no head, ``blocks`` exceeds the number of blocks, or the files are damaged.
+        This kind of model has no head, ``blocks`` exceeds the number of blocks, the configuration has no such field, or
+        the files are damaged.
     """
     source = locate_model(str(name))
     if (folder := Path(source)).is_dir():
@@ -72,6 +84,8 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
         require_own_attention(config, source)
         if blocks is not None:
             _keep_blocks(config, blocks, name)
+        if options is not None:
+            _set_options(config, options, name)
         head = _head_class(config, name)
         labels = task.head_labels if task is not None and "Classification" in head.__name__ else None
         # A classifier with the same labels in another order keeps its order.
@@ -320,6 +334,28 @@ def _keep_blocks(config: Any, blocks: int, name: object) -> None:
         elif key in ("decoder_layers", "num_decoder_layers"):
             setattr(config, key, min(blocks, value))
     config.num_hidden_layers = blocks
+
+
+def _set_options(config: Any, options: Mapping[str, Any], name: object) -> None:
+    """Set fields of the configuration that are numbers, booleans or text; raise a ValueError for other ones."""
+    if not isinstance(options, Mapping):
+        raise ValueError(f"model_options must be a mapping such as {{'hidden_dropout_prob': 0.0}}, got {options!r}")
+    fields = {}
+    for key, value in config.to_dict().items():
+        if isinstance(value, _OPTION_TYPES | None) and not key.startswith("_") and key not in _FILE_FIELDS:
+            fields[key] = value
+    if config.model_type in ("deberta", "deberta-v2"):
+        # Their classifiers read it, and without it they take the dropout of the other layers.
+        fields.setdefault("cls_dropout", None)
+    for key, option in options.items():
+        if key not in fields:
+            raise ValueError(f"model_options of {name}: {unknown_name('field', key, sorted(fields))}")
+        if type(option) is int and isinstance(fields[key], float):
+            option = float(option)
+        try:
+            setattr(config, key, option)
+        except huggingface_hub.errors.StrictDataclassError as error:
+            raise ValueError(f"model_options of {name}: {first_line(error.__cause__ or error)}") from None
 
 
 def _load_quietly(kind: Any, source: str, name: object, **options: Any) -> Any:

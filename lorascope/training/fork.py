@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import attached_deltas, resize
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
-from lorascope.inputs import models, tasks
+from lorascope.inputs import tasks
 from lorascope.inputs.tasks import Task
-from lorascope.methods.field_checks import is_integer
+from lorascope.methods.field_checks import default_if_none, is_integer
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.methods.method import Method, Phase, Step, config, from_config
 from lorascope.observe.observer import OBSERVERS, Observer
@@ -35,7 +35,7 @@ from lorascope.training.base_weights import TrainingMarker, begin_training, prep
 from lorascope.training.checkpoints import Checkpoint, Checkpoints
 from lorascope.training.loop import fit, reset_model, usable_device
 from lorascope.training.output_folder import finished_run, prepare_folder
-from lorascope.training.run_spec import RunSpec, reload_task
+from lorascope.training.run_spec import RunSpec, reload_model, reload_task
 from lorascope.training.session import Session
 from lorascope.training.settings import Settings
 from lorascope.training.state import seed_generators, trained_tensors
@@ -324,7 +324,7 @@ def _open_model(run: Run, model: nn.Module | str | Path | None, task: Task) -> n
     if isinstance(model, nn.Module):
         return model
     try:
-        return models.load(run.meta.model if model is None else str(model), task=task)
+        return reload_model(run, default_if_none(model, run.meta.model), task)
     except (OSError, ValueError) as error:
         if model is not None:
             raise

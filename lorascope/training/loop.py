@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -58,6 +58,7 @@ def train(
     test_state: str = "last",
     max_length: int = 128,
     metric: str | Metric | Sequence[str | Metric] | None = None,
+    model_options: Mapping[str, Any] | None = None,
     observe: Sequence[Observer] | None = None,
     out: str | Path | None = None,
     root: str | Path = "runs",
@@ -123,6 +124,9 @@ def train(
         ``("f1", "accuracy")``. The first selects the best state, and recipes are compared by it. By default accuracy,
         perplexity without a closed set of answers, or the mean squared error of numbers. The names are part of the
         run's id.
+    model_options : mapping, optional
+        Fields of the configuration of a model that is loaded by name, such as ``{"hidden_dropout_prob": 0.0}``; see
+        ``models.load``.
     observe : sequence of Observer, optional
         Observers that record quantities; ``[observe.norms()]`` by default.
     out : path, optional
@@ -185,7 +189,9 @@ def train(
     if not isinstance(data, Task):
         data = tasks.load(str(data))
     if isinstance(model, str | Path):
-        model = models.load(str(model), task=data)
+        model = models.load(str(model), data, options=model_options)
+    elif model_options is not None:
+        raise ValueError("model_options requires the name of a model: set fields of model.config before you train it")
     values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
     settings = Settings(**values | _rates(method, lr, head_lr))
     task = data.fit(model)

@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from lorascope import __version__
 from lorascope.adapters.delta import adapters
 from lorascope.adapters.host_weights import host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
-from lorascope.inputs import tasks
-from lorascope.inputs.models import name_of
+from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, Phase, Step, config, task_head, trained_parameters
 from lorascope.observe import Observer
@@ -99,6 +99,14 @@ def reload_task(run: Result, name: str) -> Task:
     return tasks.load(name, **options) if name == run.meta.task else tasks.load(name)
 
 
+def reload_model(run: Result, name: str | Path, task: Task | None = None, blocks: int | None = None) -> nn.Module:
+    """Load the base of a run by its name or from a folder, with the options that the run had."""
+    options = None
+    if isinstance(run, Run):
+        options = run.meta.settings.get("model_options")
+    return models.load(name, task, blocks, options)
+
+
 def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parameter], device: str) -> dict[str, Any]:
     """Return the part of a run's specification in ``run.json`` that ``train`` and a Trainer share."""
     model = step.model
@@ -112,7 +120,7 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
     except FileNotFoundError:  # git is not installed
         commit = ""
     return {
-        "model": name_of(model),
+        "model": models.name_of(model),
         "versions": {"lorascope": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "commit": commit.strip() or None,
         "device": device,

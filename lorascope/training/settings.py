@@ -17,7 +17,7 @@ PRECISIONS = ("fp32", "bf16")
 TEST_STATES = ("last", "best")
 WARMUP_STARTS = ("nonzero", "zero")
 # By default not stored, because runs keep the ids that they had before there was a choice.
-_ADDED_LATER = {"metric": None, "epochs": None, "test_state": "last", "warmup_start": "nonzero"}
+_ADDED_LATER = {"metric": None, "epochs": None, "test_state": "last", "warmup_start": "nonzero", "model_options": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ class Settings:
     epochs: float | None = None
     test_state: str = "last"
     warmup_start: str = "nonzero"
+    model_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "eval_size", "test_size", "max_length")

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from test_rank_prices import made_price
 
 from lorascope.analysis.rank_prices import RUNS
+from lorascope.files.data_folder import DATA
 from lorascope.papers import instruments
 from lorascope.papers.instruments import (
     FLIPPED,
@@ -32,7 +33,6 @@ from lorascope.papers.instruments import (
 )
 from lorascope.papers.judging import registered_study
 from lorascope.papers.judging.code_hash import comparison_hash, judging_hash
-from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.judging.kept_study import STUDY_COLUMNS, StudyEvidence
 from lorascope.papers.judging.study_results import compute
 from lorascope.papers.judging.study_verification import verify_study

@@ -13,10 +13,11 @@ from test_study_retraining import CLAIM, CONTROL, LABELS, METHOD, data, folder, 
 from test_study_training import arms, few_texts  # noqa: F401
 
 from lorascope.cli import reproduce as command
+from lorascope.files.data_folder import DATA
 from lorascope.papers import registry
 from lorascope.papers.judging import kept_study, registered_study, study_verification
 from lorascope.papers.judging.beliefs import FILE
-from lorascope.papers.judging.data_folder import DATA, PAPERS, STUDY_RUNS
+from lorascope.papers.judging.data_folder import PAPERS, STUDY_RUNS
 from lorascope.papers.judging.study_summary import LINE, Summary, read_summary, summary_lines
 from lorascope.papers.training import reproduction, small_studies, study_seeds
 

@@ -12,9 +12,9 @@ from test_study_retraining import CONTROL, LABELS, METHOD, data, run_command  # 
 from test_study_training import arms, few_texts  # noqa: F401
 
 import lorascope as ls
+from lorascope.files.data_folder import DATA
 from lorascope.papers import adalora, registry
 from lorascope.papers.judging import registered_study
-from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.training import small_studies, study_seeds
 from lorascope.papers.training.study_training import StudyJob, finish_job
 

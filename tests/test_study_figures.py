@@ -17,6 +17,7 @@ from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Point, Rule, Text
 from lorascope.charts.theme import theme
+from lorascope.files.data_folder import DATA
 from lorascope.papers import registry
 from lorascope.papers.figures import forest as forest_plot
 from lorascope.papers.figures.first_edition import stored_figures
@@ -28,7 +29,7 @@ from lorascope.papers.figures.pair_losses import loss_table, pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
 from lorascope.papers.figures.study_marks import BOUND, FAVORABLE, OTHER, POSITIVE, claim_arms
 from lorascope.papers.judging import registered_study
-from lorascope.papers.judging.data_folder import DATA, PAPERS
+from lorascope.papers.judging.data_folder import PAPERS
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence
 from lorascope.papers.judging.registered_study import PaperPlace
 from lorascope.papers.judging.study_results import RESULT_COLUMNS, compute

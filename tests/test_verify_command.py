@@ -15,9 +15,9 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Point
 from lorascope.cli import verify
 from lorascope.cli.main import main
+from lorascope.files.data_folder import DATA
 from lorascope.papers.figures.study_images import StudyFigure
 from lorascope.papers.judging import first_edition
-from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.study_figures import read_figures
 
 

@@ -17,7 +17,7 @@ import pytest
 from test_inspect import llama, plant
 
 import lorascope
-from lorascope.papers.judging.data_folder import DATA
+from lorascope.files.data_folder import DATA
 from lorascope.papers.judging.study_summary import read_summary, summary_lines
 
 ROOT = Path(__file__).parents[1]
@@ -145,7 +145,8 @@ def test_verify_and_reproduce_name_the_clone_that_they_need(site: Path, tmp_path
 
 def test_installed_package_has_the_kept_results(site: Path, tmp_path: Path) -> None:
     code = (
-        "from lorascope.papers.judging import data_folder, study_summary; print(data_folder.DATA); "
+        "from lorascope.files import data_folder; print(data_folder.DATA); "
+        "from lorascope.papers.judging import study_summary; "
         "print('\\n'.join(study_summary.summary_lines(study_summary.read_summary(data_folder.DATA))))"
     )
     done = call(site, tmp_path, ["-c", code], "train")

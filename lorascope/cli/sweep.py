@@ -15,11 +15,15 @@ from lorascope.analysis import recipe_tests
 from lorascope.analysis.rate_card import compares_rates, rate_card
 from lorascope.analysis.seed_intervals import Interval
 from lorascope.cli.arguments import Name, command
+from lorascope.experiments.executors import use_backend
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import WIDTH, elide, format_frame, format_span, wrap_paragraph
 from lorascope.files.typed_json import to_json_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorascope.experiments.recipe import Recipe
     from lorascope.experiments.sweep import SweepResult
 
 _NAME_WIDTH = 36
@@ -38,50 +42,96 @@ def main(
     backend: Name = None,
     address: Annotated[str | None, arg(metavar="ADDRESS")] = None,
     jobs: Annotated[int | None, arg(metavar="N")] = None,
+    smoke: bool = False,
+    table: bool = False,
     json: bool = False,
     progress: bool = True,
 ) -> int:
     """Train a sweep: every combination of methods, tasks, settings and seeds in a TOML file, and compare the recipes.
 
-    Finished runs are not trained again, interrupted ones resume, and a failed run does not stop the others.
+    Finished runs are not trained again, interrupted ones resume, and a failed run does not stop the others. A file with
+    parts is a recipe of a table in a paper, such as adalora-table1, and its results are printed next to the paper's.
 
     Example: lorascope sweep ranks.toml
 
     Parameters
     ----------
     file
-        TOML file with the keys task, method, settings and seeds, among others.
+        TOML file with the keys task, method, settings and seeds, among others, or the name of a recipe.
     backend
         Loky (this machine), dask or ray; overrides the file.
     address
         Cluster address, such as tcp://host:8786.
     jobs
         Number of parallel runs; the number of cores if omitted.
+    smoke
+        Of a recipe: try everything in minutes and offline, with tiny random models, generated rows and 4 steps.
+    table
+        Of a recipe: train nothing, and print the table of the finished runs.
     json
-        Print runs, recipes and their comparison as JSON.
+        Print runs, recipes and their comparison, or the table of a recipe, as JSON.
     progress
         Show the live table of runs.
     """
     if file is None:
         raise ValueError("FILE is required: lorascope sweep ranks.toml")
-    from lorascope.experiments import grid, sweep  # imported here, so that --help does not import torch
+    from lorascope.experiments import grid, recipe, sweep  # imported here, so that --help does not import torch
 
-    plan = grid.read(file)
-    options: dict[str, Any] = {}
-    if backend in (None, plan.backend.get("name")):  # another backend discards the file's options
-        options |= plan.backend
-    for name, value in {"name": backend, "address": address, "jobs": jobs}.items():
-        if value is not None:
-            options[name] = value
-    swept = sweep.run_grid(replace(plan, backend=options), progress=progress)
+    path = recipe.find_recipe(file)
+    options = {"name": backend, "address": address, "jobs": jobs}
+    overrides = {name: value for name, value in options.items() if value is not None}
+    if recipe.is_recipe(grid.read_toml(path)):
+        return _run_recipe(recipe.read(path, smoke), overrides, table, json, progress)
+    if smoke or table:
+        raise ValueError(f"--smoke and --table require a recipe, which has parts, got {printable(file)}")
+    plan = grid.read(path)
+    swept = sweep.run_grid(replace(plan, backend=_override(plan.backend, overrides)), progress=progress)
     if json:
         print(dumps(_sweep_to_json(swept), indent=1))
     else:
         print(_format_standings(swept))
         _print_rates(swept)
+    return _report_failures(swept)
+
+
+def _override(backend: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a backend with those of the command line; another backend discards the file's options."""
+    if overrides.get("name", backend.get("name")) != backend.get("name"):
+        return dict(overrides)
+    return {**backend, **overrides}
+
+
+def _report_failures(swept: SweepResult) -> int:
+    """Print a line for each failed run, and return the exit code."""
     for line in swept.complaints():
         print(f"lorascope: failed: {printable(' '.join(line.split()))}", file=sys.stderr)
     return int(bool(swept.failures))
+
+
+def _run_recipe(plan: Recipe, overrides: Mapping[str, Any], only_table: bool, json: bool, progress: bool) -> int:
+    """Train the runs of a recipe that are not finished, unless only its table is asked for, and print the table."""
+    from lorascope.experiments import recipe_table, sweep
+
+    code = 0
+    if only_table:
+        runs = recipe_table.find_runs(plan)
+    else:
+        with use_backend(**_override(plan.backend, overrides)):
+            swept = sweep.run_jobs(plan.jobs(), progress=progress)
+        runs = dict(zip(swept.finished_names, swept.runs(), strict=True))
+        code = _report_failures(swept)
+    cells = recipe_table.tabulate(plan, runs)
+    if json:
+        print(dumps(to_json_rows(cells), indent=1))
+    else:
+        print(printable(recipe_table.title_line(plan)))
+        for title, frame in recipe_table.format_cells(plan, cells).items():
+            print("", printable(title), format_frame(frame), sep="\n")
+    # Without runs there is not even a folder.
+    if runs:
+        files = recipe_table.write_files(plan, cells, runs)
+        print("", f"written: {', '.join(map(printable, files))}", sep="\n", file=sys.stderr)
+    return code
 
 
 def _format_standings(swept: SweepResult) -> str:

@@ -14,13 +14,14 @@ from typing import Annotated
 from tyro.conf import arg
 
 from lorascope.cli.arguments import command
+from lorascope.files.data_folder import DATA
 from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.papers import instruments
 from lorascope.papers.figures.study_images import draw_images, image_differences
 from lorascope.papers.first_edition import CARRIED
 from lorascope.papers.instruments import QUESTIONS
 from lorascope.papers.judging import first_edition, registered_study, study_verification
-from lorascope.papers.judging.data_folder import DATA, clone_root
+from lorascope.papers.judging.data_folder import clone_root
 from lorascope.papers.judging.kept_study import INSTRUCTIONS
 from lorascope.papers.judging.published_numbers import verify_published
 from lorascope.papers.registry import COMPARISONS, module_of

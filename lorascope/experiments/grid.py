@@ -12,7 +12,8 @@ import math
 import reprlib
 import tomllib
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -98,23 +99,46 @@ def read(source: str | Path | Mapping[str, Any]) -> Grid:
     if isinstance(source, Mapping):
         return _read_grid(source)
     path = Path(source)
+    table = read_toml(path)
+    with naming_file(path):
+        return _read_grid(table)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a sweep file as a table, without validation.
+
+    Raises
+    ------
+    FileNotFoundError
+        The file does not exist.
+    ValueError
+        It is too large, or not TOML.
+    """
     if path.is_dir():
         raise FileNotFoundError(f"cannot read {path} as a sweep: it is a folder, pass its TOML file")
     if not path.is_file():
         raise FileNotFoundError(f"cannot read {path} as a sweep: no such file")
     require_size(path.stat().st_size, path)
+    with naming_file(path):
+        try:
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Name a sweep file in the errors about its content."""
     try:
-        return _read_grid(tomllib.loads(path.read_text(encoding="utf-8")))
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: {error}") from None
-    except RecursionError:
-        raise ValueError(f"cannot read {path}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _read_grid(table: Mapping[str, Any]) -> Grid:
-    _require_known(table, _KEYS, "key")
+    require_known(table, _KEYS, "key")
     for key in ("task", "method", "settings"):
         if key not in table:
             raise ValueError(f"missing key {key!r}: a sweep requires task, method and settings")
@@ -137,7 +161,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
             if key != "method" and not allowed:
                 raise ValueError(f"{key} must be a string or a list of strings, got {reprlib.repr(value)}")
     lists["task"] = [load_task(entry) if isinstance(entry, Mapping) else entry for entry in lists["task"]]
-    methods = list(itertools.chain.from_iterable(map(_methods, lists["method"])))
+    methods = list(itertools.chain.from_iterable(map(read_methods, lists["method"])))
     settings = _read_settings(table["settings"], methods)
     for combination in settings:
         combination["root"] = str(root)
@@ -166,13 +190,13 @@ def load_task(entry: Mapping[str, Any]) -> Task:
         raise ValueError(
             f'task must be a name or a table with a name, such as {{name = "glue/rte"}}, got {reprlib.repr(entry)}'
         )
-    _require_known(entry, hints, "key of task")
+    require_known(entry, hints, "key of task")
     for key, value in entry.items():
         _require_type(f"task: {key}", value, hints[key])
     return tasks.load(**entry)
 
 
-def _methods(entry: Any) -> list[Method]:
+def read_methods(entry: Any) -> list[Method]:
     """Return the methods of an entry, which is an object, a name, or a table with a name and fields."""
     if isinstance(entry, Method):
         return [entry]
@@ -189,7 +213,7 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
     hints = get_type_hints(train)
     for name in _NO_SETTINGS:
         del hints[name]
-    _require_known(table, hints, "setting")
+    require_known(table, hints, "setting")
     if "observe" in table:
         if isinstance(table["observe"], str | Mapping) and table["observe"] != _NONE:
             raise ValueError(f'observe must be a list of observers such as ["norms"], got {table["observe"]!r}')
@@ -239,7 +263,7 @@ def _read_named(
         table = {"name": entry}
     if not isinstance(table, Mapping) or not isinstance(name := table.get("name"), str):
         raise ValueError(f"{noun} must be a name or a table with a name, such as {example}, got {reprlib.repr(entry)}")
-    _require_known([name], kinds, noun)
+    require_known([name], kinds, noun)
     fields = dict(table)
     del fields["name"]
     hints = get_type_hints(kinds[name])
@@ -247,7 +271,7 @@ def _read_named(
     for setting in dataclasses.fields(kinds[name]):
         if setting.init and not setting.name.endswith("_"):
             field_hints[setting.name] = hints[setting.name]
-    _require_known(fields, field_hints, f"field of {noun} {name}")
+    require_known(fields, field_hints, f"field of {noun} {name}")
     return name, fields, field_hints
 
 
@@ -342,7 +366,7 @@ def _require_type(key: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{key} must be {_describe_type(hint)}, got {reprlib.repr(value)}")
 
 
-def _require_known(names: Collection[str], choice: Collection[str], noun: str) -> None:
+def require_known(names: Collection[str], choice: Collection[str], noun: str) -> None:
     """Raise ValueError for the first unknown name."""
     for name in names:
         if name not in choice:

@@ -22,7 +22,7 @@ from joblib import Parallel, cpu_count, delayed
 from joblib.parallel import get_active_backend
 
 from lorascope.analysis.recipe_tests import name_recipes
-from lorascope.experiments import grid
+from lorascope.experiments import grid, recipe
 from lorascope.experiments.executors import (
     accept_interrupts,
     ignore_replaced_workers,
@@ -87,6 +87,12 @@ class SweepResult:
             names.append(job.name or ", ".join(filter(None, [*cells, seed])))
         return names
 
+    @property
+    def finished_names(self) -> list[str]:
+        """Names of the jobs whose runs are finished, in the order of :meth:`runs`."""
+        names = self.names
+        return [names[number] for number in sorted(self.folders)]
+
     def runs(self) -> list[Run]:
         """Return the finished runs, in the order of the jobs."""
         return [Run.read(self.folders[number]) for number in sorted(self.folders)]
@@ -125,7 +131,7 @@ def sweep(
     model : str or callable; or mapping or path
         Name for ``models.load``, or a function that returns a fresh model
         (``functools.partial(ls.models.load, ...)``). As the only argument, a grid: the TOML file of
-        ``lorascope sweep``, or a mapping with its content.
+        ``lorascope sweep``, a mapping with its content, or the name of a recipe, such as "adalora-table1".
     data : Task, str or path
         See ``train``.
     method : Method or sequence of Method
@@ -155,6 +161,14 @@ def sweep(
     if data is None or method is None:
         if data is not None or seeds is not None or settings:
             raise ValueError("a sweep requires model, data and method, or only a grid, which contains them and seeds")
+        if isinstance(model, str | Path):
+            path = recipe.find_recipe(model)
+            # Its grids have one model and task each, so they run together.
+            if recipe.is_recipe(grid.read_toml(path)):
+                plan = recipe.read(path)
+                with use_backend(**plan.backend):
+                    return run_jobs(plan.jobs(), jobs, progress).all_runs()
+            model = path
         return run_grid(grid.read(model), jobs, progress).all_runs()
     if isinstance(method, Method):
         method = [method]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lorascope.files.data_folder import DATA
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.typed_json import read_json
 from lorascope.runs.adapter import Adapter
@@ -12,10 +13,7 @@ from lorascope.runs.run import Run
 from lorascope.runs.series import Series
 from lorascope.schema.suggestions import unknown_name
 
-_PACKAGE = Path(__file__).parents[1]
-# A wheel contains the folder data, and a clone has it next to the package.
-_FOLDERS = (_PACKAGE / "data" / "examples", _PACKAGE.parent / "data" / "examples")
-FOLDER = next(filter(Path.exists, _FOLDERS), _FOLDERS[0])
+FOLDER = DATA / "examples"
 
 
 def list_examples() -> pd.DataFrame:

@@ -22,7 +22,7 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.inputs import tasks
 from lorascope.inputs.tasks import Task
-from lorascope.methods.field_checks import default_if_none, is_integer
+from lorascope.methods.field_checks import is_integer
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.methods.method import Method, Phase, Step, config, from_config
 from lorascope.observe.observer import OBSERVERS, Observer
@@ -324,7 +324,7 @@ def _open_model(run: Run, model: nn.Module | str | Path | None, task: Task) -> n
     if isinstance(model, nn.Module):
         return model
     try:
-        return reload_model(run, default_if_none(model, run.meta.model), task)
+        return reload_model(run, run.meta.model if model is None else model, task)
     except (OSError, ValueError) as error:
         if model is not None:
             raise

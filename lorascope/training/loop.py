@@ -53,7 +53,7 @@ def train(
     accumulate: int = 1,
     precision: str = "fp32",
     eval_every: int | Literal["epoch"] | None = None,
-    eval_size: int = 512,
+    eval_size: int | None = 512,
     test_size: int | None = None,
     test_state: str = "last",
     max_length: int = 128,
@@ -110,8 +110,8 @@ def train(
     eval_every : int or "epoch", optional
         Steps between evaluations on the validation split, the first before training, or "epoch", after each epoch. By
         default a fifth of the run; 0 evaluates only after the last step.
-    eval_size : int
-        Number of validation rows to evaluate.
+    eval_size : int or None
+        Number of validation rows to evaluate; None for all.
     test_size : int, optional
         Number of test rows to evaluate; all by default.
     test_state : {"last", "best"}

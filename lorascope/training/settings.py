@@ -43,7 +43,7 @@ class Settings:
     accumulate: int = 1
     precision: str = "fp32"
     eval_every: int | str | None = None
-    eval_size: int = 512
+    eval_size: int | None = 512
     test_size: int | None = None
     max_length: int = 128
     metric: str | Metric | Sequence[str | Metric] | None = None
@@ -53,7 +53,9 @@ class Settings:
     model_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        require_integer(self, 1, "batch_size", "accumulate", "eval_size", "test_size", "max_length")
+        require_integer(self, 1, "batch_size", "accumulate", "test_size", "max_length")
+        if self.eval_size is not None:
+            require_integer(self, 1, "eval_size")
         require_integer(self, 1 if self.epochs is None else 0, "steps")
         if self.epochs is not None:
             require(self, "epochs", "a number > 0", is_number(self.epochs) and 0 < self.epochs < math.inf)

@@ -1,14 +1,11 @@
-"""Folder ``data`` of a clone of the repository, or of the installed package."""
+"""Names in the folder ``data`` that the study reads, and the clone that the folder is of."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parents[2]
-# A wheel contains the folder data, and a clone has it next to the package.
-DATA = _PACKAGE / "data"
-if not DATA.exists():
-    DATA = _PACKAGE.parent / "data"
+from lorascope.files.data_folder import DATA
+
 STUDY_RUNS = "evidence-2"
 """Name of the folder of kept runs of the second edition."""
 PAPERS = {

@@ -29,11 +29,11 @@ from lorascope.analysis.seed_intervals import (
     t_estimate,
     two_way_estimate,
 )
+from lorascope.files.data_folder import DATA
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.typed_json import unreadable
 from lorascope.papers.judging import kept_study
 from lorascope.papers.judging.csv_tables import compare_with_file, to_csv
-from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.judging.evidence_manifest import kept_digests, manifest, parse_digests
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.statistics import Statistic

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
+from lorascope.files.data_folder import DATA
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
-from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.judging.words import RuleKind
 
 STUDY_FILE = DATA / "registered-2.toml"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from lorascope.files.data_folder import DATA
 from lorascope.files.seals import require_own
 from lorascope.files.typed_json import to_json_rows
 from lorascope.pages import page
@@ -19,7 +20,7 @@ from lorascope.pages.report_figure import ReportFigure
 from lorascope.papers.figures.study_images import StudyFigure
 from lorascope.papers.judging import data_folder, kept_study, registered_study
 from lorascope.papers.judging.beliefs import format_with_interval, shown_word
-from lorascope.papers.judging.data_folder import DATA, STUDY_RUNS
+from lorascope.papers.judging.data_folder import STUDY_RUNS
 from lorascope.papers.judging.kept_study import FIRST_SEED, StudyEvidence
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_summary import COLUMNS, LINE, SENTENCE, Summary, format_words

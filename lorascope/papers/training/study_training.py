@@ -23,6 +23,7 @@ import torch
 
 from lorascope import __version__
 from lorascope.experiments.sweep import Job, train_job
+from lorascope.files.data_folder import DATA
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
 from lorascope.inputs.task_parts import identify_test_rows
@@ -31,7 +32,6 @@ from lorascope.methods.method import Method, config
 from lorascope.papers.arms import Arm, ComputedArm
 from lorascope.papers.judging import kept_study
 from lorascope.papers.judging.code_hash import module_hash
-from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence, StudyRun
 from lorascope.papers.judging.registered_study import StudyRegistration
 from lorascope.papers.judging.study_rates import TUNING_SEEDS, chosen_rates

@@ -1,0 +1,320 @@
+"""Recipes: tables of papers as sweeps in parts, one part per column, read from TOML files.
+
+A recipe is a sweep file with four more keys: ``paper``, ``part`` (a column of the table, with any key of a sweep),
+``printed`` (which number of the paper belongs to a row) and ``smoke`` (how the recipe is tried with a tiny model).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pandas as pd
+
+from lorascope.experiments import grid
+from lorascope.experiments.grid import Grid, Job
+from lorascope.experiments.smoke import Smoke
+from lorascope.files.data_folder import DATA
+from lorascope.files.typed_json import to_typed
+from lorascope.inputs.metrics import Metric, resolve
+from lorascope.methods.method import Method
+from lorascope.schema.suggestions import unknown_name
+
+FOLDER = Path(__file__).with_name("recipes")
+"""Folder of the recipes in the package."""
+_SWEEP_KEYS = ("model", "task", "method", "settings", "seeds")
+_KEYS = (*_SWEEP_KEYS, "root", "backend", "paper", "part", "mean", "smoke")
+_PART_KEYS = (*_SWEEP_KEYS, "column", "metric", "printed")
+_MEAN_KEYS = ("column", "columns", "printed")
+_PRINTED_KEYS = ("paper", "table", "model", "data", "metric", "method", "parameters")
+PUBLISHED = "reported.csv"
+_STATISTICS, _STATES = ("mean", "median"), ("best", "last", "unknown")
+
+
+class Paper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Table of a paper that a recipe is of.
+
+    Parameters
+    ----------
+    name, arxiv, table : str
+        Name of its method, its arXiv id, and the number of its table, such as "Table 1".
+    caption : str
+        Model and data, such as "DeBERTaV3-base, GLUE dev".
+    statistic : {"mean", "median"}
+        What is printed of the seeds.
+    state : {"best", "last", "unknown"}
+        Evaluation of which the printed numbers are.
+    sources : tuple of str
+        Files of public code, ``owner/repository: file``, or sections of the paper, that the values are from.
+    """
+
+    name: str
+    arxiv: str
+    table: str
+    caption: str = ""
+    statistic: str = "mean"
+    state: str = "unknown"
+    sources: tuple[str, ...] = ()
+
+
+class PrintedScore(NamedTuple):
+    """Number that a paper prints; ``sd`` and ``n``, over seeds, are NaN if it does not."""
+
+    value: float
+    sd: float
+    n: float
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """TableRow of the table: its name, the method that is trained for it, and the printed numbers by column."""
+
+    name: str
+    method: Method
+    printed: Mapping[str, PrintedScore]
+
+
+@dataclass(frozen=True)
+class RecipePart:
+    """Runs of one data set: the columns that they fill, one per metric, and a grid with one method per row."""
+
+    columns: Mapping[str, Metric]
+    rows: tuple[TableRow, ...]
+    grid: Grid
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs, named after row, columns and seed, with all seeds of a row together."""
+        jobs = []
+        # With one model and task, the jobs of a grid are ordered by method and then by seed.
+        for number, job in enumerate(self.grid.jobs()):
+            row = self.rows[number // len(self.grid.seeds)]
+            jobs.append(replace(job, name=f"{row.name}, {', '.join(self.columns)}, seed {job.settings['seed']}"))
+        return jobs
+
+
+@dataclass(frozen=True)
+class MeanColumn:
+    """Column with the mean over other columns of a seed: its name, theirs, and the printed numbers by row."""
+
+    name: str
+    columns: tuple[str, ...]
+    printed: Mapping[str, PrintedScore]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Recipe of a table: its paper, None for an own table, its columns, and the folder of its runs."""
+
+    name: str
+    paper: Paper | None
+    recipe_parts: tuple[RecipePart, ...]
+    mean: MeanColumn | None
+    root: Path
+    backend: Mapping[str, Any]
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs of all columns."""
+        return list(chain.from_iterable(recipe_part.jobs() for recipe_part in self.recipe_parts))
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes in the package."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def find_recipe(source: str | Path) -> Path:
+    """Return the file of a recipe or sweep: a path, or the name of a recipe in the package.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is neither such a file nor such a recipe.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    if str(source) in recipe_names():
+        return FOLDER / f"{source}.toml"
+    if path.suffix or len(path.parts) > 1:
+        raise FileNotFoundError(f"cannot read {path} as a sweep: no such file")
+    raise FileNotFoundError(f"{unknown_name('recipe', str(source), recipe_names())}; a sweep file ends in .toml")
+
+
+def is_recipe(table: Mapping[str, Any]) -> bool:
+    """Return whether the content of a sweep file is a recipe, which has parts."""
+    return "part" in table
+
+
+def read(source: str | Path, smoke: bool = False) -> Recipe:
+    """Read a recipe, and validate everything that does not require a model.
+
+    Parameters
+    ----------
+    source : path or str
+        A TOML file, or the name of a recipe in the package.
+    smoke : bool
+        Replace models by tiny ones with random weights, data by 20 generated rows per split, steps by 4 and seeds by 1.
+        Nothing is downloaded.
+
+    Raises
+    ------
+    ValueError
+        A key, method, field, task or value is invalid; the message has one line and names the part.
+    FileNotFoundError
+        The file, a task or a model does not exist.
+    """
+    path = find_recipe(source)
+    table = grid.read_toml(path)
+    with grid.naming_file(path):
+        return _read_table(table, path.stem, smoke)
+
+
+def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
+    grid.require_known(table, _KEYS, "key")
+    paper = None
+    if "paper" in table:
+        paper = to_typed(table["paper"], Paper, "paper")
+        for key, allowed in {"statistic": _STATISTICS, "state": _STATES}.items():
+            if (value := getattr(paper, key)) not in allowed:
+                raise ValueError(f"{key} of paper must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    stand_in = to_typed(table.get("smoke", {}), Smoke, "smoke")
+    root = Path(table.get("root", f"runs/{name}"))
+    if smoke:
+        root = root.with_name(f"{root.name}-smoke")
+    recipe_parts = []
+    for number, entry in enumerate(table["part"], start=1):
+        columns = _read_columns(entry, number)
+        try:
+            recipe_parts.append(_read_part(entry, columns, table, paper, root, stand_in if smoke else None))
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"part {', '.join(columns)}: {error}") from None
+    counts = Counter(chain.from_iterable(recipe_part.columns for recipe_part in recipe_parts))
+    # A printed number is found by its column.
+    if repeated := [column for column, count in counts.items() if count > 1]:
+        raise ValueError(f"duplicate column {repeated[0]!r}")
+    mean = None
+    if "mean" in table:
+        mean = _read_mean(table["mean"], recipe_parts, paper)
+        # As in the other columns.
+        if smoke:
+            mean = replace(mean, printed={})
+    return Recipe(name, paper, tuple(recipe_parts), mean, root, table.get("backend", {}))
+
+
+def _read_mean(entry: Mapping[str, Any], recipe_parts: Iterable[RecipePart], paper: Paper | None) -> MeanColumn:
+    """Read the column with the mean of others, by default of the first one of each part."""
+    grid.require_known(entry, _MEAN_KEYS, "key of mean")
+    all_columns = list(chain.from_iterable(recipe_part.columns for recipe_part in recipe_parts))
+    columns = entry.get("columns", [next(iter(recipe_part.columns)) for recipe_part in recipe_parts])
+    grid.require_known(columns, all_columns, "column of mean")
+    name = str(entry.get("column", "mean"))
+    printed = {}
+    row_names = [row.name for recipe_part in recipe_parts for row in recipe_part.rows]
+    grid.require_known(entry.get("printed", {}), row_names, "row of mean")
+    for row, cell_values in entry.get("printed", {}).items():
+        if paper is None:
+            raise ValueError(f"row {row!r}: printed requires the table paper")
+        printed[row] = _find_printed({"paper": paper.name, "table": paper.table, "data": name, **cell_values})
+    return MeanColumn(name, tuple(columns), printed)
+
+
+def _read_columns(entry: Mapping[str, Any], number: int) -> dict[str, Metric]:
+    """Return the metric of each column of a part: of one column, or of several by metric."""
+    column = entry.get("column")
+    if isinstance(column, str):
+        if "metric" not in entry:
+            raise ValueError(f'part {column}: missing key "metric", as in metric = "accuracy"')
+        return {column: resolve(entry["metric"])[0]}
+    if not isinstance(column, Mapping) or not all(isinstance(name, str) for name in column.values()):
+        raise ValueError(
+            f"part {number}: column must be a name, or a table of names by metric such as "
+            f'{{accuracy = "QQP accuracy", f1 = "QQP F1"}}, got {column!r}'
+        )
+    metrics = resolve(list(column))
+    return dict(zip(column.values(), metrics, strict=True))
+
+
+def _read_part(
+    entry: Mapping[str, Any],
+    columns: Mapping[str, Metric],
+    table: Mapping[str, Any],
+    paper: Paper | None,
+    root: Path,
+    smoke: Smoke | None,
+) -> RecipePart:
+    """Read a part, whose keys override those of the recipe, setting by setting."""
+    grid.require_known(entry, _PART_KEYS, "key")
+    merged: dict[str, Any] = {key: value for key, value in {**table, **entry}.items() if key in _SWEEP_KEYS}
+    settings = {**table.get("settings", {}), **entry.get("settings", {})}
+    settings["metric"] = [metric.name for metric in columns.values()]
+    methods = merged.get("method")
+    if not isinstance(methods, list) or not methods:
+        raise ValueError("missing key 'method': a part requires at least one row, [[part.method]]")
+    rows = []
+    for fields in methods:
+        rows.append(_read_row(fields, columns, entry.get("printed", {}), paper, smoke))
+    if isinstance(merged.get("task"), str):
+        # Finished runs are recognized by the hash of the data, so the data are loaded now.
+        merged["task"] = {"name": merged["task"]}
+    if smoke is not None:
+        merged |= {"model": smoke.model(), "task": smoke.task(merged.get("task")), "seeds": 1}
+        settings = smoke.settings(settings)
+    # One run fills all columns of a part, so a list of metrics is one value.
+    settings["metric"] = [settings["metric"]]
+    part_grid = grid.read({**merged, "method": [row.method for row in rows], "settings": settings, "root": root})
+    for key, values in {"model": part_grid.models, "task": part_grid.tasks, "settings": part_grid.settings}.items():
+        if len(values) > 1:
+            raise ValueError(f"{key} must have one value in a part, got {len(values)}: add a part for each")
+    return RecipePart(columns, tuple(rows), part_grid)
+
+
+def _read_row(
+    fields: Any, columns: Iterable[str], cell_values: Mapping[str, Any], paper: Paper | None, smoke: Smoke | None
+) -> TableRow:
+    """Read a method of a part, with its name and the place of its printed numbers, of which the part has a half."""
+    if not isinstance(fields, Mapping) or not isinstance(name := fields.get("row"), str):
+        raise ValueError(f'a method requires its row in the table, as in row = "LoRA, rank 8", got {fields!r}')
+    own_fields = dict(fields)
+    del own_fields["row"]
+    row_values = own_fields.pop("printed", None)
+    if smoke is not None:
+        own_fields |= smoke.methods.get(str(own_fields.get("name")), {})
+    methods = grid.read_methods(own_fields)
+    if len(methods) > 1:
+        raise ValueError(f"row {name!r} must be one method, got {len(methods)}: add a row for each")
+    printed = {}
+    if row_values is not None:
+        if paper is None:
+            raise ValueError(f"row {name!r}: printed requires the table paper")
+        for column in columns:
+            of_column = {"paper": paper.name, "table": paper.table, "data": column}
+            printed[column] = _find_printed({**of_column, **cell_values, **row_values})
+    if smoke is not None:
+        # The places are checked, but scores of a tiny model have nothing to do with the numbers.
+        printed = {}
+    return TableRow(name, methods[0], printed)
+
+
+def _find_printed(cell_values: Mapping[str, Any]) -> PrintedScore:
+    """Return the printed number at a place: the values of columns of the published table."""
+    grid.require_known(cell_values, _PRINTED_KEYS, "key of printed")
+    table = _read_published()
+    for column, value in cell_values.items():
+        table = table[table[column] == value]
+    # A table prints several budgets of a method, so the method alone is often not enough.
+    if len(table) != 1:
+        values = ", ".join(map(str, cell_values.values()))
+        raise ValueError(f"printed matches {len(table)} rows of {PUBLISHED}, expected 1: {values}")
+    number = table.iloc[0]
+    return PrintedScore(float(number["value"]), float(number["sd"]), float(number["n"]))
+
+
+@cache
+def _read_published() -> pd.DataFrame:
+    return pd.read_csv(DATA / "published" / PUBLISHED, dtype={"parameters": "str"})

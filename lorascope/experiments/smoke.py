@@ -1,0 +1,118 @@
+"""Stand-ins that try a recipe in seconds and offline: a tiny model, generated rows, and a few steps."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+
+from lorascope.inputs import models, package_assets, tasks
+from lorascope.inputs.tasks import Task
+
+STEPS, ROWS = 4, 20
+"""Steps of a run, and rows per split of the source."""
+_WIDTH, _LENGTH, _WORDS = 32, 32, 8
+_SIZES = {
+    "hidden_size": _WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 2 * _WIDTH,
+    "max_position_embeddings": 2 * _LENGTH,
+}
+_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+_FILLERS = tuple(f"word{number}" for number in range(24))
+_CLASSES = ("bad", "good")
+
+
+class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a recipe is tried.
+
+    Parameters
+    ----------
+    architecture : str
+        Type of the tiny model, by its name in transformers, such as "deberta-v2".
+    methods : mapping
+        Fields to replace by name of a method, such as the numbers of steps of its schedule.
+    """
+
+    architecture: str = "bert"
+    methods: dict[str, dict[str, Any]] = {}
+
+    def model(self) -> str:
+        """Return the folder of a model with two blocks of width 32 and its tokenizer; the first call writes it."""
+
+        def write(folder: Path) -> None:
+            words = (*_TOKENS, *_FILLERS, *_CLASSES)
+            default = transformers.AutoConfig.for_model(self.architecture)
+            # Passed together, because other sizes follow from them, such as that of DeBERTa's pooler.
+            sizes = {key: size for key, size in _SIZES.items() if hasattr(default, key)}
+            config = transformers.AutoConfig.for_model(
+                self.architecture, vocab_size=len(words), pad_token_id=0, num_labels=2, **sizes
+            )
+            with models.quiet(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+            _tokenizer(words).save_pretrained(folder)
+
+        return str(package_assets.build_once(package_assets.cache() / f"smoke-{self.architecture}", write))
+
+    def task(self, entry: Any) -> Task:
+        """Return a task with the splits, columns and kind of a task of a recipe, whose rows are generated.
+
+        A label can be learned: a text contains it, or as many words "good" as the number says.
+        """
+        table = entry if isinstance(entry, Mapping) else {"name": str(entry)}
+        splits = table.get("splits")
+        sources = ["train", "validation", "test"]
+        # The column split has the words of the source, not of the task.
+        if isinstance(splits, Mapping):
+            # A part such as "train[10%:]" is taken from the generated split later.
+            sources = sorted({re.split(r"\W", source)[0] for source in splits.values()})
+        generator = np.random.default_rng(0)
+        rows = []
+        for source, number in itertools.product(sources, range(ROWS)):
+            words = generator.choice(_FILLERS, _WORDS).tolist()
+            row: dict[str, Any] = {"split": source, "label": _CLASSES[number % 2]}
+            if table.get("kind") == "regression":
+                count = number % 5
+                words[:count], row["label"] = ["good"] * count, count / 4
+            else:
+                words[0] = row["label"]
+            row["text"] = " ".join(words)
+            if "pair" in table.get("columns", {}):
+                row["pair"] = " ".join(generator.choice(_FILLERS, _WORDS))
+            rows.append(row)
+        return tasks.from_frame(pd.DataFrame(rows), table["name"], splits=splits or "given", kind=table.get("kind"))
+
+    def settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a recipe with a few steps on short texts; its kind of evaluation stays."""
+        short = {"steps": STEPS, "batch_size": 4, "eval_every": STEPS // 2, "max_length": _LENGTH, "epochs": "none"}
+        # As many warm-up steps as a quarter of the run, or the fraction of the recipe.
+        short["warmup"] = min(settings.get("warmup", 0), 1)
+        return {**settings, **short, "accumulate": min(settings.get("accumulate", 1), 2)}
+
+
+def _tokenizer(words: tuple[str, ...]) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words that puts a token before a text and one after each text, as BERT's does."""
+    numbers = {word: number for number, word in enumerate(words)}
+    # Whole words, because pieces of words would have to be learned from text first.
+    core = Tokenizer(WordLevel(numbers, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[(token, numbers[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )

@@ -1,0 +1,285 @@
+"""Tests of recipes: parts, printed numbers, the table against scipy, smoke runs of all recipes, and errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import lorascope as ls
+from lorascope.cli.main import main
+from lorascope.experiments import recipe, recipe_table, smoke
+from lorascope.experiments.recipe import PrintedScore
+from lorascope.inputs import tasks
+
+RECIPE = """
+model = "minilm"
+seeds = 3
+
+[paper]
+name = "FourierFT"
+arxiv = "2405.03003"
+table = "Table 2"
+caption = "RoBERTa-base, GLUE dev"
+statistic = "median"
+state = "best"
+
+[settings]
+epochs = 2
+eval_every = "epoch"
+eval_size = "none"
+
+[mean]
+printed = {"FourierFT" = {method = "FourierFT", model = "RoBERTa-base"}}
+
+[smoke.methods.adalora]
+initial_steps = 1
+final_steps = 1
+
+[[part]]
+column = "CoLA"
+metric = "matthews_correlation"
+printed = {model = "RoBERTa-base"}
+task = {name = "rows.csv", splits = {train = "train", validation = "dev", test = "dev"}}
+settings = {warmup = 10}
+
+[[part.method]]
+row = "FourierFT"
+printed = {method = "FourierFT"}
+name = "fourierft"
+coefficients = 8
+
+[[part.method]]
+row = "AdaLoRA"
+name = "adalora"
+initial_steps = 50
+final_steps = 50
+
+[[part]]
+column = {pearson = "STS-B", spearman = "STS-B, ranks"}
+task = {name = "ratings.csv", splits = {train = "train", validation = "dev", test = "dev"}, kind = "regression"}
+
+[[part.method]]
+row = "FourierFT"
+name = "fourierft"
+coefficients = 8
+"""
+
+
+def write_recipe(folder: Path, text: str = RECIPE) -> Path:
+    """Write a recipe and its data, and return its file."""
+    rows = [{"text": f"word{n}", "split": ("train", "dev")[n % 2], "label": "ab"[n // 2 % 2]} for n in range(20)]
+    pd.DataFrame(rows).to_csv(folder / "rows.csv", index=False)
+    pd.DataFrame(rows).assign(label=np.linspace(0, 1, 20)).to_csv(folder / "ratings.csv", index=False)
+    file = folder / "own.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """Return a recipe with two parts, three columns and their mean."""
+    monkeypatch.chdir(tmp_path)
+    return recipe.read(write_recipe(tmp_path))
+
+
+def test_parts_override_the_recipe_setting_by_setting(plan):
+    first, second = plan.recipe_parts
+    assert [row.name for row in first.rows] == ["FourierFT", "AdaLoRA"]
+    assert first.grid.settings[0] | {"root": ""} == {
+        "epochs": 2, "eval_every": "epoch", "eval_size": None, "warmup": 10, "metric": ["matthews_correlation"],
+        "root": "",
+    }  # fmt: skip
+    assert "warmup" not in second.grid.settings[0]
+    assert second.grid.settings[0]["metric"] == ["pearson", "spearman"]
+    assert second.grid.tasks[0].kind == "regression"
+    assert all(part.grid.tasks[0].selected_on_test for part in plan.recipe_parts)
+    # The number that reported.csv has for this cell.
+    assert first.rows[0].printed == {"CoLA": PrintedScore(63.8, 1.6, 5.0)}
+    assert first.rows[1].printed == {}
+    assert len(plan.jobs()) == 3 * (2 + 1)
+    assert plan.jobs()[4].name == "AdaLoRA, CoLA, seed 1"
+
+
+def fake_run(seed: int, metrics: dict[str, list[float]]) -> SimpleNamespace:
+    """Return a run with an evaluation before training and two after it."""
+    rows = []
+    for name, values in metrics.items():
+        rows += [{"quantity": f"eval_{name}", "step": step, "value": value} for step, value in enumerate(values)]
+    return SimpleNamespace(table=pd.DataFrame(rows), meta=SimpleNamespace(seed=seed))
+
+
+def made_up_runs(plan):
+    """Return fake runs of a plan, with the evaluations of each metric by seed."""
+    generator = np.random.default_rng(0)
+    values = {"matthews_correlation": generator.random((3, 3)), "pearson": generator.random((3, 3))}
+    values["spearman"] = generator.random((3, 3))
+    runs = {}
+    for seed in range(3):
+        curves = {name: list(array[seed]) for name, array in values.items()}
+        runs[f"FourierFT, CoLA, seed {seed}"] = fake_run(seed, curves)
+        runs[f"FourierFT, STS-B, STS-B, ranks, seed {seed}"] = fake_run(seed, curves)
+    return runs, values
+
+
+def test_table_equals_scipy_and_is_read_from_the_evaluations_after_step_0(plan):
+    runs, values = made_up_runs(plan)
+    table = recipe_table.tabulate(plan, runs).set_index(["column", "row", "evaluation"])
+    best = 100 * values["matthews_correlation"][:, 1:].max(axis=1)
+    cell = table.loc["CoLA", "FourierFT", "best"]
+    assert cell["mean"] == pytest.approx(best.mean())
+    assert (cell["low"], cell["high"]) == pytest.approx(stats.t.interval(0.95, 2, best.mean(), stats.sem(best)))
+    assert (cell["median"], cell["minimum"], cell["maximum"]) == pytest.approx(
+        (np.median(best), best.min(), best.max())
+    )
+    assert table.loc[("STS-B", "FourierFT", "last"), "mean"] == pytest.approx(100 * values["pearson"][:, 2].mean())
+    assert table.loc[("CoLA", "AdaLoRA", "best"), "n"] == 0
+    assert cell["difference"] == pytest.approx(np.median(best) - 63.8)
+    # At the bounds of the interval, Welch's test has the p-value 0.05.
+    half = (cell["difference_high"] - cell["difference_low"]) / 2
+    welch = stats.ttest_ind_from_stats(63.8 + half, best.std(ddof=1), 3, 63.8, 1.6, 5, equal_var=False)
+    assert welch.pvalue == pytest.approx(0.05)
+
+
+def test_mean_column_is_the_mean_over_columns_of_each_seed(plan):
+    runs, values = made_up_runs(plan)
+    del runs["FourierFT, STS-B, STS-B, ranks, seed 1"]
+    table = recipe_table.tabulate(plan, runs).set_index(["column", "row", "evaluation"])
+    last = 50 * (values["matthews_correlation"][:, 2] + values["pearson"][:, 2])[[0, 2]]
+    cell = table.loc["mean", "FourierFT", "last"]
+    assert (cell["n"], cell["seeds"]) == (2, 3)
+    assert (cell["mean"], cell["median"]) == pytest.approx((last.mean(), last.mean()))
+    assert cell["printed"] == 85.0
+    # A printed number without a spread counts as a constant, so the interval is that of our seeds.
+    half = stats.t.interval(0.95, 1, 0, stats.sem(last))[1]
+    assert cell["difference_high"] - cell["difference"] == pytest.approx(half)
+    assert ("mean", "AdaLoRA", "last") not in table.index
+
+
+def test_layout_compares_the_evaluation_that_the_paper_prints(plan):
+    runs, _ = made_up_runs(plan)
+    cells = recipe_table.tabulate(plan, runs)
+    frames = recipe_table.format_cells(plan, cells)
+    assert list(frames) == [
+        "CoLA, matthews correlation", "STS-B, pearson", "STS-B, ranks, spearman", "mean, mean of the columns",
+    ]  # fmt: skip
+    frame = frames["CoLA, matthews correlation"].set_index("row")
+    assert list(frame) == ["best evaluation", "last evaluation", "n", "printed", "difference"]
+    best = cells.set_index(["column", "row", "evaluation"]).loc["CoLA", "FourierFT", "best"]
+    assert frame.loc["FourierFT", "difference"].startswith(f"{best['difference']:.1f} [")
+    assert frame.loc["FourierFT", "printed"] == "63.8 ± 1.6 (5)"
+    assert frame.loc["AdaLoRA"].tolist() == ["-", "-", "0/3", "-", "-"]
+    assert recipe_table.title_line(plan) == (
+        "FourierFT (arXiv 2405.03003), Table 2. RoBERTa-base, GLUE dev. "
+        "The best evaluation is selected on the reported split"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs = 2", "epoch = 2", "part CoLA: unknown setting 'epoch'; did you mean 'epochs'?"),
+        ("coefficients = 8", "coefficient = 8", "part CoLA: unknown field of method fourierft 'coefficient'"),
+        (
+            'method = "FourierFT"}',
+            'method = "Fourier"}',
+            "part CoLA: printed matches 0 rows of reported.csv, expected 1",
+        ),
+        ('metric = "matthews_correlation"', 'metric = "mcc"', "unknown metric 'mcc'"),
+        ('metric = "matthews_correlation"', 'metric = "pearson"', "part CoLA: .*pearson"),
+        ('metric = "matthews_correlation"', "", 'part CoLA: missing key "metric"'),
+        ('row = "AdaLoRA"', "", "part CoLA: a method requires its row"),
+        ('name = "rows.csv"', 'name = "no.csv"', "part CoLA: .*no.csv"),
+        ('state = "best"', 'state = "first"', "state of paper must be one of 'best', 'last', 'unknown', got 'first'"),
+        ('state = "best"', 'stage = "best"', "unknown field `stage`"),
+        ('"STS-B, ranks"', '"CoLA"', "duplicate column 'CoLA'"),
+        ("warmup = 10", "warmup = [10, 20]", "part CoLA: settings must have one value in a part, got 2"),
+        ("initial_steps = 50", "initial_steps = [50, 60]", "row 'AdaLoRA' must be one method, got 2"),
+        ("[mean]", "[means]", "unknown key 'means'; did you mean 'mean'?"),
+        ("[mean]", '[mean]\ncolumns = ["MNLI"]', "unknown column of mean 'MNLI'"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_that_names_the_part(tmp_path, monkeypatch, capsys, old, new, message):
+    monkeypatch.chdir(tmp_path)
+    assert old in RECIPE
+    file = write_recipe(tmp_path, RECIPE.replace(old, new, 1))
+    assert main(["sweep", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(re.sub(r"([?\[\]])", r"\\\1", message), error)
+    assert error.count("\n") == 1
+    assert str(file) in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_recipe_names_the_known_ones(capsys):
+    assert main(["sweep", "adalora-table2"]) == 2
+    assert "did you mean 'adalora-table1'" in capsys.readouterr().err
+
+
+def test_smoke_and_table_require_a_recipe(tmp_path, capsys):
+    (tmp_path / "plain.toml").write_text('task = "sentiment"\nmethod = "lora"\nsettings = {steps = 1}\n')
+    assert main(["sweep", str(tmp_path / "plain.toml"), "--smoke"]) == 2
+    assert "--smoke and --table require a recipe" in capsys.readouterr().err
+
+
+def test_smoke_runs_of_a_recipe_fill_its_table_and_are_trained_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = write_recipe(tmp_path)
+    assert main(["sweep", str(file), "--smoke", "--json", "--no-progress"]) == 0
+    cells = pd.DataFrame(json.loads(capsys.readouterr().out))
+    assert cells["n"].tolist() == [1] * len(cells)
+    assert set(cells["column"]) == {"CoLA", "STS-B", "STS-B, ranks", "mean"}
+    assert cells["printed"].isna().all()
+    folder = tmp_path / "runs" / "own-smoke"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
+    assert len(before) == 3
+    assert main(["sweep", str(file), "--smoke", "--table", "--json"]) == 0
+    pd.testing.assert_frame_equal(cells, pd.DataFrame(json.loads(capsys.readouterr().out)))
+    assert main(["sweep", str(file), "--smoke", "--no-progress"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")} == before
+    details = json.loads((folder / "table.json").read_text())
+    assert {run["id"] for run in details["runs"].values()} == {ls.load(path.parent).id for path in before}
+    assert (folder / "table.md").read_text().count("| FourierFT |") == 4
+    assert len(pd.read_csv(folder / "table.csv")) == len(cells)
+
+
+def test_generated_rows_have_the_splits_columns_and_classes_of_the_task():
+    entry = {
+        "name": "nyu-mll/glue:rte",
+        "splits": {"train": "train[10%:]", "validation": "train[:10%]", "test": "validation"},
+        "columns": {"text": "sentence1", "pair": "sentence2", "label": "label"},
+    }  # fmt: skip
+    task = smoke.Smoke().task(entry)
+    assert [len(task.split(name)) for name in tasks.SPLITS] == [18, 2, 20]
+    assert "pair" in task.table
+    assert set(task.split("test")["label"]) == {"bad", "good"}
+    # The label is the first word.
+    assert (task.table["text"].str.split().str[0] == task.table["label"]).all()
+    ratings = smoke.Smoke().task({"name": "ratings", "kind": "regression"})
+    assert (ratings.table["text"].str.count("good") == 4 * ratings.table["label"]).all()
+
+
+@pytest.mark.parametrize("name", recipe.recipe_names())
+def test_recipes_of_the_package_have_sources_and_printed_numbers(name):
+    plan = recipe.read(name, smoke=True)
+    assert plan.paper.sources
+    for source in plan.paper.sources:
+        assert re.fullmatch(r"[\w-]+/[\w-]+: [\w./-]+", source)
+    text = recipe.find_recipe(name).read_text(encoding="utf-8")
+    assert "printed" in text
+    assert len(text.splitlines()[0]) <= 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe.recipe_names())
+def test_smoke_runs_of_the_recipes_of_the_package(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", name, "--smoke", "--json", "--no-progress", "--jobs", "1"]) == 0
+    cells = pd.DataFrame(json.loads(capsys.readouterr().out))
+    assert (cells["n"] == 1).all()

@@ -12,6 +12,7 @@ import pytest
 
 from lorascope.charts.chart import Chart
 from lorascope.papers.figures.first_edition import stored_figures
+from lorascope.papers.judging import published_numbers
 
 FOLDER = Path(__file__).parents[1] / "data" / "edition-1" / "figures"
 
@@ -30,7 +31,7 @@ def test_stored_figures_have_their_tables_heading_and_description() -> None:
 def test_stored_tables_end_where_they_ended() -> None:
     """The authors' lists have 12 layers of two projections; steps stay integers next to longer tables."""
     panels = stored_figures(FOLDER)["published-ranks"].chart.panels
-    assert [chart.data["layer"].tolist() for chart in panels] == [[*range(12)]] * 2
+    assert [chart.data["layer"].tolist() for chart in panels[:2]] == [[*range(12)]] * 2
     for mark_chart in stored_figures(FOLDER)["update-norm"].chart.panels:
         for _, table in mark_chart.tables():
             assert not table.isna().all(axis=1).any()
@@ -90,6 +91,25 @@ def test_random_logits_retain_as_many_components_as_the_search() -> None:
         np.testing.assert_allclose(ends.loc[fate, ["low", "value", "high"]].astype(float), quantiles, rtol=0.02)
     assert round(480 * (weights > 1 / 8).mean()) in range(174, 178)
     assert "176 of 480" in chart.caption
+
+
+def test_authors_lists_are_compared_with_random_ranks() -> None:
+    """Every list has a dot, and title and caption have the numbers of the published tables."""
+    chart = stored_figures(FOLDER)["published-ranks"].chart
+    *_, spread = chart.panels
+    lists = pd.read_csv(FOLDER.parents[1] / "published" / "autolora_lists.csv").query("judged")
+    random = pd.read_csv(FOLDER.parents[1] / "published" / "autolora_chance.csv").iloc[0]
+    assert sorted(spread.data["value"]) == pytest.approx(sorted(lists["sd"]))
+    rows = pd.concat([mark.data for mark in spread.marks if mark.data is not None]).set_index("row")
+    assert rows.loc["random ranks", ["value", "low", "high"]].tolist() == pytest.approx(
+        random[["expected_sd_of_24", "low_2_5", "high_97_5"]].tolist()
+    )
+    gain = published_numbers.autolora(FOLDER.parents[1] / "published")
+    mean = [random["expected_sd_of_24"] + number for number in (gain.mean, gain.low, gain.high)]
+    assert rows.loc["mean", ["value", "low", "high"]].tolist() == pytest.approx(mean)
+    assert chart.title.endswith(f": deviation {mean[0]:.2f}, at random {random['expected_sd_of_24']:.2f}")
+    inside = int(lists["sd"].between(random["low_2_5"], random["high_97_5"]).sum())
+    assert spread.title == f"Deviation of ranks: {inside} of {len(lists)} lists are in the random range"
 
 
 def contains_zero(table: pd.DataFrame) -> bool:

@@ -333,26 +333,40 @@ def read_factors(evidence: StudyEvidence, name: str) -> pd.DataFrame:
     return rows.assign(label=(parsed["role"] + parsed["layer"]).to_numpy())
 
 
+def same_task_fraction(table: pd.DataFrame, factor: str) -> float:
+    """Compute the percentage of A's or B's whose nearest one of the same module is of the same task, or third."""
+    rows = table[(table["factor"] == factor) & (table["view"] == "module")]
+    return float(100 * (rows["task"] == rows["other_task"]).mean())
+
+
 def draw_thirds(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's figure 9: A's and B's of LoRAs on random thirds of a text, next to those on three texts."""
     tables = {"domains": read_factors(evidence, hydralora_factors.TEXT_SHARED),
               "thirds": read_factors(evidence, hydralora_factors.TEXT_THIRDS)}  # fmt: skip
     if tables["domains"].empty or tables["thirds"].empty:
         return None
+    groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS)
+    charts, fractions, shared = [], {}, []
+    for factor, (name, table) in product("AB", tables.items()):
+        fractions[factor, name] = same_task_fraction(table, factor)
+        shared.append(hydralora_factors.shared_fraction(table, factor, "raw"))
+        same = f"same {name.removesuffix('s')}: {fractions[factor, name]:.0f}%"
+        title = f"{factor}, {name}\n{same}\n(chance {hydralora_factors.CHANCE.value:.0f}%)"
+        charts.append(hydralora_factors.factor_plane(table[table["factor"] == factor], title, groups))
+    seeds, modules = tables["domains"]["seed"].nunique(), tables["domains"]["module"].nunique()
     caption = (
         "A's and B's of all modules of LoRAs on three domains, and on three random thirds of all text, two orders of "
-        "the data each, with a shared initial A, placed by t-SNE; a dot per run and module. Lines join a module's dots "
-        "with their mean. Titles: factors whose nearest factor of another text is from the same module, first seed."
+        "the data each, with a shared initial A. A dot per run and module, placed by t-SNE; lines join a module's dots "
+        f"with their mean. Dots: first of {seeds} seeds; percentages: mean over seeds. Titles: factors whose nearest "
+        "factor of the same module is of the same domain or third. Nearest factor of another text is of the same "
+        "module: A {:.0f}% and {:.0f}%, B {:.0f}% and {:.0f}% ".format(*shared)
+        + f"(chance {100 / modules:.0f}%)."
     )
-    charts = []
-    groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS)
-    for factor, (name, table) in product("AB", tables.items()):
-        cells = table[(table["factor"] == factor) & (table["seed"] == table["seed"].min())]
-        shared = hydralora_factors.shared_fraction(cells, factor, "raw")
-        chance = 100 / cells["module"].nunique()  # all modules have one shape
-        title = f"{factor}, {name}\nsame module: {shared:.0f}%\n(chance {chance:.0f}%)"
-        charts.append(replace(hydralora_factors.factor_plane(cells, title, groups), caption=caption))
-    return replace(set_side_by_side(*charts), title="A's and B's of domains and of random thirds of the text")
+    title = (
+        f"Nearest B of a module: {fractions['B', 'domains']:.0f}% are of the same domain, "
+        f"{fractions['B', 'thirds']:.0f}% of the same random third"
+    )
+    return in_row(replace(charts[0], caption=caption), *charts[1:], title=title)
 
 
 def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from drawn_figures import figure_faults
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.marks import Band, Bar, Heat, Point, Rule
@@ -361,12 +362,21 @@ def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
     assert set(right.data["recipe"]) == {"seed 200", "seed 201", "seed 202"}
 
 
-def test_title_of_thirds_has_the_fractions_of_the_kept_table() -> None:
+def test_titles_of_planes_have_the_fractions_of_the_kept_table() -> None:
     title = drawn("thirds", kept_study.read(DATA / "evidence-2")).title
     table = pd.read_parquet(DATA / "evidence-2" / "nearest.parquet").query("view == 'module' and factor == 'B'")
     same = 100 * (table["task"] == table["other_task"]).groupby(table["set"]).mean()
     assert f" {same['domains, shared start']:.0f}% are of the same domain" in title
     assert f" {same['thirds, shared start']:.0f}% of the same random third" in title
+    chart = drawn("sub-modules", kept_study.read(DATA / "evidence-2"))
+    few = "|".join([r"layer\.0\..*query", r"layer\.1\..*value", r"layer\.3\..*query", r"layer\.5\..*value"])
+    table = pd.read_parquet(DATA / "evidence-2" / "nearest.parquet").query("view == 'raw' and factor == 'A'")
+    table = table[table["module"].str.contains(few)]
+    same = 100 * (table["module"] == table["other_module"]).groupby(table["set"]).mean()
+    shared, separate = same["domains, shared start"], same["domains, separate starts"]
+    assert chart.title.endswith(f"in {shared:.0f}% with a shared start, else {separate:.0f}%")
+    figure = chart.mpl(width="page")
+    assert not [line for line in figure_faults(figure) if "overlap" in line]
 
 
 def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots(evidence: StudyEvidence) -> None:
@@ -385,11 +395,19 @@ def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots
         for factor, shared in (("A", 67), ("B", 0))
         for start in ("shared start", "separate starts")
     ]
+    assert drawn("sub-modules", evidence).title == (
+        "Nearest A of another text: same module in 67% with a shared start, else 67%"
+    )
     for chart in panels:
         assert chart.square
         assert set(chart.data["series"]) == {"q0", "v1", "q3", "v5"}
-        lines, dots = chart.marks
+        lines, dots, labels = chart.marks
         assert dots.shape == "task"
+        # Every module is named once, nearer to one of its dots than to those of other modules.
+        assert sorted(labels.data["label"]) == ["q0", "q3", "v1", "v5"]
+        for x, y, label in labels.data.to_numpy():
+            distance = np.hypot(chart.data["x"] - x, chart.data["y"] - y)
+            assert chart.data["label"][distance.idxmin()] == label
         # One line per dot, to the mean of its module, so that a module is visible without color.
         spokes = lines.data.groupby("spoke")[["module", "x", "y"]]
         assert len(spokes) == len(chart.data)

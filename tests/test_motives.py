@@ -297,8 +297,14 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
         table = hydra.nearest_factors(dict.fromkeys(labels, draw_updates(0)["a"]), labels).assign(set=name)
         # Equal updates are shared by all runs of the first seed, and here by none of the second.
         tables += [table.assign(seed=200), table.assign(seed=201, other_module="none")]
-    panels = hydra.factors_figure(pd.concat(tables))
+    table = pd.concat(tables)
+    # Text with separate starts has a third seed, without a neighbor of the same module.
+    of_text = table[(table["set"] == hydra.TEXT) & (table["seed"] == 201)].assign(seed=202)
+    panels = hydra.factors_figure(pd.concat([table, of_text]))
     planes, fractions = panels.rows()
+    # One of two seeds, and one of three.
+    assert panels.title == "Nearest A in another domain: same module in 50% with a shared start, else 33%"
+    assert "Seeds, by row: 3, 2, 2, 2, 2, 2." in fractions[0].caption
     assert [chart.title for chart in planes] == [
         f"{factor}, {start}" for factor in "AB" for start in ("separate starts", "shared start")
     ]
@@ -311,9 +317,12 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
         assert by_module.std().max(axis=None) < 0.1 * by_module.mean().std().min()
         assert len(chart.data) == 30
     # Two measures of a row would cover each other in one panel.
-    assert [chart.title for chart in fractions] == ["A, by cosine", "A, by spaces", "B, by cosine", "B, by spaces"]
+    assert [chart.title for chart in fractions] == [
+        f"nearest {factor}\nby {view}" for factor in "AB" for view in ("cosine", "spaces")
+    ]
     for chart in fractions:
-        assert chart.data[["value", "low", "high"]].drop_duplicates().to_numpy().tolist() == [[50.0, 0.0, 100.0]]
+        cells = chart.data[["value", "low", "high"]].drop_duplicates().to_numpy()
+        np.testing.assert_allclose(cells, [[100 / 3, 0, 100], [50, 0, 100]])
         assert len(chart.data) == 6  # three grounds with two starts
         names = ["text", "tasks share A", "unrelated updates"]
         assert list(chart.y.ticks.values())[::2] == [f"{name}: separate starts" for name in names]

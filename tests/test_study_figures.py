@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_up_study import around, made_up, registration
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_1samp
 
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart, Drawable, Panels
@@ -28,10 +28,10 @@ from lorascope.papers.figures.pair_gaps import CLOSED, DIFFERENCE, LOSS, gap_tab
 from lorascope.papers.figures.pair_losses import loss_table, pair_losses
 from lorascope.papers.figures.planted_allocations import planted_allocations
 from lorascope.papers.figures.study_marks import BOUND, FAVORABLE, OTHER, POSITIVE, claim_arms
-from lorascope.papers.judging import registered_study
+from lorascope.papers.judging import kept_study, registered_study
 from lorascope.papers.judging.data_folder import PAPERS
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence
-from lorascope.papers.judging.registered_study import PaperPlace
+from lorascope.papers.judging.registered_study import PaperPlace, StudyRegistration
 from lorascope.papers.judging.study_results import RESULT_COLUMNS, compute
 from lorascope.papers.neft import AT_RANDOM, hit_rate
 from lorascope.papers.study_figures import ALL_METHODS, ALLOCATORS, ROWS, StudyData, draw_neuron_scores
@@ -270,6 +270,39 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
     figure.mpl()
 
 
+def test_titles_of_pairs_have_the_words_of_the_results() -> None:
+    results = results_of(adalora=8.0, hydralora=8.0, adapprox=-20.0, factored=20.0)
+
+    claims = registered_study.read(DATA / "registered-2.toml").claims
+
+    def named(*names: str) -> StudyRegistration:
+        return replace(REGISTERED, claims={f"pair.{name}": claims[f"pair.{name}"] for name in names})
+
+    def title_of(*names: str) -> str:
+        return pair_gaps(named(*names), EMPTY, results).title
+
+    assert title_of("adalora") == "AdaLoRA on planted teachers: as claimed against LoRA"
+    against = "not even there against AdamW; as claimed against Adafactor"
+    assert title_of("adapprox", "factored") == f"Adapprox on a quadratic: {against}"
+    assert title_of("fourierft", "basis") == (
+        "FourierFT on planted teachers: not finished against LoRA, rank 2 and random basis"
+    )
+    assert title_of("adalora", "adapprox") == "Pairs of planted truths: 1 as claimed, 1 not even there"
+    figure = pair_effects(named("hydralora", "adapprox", "factored"), results)
+    assert figure.title == "Pairs of planted truths: 2 as claimed, 1 not even there"
+    assert "Adapprox vs AdamW and Adapprox vs Adafactor: a quadratic with planted" in figure.panels[0].caption
+    assert "quadratic" not in pair_effects(named("hydralora"), results).panels[0].caption
+
+
+def test_title_of_all_pairs_counts_the_words_of_the_kept_results() -> None:
+    results = pd.read_csv(DATA / "evidence-2" / "results.csv", keep_default_na=False, na_values=[""])
+    results = results.assign(word=results["word"].fillna(""), pair=results["pair"].fillna(""))
+    title = pair_effects(registered_study.read(DATA / "registered-2.toml"), results).title
+    finished = results[results["claim"].str.startswith("pair.") & (results["n"] > 0)]
+    for word, number in finished["pair"].value_counts().items():
+        assert f"{number} {word}" in title
+
+
 def test_pair_that_is_not_finished_says_how_many_seeds_are() -> None:
     """The gaps of two seeds are drawn, and the effect is not judged."""
     evidence = evidence_of("pair.adalora", 8.0)
@@ -332,7 +365,9 @@ def test_losses_are_compared_with_the_control_of_their_seed() -> None:
     assert gray_words(figure) == ["not run"] * (len(figure.panels) - 1)
     titles = [chart.title for chart in figure.panels]
     assert len(titles) == len(set(titles))
-    assert "AdaLoRA vs LoRA\n2 of 16 seeds" in titles
+    # With two seeds, there is no interval that could be below zero.
+    assert f"AdaLoRA vs LoRA\n2 of 16 seeds: −{-expected[1]:.1f}%" in titles
+    assert figure.title.endswith(": lower at the end in 0 of 1 pairs")
     (drawn_panel,) = [chart for chart in figure.panels if len(chart.data)]
     assert drawn_panel.y.label == "difference (%)"
     low, high = drawn_panel.y.limits
@@ -342,11 +377,31 @@ def test_losses_are_compared_with_the_control_of_their_seed() -> None:
     partial = pd.concat([losses, other[(other["arm"] != claim.against_arms[0]) | (other["seed"] == 200)]])
     runs = partial[["run", "arm", "seed", "phase"]].drop_duplicates().assign(role="judged", task="")
     evidence = StudyEvidence(runs.reindex(columns=list(STUDY_COLUMNS)), {"losses": partial})
-    assert "AdaLoRA vs LoRA\n1 of 16 seeds" in [chart.title for chart in pair_losses(REGISTERED, evidence).panels]
+    titles = [chart.title for chart in pair_losses(REGISTERED, evidence).panels]
+    assert f"AdaLoRA vs LoRA\n1 of 16 seeds: −{-expected[1]:.1f}%" in titles
     # Pairs that claim a small cost have a worse method as control, in which there is nothing to gain.
     caption = figure.panels[0].caption
     assert "LoRA, rank 1 (LoRA vs full fine-tuning) and Adafactor (" in caption
     pair_losses(REGISTERED, EMPTY).mpl()
+
+
+def test_title_of_losses_counts_the_pairs_that_end_below_their_controls() -> None:
+    registered, evidence = registered_study.read(DATA / "registered-2.toml"), kept_study.read(DATA / "evidence-2")
+    claims = {id: registered.claims[id] for id in ("pair.lisa", "pair.fourierft", "pair.basis")}
+    lower = []
+    for claim in claims.values():
+        # The mean of the last ten steps: each run has 400.
+        last, runs = {}, evidence.runs.query("role == 'judged'")
+        for arm in claim.for_arms:
+            losses = evidence.tables["losses"].query("step > 390 and phase == ''")
+            losses = losses[losses["run"].isin(runs.loc[runs["arm"] == arm, "run"])]
+            last[arm] = losses.astype({"loss": "float64"}).groupby("seed")["loss"].mean()
+        method, control = claim.for_arms
+        test = ttest_1samp(last[method] / last[control] - 1, 0)
+        lower.append(test.confidence_interval().high < 0)
+    title = pair_losses(replace(registered, claims=claims), evidence).title
+    assert title.endswith(f": lower at the end in {sum(lower)} of 3 pairs")
+    assert lower == [False, True, True]
 
 
 def test_losses_of_alora_have_lines_at_its_first_and_last_round() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from drawn_figures import figure_faults
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.marks import Band, Bar, Heat, Point, Rule
@@ -20,7 +21,9 @@ from lorascope.papers import (
     variants,
 )
 from lorascope.papers.figures.variant_gaps import variant_gap_table
+from lorascope.papers.judging import kept_study
 from lorascope.papers.judging import truth_names as names
+from lorascope.papers.judging.data_folder import DATA
 from lorascope.papers.judging.kept_study import STUDY_COLUMNS, StudyEvidence
 from lorascope.papers.judging.registered_study import STUDY_FILE
 from lorascope.papers.setups import planted_teacher
@@ -162,20 +165,21 @@ def nearest(label: str, rng: Any) -> pd.DataFrame:
                 module = f"bert.encoder.layer.{layer}.attention.self.{role}"
                 center = 10 * rng.normal(size=2)
                 xy = center + rng.normal(size=(6, 2)) * (0.1 if factor == "A" else 4)
-                tables.append(
-                    pd.DataFrame(
-                        {
-                            "set": name,
-                            "factor": factor,
-                            "view": "raw",
-                            "module": module,
-                            "other_module": [module, module, "another"] * 2 if factor == "A" else "another",
-                            "task": ["tweets", "movies", "products"] * 2,
-                            "x": xy[:, 0],
-                            "y": xy[:, 1],
-                        }
-                    )
+                of_module = pd.DataFrame(
+                    {
+                        "set": name,
+                        "factor": factor,
+                        "view": "raw",
+                        "module": module,
+                        "other_module": [module, module, "another"] * 2 if factor == "A" else "another",
+                        "task": ["tweets", "movies", "products"] * 2,
+                        # For a third of the B's and two thirds of the A's, the nearest one has the same task.
+                        "other_task": ["tweets"] * 6 if factor == "B" else ["tweets", "movies", "tweets"] * 2,
+                        "x": xy[:, 0],
+                        "y": xy[:, 1],
+                    }
                 )
+                tables += [of_module, of_module.assign(view="module", x=np.nan, y=np.nan)]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -358,21 +362,52 @@ def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
     assert set(right.data["recipe"]) == {"seed 200", "seed 201", "seed 202"}
 
 
+def test_titles_of_planes_have_the_fractions_of_the_kept_table() -> None:
+    title = drawn("thirds", kept_study.read(DATA / "evidence-2")).title
+    table = pd.read_parquet(DATA / "evidence-2" / "nearest.parquet").query("view == 'module' and factor == 'B'")
+    same = 100 * (table["task"] == table["other_task"]).groupby(table["set"]).mean()
+    assert f" {same['domains, shared start']:.0f}% are of the same domain" in title
+    assert f" {same['thirds, shared start']:.0f}% of the same random third" in title
+    chart = drawn("sub-modules", kept_study.read(DATA / "evidence-2"))
+    few = "|".join([r"layer\.0\..*query", r"layer\.1\..*value", r"layer\.3\..*query", r"layer\.5\..*value"])
+    table = pd.read_parquet(DATA / "evidence-2" / "nearest.parquet").query("view == 'raw' and factor == 'A'")
+    table = table[table["module"].str.contains(few)]
+    same = 100 * (table["module"] == table["other_module"]).groupby(table["set"]).mean()
+    shared, separate = same["domains, shared start"], same["domains, separate starts"]
+    assert chart.title.endswith(f"in {shared:.0f}% with a shared start, else {separate:.0f}%")
+    figure = chart.mpl(width="page")
+    assert not [line for line in figure_faults(figure) if "overlap" in line]
+
+
 def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots(evidence: StudyEvidence) -> None:
-    titles = [chart.title for chart in drawn("thirds", evidence).panels]
-    assert titles[0] == "A, domains\nsame module: 67%\n(chance 8%)"
-    assert titles[2] == "B, domains\nsame module: 0%\n(chance 8%)"
+    thirds = drawn("thirds", evidence)
+    assert [chart.title for chart in thirds.panels] == [
+        f"{factor}, {name}\nsame {name[:-1]}: {own}%\n(chance 20%)"
+        for factor, own in (("A", 67), ("B", 33))
+        for name in ("domains", "thirds")
+    ]
+    assert thirds.title == "Nearest B of a module: 33% are of the same domain, 33% of the same random third"
+    assert "A 67% and 67%, B 0% and 0% (chance 8%)" in thirds.panels[0].caption
+    assert "first of 3 seeds" in thirds.panels[0].caption
     panels = drawn("sub-modules", evidence).panels
     assert [chart.title for chart in panels] == [
         f"{factor}, {start}\nsame module: {shared}%\n(chance 8%)"
         for factor, shared in (("A", 67), ("B", 0))
         for start in ("shared start", "separate starts")
     ]
+    assert drawn("sub-modules", evidence).title == (
+        "Nearest A of another text: same module in 67% with a shared start, else 67%"
+    )
     for chart in panels:
         assert chart.square
         assert set(chart.data["series"]) == {"q0", "v1", "q3", "v5"}
-        lines, dots = chart.marks
+        lines, dots, labels = chart.marks
         assert dots.shape == "task"
+        # Every module is named once, nearer to one of its dots than to those of other modules.
+        assert sorted(labels.data["label"]) == ["q0", "q3", "v1", "v5"]
+        for x, y, label in labels.data.to_numpy():
+            distance = np.hypot(chart.data["x"] - x, chart.data["y"] - y)
+            assert chart.data["label"][distance.idxmin()] == label
         # One line per dot, to the mean of its module, so that a module is visible without color.
         spokes = lines.data.groupby("spoke")[["module", "x", "y"]]
         assert len(spokes) == len(chart.data)

@@ -14,7 +14,7 @@ from lorascope import plots
 from lorascope.analysis.rank_allocations import kendall_tau
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side
-from lorascope.charts.marks import Axis, Heat, Line, Point
+from lorascope.charts.marks import Axis, Heat, Line, Point, Text
 from lorascope.papers import adalora, adapprox, alora, autolora, hydralora, hydralora_factors, variants
 from lorascope.papers.course_figures import in_row
 from lorascope.papers.figures.variant_gaps import common_seeds, published
@@ -27,6 +27,8 @@ from lorascope.schema import module_table
 
 WIDTH = 384
 """Number of inputs of the text model's queries and values."""
+_LABEL_LIMIT = 0.55  # of the planes, whose dots are within 0.5
+_NEXT_TO = ((0.0, 0.08), (0.0, -0.08), (0.09, 0.0), (-0.09, 0.0))
 FEW_MODULES = ("q0", "v1", "q3", "v5")
 """Modules of the text model, by role and layer, whose factors have a figure."""
 
@@ -333,49 +335,82 @@ def read_factors(evidence: StudyEvidence, name: str) -> pd.DataFrame:
     return rows.assign(label=(parsed["role"] + parsed["layer"]).to_numpy())
 
 
+def same_task_fraction(table: pd.DataFrame, factor: str) -> float:
+    """Compute the percentage of A's or B's whose nearest one of the same module is of the same task, or third."""
+    rows = table[(table["factor"] == factor) & (table["view"] == "module")]
+    return float(100 * (rows["task"] == rows["other_task"]).mean())
+
+
 def draw_thirds(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's figure 9: A's and B's of LoRAs on random thirds of a text, next to those on three texts."""
     tables = {"domains": read_factors(evidence, hydralora_factors.TEXT_SHARED),
               "thirds": read_factors(evidence, hydralora_factors.TEXT_THIRDS)}  # fmt: skip
     if tables["domains"].empty or tables["thirds"].empty:
         return None
+    groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS)
+    charts, fractions, shared = [], {}, []
+    for factor, (name, table) in product("AB", tables.items()):
+        fractions[factor, name] = same_task_fraction(table, factor)
+        shared.append(hydralora_factors.shared_fraction(table, factor, "raw"))
+        same = f"same {name.removesuffix('s')}: {fractions[factor, name]:.0f}%"
+        title = f"{factor}, {name}\n{same}\n(chance {hydralora_factors.CHANCE.value:.0f}%)"
+        charts.append(hydralora_factors.factor_plane(table[table["factor"] == factor], title, groups))
+    seeds, modules = tables["domains"]["seed"].nunique(), tables["domains"]["module"].nunique()
     caption = (
         "A's and B's of all modules of LoRAs on three domains, and on three random thirds of all text, two orders of "
-        "the data each, with a shared initial A, placed by t-SNE; a dot per run and module. Lines join a module's dots "
-        "with their mean. Titles: factors whose nearest factor of another text is from the same module, first seed."
+        "the data each, with a shared initial A. A dot per run and module, placed by t-SNE; lines join a module's dots "
+        f"with their mean. Dots: first of {seeds} seeds; percentages: mean over seeds. Titles: factors whose nearest "
+        "factor of the same module is of the same domain or third. Nearest factor of another text is of the same "
+        "module: A {:.0f}% and {:.0f}%, B {:.0f}% and {:.0f}% ".format(*shared)
+        + f"(chance {100 / modules:.0f}%)."
     )
-    charts = []
-    groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS)
-    for factor, (name, table) in product("AB", tables.items()):
-        cells = table[(table["factor"] == factor) & (table["seed"] == table["seed"].min())]
-        shared = hydralora_factors.shared_fraction(cells, factor, "raw")
-        chance = 100 / cells["module"].nunique()  # all modules have one shape
-        title = f"{factor}, {name}\nsame module: {shared:.0f}%\n(chance {chance:.0f}%)"
-        charts.append(replace(hydralora_factors.factor_plane(cells, title, groups), caption=caption))
-    return replace(set_side_by_side(*charts), title="A's and B's of domains and of random thirds of the text")
+    title = (
+        f"Nearest B of a module: {fractions['B', 'domains']:.0f}% are of the same domain, "
+        f"{fractions['B', 'thirds']:.0f}% of the same random third"
+    )
+    return in_row(replace(charts[0], caption=caption), *charts[1:], title=title)
 
 
 def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's figure 10: the A's and B's of four modules of LoRAs on several texts."""
-    caption = (
-        "A's and B's of four modules (role and layer) of LoRAs on three texts, two orders each, placed by t-SNE; a dot "
-        "per run. Lines join a module's dots with their mean. Titles: factors whose nearest factor of another text, "
-        "among all modules, is from the same module."
-    )
-    charts = []
+    charts, fractions = [], {}
     sets = {"shared start": hydralora_factors.TEXT_SHARED, "separate starts": hydralora_factors.TEXT}
     for factor, (start, name) in product("AB", sets.items()):
         rows = read_factors(evidence, name)
         if rows.empty:
             return None
-        first = rows[(rows["factor"] == factor) & (rows["seed"] == rows["seed"].min())]
-        cells = first[first["label"].isin(FEW_MODULES)]
-        shared = hydralora_factors.shared_fraction(cells, factor, "raw")
+        cells = rows[(rows["factor"] == factor) & rows["label"].isin(FEW_MODULES)]
+        fractions[factor, start] = hydralora_factors.shared_fraction(cells, factor, "raw")
         chance = 100 / rows["module"].nunique()  # all modules have one shape
-        title = f"{factor}, {start}\nsame module: {shared:.0f}%\n(chance {chance:.0f}%)"
-        chart = hydralora_factors.factor_plane(cells, title, FEW_MODULES, "label", shape="task")
-        charts.append(replace(chart, caption=caption))
-    return replace(set_side_by_side(*charts), title="A's and B's of four modules on three texts")
+        title = f"{factor}, {start}\nsame module: {fractions[factor, start]:.0f}%\n(chance {chance:.0f}%)"
+        chart = hydralora_factors.factor_plane(
+            cells, title, FEW_MODULES, "label", shape="task", label="color: module, as labeled"
+        )
+        charts.append(replace(chart, marks=[*chart.marks, place_labels(chart.data)]))
+    caption = (
+        "A's and B's of four modules (role and layer) of LoRAs on three texts, two orders each. A dot per run, placed "
+        "by t-SNE; lines join a module's dots with their mean. Titles: factors whose nearest factor of another text, "
+        f"among all modules, is from the same module. Dots: first of {rows['seed'].nunique()} seeds; percentages: mean "
+        "over seeds."
+    )
+    shared, separate = (fractions["A", start] for start in sets)
+    title = f"Nearest A of another text: same module in {shared:.0f}% with a shared start, else {separate:.0f}%"
+    return in_row(replace(charts[0], caption=caption), *charts[1:], title=title)
+
+
+def place_labels(dots: pd.DataFrame) -> Text:
+    """Return the label of each module, next to that of its dots where the most room is around the label."""
+    labels: list[tuple[float, float, str]] = []
+    for label, of_module in dots.groupby("label"):
+        candidates = []
+        for dot, step in product(of_module.index, _NEXT_TO):
+            position = dots.loc[dot, ["x", "y"]].to_numpy(np.float64) + step
+            obstacles = [*dots.drop(index=dot)[["x", "y"]].to_numpy(), *(near for *near, _ in labels)]
+            if np.abs(position).max() < _LABEL_LIMIT:
+                candidates.append((np.linalg.norm(np.array(obstacles) - position, axis=1).min(), *position))
+        _, x, y = max(candidates)
+        labels.append((x, y, str(label)))
+    return Text("x", "y", "label", data=pd.DataFrame(labels, columns=["x", "y", "label"]))
 
 
 def draw_frequency_bias(evidence: StudyEvidence) -> Drawable:

@@ -283,15 +283,26 @@ def factors_figure(table: pd.DataFrame) -> Panels:
             if len(of_set):  # a small version may have only one ground
                 planes.append(factor_plane(of_set, f"{factor}, {start}", _SERIES))
         for view in _VIEWS:
-            fractions.append(_shared_fractions(of_factor[of_factor["view"] == view], f"{factor}, {_VIEWS[view]}"))
+            fractions.append(
+                _shared_fractions(of_factor[of_factor["view"] == view], f"nearest {factor}\n{_VIEWS[view]}")
+            )
+    seeds = table.groupby("set")["seed"].nunique()
+    counts = []
+    for separate, shared, _ in _GROUNDS.values():
+        counts += [str(seeds[name]) for name in (separate, shared) if name in seeds]
     caption = (
-        "Above: the A or B of one module in one run on text, placed by t-SNE; lines join a module's dots with their "
-        "mean. Below: factors whose nearest factor in another domain or task, by cosine of the arrays or overlap of "
-        "their spaces, belongs to the same module. Rows: text, and planted tasks that share A or have unrelated "
-        "updates, with separate or shared initial A's."
+        "Above: the A or B of one module in one run on text, placed by t-SNE, first seed; lines join a module's dots "
+        "with their mean. Below: factors whose nearest factor in another domain or task, by cosine of the arrays or "
+        "overlap of their spaces, belongs to the same module. Rows: text, and planted tasks that share A or have "
+        f"unrelated updates, with separate or shared initial A's. Seeds, by row: {', '.join(counts)}."
     )
-    fractions[0] = replace(fractions[0], caption=caption)
-    title = "Similarity of A and of B between domains or tasks"
+    by_cosine = fractions[0].data.set_index("row")["value"]
+    fractions[0], title = replace(fractions[0], caption=caption), "Similarity of A and of B between domains or tasks"
+    if {TEXT, TEXT_SHARED}.issubset(by_cosine.index):
+        title = (
+            f"Nearest A in another domain: same module in {by_cosine[TEXT_SHARED]:.0f}% with a shared start, "
+            f"else {by_cosine[TEXT]:.0f}%"
+        )
     return replace(stack_vertically(set_side_by_side(*planes), set_side_by_side(*fractions)), title=title)
 
 

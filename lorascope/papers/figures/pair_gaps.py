@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,7 @@ CLOSED, LOSS = "gap closed (points)", "final loss (% of first)"
 _POINTS, _PERCENT = "points of the gap", "100 ln(control / own loss)"
 DIFFERENCE, _MEAN = "difference between truths", "mean"
 _COLORS = (*SIDES, _MEAN, BOUND, DIFFERENCE)
+_PAIRS = "Pairs of planted truths"
 _NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name and of its font
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", DIFFERENCE: "difference_", POSITIVE: "positive_"}
 _EFFECT = f"method minus control by seed, with 95% intervals; right of 0 (dashed), the method is better. {SMALL}"
@@ -85,6 +87,7 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
         caption += f" {GAP}"
     if judged:
         caption += f" Right: {_EFFECT}{_explain_words(registration, results)}"
+    caption += name_quadratics(pairs)
     rows: list[tuple[Chart, ...]] = []
     for claim in pairs:
         row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence), caption),)
@@ -96,9 +99,7 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
                 chart = replace(chart, marks=[write_word(0.0, FAVORABLE, words)])
             row += (chart,)
         rows.append(row)
-    return Panels(
-        tuple(rows), columns=max(map(len, rows)), title="Pairs of planted teachers: every seed, and the effect"
-    )
+    return Panels(tuple(rows), columns=max(map(len, rows)), title=_title(pairs, results))
 
 
 def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Panels:
@@ -111,13 +112,43 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
     names = {FAVORABLE: "favorable truth", OTHER: OTHER, POSITIVE: POSITIVE}
     charts = [_draw_effects(claim, results, compared_methods(claim), names) for claim in claims]
     caption = f"Effect: {_EFFECT} Panels have different scales. {GAP}{_explain_words(registration, results)}"
+    caption += name_quadratics(claims)
     if not all(claim.control_arms for claim in claims):
         caption += " A pair without a positive control has none."
     of_pairs = results[results["claim"].str.startswith("pair.")]
     if waiting := int((of_pairs["n"] == 0).sum()):
         caption += f" {waiting} of {len(of_pairs)} pairs are not finished."
     charts[0] = replace(charts[0], caption=caption)
-    return arrange(charts, title="Effect in pairs of planted teachers, and what it says of the claim")
+    return arrange(charts, title=_count_words(claims, results))
+
+
+def _title(claims: Sequence[StudyClaim], results: pd.DataFrame) -> str:
+    """Return the title of the pairs of one method: its words by control; numbers of words for several methods."""
+    methods, grounds = set(), set()
+    for claim in claims:
+        methods.add(compared_methods(claim).partition(" vs ")[0])
+        grounds.add("a quadratic" if _unit_of(claim) == _PERCENT else "planted teachers")
+    if results.empty or len(methods) > 1:
+        return _count_words(claims, results)
+    controls: dict[str, list[str]] = {}
+    for claim in claims:
+        controls.setdefault(_word_of(claim, results), []).append(compared_methods(claim).partition(" vs ")[2])
+    words = [f"{word} against {' and '.join(names)}" for word, names in controls.items()]
+    return f"{methods.pop()} on {' and '.join(grounds)}: {'; '.join(words)}"
+
+
+def _count_words(claims: Sequence[StudyClaim], results: pd.DataFrame) -> str:
+    """Return the title of pairs of several methods: how many have each word."""
+    if results.empty:
+        return f"{_PAIRS}: every seed"
+    counts = Counter(_word_of(claim, results) for claim in claims)
+    return f"{_PAIRS}: " + ", ".join(f"{number} {word}" for word, number in counts.most_common())
+
+
+def _word_of(claim: StudyClaim, results: pd.DataFrame) -> str:
+    """Return the word of a pair, or that it is not finished."""
+    result: dict[Any, Any] = results.set_index("claim").loc[claim.id].to_dict()
+    return shown_word(result) if result["n"] else "not finished"
 
 
 def _explain_words(registration: StudyRegistration, results: pd.DataFrame) -> str:
@@ -177,6 +208,15 @@ def _draw_effects(claim: StudyClaim, results: pd.DataFrame, title: str, names: M
     ticks = {side: names.get(side, side.partition(" between")[0]) for side in order}
     table, y = table.assign(row=table["side"], kind=table["side"]), Axis(order=order, ticks=ticks, compact=True)
     return Chart(table, marks, title=title, x=x, y=y, colors=_COLORS)
+
+
+def name_quadratics(claims: Sequence[StudyClaim]) -> str:
+    """Return the sentence of captions on the pairs whose ground is a quadratic, or ""."""
+    names = []
+    for claim in claims:
+        if _unit_of(claim) == _PERCENT:
+            names.append(compared_methods(claim))
+    return f" {' and '.join(names)}: a quadratic with planted second moments, without a network." if names else ""
 
 
 def _unit_of(claim: StudyClaim) -> str:

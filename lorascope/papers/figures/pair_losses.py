@@ -10,10 +10,11 @@ import pandas as pd
 
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Panels
+from lorascope.charts.geometry import MINUS
 from lorascope.charts.marks import Axis, Band, Line, Mark, Rule
 from lorascope.charts.text_wrapping import wrap_text
-from lorascope.files.printable import count_phrase
-from lorascope.papers.figures.pair_gaps import padded_limits
+from lorascope.files.printable import count_phrase, number_text
+from lorascope.papers.figures.pair_gaps import name_quadratics, padded_limits
 from lorascope.papers.figures.study_marks import (
     FAVORABLE,
     OTHER,
@@ -32,8 +33,10 @@ WINDOW = 10  # steps, of which a batch's loss is the mean
 _TITLE_WIDTH, _TITLE_SIZE = 150.0, 8.0  # points
 _OF_ROUNDS = "pair.alora"
 _CAPTION = (
-    f"Training loss, mean of {WINDOW} steps, minus that of the control of the same seed, in percent of the latter. "
-    f"Lines: means over seeds; bands: {INTERVAL}. Panels have different scales."
+    f"Training loss of the judged runs of every pair, mean of {WINDOW} steps, minus that of the control of the same "
+    f"seed, in percent of the latter. Lines: means over the seeds in the titles; bands: {INTERVAL}, often narrower "
+    "than a line. Titles: difference at the end where the truth favors the method; lower: an interval below 0. "
+    "Panels have different scales."
 )
 _REPEATS = "Jumps near steps 190 and 380, and for ALoRA near 170 and 340, are where texts repeat."
 """ALoRA trains on nine tenths of the 3,000 texts, in batches of 16 like all students."""
@@ -70,6 +73,7 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
     """Draw the training loss of the registered pairs by step, compared with that of their controls."""
     charts: list[Chart] = []
     claims: list[StudyClaim] = []
+    ends: list[pd.Series] = []
     for claim in registration.claims.values():
         if not claim.id.startswith("pair."):
             continue
@@ -77,8 +81,8 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
         table = loss_table(claim, evidence)
         title = wrap_text(compared_methods(claim), _TITLE_WIDTH, _TITLE_SIZE)
         # Axes with one label would share their limits.
-        ends = table[["low", "high", "value"]].to_numpy(np.float64).ravel()
-        x, y = Axis(label="step"), Axis(label="difference (%)", limits=padded_limits(np.append(ends, 0.0)))
+        numbers = table[["low", "high", "value"]].to_numpy(np.float64).ravel()
+        x, y = Axis(label="step"), Axis(label="difference (%)", limits=padded_limits(np.append(numbers, 0.0)))
         marks: list[Mark] = [Rule(y=0), Band("step", "low", "high", "side"), Line("step", "value", "side")]
         marks += [Rule(x=step) for step in _ends_of_rounds(claim, evidence)]
         if table.empty:
@@ -89,9 +93,17 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
             if (finished := int(table["n"].min())) < claim.rule.seeds:
                 seeds = f"{finished} of {seeds}"
             title += f"\n{seeds}"
+            favorable = table[table["side"] == FAVORABLE]
+            if len(favorable):
+                ends.append(favorable.loc[favorable["step"].idxmax()])
+                title += f": {number_text(ends[-1]['value'], '+.1f')}%".replace("-", MINUS)
         charts.append(Chart(table, marks, title=title, x=x, y=y, colors=SIDES))
     charts[0] = replace(charts[0], caption=_caption(claims))
-    return arrange(charts, title="Training loss compared with the control (%): below 0, it is lower")
+    title = "Training loss compared with the control"
+    if ends:
+        lower = int((pd.DataFrame(ends)["high"] < 0).sum())
+        title += f": lower at the end in {lower} of {len(ends)} pairs"
+    return arrange(charts, title=title)
 
 
 def _ends_of_rounds(claim: StudyClaim, evidence: StudyEvidence) -> list[int]:
@@ -118,4 +130,4 @@ def _caption(claims: Sequence[StudyClaim]) -> str:
     sentences.append(f"{gains}.")
     if any(claim.id == _OF_ROUNDS for claim in claims):
         sentences += ["ALoRA's rounds are between the vertical lines.", _REPEATS]
-    return " ".join(sentences)
+    return " ".join(sentences) + name_quadratics(claims)

@@ -301,7 +301,7 @@ class DialedModel:
     @cached_property
     def passes(self) -> list[tuple[list[str], RowMeasure]]:
         """Axes that are measured in the same pass: a probe reads the states whose drift is measured."""
-        passes = []
+        passes: list[tuple[list[str], RowMeasure]] = []
         for axis, measure in self.measures.items():
             if axis == KEEP and PROBE in self.measures:
                 passes.append(([KEEP, PROBE], JointMeasure([measure, self.measures[PROBE]])))

@@ -180,6 +180,31 @@ def test_the_line_of_the_whole_update_has_no_color_of_a_role() -> None:
     assert len(chart.colors) == 8
 
 
+def test_trades_are_ordered_by_forget_per_learn_and_the_worst_is_named_last() -> None:
+    measured = planted_dial()
+    part = measured.parts.iloc[[1]]
+    parts = [measured.parts.iloc[[0]]]
+    for name, learn, low, forget in (
+        ("a", 0.1, 0.05, 0.3),
+        ("b", 0.1, 0.05, 0.1),
+        ("unclear", 0.1, -0.01, 0.0),
+        ("c", 0.2, 0.1, 1.8),
+        ("d", 0.2, 0.1, 1.0),
+    ):
+        parts.append(part.assign(part=name, learn=learn, learn_low=low, forget=forget))
+    parts.append(part.assign(part="random", learn=1.0, learn_low=0.9, forget=0.0, control=True))
+    dialed = replace(measured, parts=pd.concat(parts, ignore_index=True))
+    assert dialed.trades().round(9).to_dict() == {"b": 1.0, "a": 3.0, "d": 5.0, "c": 9.0}
+    assert dialed.trades().index.to_list() == ["b", "a", "d", "c"]
+    whole = measured.parts.loc[0]
+    first, *others = [line.strip() for line in repr(dialed).splitlines() if line.startswith(("  trades", " " * 11))]
+    assert first == f"trades   {whole['forget'] / whole['learn']:.3g} nats per nat of learning, whole update"
+    assert others == ["least 1 b", "least 3 a", "most  9 c"]
+    # An update that does not learn has no ratio to compare with.
+    dialed.parts.loc[0, "learn_low"] = -0.1
+    assert "trades" not in repr(dialed)
+
+
 def test_the_box_of_the_margins_is_gray_and_only_intruders_have_a_ring() -> None:
     measured = planted_dial()
     chart = learn_forget(measured)

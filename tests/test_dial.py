@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import lorascope as ls
 from lorascope.adapters import delta
-from lorascope.analysis.dial import KEEP, TASK, WHOLE, Dial
+from lorascope.analysis.dial import KEEP, PROBE, TASK, WHOLE, Dial
+from lorascope.analysis.domain_probe import DomainProbe
 from lorascope.cli.main import main
 from lorascope.export.scaled_parts import read_scales
 from lorascope.inputs import models, tasks
@@ -33,7 +34,15 @@ from lorascope.insight.update_parts import (
     intruder_parts,
 )
 from lorascope.methods import DoRA, Full, HydraLoRA, LoRA, PiSSA
-from lorascope.observe.measured_rows import BATCH, Divergence, Drift, RowMeasure, TaskLoss, pooled_states
+from lorascope.observe.measured_rows import (
+    BATCH,
+    Divergence,
+    Drift,
+    ProbeDivergence,
+    RowMeasure,
+    TaskLoss,
+    pooled_states,
+)
 
 ROWS = 64
 QUIET: dict[str, Any] = {"rows": ROWS, "keep_rows": ROWS, "progress": False}
@@ -147,6 +156,63 @@ def test_removing_parts_equals_separate_passes_with_the_part_subtracted(
             with subtracted(adapted.base, matrices):
                 for axis, measure in axes.items():
                     np.testing.assert_allclose(removed[part.name, axis], measure.values(), rtol=1e-9, atol=1e-12)
+
+
+def test_curves_equal_separate_passes_of_every_part_and_scale(
+    opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task
+) -> None:
+    run, folder = opened
+    adapted = open_adapted(run, folder, reviews, "last")
+    axes = measures(adapted, other_text)
+    delta.attach(adapted.base, adapted.deltas)
+    for by in ("module", "role", "component"):
+        parts, directions = divide(adapted.base, adapted.updates, by)
+        updates = ScaledUpdates(adapted.base, adapted.deltas, directions)
+        dialed = instrument.DialedModel(updates, axes, instrument.tqdm(disable=True))
+        curves = {item[:3]: item.values for item in dialed.curves(parts[:3], (0.25, 1.25))}
+        assert len(curves) == 2 * 2 * len(parts[:3])
+        for part in parts[:3]:
+            for item in dialed.curve(part, (0.25, 1.25)):
+                np.testing.assert_allclose(curves[item[:3]], item.values, rtol=1e-4, atol=1e-6)
+
+
+def test_a_curve_ends_before_the_first_scale_that_is_not_finite(
+    bert: str, reviews: tasks.Task, other_text: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(bert, reviews, METHODS["lora"], tmp_path / "run", steps=2)[1]
+    adapted = open_adapted(run, bert, reviews, "last")
+    axes = measures(adapted, other_text)
+    delta.attach(adapted.base, adapted.deltas)
+    updates = ScaledUpdates(adapted.base, adapted.deltas, {})
+    dialed = instrument.DialedModel(updates, axes, instrument.tqdm(disable=True))
+    parts = group_parts(adapted.base, adapted.updates, "module").parts[:1]
+    assert {item.scale for item in dialed.curves(parts, (0.5, np.nan, 1.25))} == {0.5}
+
+
+def test_drift_and_probe_come_from_one_pass_and_equal_separate_ones(
+    bert: str, reviews: tasks.Task, other_text: tasks.Task, tmp_path: Path
+) -> None:
+    run = trained(bert, reviews, METHODS["lora"], tmp_path / "run", steps=6)[1]
+    adapted = open_adapted(run, bert, reviews, "last")
+    axes = measures(adapted, other_text)
+    rows = encode_rows(adapted.base, load_keep(other_text, adapted.task, adapted.base), "validation", ROWS, 128)
+    generator = np.random.default_rng(0)
+    probe = DomainProbe(generator.normal(size=(adapted.base.config.hidden_size, 3)), np.zeros(3), 1.0, 0.3)
+    axes[PROBE] = ProbeDivergence(adapted.base, *rows, probe)
+    delta.attach(adapted.base, adapted.deltas)
+    updates = ScaledUpdates(adapted.base, adapted.deltas, {})
+    dialed = instrument.DialedModel(updates, axes, instrument.tqdm(disable=True))
+    calls = []
+    hook = adapted.base.base_model.register_forward_hook(lambda *_: calls.append(1))
+    separate = {axis: measure.values() for axis, measure in axes.items()}
+    assert separate[PROBE].max() > 0
+    assert len(calls) == 3 * len(axes[TASK].batches)
+    calls.clear()
+    joint = dialed.curve(UpdatePart(WHOLE, tuple(adapted.deltas)), [1.0])
+    assert len(calls) == 2 * len(axes[TASK].batches)
+    hook.remove()
+    for item in joint:
+        np.testing.assert_array_equal(item.values, separate[item.axis])
 
 
 def matrix_of(directions: Any, index: int) -> np.ndarray:

@@ -23,7 +23,9 @@ from lorascope.analysis.dial import (
 )
 from lorascope.analysis.paired_rows import add_estimates, estimate_rows, rows_to_decide
 from lorascope.analysis.seed_intervals import Estimate
-from lorascope.charts.marks import Line
+from lorascope.charts.figure_plan import plan_figure
+from lorascope.charts.marks import Band, Line, Point
+from lorascope.charts.theme import THEMES
 from lorascope.plots import dial as draw_dial
 from lorascope.plots import learn_forget
 from lorascope.runs.receipt import Receipt
@@ -176,6 +178,51 @@ def test_the_line_of_the_whole_update_has_no_color_of_a_role() -> None:
     assert slope == pytest.approx(whole["forget"] / whole["learn"])
     # The palette has eight colors.
     assert len(chart.colors) == 8
+
+
+def test_trades_are_ordered_by_forget_per_learn_and_the_worst_is_named_last() -> None:
+    measured = planted_dial()
+    part = measured.parts.iloc[[1]]
+    parts = [measured.parts.iloc[[0]]]
+    for name, learn, low, forget in (
+        ("a", 0.1, 0.05, 0.3),
+        ("b", 0.1, 0.05, 0.1),
+        ("unclear", 0.1, -0.01, 0.0),
+        ("c", 0.2, 0.1, 1.8),
+        ("d", 0.2, 0.1, 1.0),
+    ):
+        parts.append(part.assign(part=name, learn=learn, learn_low=low, forget=forget))
+    parts.append(part.assign(part="random", learn=1.0, learn_low=0.9, forget=0.0, control=True))
+    dialed = replace(measured, parts=pd.concat(parts, ignore_index=True))
+    assert dialed.trades().round(9).to_dict() == {"b": 1.0, "a": 3.0, "d": 5.0, "c": 9.0}
+    assert dialed.trades().index.to_list() == ["b", "a", "d", "c"]
+    whole = measured.parts.loc[0]
+    first, *others = [line.strip() for line in repr(dialed).splitlines() if line.startswith(("  trades", " " * 11))]
+    assert first == f"trades   {whole['forget'] / whole['learn']:.3g} nats per nat of learning, whole update"
+    assert others == ["least 1 b", "least 3 a", "most  9 c"]
+    # An update that does not learn has no ratio to compare with.
+    dialed.parts.loc[0, "learn_low"] = -0.1
+    assert "trades" not in repr(dialed)
+
+
+def test_the_box_of_the_margins_is_gray_and_only_intruders_have_a_ring() -> None:
+    measured = planted_dial()
+    chart = learn_forget(measured)
+    (box,) = [mark for mark in chart.marks if isinstance(mark, Band)]
+    assert box.muted
+    assert not [mark for mark in chart.marks if isinstance(mark, Point) and mark.muted]
+    parts = measured.parts.assign(control=[False, False, True])
+    intruders = replace(measured, parts=parts, receipt=replace(measured.receipt, call={"by": "intruder"}))
+    chart = learn_forget(intruders)
+    (ring,) = [mark for mark in chart.marks if isinstance(mark, Point) and mark.muted]
+    assert ring.data["part"].to_list() == ["a"]
+    # A filled ring would hide the dot that is drawn before it.
+    points = [mark.muted for mark in chart.marks if isinstance(mark, Point)]
+    assert points == [True, False, False]
+    entries = {entry.label: entry for entry in plan_figure(chart, THEMES["light"]).entries}
+    for name in ("even share", "intruder dimension"):
+        assert entries[name].color == THEMES["light"].gray
+    assert entries["q"].color != THEMES["light"].gray
 
 
 def planted_dial() -> Dial:

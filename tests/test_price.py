@@ -422,6 +422,8 @@ def test_figure_draws_the_table(opened: tuple[ls.Run, str], task: tasks.Task, tm
     assert cuts.data["cut"].to_list() == result.table["cut"].to_list()
     assert cells.data["signal"].sum() == pytest.approx(result.summary()["signal"].sum())
     false = replace(result, modules=result.modules.assign(control=1))
-    assert ls.plots.price(false).panels[1].data["signal"].isna().all()
+    hatched = ls.plots.price(false).panels[1]
+    assert hatched.data["signal"].isna().all()
+    assert f"the control found directions in {len(hatched.data)} of {len(hatched.data)} cells" in hatched.caption
     drawn.save(tmp_path / "price.png", width="column")
     drawn.plotly()

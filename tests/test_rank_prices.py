@@ -28,6 +28,7 @@ from lorascope.analysis.rank_prices import (
 )
 from lorascope.analysis.seed_intervals import Estimate
 from lorascope.analysis.track_record import add_entries, conformal_bounds, read_residuals
+from lorascope.plots import price as draw_price
 from lorascope.runs.receipt import Receipt
 
 BLOCKS = 20
@@ -206,6 +207,34 @@ def test_printed_form() -> None:
     nothing = made_price(modules=made_price().modules.assign(directions=0), verdict="wasteful", rows_needed=math.nan)
     assert "signal in 0 directions; 0 with drawn labels (control); one above 0.25 would" in repr(nothing)
     assert repr(nothing).startswith("runs/lora: wasteful, tolerance 0.01 nats\n")
+
+
+def test_a_cell_is_hatched_if_the_control_found_directions_in_one_of_its_modules() -> None:
+    modules = pd.DataFrame(
+        [
+            ("encoder.a", 4, "q", 4, 0, 2.0, 0.001, 5, 0, 0.4),
+            ("decoder.a", 4, "q", 4, 0, 1.0, 0.001, 5, 2, 0.4),
+            ("b", 0, "q", 4, 3, 0.1, 0.4, 2, 0, 0.9),
+        ],
+        columns=MODULES,
+    )
+    chart = draw_price(made_price(modules=modules)).panels[1]
+    signals = chart.data.set_index("layer")["signal"]
+    assert np.isnan(signals["4"])  # the signal of the other module has no cell of its own
+    assert signals["0"] == 0.1
+    assert "Hatched: the control found directions in 1 of 2 cells" in chart.caption
+    assert "Hatched" not in draw_price(made_price()).panels[1].caption
+
+
+def test_a_map_without_directions_says_what_would_have_been_found_and_is_pale() -> None:
+    quiet = made_price(modules=made_price().modules.assign(directions=0, signal=[0.01, -0.02]))
+    chart = draw_price(quiet).panels[1]
+    assert chart.caption.startswith("0 directions beyond the rank, 0 with drawn labels (control). Nothing was found: ")
+    assert "a squared gradient above 0.25 along one direction would have been" in chart.caption
+    (heat,) = chart.marks
+    assert heat.limits == (-0.25, 0.25)
+    (heat,) = draw_price(made_price()).panels[1].marks
+    assert heat.limits is None
 
 
 def test_placement_compares_each_at_its_better_rate() -> None:

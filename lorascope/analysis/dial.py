@@ -42,6 +42,7 @@ COLUMNS = (
     + BEST
     + ["verdict", "rows_needed"]
 )
+_FEWEST_TRADES = 2  # parts with the least forgetting per learning in the repr
 _MOST_SCALES = 3  # best scales of the representation
 FEWEST_PARTS = 10  # the even share of fewer parts would be too large a margin
 SCALED = ("trade", "only forgets", "hurts")
@@ -168,6 +169,14 @@ class Dial:
         size = (effects.loc[curves] / effects.loc[WHOLE]).abs().sum(axis=1)
         return size.nlargest(number).index.to_list()
 
+    def trades(self) -> pd.Series:
+        """Return forget per learn by part, the least first: what each nat of learning costs.
+
+        Only parts whose learn is above 0 by interval have a ratio; controls are omitted.
+        """
+        parts = self.parts[(self.parts["part"] != WHOLE) & ~self.parts["control"] & (self.parts["learn_low"] > 0)]
+        return (parts["forget"] / parts["learn"]).set_axis(parts["part"]).sort_values(kind="stable")
+
     @property
     def unit(self) -> str:
         """Unit of the distance from the base: nats or drift."""
@@ -214,6 +223,7 @@ class Dial:
             verdicts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts]
             if verdicts:
                 lines.append(f"  {name:<8} {', '.join(verdicts)}")
+        lines += self._describe_trades()
         scales = [f"{part}: {scale:g}" for part, scale in self.best().items()]
         if len(scales) > _MOST_SCALES:
             scales[_MOST_SCALES:] = [f"and {len(scales) - _MOST_SCALES} more, see best()"]
@@ -221,6 +231,19 @@ class Dial:
         lines.append("  Intervals are over rows; they do not cover the seed of the training.")
         lines.append(f"  receipt  {self.receipt}")
         return "\n".join(lines)
+
+    def _describe_trades(self) -> list[str]:
+        """Return the parts that forget least and most per learn, in comparison with the whole update."""
+        trades, whole = self.trades(), self.parts.loc[0]
+        if trades.empty or whole["learn_low"] <= 0:
+            return []
+        best_ratios = trades.iloc[:_FEWEST_TRADES]
+        # The worst part is not one of the best as well.
+        worst_ratio = trades.iloc[_FEWEST_TRADES:].iloc[-1:]
+        lines = [f"  trades   {whole['forget'] / whole['learn']:.3g} {self.unit} per nat of learning, whole update"]
+        for name, ratios in (("least", best_ratios), ("most", worst_ratio)):
+            lines += [f"           {name:<5} {ratio:.3g} {part}" for part, ratio in ratios.items()]
+        return lines
 
     def _repr_html_(self) -> str:
         # Changes at the best scale are in the figure of the curve.

@@ -226,7 +226,7 @@ def _entries(panel: Panel) -> Iterator[Entry]:
                 if (panel.chart.table(mark)[column] == value).any():
                     kind, encoding = LOOKS.get(mark.kind, ("band", ""))
                     style = panel.style(mark, encoding, key)
-                    yield Entry(short_name(value), colors.of(value, panel.theme), kind, style, group(key))
+                    yield Entry(short_name(value), panel.color(mark, key), kind, style, group(key))
     for kind, encoding in LOOKS.values():
         for column, ((_, mark), *_) in encoded([panel.chart], encoding).items():
             if column != mark.columns().get("color"):

@@ -202,7 +202,9 @@ class Panel:
                 yield rows[is_picked], key
 
     def color(self, mark: Mark, key: Mapping[str, Any]) -> str:
-        """Return the color of one combination."""
+        """Return the color of one combination, gray for a muted mark."""
+        if getattr(mark, "muted", False):
+            return self.theme.gray
         column = mark.columns().get("color")
         if column is None:
             return self.theme.category(0, 1)
@@ -258,8 +260,7 @@ def build(mark: Any, panel: Panel, frame: Any) -> Iterator[Shape]:
 def _(mark: Line, panel: Panel, frame: Any) -> Iterator[Curve]:
     for rows, key in panel.split(mark, frame, "color", "dash"):
         x, y = _split_stretches(mark, rows, *panel.positions(mark, rows))
-        color = panel.theme.gray if mark.muted else panel.color(mark, key)
-        yield Curve(x, y, color, panel.style(mark, "dash", key), group(key), mark.muted)
+        yield Curve(x, y, panel.color(mark, key), panel.style(mark, "dash", key), group(key), mark.muted)
 
 
 @build.register

@@ -137,6 +137,8 @@ class Band(Mark):
         Column of the categories that colors distinguish.
     stretch : str, optional
         Column of stretches: rows of different ones are not joined.
+    muted : bool
+        Whether the area is gray, as the range of what has no effect. Default False.
     data : DataFrame, optional
         Table of this mark. Default: the table of the chart.
     """
@@ -147,6 +149,7 @@ class Band(Mark):
     high: str
     color: str | None = None
     stretch: str | None = None
+    muted: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,8 @@ class Point(Mark):
         Legend entry of all dots, which replaces those of their colors. Default "".
     hollow : bool
         Whether dots are outlines. Default False.
+    muted : bool
+        Whether dots are gray, as rings around others. Default False.
     data : DataFrame, optional
         Table of this mark. Default: the table of the chart.
     """
@@ -189,6 +194,7 @@ class Point(Mark):
     symbol: str = ""
     label: str = ""
     hollow: bool = False
+    muted: bool = False
 
 
 @dataclass(frozen=True)

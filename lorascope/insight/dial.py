@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,15 @@ from lorascope.insight.update_parts import (
     intruder_parts,
     slopes_of,
 )
-from lorascope.observe.measured_rows import Divergence, Drift, ProbeDivergence, RowMeasure, TaskLoss, state_rows
+from lorascope.observe.measured_rows import (
+    Divergence,
+    Drift,
+    JointMeasure,
+    ProbeDivergence,
+    RowMeasure,
+    TaskLoss,
+    state_rows,
+)
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
 from lorascope.training.settings import Settings
@@ -186,10 +194,12 @@ def _turn(run: Result, texts: _Texts, call: DialCall, progress: bool) -> Dial:
             axes[axis] = measure.rows()
         controls = {part.name for part in removed if part.control}
         verdicts = judge_rows(values, axes, len(parts) - len(controls), controls)
-        # Most parts need no other scale, and a curve takes as long as four removals. Controls are never shipped.
-        for part in removed:
-            if verdicts[part.name] in SCALED and not part.control:
-                values += dialed.curve(part, [scale for scale in scales if scale != 0])
+        # Most parts need no other scale, and controls are never shipped.
+        scaled = [part for part in removed if verdicts[part.name] in SCALED and not part.control]
+        # At scale 1, every part is as trained.
+        for part in scaled:
+            values += [item._replace(part=part.name) for item in values if item[:2] == (WHOLE, 1.0)]
+        values += dialed.curves(scaled, [scale for scale in scales if scale not in (0.0, 1.0)])
         shares = slopes = {TASK: np.zeros(0), KEEP: np.zeros(0)}
         if parts:  # gradients take as long as three measurements of all rows
             shares, slopes = dialed.path_shares(parts), dialed.slopes(parts, 1.0)
@@ -269,6 +279,17 @@ def _find_parts(adapted: AdaptedBase, by: str) -> PartsOfUpdate:
     return group_parts(adapted.base, adapted.updates, by)
 
 
+def _to_row_values(
+    part: str, scale: float, axes: Sequence[str], values: Float[np.ndarray, "row *measures"]
+) -> list[RowValues]:
+    columns = values.reshape(len(values), -1).T
+    return [RowValues(part, scale, axis, column) for axis, column in zip(axes, columns, strict=True)]
+
+
+def _is_finite(measured: Sequence[RowValues]) -> bool:
+    return all(np.isfinite(item.values).all() for item in measured)
+
+
 @dataclass(frozen=True, eq=False)
 class DialedModel:
     """Adapted model with rows on which its parts are measured."""
@@ -277,43 +298,82 @@ class DialedModel:
     measures: Mapping[str, RowMeasure]
     bar: tqdm
 
+    @cached_property
+    def passes(self) -> list[tuple[list[str], RowMeasure]]:
+        """Axes that are measured in the same pass: a probe reads the states whose drift is measured."""
+        passes: list[tuple[list[str], RowMeasure]] = []
+        for axis, measure in self.measures.items():
+            if axis == KEEP and PROBE in self.measures:
+                passes.append(([KEEP, PROBE], JointMeasure([measure, self.measures[PROBE]])))
+            elif axis != PROBE:
+                passes.append(([axis], measure))
+        return passes
+
     def curve(self, part: UpdatePart, scales: Sequence[float]) -> list[RowValues]:
         """Measure a part at several scales; a curve ends at the first value that is not finite."""
         values: list[RowValues] = []
         for scale in scales:
             measured = self._scaled(part, scale)
             # Beyond scale 1 an update may leave the range of the dtype.
-            if not all(np.isfinite(item.values).all() for item in measured):
+            if not _is_finite(measured):
                 break
             values += measured
         return values
 
-    def removals(self, parts: Sequence[UpdatePart]) -> list[RowValues]:
-        """Measure the model without each part; parts of one module share their passes."""
+    def curves(self, parts: Sequence[UpdatePart], scales: Sequence[float]) -> list[RowValues]:
+        """Measure each part at several scales; see ``curve``."""
         values: list[RowValues] = []
-        moves: dict[str, list[Move]] = {}
-        names: dict[str, list[str]] = {}
+        replayed = self._replayed([part for part in parts if len(part.modules) == 1], scales)
+        for part in parts:
+            if len(part.modules) > 1:
+                values += self.curve(part, scales)
+                continue
+            for scale in scales:
+                measured = replayed[part.name, scale]
+                if not _is_finite(measured):
+                    break
+                values += measured
+        return values
+
+    def removals(self, parts: Sequence[UpdatePart]) -> list[RowValues]:
+        """Measure the model without each part."""
+        values: list[RowValues] = []
         for part in parts:
             if len(part.modules) > 1:  # nothing can be replayed for a change in several places
                 values += self._scaled(part, 0.0)
-                continue
+        replayed = self._replayed([part for part in parts if len(part.modules) == 1], [0.0])
+        for measured in replayed.values():
+            values += measured
+        return values
+
+    def _replayed(
+        self, parts: Sequence[UpdatePart], scales: Sequence[float]
+    ) -> dict[tuple[str, float], list[RowValues]]:
+        """Measure parts of single modules at each scale; what precedes a module is computed once."""
+        moves: dict[str, list[Move]] = {}
+        keys: dict[str, list[tuple[str, float]]] = {}
+        values: dict[tuple[str, float], list[RowValues]] = {}
+        for part in parts:
             (module,) = part.modules
-            moves.setdefault(module, []).append(self.updates.rescaling(part, 0.0))
-            names.setdefault(module, []).append(part.name)
-        if moves:
-            for axis, measure in self.measures.items():
-                self.bar.update()
-                for module, arrays in measure.moved_values(moves).items():
-                    for name, array in zip(names[module], arrays, strict=True):
-                        values.append(RowValues(name, 0.0, axis, array))
+            for scale in scales:
+                moves.setdefault(module, []).append(self.updates.rescaling(part, scale))
+                keys.setdefault(module, []).append((part.name, scale))
+                values[part.name, scale] = []
+        if not moves:
+            return values
+        for axes, measure in self.passes:
+            self.bar.update()
+            for module, arrays in measure.moved_values(moves).items():
+                for key, array in zip(keys[module], arrays, strict=True):
+                    values[key] += _to_row_values(*key, axes, array)
         return values
 
     def _scaled(self, part: UpdatePart, scale: float) -> list[RowValues]:
         values = []
         with self.updates.scaled(part, scale):
-            for axis, measure in self.measures.items():
+            for axes, measure in self.passes:
                 self.bar.update()
-                values.append(RowValues(part.name, scale, axis, measure.values()))
+                values += _to_row_values(part.name, scale, axes, measure.values())
         return values
 
     def path_shares(self, parts: Sequence[UpdatePart]) -> dict[str, Float[np.ndarray, "part"]]:

@@ -253,7 +253,10 @@ class ScaledUpdates:
         forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         for name in part.modules:
             host = self.model.get_submodule(name)
-            forwards[host] = partial(_rescaled_output, host.forward, self._rescaling(part, name, scale))
+            if part.direction is None:
+                forwards[host] = partial(_scaled_output, host, host.forward, scale)
+            else:
+                forwards[host] = partial(_rescaled_output, host.forward, self._rescaling(part, name, scale))
         with replaced_forwards(forwards):
             yield
 
@@ -270,7 +273,7 @@ class ScaledUpdates:
             directions = self.directions.get(name)
             shape = () if directions is None else directions.size.shape
             gate = gates[name] = torch.zeros(shape, dtype=host.weight.dtype, requires_grad=True)
-            forwards[host] = partial(_gated_output, host, host.forward, scale, directions, gate)
+            forwards[host] = partial(_gated_output, host, scale, directions, gate)
         with replaced_forwards(forwards):
             yield gates
 
@@ -292,19 +295,21 @@ def _rescaled_output(forward: Callable[[Tensor], Tensor], rescale: Move, x: Tens
     return rescale(x, forward(x))
 
 
-def _gated_output(
-    host: Any,
-    forward: Callable[[Tensor], Tensor],
-    scale: float,
-    directions: PartDirections | None,
-    gate: Tensor,
-    x: Tensor,
-) -> Tensor:
-    base, output = base_output(host, x), forward(x)
-    scaled = torch.lerp(base, output, scale)
-    if directions is not None:
-        return scaled + directions.output(x, gate)
-    return scaled + gate * (output - base)
+def _scaled_output(host: Any, forward: Callable[[Tensor], Tensor], scale: float, x: Tensor) -> Tensor:
+    # Neither end needs the product of the other.
+    if scale == 0:
+        return base_output(host, x)
+    if scale == 1:
+        return forward(x)
+    return _move_module(host, scale, x, forward(x))
+
+
+def _gated_output(host: Any, scale: float, directions: PartDirections | None, gate: Tensor, x: Tensor) -> Tensor:
+    # The whole output would contain the base's a second time, with its gradient.
+    base, contribution = base_output(host, x), host.delta(x)
+    if directions is None:
+        return (base + (scale + gate) * contribution).to(base.dtype)
+    return (base + scale * contribution).to(base.dtype) + directions.output(x, gate)
 
 
 def _move_module(host: Any, scale: float, x: Tensor, y: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import encode_rows, load_keep, load_text, require_disjoint
 from lorascope.methods.field_checks import require_integer
 from lorascope.methods.method import Step, task_head
-from lorascope.observe.measured_rows import DistanceFromBase, Divergence, Drift, TaskLoss, measure_together
+from lorascope.observe.measured_rows import DistanceFromBase, Divergence, Drift, JointMeasure, TaskLoss
 from lorascope.observe.observer import Observer
 from lorascope.schema.records import Quantity, Record, register
 
@@ -96,7 +96,7 @@ class kl(Observer):
         with evaluation_mode(step.model):
             self._gauge = gauge = self._gauge or self._prepare(step)
             if gauge.task is not None:
-                losses, distances = measure_together(*gauge.task)
+                losses, distances = JointMeasure(gauge.task).values().T
                 loss, distance = gauge.task
                 scale = len(losses) / loss.counts.sum()
                 yield Record("row_loss", losses * scale, index=np.arange(len(losses)))

@@ -19,8 +19,8 @@ from lorascope.analysis.domain_probe import DomainProbe
 from lorascope.array_types import Float, Int
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
 
-BATCH = 32
-_REFERENCE = "reference"  # key of a batch with what the base returns on it
+BATCH = 16  # with 32, padding is a fifth of the tokens of 192 sentences
+_REFERENCE = "reference of "  # begins the keys of a batch with what the base returns on it
 
 
 class RowMeasure(ABC):
@@ -56,7 +56,7 @@ class RowMeasure(ABC):
         self.counts = self._in_order(self.count_targets(batch) for batch in self.batches)
 
     @abstractmethod
-    def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
+    def measure(self, batch: Batch) -> Float[Tensor, "rows *measures"]:
         """Measure the model on a batch, with gradients."""
 
     def count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
@@ -73,12 +73,12 @@ class RowMeasure(ABC):
         return MeasuredRows(self.unit, self.counts, self.clusters)
 
     @torch.no_grad()
-    def values(self) -> Float[np.ndarray, "row"]:
+    def values(self) -> Float[np.ndarray, "row *measures"]:
         """Measure every row of the model as it is."""
         return self._in_order(self.measure(batch) for batch in self.batches)
 
     @torch.no_grad()
-    def moved_values(self, moves: Mapping[str, Sequence[Move]]) -> dict[str, list[Float[np.ndarray, "row"]]]:
+    def moved_values(self, moves: Mapping[str, Sequence[Move]]) -> dict[str, list[Float[np.ndarray, "row *measures"]]]:
         """Measure every row under each move of each module's output; see ``moved_measures``."""
         measured: dict[str, list[list[Tensor]]] = {}
         for name, module_moves in moves.items():
@@ -102,9 +102,9 @@ class RowMeasure(ABC):
         torch._foreach_div_(total, float(self.counts.sum()))
         return total
 
-    def _in_order(self, batches: Any) -> Float[np.ndarray, "row"]:
+    def _in_order(self, batches: Any) -> Float[np.ndarray, "row *measures"]:
         values = torch.cat(list(batches)).double().cpu().numpy()
-        ordered = np.empty(len(values))
+        ordered = np.empty_like(values)
         ordered[self.order] = values
         return ordered
 
@@ -140,9 +140,11 @@ class DistanceFromBase(RowMeasure):
 
     def __init__(self, model: nn.Module, encoded: EncodedRows, table: pd.DataFrame) -> None:
         super().__init__(model, encoded, table)
+        # Batches of several distances can be merged.
+        self.reference = f"{_REFERENCE}{type(self).__name__}"
         with torch.no_grad():
             for batch in self.batches:
-                batch[_REFERENCE] = self.outputs(_inputs(batch))
+                batch[self.reference] = self.outputs(_inputs(batch))
 
     @abstractmethod
     def outputs(self, inputs: Batch) -> Tensor:
@@ -160,7 +162,7 @@ class Divergence(DistanceFromBase):
 
     def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
         """Measure the divergence, summed over the targets of each row."""
-        reference = batch[_REFERENCE]
+        reference = batch[self.reference]
         divergence = F.kl_div(self.outputs(_inputs(batch)), reference, reduction="none", log_target=True).sum(-1)
         labels = batch["labels"]
         if labels.ndim == 1:
@@ -184,7 +186,7 @@ class Drift(DistanceFromBase):
 
     def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
         """Measure the drift of each row."""
-        return (self.outputs(_inputs(batch)) - batch[_REFERENCE]).square().sum(-1) / 2
+        return (self.outputs(_inputs(batch)) - batch[self.reference]).square().sum(-1) / 2
 
     def count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
         return torch.ones(len(batch["labels"]))
@@ -205,20 +207,55 @@ class ProbeDivergence(DistanceFromBase):
     def measure(self, batch: Batch) -> Float[Tensor, "rows"]:
         """Measure the divergence of each row."""
         outputs = self.outputs(_inputs(batch))
-        return F.kl_div(outputs, batch[_REFERENCE], reduction="none", log_target=True).sum(-1)
+        return F.kl_div(outputs, batch[self.reference], reduction="none", log_target=True).sum(-1)
 
     def count_targets(self, batch: Batch) -> Float[Tensor, "rows"]:
         return torch.ones(len(batch["labels"]))
 
 
+class JointMeasure(RowMeasure):
+    """Measures of the same rows from one pass of the model, which takes the time of one of them.
+
+    Parameters
+    ----------
+    measures : sequence of RowMeasure
+        Measures of one model on the same rows. Only the first one calls the model.
+    """
+
+    def __init__(self, measures: Sequence[RowMeasure]) -> None:
+        self.first, *self.others = measures
+        self.model, self.order = self.first.model, self.first.order
+        self.batches = list(map(dict, self.first.batches))
+        for other in self.others:
+            for batch, other_batch in zip(self.batches, other.batches, strict=True):
+                batch |= other_batch
+
+    def measure(self, batch: Batch) -> Float[Tensor, "rows measures"]:
+        """Measure a batch, with one column per measure."""
+        with _LastPass(self.model) as last_pass:
+            columns = [self.first.measure(batch).double()]
+        for other in self.others:
+            other.model = last_pass
+            columns.append(other.measure(batch).double())
+            other.model = self.model
+        return torch.stack(columns, 1)
+
+
 class _LastPass:
-    """Stand-in for a model that repeats what the model and its body returned in their last pass."""
+    """Stand-in for a model that repeats what the model and its body returned in their last pass in its context."""
 
     def __init__(self, model: Any) -> None:
         self.outputs: dict[nn.Module, Any] = {}
         # The loss needs the whole model, and the drift of an encoder what its head reads.
         self.modules = model, model.base_model
+
+    def __enter__(self) -> Any:
         self.hooks = [module.register_forward_hook(self._keep) for module in {*self.modules}]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def _keep(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         self.outputs[module] = outputs
@@ -228,26 +265,6 @@ class _LastPass:
 
     def base_model(self, **inputs: Tensor) -> Any:
         return self.outputs[self.modules[1]]
-
-
-@torch.no_grad()
-def measure_together(
-    loss: TaskLoss, distance: DistanceFromBase
-) -> tuple[Float[np.ndarray, "row"], Float[np.ndarray, "row"]]:
-    """Measure the task loss and the distance from the base of the same rows in one pass, which takes half the time."""
-    model = distance.model
-    last_pass: Any = _LastPass(model)
-    distance.model = last_pass
-    losses, distances = [], []
-    try:
-        for loss_batch, distance_batch in zip(loss.batches, distance.batches, strict=True):
-            losses.append(loss.measure(loss_batch))
-            distances.append(distance.measure(distance_batch))
-    finally:
-        distance.model = model
-        for hook in last_pass.hooks:
-            hook.remove()
-    return loss._in_order(losses), distance._in_order(distances)
 
 
 def pooled_states(model: Any, inputs: Mapping[str, Tensor]) -> Float[Tensor, "rows d"]:
@@ -272,7 +289,7 @@ def state_rows(model: nn.Module, encoded: EncodedRows) -> Float[np.ndarray, "row
 
 def _inputs(batch: Mapping[str, Tensor]) -> Batch:
     """Return a batch without what the measures add to it; labels are not inputs."""
-    return {key: value for key, value in batch.items() if key not in (_REFERENCE, "labels")}
+    return {key: value for key, value in batch.items() if key != "labels" and not key.startswith(_REFERENCE)}
 
 
 def hash_rows(table: pd.DataFrame) -> str:

@@ -13,7 +13,7 @@ from lorascope.plots.figure_registry import document_result
 
 _ROWS = "95% intervals over rows; they do not cover the seed of the training"
 _LEARN, _FORGET = "learn (nats of task loss)", "forget"
-_MARGINS, _PROPORTION = "even share", "whole update"
+_MARGINS, _PROPORTION, _INTRUDER = "even share", "whole update", "intruder dimension"
 _PARTS = 8  # curves that are distinguished by color
 
 
@@ -21,8 +21,8 @@ _PARTS = 8  # curves that are distinguished by color
 def learn_forget(dial: Dial) -> Chart:
     """Plot what each part of an update buys on the task against what it costs elsewhere.
 
-    Parts to the right lower the task loss, and parts further up move the model away from its base. Parts in the shaded
-    box have neither effect beyond the even share of a part.
+    Parts to the right lower the task loss, and parts further up move the model away from its base. Parts in the gray
+    box have neither effect beyond the even share of a part. Intruder dimensions have a ring.
 
     Parameters
     ----------
@@ -42,8 +42,14 @@ def learn_forget(dial: Dial) -> Chart:
     unit = dial.unit
     box = pd.DataFrame({"learn": [-dial.learn_margin, dial.learn_margin]})
     box = box.assign(low=-dial.forget_margin, high=dial.forget_margin, color=_MARGINS)
-    marks: list[Mark] = [
-        Band("learn", "low", "high", "color", data=box),
+    marks: list[Mark] = [Band("learn", "low", "high", "color", data=box, muted=True)]
+    intruders = parts[~parts["control"]].assign(ring=1.0)
+    if dial.receipt.call.get("by") == "intruder" and len(intruders):
+        # Rings are as large as the largest dots, and filled, so that dots and intervals are drawn after them.
+        marks.append(
+            Point("learn", "forget", size="ring", symbol="circle-open", label=_INTRUDER, muted=True, data=intruders)
+        )
+    marks += [
         Line("learn", "forget", color, dash="line", stretch="part", data=_crosses(parts)),
         # Roles and the box may take all colors of the palette, whose first one would come again.
         Line("learn", "forget", dash="line", muted=True, data=_proportion(parts, whole)),

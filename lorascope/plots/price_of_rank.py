@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorascope.analysis.rank_prices import Price
@@ -78,18 +79,29 @@ def _draw_signal(price: Price, meta: Mapping[str, Any]) -> Chart:
     modules = price.modules
     cells = modules.assign(layer=modules["layer"].astype("object").where(modules["layer"].notna(), "no layer"))
     # Where the control finds directions, those with real labels are no evidence.
-    cells["signal"] = cells["signal"].where(cells["control"] == 0)
-    cells = cells.groupby(["layer", "role"], sort=False)["signal"].sum(min_count=1).reset_index()
+    groups = cells.groupby(["layer", "role"], sort=False)
+    cells = groups[["signal", "control"]].sum().reset_index()
+    is_hatched = cells["control"] > 0
+    cells["signal"] = cells["signal"].where(~is_hatched)
     directions, control = modules["directions"].sum(), modules["control"].sum()
     caption = f"{directions} directions beyond the rank, {control} with drawn labels (control)."
+    limits = None
     if not directions:
-        caption += f" A squared gradient above {price.smallest_signal:.2g} along one direction would have been found."
+        caption += (
+            f" Nothing was found: a squared gradient above {price.smallest_signal:.2g} along one direction would have "
+            "been. Colors reach at least as far, so that noise is pale."
+        )
+        bound = max(price.smallest_signal, float(np.nan_to_num(cells["signal"].abs().max())))
+        limits = (-bound, bound)
+    if is_hatched.any():
+        caption += f" Hatched: the control found directions in {is_hatched.sum()} of {len(cells)} cells,"
+        caption += " where a signal is no evidence."
     caption += " A signal does not locate the missing rank."
     # Roles in the order of a block, not of their first appearance.
     used = set(cells["role"])
     return Chart(
         cells.assign(layer=cells["layer"].astype(str)),
-        [Heat("layer", "role", "signal", "signal (squared gradient)", scale="diverging")],
+        [Heat("layer", "role", "signal", "signal (squared gradient)", scale="diverging", limits=limits)],
         title="Gradient signal that the factors cannot follow",
         x=Axis(label="layer", order=list(dict.fromkeys(cells["layer"].astype(str)))),
         y=Axis(order=[role for role in ROLES if role in used]),

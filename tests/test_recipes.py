@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,9 @@ from scipy import stats
 
 import lorascope as ls
 from lorascope.cli.main import main
-from lorascope.experiments import recipe, recipe_table, smoke
+from lorascope.experiments import recipe, recipe_check, recipe_table, smoke
 from lorascope.experiments.recipe import PrintedScore
+from lorascope.experiments.sweep import train_job
 from lorascope.inputs import tasks
 
 RECIPE = """
@@ -225,7 +227,7 @@ def test_an_unknown_recipe_names_the_known_ones(capsys):
 def test_smoke_and_table_require_a_recipe(tmp_path, capsys):
     (tmp_path / "plain.toml").write_text('task = "sentiment"\nmethod = "lora"\nsettings = {steps = 1}\n')
     assert main(["sweep", str(tmp_path / "plain.toml"), "--smoke"]) == 2
-    assert "--smoke and --table require a recipe" in capsys.readouterr().err
+    assert "--smoke, --check and --table require a recipe" in capsys.readouterr().err
 
 
 def test_smoke_runs_of_a_recipe_fill_its_table_and_are_trained_once(tmp_path, monkeypatch, capsys):
@@ -247,6 +249,79 @@ def test_smoke_runs_of_a_recipe_fill_its_table_and_are_trained_once(tmp_path, mo
     assert {run["id"] for run in details["runs"].values()} == {ls.load(path.parent).id for path in before}
     assert (folder / "table.md").read_text().count("| FourierFT |") == 4
     assert len(pd.read_csv(folder / "table.csv")) == len(cells)
+
+
+CHECKED = """
+seeds = 2
+settings = {epochs = 2, batch_size = 4, device = "cpu"}
+model = "encoder"
+
+[[part]]
+column = "rows"
+metric = "accuracy"
+task = {name = "rows.csv", splits = {train = "train", validation = "dev", test = "dev"}}
+
+[[part.method]]
+row = "LoRA"
+name = "lora"
+rank = 2
+
+[[part.method]]
+row = "Full"
+name = "full"
+"""
+
+
+@pytest.fixture
+def checked_recipe(tmp_path, monkeypatch):
+    """Return the file of a recipe whose model and data are on this machine."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(smoke.Smoke().model(), tmp_path / "encoder")
+    return write_recipe(tmp_path, CHECKED)
+
+
+def test_check_says_of_each_row_what_its_runs_have(checked_recipe, capsys):
+    assert main(["sweep", str(checked_recipe), "--check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  model encoder: on this machine" in lines
+    assert "  rows: 10 train, 10 validation, 10 test" in lines
+    assert not Path("runs").exists()
+    plan = recipe.read(checked_recipe)
+    for job in plan.jobs()[::2]:
+        run = train_job(job)
+        # The weights of the base, and a gradient and two moments of each trained one, in float32.
+        mebibytes = 4 * (run.meta.parameters.total + 3 * run.meta.parameters.trained) / 2**20
+        assert (
+            f"  {job.name.partition(',')[0]}: 2 runs, {run.meta.settings['steps']} steps a phase, "
+            f"{run.meta.parameters.trained:,} trained parameters, {mebibytes:,.0f} MiB without activations"
+        ) in lines
+
+
+def test_check_names_what_is_missing_with_the_parts_that_lack_it(checked_recipe, monkeypatch, capsys):
+    monkeypatch.setattr(recipe_check, "device_memory", lambda: 1000)
+    second = CHECKED[CHECKED.index("[[part]]") :].replace('"rows"', '"others"')
+    text = CHECKED.replace("rows.csv", "no.csv") + second
+    checked_recipe.write_text(text)
+    assert main(["sweep", str(checked_recipe), "--check"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith("lorascope: rows: ")
+    assert "no.csv" in errors[0]
+    # Both parts have the same need, which is one line.
+    assert errors[1].startswith(
+        "lorascope: rows, others: LoRA needs 0 MiB without activations, and the device has 0 MiB"
+    )
+
+
+def test_a_copy_of_a_recipe_is_one_and_replaces_no_file(tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    assert main(["sweep", "--new", str(file), "--from", "autolora-table1"]) == 0
+    assert file.read_bytes() == recipe.find_recipe("autolora-table1").read_bytes()
+    file.write_text("mine")
+    assert main(["sweep", "--new", str(file), "--from", "autolora-table1"]) == 2
+    assert f"cannot write {file}: it exists" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    assert main(["sweep", "--new", str(file)]) == 2
+    assert "--new and --from belong together" in capsys.readouterr().err
 
 
 def test_generated_rows_have_the_splits_columns_and_classes_of_the_task():

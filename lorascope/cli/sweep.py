@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from dataclasses import replace
 from json import dumps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
@@ -43,7 +45,10 @@ def main(
     address: Annotated[str | None, arg(metavar="ADDRESS")] = None,
     jobs: Annotated[int | None, arg(metavar="N")] = None,
     smoke: bool = False,
+    check: bool = False,
     table: bool = False,
+    new: Annotated[str | None, arg(metavar="FILE")] = None,
+    source: Annotated[str | None, arg(name="from", metavar="RECIPE")] = None,
     json: bool = False,
     progress: bool = True,
 ) -> int:
@@ -66,24 +71,40 @@ def main(
         Number of parallel runs; the number of cores if omitted.
     smoke
         Of a recipe: try everything in minutes and offline, with tiny random models, generated rows and 4 steps.
+    check
+        Of a recipe: train nothing, and print what it needs: models, data, steps, trained parameters and memory. The
+        exit code is 1 if something is missing.
     table
         Of a recipe: train nothing, and print the table of the finished runs.
+    new
+        Copy the recipe of --from to this file, to change it.
+    source
+        Recipe to copy.
     json
         Print runs, recipes and their comparison, or the table of a recipe, as JSON.
     progress
         Show the live table of runs.
     """
-    if file is None:
-        raise ValueError("FILE is required: lorascope sweep ranks.toml")
     from lorascope.experiments import grid, recipe, sweep  # imported here, so that --help does not import torch
 
+    if new is not None or source is not None:
+        if new is None or source is None:
+            raise ValueError("--new and --from belong together: --new mine.toml --from adalora-table1")
+        if Path(new).exists():
+            raise ValueError(f"cannot write {printable(new)}: it exists; name another file")
+        shutil.copy(recipe.find_recipe(source), new)
+        return 0
+    if file is None:
+        raise ValueError("FILE is required: lorascope sweep ranks.toml")
     path = recipe.find_recipe(file)
     options = {"name": backend, "address": address, "jobs": jobs}
     overrides = {name: value for name, value in options.items() if value is not None}
     if recipe.is_recipe(grid.read_toml(path)):
+        if check:
+            return _print_needs(path)
         return _run_recipe(recipe.read(path, smoke), overrides, table, json, progress)
-    if smoke or table:
-        raise ValueError(f"--smoke and --table require a recipe, which has parts, got {printable(file)}")
+    if smoke or check or table:
+        raise ValueError(f"--smoke, --check and --table require a recipe, which has parts, got {printable(file)}")
     plan = grid.read(path)
     swept = sweep.run_grid(replace(plan, backend=_override(plan.backend, overrides)), progress=progress)
     if json:
@@ -106,6 +127,20 @@ def _report_failures(swept: SweepResult) -> int:
     for line in swept.complaints():
         print(f"lorascope: failed: {printable(' '.join(line.split()))}", file=sys.stderr)
     return int(bool(swept.failures))
+
+
+def _print_needs(path: Path) -> int:
+    """Print what the parts of a recipe need, and return whether something is missing."""
+    from lorascope.experiments.recipe_check import check
+
+    titles: dict[str, list[str]] = {}
+    for needs in check(path):
+        print(printable(needs.title), *(f"  {printable(line)}" for line in needs.lines), sep="\n")
+        for problem in needs.problems:
+            titles.setdefault(problem, []).append(needs.title)
+    for problem, parts_with_it in titles.items():
+        print(f"lorascope: {printable(', '.join(parts_with_it))}: {printable(problem)}", file=sys.stderr)
+    return int(bool(titles))
 
 
 def _run_recipe(plan: Recipe, overrides: Mapping[str, Any], only_table: bool, json: bool, progress: bool) -> int:

@@ -162,7 +162,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
                 raise ValueError(f"{key} must be a string or a list of strings, got {reprlib.repr(value)}")
     lists["task"] = [load_task(entry) if isinstance(entry, Mapping) else entry for entry in lists["task"]]
     methods = list(itertools.chain.from_iterable(map(read_methods, lists["method"])))
-    settings = _read_settings(table["settings"], methods)
+    settings = read_settings(table["settings"], methods)
     for combination in settings:
         combination["root"] = str(root)
     grid = Grid(lists["model"], lists["task"], methods, settings, parse_seeds(table.get("seeds", 3)), backend)
@@ -207,7 +207,8 @@ def read_methods(entry: Any) -> list[Method]:
         raise ValueError(f"method {name}: {error}") from None
 
 
-def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
+def read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Return all combinations of the settings of a grid, validated with each method."""
     if not isinstance(table, Mapping):
         raise ValueError(f"settings must be a table such as {{steps = 300}}, got {reprlib.repr(table)}")
     hints = get_type_hints(train)

@@ -250,8 +250,7 @@ def _read_part(
 ) -> RecipePart:
     """Read a part, whose keys override those of the recipe, setting by setting."""
     grid.require_known(entry, _PART_KEYS, "key")
-    merged: dict[str, Any] = {key: value for key, value in {**table, **entry}.items() if key in _SWEEP_KEYS}
-    settings = {**table.get("settings", {}), **entry.get("settings", {})}
+    merged, settings = merge_part(entry, table)
     settings["metric"] = [metric.name for metric in columns.values()]
     methods = merged.get("method")
     if not isinstance(methods, list) or not methods:
@@ -259,9 +258,6 @@ def _read_part(
     rows = []
     for fields in methods:
         rows.append(_read_row(fields, columns, entry.get("printed", {}), paper, smoke))
-    if isinstance(merged.get("task"), str):
-        # Finished runs are recognized by the hash of the data, so the data are loaded now.
-        merged["task"] = {"name": merged["task"]}
     if smoke is not None:
         merged |= {"model": smoke.model(), "task": smoke.task(merged.get("task")), "seeds": 1}
         settings = smoke.settings(settings)
@@ -272,6 +268,18 @@ def _read_part(
         if len(values) > 1:
             raise ValueError(f"{key} must have one value in a part, got {len(values)}: add a part for each")
     return RecipePart(columns, tuple(rows), part_grid)
+
+
+def merge_part(entry: Mapping[str, Any], table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keys of a sweep that a part has with those of its recipe, without settings, and the settings."""
+    merged: dict[str, Any] = {}
+    for key, value in {**table, **entry}.items():
+        if key in _SWEEP_KEYS and key != "settings":
+            merged[key] = value
+    if isinstance(merged.get("task"), str):
+        # Finished runs are recognized by the hash of the data, so the data are loaded now.
+        merged["task"] = {"name": merged["task"]}
+    return merged, {**table.get("settings", {}), **entry.get("settings", {})}
 
 
 def _read_row(

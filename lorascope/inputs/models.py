@@ -80,18 +80,7 @@ def load(
         _require_own_files(folder)
     with quiet():
         commit = None if folder.is_dir() else _commit_on_hub(source)
-        config = _load_quietly(transformers.AutoConfig, source, name, **_revision(commit))
-        require_own_attention(config, source)
-        if blocks is not None:
-            _keep_blocks(config, blocks, name)
-        if options is not None:
-            _set_options(config, options, name)
-        head = _head_class(config, name)
-        labels = task.head_labels if task is not None and "Classification" in head.__name__ else None
-        # A classifier with the same labels in another order keeps its order.
-        is_relabeled = labels is not None and set(config.id2label.values()) != set(labels)
-        if labels is not None and is_relabeled:
-            set_labels(config, labels)
+        config, head, is_relabeled = _configure(name, source, commit, task, blocks, options)
         # Draw new weights from a fixed seed, without changing the caller's generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -114,6 +103,21 @@ def load(
     model._lorascope_blocks = blocks
     model._lorascope_commit = commit
     return model.eval()
+
+
+def outline(
+    name: str | os.PathLike[str], task: Task | None = None, options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Load the modules of a model without weights, on the device "meta", from its configuration only.
+
+    Parameters and errors are those of :func:`load`.
+    """
+    source = locate_model(str(name))
+    with quiet():
+        commit = None if Path(source).is_dir() else _commit_on_hub(source)
+        config, head, _ = _configure(name, source, commit, task, None, options)
+        with torch.device("meta"):
+            return head.from_config(config)
 
 
 def name_of(model: nn.Module) -> str:
@@ -278,6 +282,30 @@ def _require_own_files(folder: Path) -> None:
             for shard in indexed_shards(index):
                 if shard.exists():
                     require_regular(shard)
+
+
+def _configure(
+    name: object,
+    source: str,
+    commit: str | None,
+    task: Task | None,
+    blocks: int | None,
+    options: Mapping[str, Any] | None,
+) -> tuple[Any, Any, bool]:
+    """Return the configuration of a model, its auto class, and whether its classifier gets labels of a task."""
+    config = _load_quietly(transformers.AutoConfig, source, name, **_revision(commit))
+    require_own_attention(config, source)
+    if blocks is not None:
+        _keep_blocks(config, blocks, name)
+    if options is not None:
+        _set_options(config, options, name)
+    head = _head_class(config, name)
+    labels = task.head_labels if task is not None and "Classification" in head.__name__ else None
+    # A classifier with the same labels in another order keeps its order.
+    is_relabeled = labels is not None and set(config.id2label.values()) != set(labels)
+    if labels is not None and is_relabeled:
+        set_labels(config, labels)
+    return config, head, is_relabeled
 
 
 def _head_class(config: Any, name: object) -> Any:

@@ -144,7 +144,7 @@ def _print_needs(path: Path) -> int:
 
 
 def _run_recipe(plan: Recipe, overrides: Mapping[str, Any], only_table: bool, json: bool, progress: bool) -> int:
-    """Train the runs of a recipe that are not finished, unless only its table is asked for, and print the table."""
+    """Train the runs of a recipe that are not finished, unless only its table is requested, and print the table."""
     from lorascope.experiments import recipe_table, sweep
 
     code = 0

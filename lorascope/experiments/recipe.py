@@ -82,7 +82,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class RecipePart:
-    """Runs of one data set: the columns that they fill, one per metric, and a grid with one method per row."""
+    """Runs on one dataset: the columns that they fill, one per metric, and a grid with one method per row."""
 
     columns: Mapping[str, Metric]
     rows: tuple[TableRow, ...]
@@ -315,7 +315,7 @@ def _find_printed(cell_values: Mapping[str, Any]) -> PrintedScore:
     table = _read_published()
     for column, value in cell_values.items():
         table = table[table[column] == value]
-    # A table prints several budgets of a method, so the method alone is often not enough.
+    # A table prints several budgets of a method, so the method does not identify a number.
     if len(table) != 1:
         values = ", ".join(map(str, cell_values.values()))
         raise ValueError(f"printed matches {len(table)} rows of {PUBLISHED}, expected 1: {values}")

@@ -1,4 +1,4 @@
-"""What a recipe needs before it is trained: models, data, rows, steps, trained parameters and memory."""
+"""Needs of a recipe before it is trained: models, data, rows, steps, trained parameters and memory."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Needs:
 def check(source: str | Path) -> list[Needs]:
     """Check what the parts of a recipe need; train nothing, and load no weights.
 
-    Rows are counted if the data are here or can be downloaded. Memory is that of weights, gradients and AdamW's moments
-    in float32, without activations.
+    Rows are counted if the data are here or can be downloaded. Memory has weights, gradients and AdamW's moments in
+    float32, without activations.
 
     Raises
     ------

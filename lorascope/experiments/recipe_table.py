@@ -28,7 +28,7 @@ from lorascope.runs.run import Run
 from lorascope.training.settings import Settings
 
 _LEVEL = 0.025
-# Steps and epochs become numbers of steps, and phases may have rates of their own.
+# Steps and epochs become numbers of steps, and a phase may set another rate.
 _RESOLVED = ("steps", "epochs", "eval_every", "lr", "head_lr")
 _NUMBERS = (
     *("mean", "low", "high", "median", "minimum", "maximum"),

@@ -35,7 +35,7 @@ _CLASSES = ("bad", "good")
 
 
 class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a recipe is tried.
+    """Trial of a recipe.
 
     Parameters
     ----------

@@ -110,7 +110,7 @@ def outline(
 ) -> nn.Module:
     """Load the modules of a model without weights, on the device "meta", from its configuration only.
 
-    Parameters and errors are those of :func:`load`.
+    It has the parameters and errors of :func:`load`.
     """
     source = locate_model(str(name))
     with quiet():

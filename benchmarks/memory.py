@@ -40,12 +40,11 @@ def main() -> None:
             memory = norms.last_recorded(run.table).set_index("quantity")["value"] / 2**20
             parameters, gradients, optimizer, peak = (memory[part] for part in PARTS)
             print(f"| {way} | {parameters:.1f} | {gradients:.1f} | {optimizer:.1f} | {peak:.0f} |", flush=True)
-    panels = ls.plots.memory(found).panels
+    drawn = ls.plots.memory(found)
+    panels = drawn.panels
     # Measured models are in the left column, so that the long names of the right one need no gutter on the left.
     measured, computed = panels[: len(arguments.models)], panels[len(arguments.models) :]
-    figure = ls.set_side_by_side(
-        ls.stack_vertically(*measured), ls.stack_vertically(*computed), title="Memory of a training step"
-    )
+    figure = ls.set_side_by_side(ls.stack_vertically(*measured), ls.stack_vertically(*computed), title=drawn.title)
     figure.save(arguments.figure, width="page")
 
 

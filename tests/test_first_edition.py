@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -217,3 +218,33 @@ def test_titles_say_what_the_levels_say() -> None:
     shift, printed = panels("use-shift", ": larger for the largest rotation, unlike in the paper")
     assert shift.data.set_index("recipe")["value"].idxmax() == "NeFT, 9%"
     assert printed.data.set_index("recipe")["value"].idxmin() == "NeFT, 9%"
+    (scores,) = panels("against-truth", ": correlations are at most 0.31")
+    assert f"{rows_of(scores, 'kind', 'score')['value'].max():.2f}" == "0.31"
+    (agreement,) = panels("agreement", ": with the loss increase at most 0.30")
+    increases = agreement.data[agreement.data["first"].str.startswith("loss increase")]
+    assert f"{increases.loc[~increases['second'].isin(['1', '2']), 'value'].max():.2f}" == "0.30"
+    for overlap in panels("overlap-by-size", ": far above chance at every size"):
+        by_size = overlap.data.pivot(index="fraction", columns="recipe", values="value")
+        assert (by_size["two seeds or samples"] > 2 * by_size["chance"]).all()
+    (replay,) = panels("rank-replay-alora", ", 144 in all: the last two layers gain, the first two lose")
+    totals = replay.data.groupby(["step", "place"])["value"].sum().unstack()
+    assert set(totals.sum(axis=1)) == {144}
+    gains = totals.loc[300] - totals.loc[0]
+    assert (gains[["4", "5"]] > 0).all()
+    assert (gains[["0", "1"]] < 0).all()
+    (spectrum,) = panels("spectrum", ": half of rank 8 is used, a quarter of rank 64")
+    for recipe, fraction in (
+        ("LoRA, rank 8 (effective rank 3.5)", 1 / 2),
+        ("LoRA, rank 64 (effective rank 17.3)", 1 / 4),
+    ):
+        rank, effective = map(float, re.findall(r"rank ([\d.]+)", recipe))
+        assert effective / rank == pytest.approx(fraction, abs=0.07)
+        values = rows_of(spectrum, "recipe", recipe)["value"]
+        # The effective rank of the mean spectrum is near the mean of effective ranks.
+        weights = values / values.sum()
+        assert np.exp(-(weights * np.log(weights)).sum()) == pytest.approx(effective, rel=0.1)
+    energy = []
+    for image in panels("update-image", ": LoRA's are rows and columns, FourierFT's are not"):
+        sigma = np.linalg.svd(image.data.pivot(index="row", columns="column", values="value"), compute_uv=False)
+        energy.append((sigma[:2] ** 2).sum() / (sigma**2).sum())
+    assert energy[0] < 0.2 < 0.99 < energy[1]

@@ -78,11 +78,31 @@ def test_memory_has_one_panel_per_model(tmp_path):
     assert "not measured: LoRA." in first.caption
 
 
+def test_title_of_memory_has_the_method_with_the_lowest_peak(tmp_path):
+    # Peaks of 100 and 60 of one model, and of 200 and 80 of another one.
+    peaks = {("full", "minilm"): 100, ("LoRA", "minilm"): 60, ("full", "smollm2, first 6 blocks"): 200,
+             ("LoRA", "smollm2, first 6 blocks"): 80}  # fmt: skip
+    runs = {}
+    for (label, model), peak in peaks.items():
+        run = plant(tmp_path, f"{label}{peak}", bytes_of(20, 10, 20, peak), model=model)
+        runs.setdefault(label, []).append(run)
+    figure = plots.memory(runs, computed=())
+    assert figure.title == "Memory of a training step: least with LoRA, 40 to 60% of full"
+    assert [chart.title for chart in figure.panels] == ["MiniLM, measured", "SmolLM2, first 6 blocks, measured"]
+    assert figure.panels[0].x.label == "memory of MiniLM (MiB)"
+    assert "after the last step: MiniLM, batch size" in figure.panels[0].caption
+    # Without a peak, with different methods, or if the first one needs least, the title has no finding.
+    lower = plant(tmp_path, "lower", bytes_of(20, 10, 20, 300), model="smollm2, first 6 blocks")
+    for changed in ({"LoRA": [*runs["LoRA"][:1], lower]}, {"LoRA": plant(tmp_path, "x", bytes_of(1, 1, 1))}, {}):
+        title = plots.memory({"full": runs["full"]} | changed, computed=()).title
+        assert title == "Memory of a training step"
+
+
 def test_memory_of_larger_models_is_computed(tmp_path):
     run = plant(tmp_path, "a", bytes_of(8, 8, 16, 40))
     (measured,), (seven,), (seventy,) = plots.memory(run).rows()
     assert [chart.title for chart in (seven, seventy)] == [
-        "LLaMA-2 7B, computed; line: a 24 GB GPU",
+        "LLaMA-2 7B, computed (line: 24 GB)",
         "LLaMA-2 70B, computed",
     ]
     held = memory_estimate.lisa(memory_estimate.LLAMA2["70B"], 4, width=2)

@@ -22,6 +22,7 @@ _QUANTITIES = {
 _ACTIVATIONS = "rest (mostly activations)"
 _COLORS = (*memory_estimate.COMPONENTS, _ACTIVATIONS)
 _PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in the LISA paper
+_MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2"}
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 _CARD = 24e9 / 2**30  # memory of a 24 GB GPU in GiB
 _MARGIN = 0.12  # position of percentages to the right of the longest bar, over its length: they fit into a column
@@ -85,7 +86,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     panels = []
     for model, rows in cells.items():
         # Models of different size have separate axes.
-        name = model.rpartition("/")[2]  # of a folder
+        name = _model_name(model)
         label, title = f"memory of {name} (MiB)", f"{name}, measured"
         panels.append(stacked_bars(rows, models[model].labels, label, _COLORS, title=title, caption=caption))
     for size in computed:
@@ -99,11 +100,34 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
         card = [Rule(x=_CARD)] if size == "7B" else []
         label, title = f"memory of {model} ({unit})", f"{model}, computed"
         if card:
-            title += "; line: a 24 GB GPU"
+            title += " (line: 24 GB)"
         panels.append(
             stacked_bars(rows, list(rows["recipe"].unique()), label, _COLORS, *card, title=title, caption=caption)
         )
-    return cohort.complete(wrap(panels, 1, "Memory of a training step"))
+    title = "Memory of a training step" + _least_memory(list(cells.values()), cohort.labels[0])
+    return cohort.complete(wrap(panels, 1, title))
+
+
+def _least_memory(models: Sequence[pd.DataFrame], first: str) -> str:
+    """Return the method with the lowest peak in all measured models, and its memory relative to that of the first."""
+    shares: dict[str, list[float]] = {}
+    for rows in models:
+        peaks = rows.groupby("recipe")["value"].sum()
+        # Bars without a peak lack their rest.
+        if first not in peaks or (rows["part"] == _ACTIVATIONS).sum() < len(peaks):
+            return ""
+        shares.setdefault(str(peaks.idxmin()), []).append(100 * peaks.min() / peaks[first])
+    if len(shares) != 1 or first in shares:
+        return ""
+    ((label, percentages),) = shares.items()
+    ends = dict.fromkeys((f"{min(percentages):.0f}", f"{max(percentages):.0f}"))
+    return f": least with {label}, {' to '.join(ends)}% of {first}"
+
+
+def _model_name(model: str) -> str:
+    """Return the name of a model in titles, without its folder."""
+    name, comma, blocks = model.rpartition("/")[2].partition(",")
+    return _MODELS.get(name, name) + comma + blocks
 
 
 def _runs_of_model(cohort: Cohort, model: str) -> Cohort:
@@ -131,7 +155,9 @@ def _measured_memory(cohort: Cohort) -> pd.DataFrame:
 
 def _batch_phrase(cohort: Cohort) -> list[str]:
     """Return the models with their batch sizes as text."""
-    batches = (f"{run.meta.model}, batch size {run.meta.settings.get('batch_size')}" for run in cohort.runs)
+    batches = (
+        f"{_model_name(run.meta.model)}, batch size {run.meta.settings.get('batch_size')}" for run in cohort.runs
+    )
     return list(dict.fromkeys(batches))
 
 

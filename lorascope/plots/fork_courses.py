@@ -99,8 +99,8 @@ def _origin(fork: Run) -> Fork:
 
 def _values_of_trunk(trunk: Run, origin: Fork) -> str:
     """Return what a fork changes as it was in its trunk, such as "lr 0.01"; "" for what the trunk does not name."""
-    named = trunk.meta.settings | trunk.meta.method
-    values = {name: named[name] for name in origin.change if name in named}
+    options = trunk.meta.settings | trunk.meta.method
+    values = {name: options[name] for name in origin.change if name in options}
     if not values:
         return ""
     return Fork(trunk.id, origin.step, values).description

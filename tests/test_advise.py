@@ -164,6 +164,22 @@ def test_numbers_equal_those_of_dial_and_price(bert: str, task: Task, keep: Task
         repeat(document | {"receipt": document["receipt"] | {"run": "other"}}, run)
 
 
+def test_the_task_of_an_advice_is_loaded_once(
+    bert: str, task: Task, keep: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    words = write_texts(tmp_path, task=task)
+    run = trained(bert, ls.tasks.load(words[1]), METHODS["lora"], tmp_path / "run", steps=2)[1]
+    names, load = [], ls.tasks.load
+
+    def load_and_note(name: Any, *arguments: Any, **options: Any) -> Task:
+        names.append(str(name))
+        return load(name, *arguments, **options)
+
+    monkeypatch.setattr("lorascope.inputs.tasks.load", load_and_note)
+    ls.advise(run, bert, words[1], keep, budget=1000, progress=False)
+    assert names.count(words[1]) == 1
+
+
 def write_texts(folder: Path, **texts: Task) -> list[str]:
     """Write texts as CSV files, and return the options of ``lorascope advise`` that name them."""
     words = []

@@ -162,6 +162,12 @@ def test_figure_shows_each_trunk_and_its_forks_from_their_step_on(forks):
     assert len(right.table(ticks)) == 2 * 5 * 4
     assert len(right.table(dots)) == 10
     assert "no change, from step 2 (40% of the training): effect 0, bitwise equal predictions." in left.caption
+    assert "lr 0.001 (trunks lr 0.01), from step 2 (40% of the training): " in left.caption
+    trunk_line, fork_line = left.marks_of(ls.Line)
+    assert set(left.table(trunk_line)["arm"]) == {"trunk"}
+    assert trunk_line.muted
+    assert set(left.table(fork_line)["arm"]) == {"lr 0.001", "no change"}
+    assert not fork_line.muted
 
 
 def test_figure_of_one_pair_has_an_interval_over_rows_and_no_ticks(forks):

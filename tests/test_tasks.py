@@ -51,6 +51,27 @@ def test_splits_are_a_partition_of_the_documented_sizes():
     assert shares == pytest.approx({"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.025)
 
 
+def test_another_table_has_another_hash_and_the_same_content_the_same():
+    task = tasks.from_frame(table(60))
+    flipped = task.table.assign(label=task.table["label"].map({LABELS[0]: LABELS[1], LABELS[1]: LABELS[0]}))
+    moved = task.table.assign(split="train")
+    others = [replace(task, table=other) for other in (flipped, moved, task.table.iloc[:30])]
+    assert len({task.hash, *(other.hash for other in others)}) == 4
+    assert replace(replace(task, table=flipped), name="other").hash == others[0].hash
+    for same in (task.table.copy(), task.table.assign(cluster="article 1")):
+        assert replace(task, table=same).hash == task.hash
+    assert replace(task, table=flipped, hash="a" * 64).hash == "a" * 64  # a caller that computes its own
+
+
+def test_pixels_are_part_of_the_hash_of_another_table():
+    black, white = (Image.new("RGB", (4, 4), color) for color in ("black", "white"))
+    task = tasks.Task(
+        "images", "image", pd.DataFrame({"image": [black], "label": ["a"], "split": "train"}), ("a",), "h"
+    )
+    assert replace(task, table=task.table.assign(image=[black.copy()])).hash == "h"
+    assert replace(task, table=task.table.assign(image=[white])).hash != "h"
+
+
 def test_splits_equal_those_of_the_first_release():
     # Computed independently: the first 16 hexadecimal digits of sha256("film 14") are 0.75 of 2**64, and so on.
     task = tasks.from_frame(pd.DataFrame({"text": [f"Film  {n}" for n in range(16)], "label": list("ab") * 8}))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpydoc.docscrape
-from gallery_runs import train_gallery_runs
+from gallery_runs import read_sentences, train_gallery_runs
 
 import lorascope as ls
 from lorascope.charts.chart import Drawable
@@ -46,6 +46,8 @@ TABLES = {
 def draw_pages(source: Path) -> dict[str, str]:
     """Draw all examples and return the pages of the gallery by their path."""
     runs = train_gallery_runs(source / RUNS)
+    # Of random tokens, which the other runs learn, a reader sees no words.
+    runs["words"] = read_sentences(source / RUNS)
     entries: dict[str, list[str]] = {topic: [] for topic in TOPICS}
     for figure in FIGURES.values():
         entries[figure.topic].append(entry(figure, runs, source / IMAGES))

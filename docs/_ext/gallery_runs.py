@@ -146,6 +146,13 @@ def train_students(root: Path) -> dict[str, Any]:
     }
 
 
+def read_sentences(root: Path) -> Any:
+    """Train an adapter on tweets, and return the words of its largest component on tweets that it has not seen."""
+    settings = SHORT | {"steps": 60, "batch_size": 16, "test_size": 32, "max_length": 32, "observe": []}
+    run = ls.train("minilm", TWEETS, ls.LoRA(rank=4, lr=1e-3, head_lr=1e-2), root=root, **settings)
+    return ls.read(run, "minilm", TWEETS, top=1, progress=False)
+
+
 def measure_adapter(root: Path) -> dict[str, Any]:
     """Return what instruments measure of an adapter that learned the text of a planted teacher, and forks of students.
 
@@ -166,7 +173,6 @@ def measure_adapter(root: Path) -> dict[str, Any]:
         "correlations": correlate_scores(dialed),
         "clusters": repeated_selection(tweets, repetitions=3, most=5, sample=150),
         "priced": ls.price(adapter, base, task, ranks=(1, 2, 4), progress=False),
-        "words": ls.read(adapter, base, task, top=1, progress=False),
         "forked": forks,
     }
 

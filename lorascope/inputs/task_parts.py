@@ -44,7 +44,7 @@ def enlarge_test(task: Task, number: int) -> Task:
         raise ValueError(f"number must be from 1 to {len(train) - 1}, got {number}: {task.name}")
     table = task.table.copy()
     table.loc[train["draw"].nlargest(number).index, "split"] = "test"
-    enlarged = replace(task, table=table)
+    enlarged = replace(task, table=table, hashed=None)  # the rule below is in the hash
     return _select(enlarged, np.ones(len(table), bool), f"{number} more test rows", ["enlarge test", number])
 
 

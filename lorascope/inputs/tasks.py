@@ -9,7 +9,7 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ _HEADS = {
     "LMHead": "prompt",
     "ForConditionalGeneration": "seq2seq",
 }
+
+
+class HashedTable(NamedTuple):
+    """Hash of a task, and the table that it is of."""
+
+    hash: str
+    table: pd.DataFrame
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +62,9 @@ class Task:
         Arguments of :func:`load` other than the name that have another value than by default.
     selected_on_test : bool
         Whether validation and test are the same rows, so that the best state is selected on the reported split.
+    hashed : HashedTable, optional
+        Table that ``hash`` is of. ``dataclasses.replace`` with another table, but no other hash, derives a hash from
+        it. None: ``hash`` is of ``table``.
     """
 
     name: str
@@ -64,6 +74,15 @@ class Task:
     hash: str
     options: Mapping[str, Any] = field(default_factory=dict)
     selected_on_test: bool = False
+    hashed: HashedTable | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        before = self.hashed
+        if before is not None and before.hash == self.hash and before.table is not self.table:
+            content = _content_hash(self.table)
+            if content != _content_hash(before.table):
+                object.__setattr__(self, "hash", hashlib.sha256(f"{self.hash} {content}".encode()).hexdigest())
+        object.__setattr__(self, "hashed", HashedTable(self.hash, self.table))
 
     @property
     def classifies(self) -> bool:
@@ -166,7 +185,9 @@ class Task:
             if "pair" in table:
                 texts = texts + "\n" + table["pair"]
             prompts = question + "Text: " + texts + "\nAnswer: This text is"
-            return replace(self, kind=head, table=table.assign(prompt=prompts, response=" " + table["label"]))
+            prompt_table = table.assign(prompt=prompts, response=" " + table["label"])
+            # The same rows in another form have the same hash.
+            return replace(self, kind=head, table=prompt_table, hashed=None)
         if self.kind == "prompt":
             return replace(self, kind=head)
         if head == "seq2seq":
@@ -367,6 +388,14 @@ def _require_known_labels(table: pd.DataFrame, name: str) -> None:
         raise ValueError(
             f'cannot use the {split} split of {name}: its labels are hidden (-1); map {split} to "validation"'
         )
+
+
+def _content_hash(table: pd.DataFrame) -> str:
+    """Return the SHA-256 of the rows of a task and of their splits, without clusters."""
+    rows = table.drop(columns=["cluster", "draw"], errors="ignore")
+    if "image" in rows:
+        rows = rows.assign(image=rows["image"].map(images.digest_image))
+    return _hash("", rows)
 
 
 def _hash(rule: str, rows: pd.DataFrame) -> str:

@@ -21,7 +21,7 @@ from lorascope.analysis.rank_prices import Price
 from lorascope.analysis.turning_points import FEWEST_CHECKPOINTS, find_turns
 from lorascope.diagnosis.doctor import diagnose
 from lorascope.diagnosis.inspection import inspect
-from lorascope.inputs import models, tasks
+from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import FEWEST_ROWS, encode_rows, load_keep
 from lorascope.insight.adapted_base import open_adapted
@@ -36,6 +36,7 @@ from lorascope.runs.lora_config import next_lora_keywords
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
 from lorascope.runs.series import Series
+from lorascope.training.run_spec import reload_task
 from lorascope.training.settings import Settings
 
 BUDGET = 120.0
@@ -300,9 +301,8 @@ class _Adviser:
     def _estimate_costs(self) -> _Costs:
         """Estimate the CPU seconds of every instrument from one timed pass over a few rows."""
         assert self.model is not None
-        assert self.task is not None
         began = time.process_time()
-        adapted = open_adapted(self.run, self.model, self.task, self.state)
+        adapted = open_adapted(self.run, self.model, self.loaded_task, self.state)
         opening = time.process_time() - began
         # An unreadable text must not look like one that is missing, which skips the dial.
         if self.keep is not None:
@@ -335,11 +335,17 @@ class _Adviser:
         return _Costs(dials, price_cost, price_rows, MeasurementCost(opening, per_row * READING, rows, rows))
 
     @cached_property
+    def loaded_task(self) -> Task:
+        """Task of the call, which is loaded once."""
+        assert self.task is not None
+        if isinstance(self.task, Task):
+            return self.task
+        return reload_task(self.run, str(self.task))
+
+    @property
     def validation_rows(self) -> int:
         """Number of rows of the validation split."""
-        assert self.task is not None
-        task = self.task if isinstance(self.task, Task) else tasks.load(self.task)
-        return len(task.split("validation"))
+        return len(self.loaded_task.split("validation"))
 
     @cached_property
     def counts(self) -> list[int]:
@@ -372,11 +378,17 @@ class _Adviser:
 
     def _turn_dial(self, by: str) -> None:
         assert self.model is not None
-        assert self.task is not None
         limits: dict[str, Any] = {"rows": self.rows, "keep_rows": self.keep_rows}
         try:
             dialed = dial(
-                self.run, self.model, self.task, self.keep, by=by, state=self.state, progress=self.progress, **limits
+                self.run,
+                self.model,
+                self.loaded_task,
+                self.keep,
+                by=by,
+                state=self.state,
+                progress=self.progress,
+                **limits,
             )
         except ValueError as error:  # the model fits, so its texts do not
             self.skip("dial", str(error))
@@ -388,12 +400,11 @@ class _Adviser:
 
     def _price(self, rows: int, retrain: int) -> None:
         assert self.model is not None
-        assert self.task is not None
         ranks = self._cut_ranks()
         budgets = [int(np.minimum(self.counts, rank).sum()) for rank in ranks]
         options: dict[str, Any] = {"rows": rows, "state": self.state, "progress": self.progress}
         try:
-            priced = price(self.run, self.model, self.task, ranks, budgets=budgets, **options)
+            priced = price(self.run, self.model, self.loaded_task, ranks, budgets=budgets, **options)
         except ValueError as error:  # such as an update that has no factors
             self.skip("price", str(error))
             return
@@ -402,7 +413,7 @@ class _Adviser:
             target = 2 * priced.rank if _points_beyond(priced) else max(1, priced.rank // 2)
             options |= {"retrain": retrain, "placed": True, "budgets": budgets}
             try:
-                priced = price(self.run, self.model, self.task, [target], **options)
+                priced = price(self.run, self.model, self.loaded_task, [target], **options)
                 self._configure(priced, target)
             except ValueError as error:  # the cuts of such a run are measured all the same
                 self.skip("retraining", str(error))
@@ -427,9 +438,8 @@ class _Adviser:
 
     def _read_words(self) -> None:
         assert self.model is not None
-        assert self.task is not None
         try:
-            reading = read(self.run, self.model, self.task, _CARDS, state=self.state, progress=self.progress)
+            reading = read(self.run, self.model, self.loaded_task, _CARDS, state=self.state, progress=self.progress)
         except ValueError as error:  # such as too few rows
             self.skip("read", str(error))
             return

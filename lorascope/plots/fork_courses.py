@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,6 +13,7 @@ from lorascope.charts.marks import Axis, Line, Mark, Point, Rule
 from lorascope.plots.figure_registry import document_result
 from lorascope.plots.requirements import missing_reason
 from lorascope.plots.run_groups import axis_label
+from lorascope.runs.manifest import Fork
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 
@@ -54,18 +55,25 @@ def forks(forks: Result | Sequence[Result], margin: float | None = None) -> Pane
         for run in (trunk, fork):
             if reason := missing_reason(run, "eval_loss", history=True):
                 raise ValueError(f"forks needs {reason} (run {run.id}, {run.label})")
-        assert fork.meta.fork is not None
         courses.append(_course(trunk, TRUNK))
-        course, step = _course(fork, fork.meta.fork.description), fork.meta.fork.step
+        course, step = _course(fork, _origin(fork).description), _origin(fork).step
         # From the last evaluation that both share, where the lines part.
         shared = course.loc[course["step"] <= step, "step"].max()
         courses.append(course[course["step"] >= shared])
     curves = pd.concat(courses, ignore_index=True).drop_duplicates(["run", "step"])
-    caption = _describe_effects(effects)
+    is_trunk = curves["arm"] == TRUNK
+    before = {}
+    for fork, trunk in pairs:
+        before[_origin(fork).description] = _values_of_trunk(trunk, _origin(fork))
+    caption = _describe_effects(effects, before)
     steps = sorted(effects.table["step"].unique())
     left = Chart(
         curves,
-        [Line("step", "value", "arm", stretch="run"), *(Rule(x=step, label=f"step {step}") for step in steps if step)],
+        [
+            Line("step", "value", "arm", stretch="run", muted=True, data=curves[is_trunk]),
+            Line("step", "value", "arm", stretch="run", data=curves[~is_trunk]),
+            *(Rule(x=step, label=f"step {step}") for step in steps if step),
+        ],
         title="Validation loss",
         x=Axis(label="step"),
         y=Axis(label=axis_label("eval_loss")),
@@ -82,6 +90,20 @@ def forks(forks: Result | Sequence[Result], margin: float | None = None) -> Pane
         colors=[TRUNK, *changes],
     )
     return set_side_by_side(left, right, title="Forks of a training")
+
+
+def _origin(fork: Run) -> Fork:
+    assert fork.meta.fork is not None
+    return fork.meta.fork
+
+
+def _values_of_trunk(trunk: Run, origin: Fork) -> str:
+    """Return what a fork changes as it was in its trunk, such as "lr 0.01"; "" for what the trunk does not name."""
+    options = trunk.meta.settings | trunk.meta.method
+    values = {name: options[name] for name in origin.change if name in options}
+    if not values:
+        return ""
+    return Fork(trunk.id, origin.step, values).description
 
 
 def _course(run: Run, arm: str) -> pd.DataFrame:
@@ -107,15 +129,16 @@ def _effect_marks(effects: ForkEffects) -> list[Mark]:
     return marks
 
 
-def _describe_effects(effects: ForkEffects) -> str:
-    """Return the caption: what is shown, and the effect of each change."""
+def _describe_effects(effects: ForkEffects, before: Mapping[str, str]) -> str:
+    """Return the caption: what is shown, and the effect of each change; ``before`` has the values of the trunks."""
     sentences = ["Mean validation loss in nats, one line per run.", "Right: test loss of each fork minus its trunk."]
     if (effects.summary()["pairs"] > 1).any():
         sentences.append(f"Ticks: minus the {_OTHER_SEEDS}.")
     row: Any
     for row in effects.summary().itertuples():
         rows = effects.table[(effects.table["change"] == row.change) & (effects.table["step"] == row.step)]
-        start = f"{row.change}, from step {row.step} ({100 * row.fraction:.0f}% of the training)"
+        trunk_values = before.get(row.change) and f" (trunks {before[row.change]})"
+        start = f"{row.change}{trunk_values or ''}, from step {row.step} ({100 * row.fraction:.0f}% of the training)"
         if rows["identical"].all():
             # An interval of width 0 would look like a mistake.
             sentences.append(f"{start}: effect 0, bitwise equal predictions.")

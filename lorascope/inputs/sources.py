@@ -167,17 +167,25 @@ def _read_rows_file(path: Path) -> pd.DataFrame:
 
 def _read_folder(path: Path) -> pd.DataFrame:
     """Return the images of a folder in the columns image (path) and label (name of the subfolder)."""
-    extensions = Image.registered_extensions()
-    rows = [(str(file), file.parent.name) for file in sorted(path.glob("*/*")) if file.suffix.lower() in extensions]
+    rows = [(str(file), file.parent.name) for file in _images_by_label(path)]
     if not rows:
         raise ValueError(f"cannot read images from {path}: it must have one subfolder of images per label")
     return pd.DataFrame(rows, columns=["image", "label"])
 
 
+def _images_by_label(path: Path) -> list[Path]:
+    """Return the images in the subfolders of a folder."""
+    extensions = Image.registered_extensions()
+    return [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in extensions]
+
+
 def _is_dataset(path: Path) -> bool:
-    """Return whether a folder has files that ``datasets`` reads: what it saved, or tables."""
+    """Return whether a folder has files that ``datasets`` reads: what it saved, or tables without images by label."""
     if (path / "dataset_dict.json").exists():
         return True
+    # A folder of images by label may also have tables about them.
+    if _images_by_label(path):
+        return False
     return any(file.suffix in (*_FILES, ".json") for folder in (path, path / "data") for file in folder.glob("*.*"))
 
 

@@ -39,7 +39,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import TextRows, encode_rows
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.cut_updates import component_shares, cut_updates
-from lorascope.insight.instrument_costs import announce, price_passes
+from lorascope.insight.instrument_costs import announce, price_passes, time_passes
 from lorascope.insight.measured_results import recall
 from lorascope.insight.missing_directions import CONTROL, REAL, find_signals
 from lorascope.insight.retraining import (
@@ -162,10 +162,11 @@ def _measure_price(
     if retrain and progress:
         print(f"retraining: {describe_cost(cast(Run, run), ranks, retrain, call.placed)}", file=sys.stderr)
     with tqdm(desc="price", unit="pass", disable=not progress, leave=False) as bar:
-        started = time.process_time()
         measured = _MeasuredRank(adapted, products, text, bar)
-        seconds = time.process_time() - started  # of a pass over the rows
-        announce("price", seconds * price_passes(2 * len(ranks) + len(budgets)), progress)
+        with evaluation_mode(adapted.base):
+            per_pass = time_passes(measured.loss, measured.updates)
+        per_row = per_pass.per_row(price_passes(2 * len(ranks) + len(budgets)))
+        announce("price", per_row * len(text.table), progress)
         rank = measured.rank
         cuts = measured.cut_prices(sorted({*ranks, rank // 2}), budgets)
         learn = measured.increase(dict.fromkeys(products, 0))

@@ -27,9 +27,16 @@ from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import FEWEST_ROWS, encode_rows, load_keep
 from lorascope.insight.adapted_base import open_adapted
 from lorascope.insight.dial import PROBE_ROWS, dial
-from lorascope.insight.instrument_costs import READING, MeasurementCost, dial_passes, price_passes, time_passes
+from lorascope.insight.instrument_costs import (
+    READING,
+    MeasurementCost,
+    RemainingSeconds,
+    dial_passes,
+    price_passes,
+    time_passes,
+)
 from lorascope.insight.measured_results import measured_again
-from lorascope.insight.price import price
+from lorascope.insight.price import BLOCK_ROWS, BLOCKS, SHARE_BLOCKS, price
 from lorascope.insight.reader import LARGEST_ROWS, read
 from lorascope.insight.update_parts import ScaledUpdates, group_parts
 from lorascope.observe.measured_rows import TaskLoss
@@ -256,7 +263,7 @@ class _Adviser:
             return Plan()
         costs = self._estimate_costs()
         spent = time.process_time() - self.began
-        remaining = _Remaining(budget - spent)
+        remaining = RemainingSeconds(budget - spent)
         by, is_read = "", False
         if remaining.takes(costs.dial[WHOLE].seconds):
             by = WHOLE
@@ -328,7 +335,9 @@ class _Adviser:
             dials[by] = MeasurementCost(opening + probe_seconds, seconds, dial_rows, FEWEST_ROWS)
         price_rows = sorted({min(rows, available) for rows in _PRICE_ROWS if available >= _FEWEST_PRICE_ROWS})
         # Cuts to every rank, to as many components of all modules, and to them as a budget.
-        seconds = timed.per_row(price_passes(3 * len(self._cut_ranks())))
+        # With more rows, path shares are measured on a smaller fraction of them.
+        shared = SHARE_BLOCKS / min(BLOCKS, _PRICE_ROWS[0] // BLOCK_ROWS)
+        seconds = timed.per_row(price_passes(3 * len(self._cut_ranks()), shared))
         price_cost = MeasurementCost(opening, seconds, price_rows[-1] if price_rows else 0, _FEWEST_PRICE_ROWS)
         rows = min(LARGEST_ROWS, available)
         return _Costs(dials, price_cost, price_rows, MeasurementCost(opening, timed.forward * READING, rows, rows))
@@ -469,20 +478,6 @@ class _Adviser:
 
     def _texts(self) -> dict[str, Any]:
         return {"model": self.model, "task": self.task, "keep": self.keep}
-
-
-class _Remaining:
-    """CPU seconds that remain of a budget."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def takes(self, cost: float) -> bool:
-        """Return whether a cost fits, and subtract it if it does."""
-        if cost > self.seconds:
-            return False
-        self.seconds -= cost
-        return True
 
 
 @dataclass(frozen=True)

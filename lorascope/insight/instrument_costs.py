@@ -18,7 +18,7 @@ NODES = 5  # of the quadrature of path shares; with 5, shares of a planted decod
 READING = 15
 """Passes of the reader: contributions of all components, then of random ones."""
 _SCALES = 6
-_CURVES = 3  # one in three parts usually gets a curve
+_CURVES = 2  # one in two parts usually gets a curve: 14 of 36 modules of MiniLM, 17 of 28 of the planted student
 _REPLAYED = 0.6  # of a pass: parts of one module are replayed from its block on
 _LONG = 10.0  # CPU seconds of a measurement that is announced
 
@@ -87,6 +87,20 @@ class MeasurementCost(NamedTuple):
         return min(rows, self.rows) if rows >= self.fewest else 0
 
 
+class RemainingSeconds:
+    """CPU seconds that remain of a budget."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def takes(self, cost: float) -> bool:
+        """Return whether a cost fits, and subtract it if it does."""
+        if cost > self.seconds:
+            return False
+        self.seconds -= cost
+        return True
+
+
 def dial_passes(by: str, parts: int) -> Passes:
     """Return how many passes over task and keep rows a dial takes; a probe shares the pass over the rows to keep."""
     if by == WHOLE:
@@ -98,10 +112,18 @@ def dial_passes(by: str, parts: int) -> Passes:
     return Passes(_SCALES + 1 + share * (parts + scaled), NODES + 1)
 
 
-def price_passes(cuts: int) -> Passes:
-    """Return how many passes over its rows a price takes; ``cuts`` is without those to full rank and to rank 0."""
-    # Signals have real and drawn labels, and path shares are of a quarter of the rows.
-    return Passes(2 + cuts, 2 + NODES / 4)
+def price_passes(cuts: int, shared: float) -> Passes:
+    """Return how many passes over its rows a price takes.
+
+    Parameters
+    ----------
+    cuts : int
+        Number of cuts, without those to full rank and to rank 0.
+    shared : float
+        Fraction of the rows that path shares are measured on.
+    """
+    # Signals need the gradients of all weights with real and with drawn labels, once for their means and once by block.
+    return Passes(2 + cuts, 6 + shared * NODES)
 
 
 def announce(instrument: str, seconds: float, progress: bool) -> None:

@@ -62,8 +62,8 @@ from lorascope.updates.low_rank import Residual
 
 RANKS = (1, 2, 4, 8)
 BLOCKS, FEWEST_BLOCKS = 40, 16
-_BLOCK_ROWS = 8  # gradients of fewer rows are too far from normal for tests over blocks
-_SHARE_BLOCKS = 10  # path shares take a pass per node of the quadrature, so not on all blocks
+BLOCK_ROWS = 8  # gradients of fewer rows are too far from normal for tests over blocks
+SHARE_BLOCKS = 10  # path shares take a pass per node of the quadrature, so not on all blocks
 _SEEDS = 3  # of a suggested retraining: with two, an interval reaches 12.7 standard errors to each side
 
 
@@ -165,7 +165,8 @@ def _measure_price(
         measured = _MeasuredRank(adapted, products, text, bar)
         with evaluation_mode(adapted.base):
             per_pass = time_passes(measured.loss, measured.updates)
-        per_row = per_pass.per_row(price_passes(2 * len(ranks) + len(budgets)))
+        shared = len(measured.shared_blocks) / len(measured.blocks)
+        per_row = per_pass.per_row(price_passes(2 * len(ranks) + len(budgets), shared))
         announce("price", per_row * len(text.table), progress)
         rank = measured.rank
         cuts = measured.cut_prices(sorted({*ranks, rank // 2}), budgets)
@@ -317,9 +318,14 @@ class _MeasuredRank:
         with evaluation_mode(self.base):
             return find_signals(self.base, self.products, self.loss, self.blocks, self.bar)
 
+    @property
+    def shared_blocks(self) -> list[Batch]:
+        """Blocks on which path shares are measured."""
+        return self.blocks[:: max(1, len(self.blocks) // SHARE_BLOCKS)]
+
     def unused(self) -> dict[str, int]:
         """Count the unused components of every module."""
-        blocks = self.blocks[:: max(1, len(self.blocks) // _SHARE_BLOCKS)]
+        blocks = self.shared_blocks
         counts = np.array([float(self.loss.count_targets(block).sum()) for block in blocks])
         with evaluation_mode(self.base):
             return count_unused(component_shares(self.updates, self.loss, blocks, self.bar), counts)
@@ -342,12 +348,12 @@ def make_blocks(text: TextRows, clusters: Any) -> list[Batch]:
     # A cluster belongs to the block in which its first row would be.
     sizes = np.bincount(clusters)
     starts = np.cumsum(sizes) - sizes
-    count = min(BLOCKS, rows // _BLOCK_ROWS)
+    count = min(BLOCKS, rows // BLOCK_ROWS)
     blocks = (starts * count // rows)[clusters]
     numbers = np.unique(blocks)
     if len(numbers) < FEWEST_BLOCKS:
         raise ValueError(
-            f"cannot price a rank: {FEWEST_BLOCKS} blocks of {_BLOCK_ROWS} validation rows or more are required, got "
+            f"cannot price a rank: {FEWEST_BLOCKS} blocks of {BLOCK_ROWS} validation rows or more are required, got "
             f"{rows} rows in {len(sizes)} clusters"
         )
     return [text.encoded.batch(np.flatnonzero(blocks == number)) for number in numbers]

@@ -25,7 +25,7 @@ from lorascope.diagnosis.inspection import inspect
 from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import FEWEST_ROWS, encode_rows, load_keep
-from lorascope.insight.adapted_base import open_adapted
+from lorascope.insight.adapted_base import open_adapted, origin_of
 from lorascope.insight.dial import PROBE_ROWS, dial
 from lorascope.insight.instrument_costs import (
     READING,
@@ -458,11 +458,15 @@ class _Adviser:
     def give(self, call: Mapping[str, Any]) -> Advice:
         """Return the advice with everything that was noted."""
         names = {name: str(getattr(value, "name", value) or "") for name, value in self._texts().items()}
+        origin = {}
+        if self.model is not None:
+            origin = origin_of("advise", self.run, str(self.model), self.loaded_task, keep=names["keep"])
         receipt = Receipt(
             run=self.run.id,
             base=str(self.model or ""),
             rows=self.receipts,
             call={"path": self.subject.path, **names, "state": self.state, "plan": self.plan._asdict(), **call},
+            **origin,
             seconds=time.process_time() - self.began,
         )
         return Advice(

@@ -45,7 +45,7 @@ from lorascope.array_types import Float
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import encode_rows, load_keep, require_disjoint
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
 from lorascope.insight.instrument_costs import NODES, announce, dial_passes, time_passes
 from lorascope.insight.measured_results import recall
 from lorascope.insight.update_parts import (
@@ -146,7 +146,8 @@ def dial(
     adapted = open_adapted(run, model, task, state)
     max_length = run.meta.settings.get("max_length", Settings.max_length)
     texts = _Texts(adapted, load_keep(keep, adapted.task, adapted.base), rows, keep_rows, max_length)
-    call = DialCall(str(model), by, tuple(scales), exact, margin, state)
+    kept_text = str(getattr(keep, "name", keep) or "")
+    call = DialCall(str(model), kept_text, by, tuple(scales), exact, margin, state)
     content = {"call": call, "texts": texts.identity()}
     return recall("dial", run, adapted, content, partial(_turn, run, texts, call, progress), progress)
 
@@ -155,6 +156,7 @@ class DialCall(NamedTuple):
     """Arguments of a dial that change its result, apart from its texts."""
 
     model: str
+    keep: str
     by: str
     scales: tuple[float, ...]
     exact: int
@@ -212,6 +214,18 @@ def _turn(run: Result, texts: _Texts, call: DialCall, progress: bool) -> Dial:
         base=call.model,
         rows={TASK: measures[TASK].receipt, KEEP: measures[KEEP].receipt},
         call={"by": by, "scales": [*scales], "exact": call.exact, "state": call.state},
+        **origin_of(
+            "dial",
+            run,
+            call.model,
+            adapted.task,
+            keep=call.keep,
+            by=by,
+            rows=texts.rows,
+            keep_rows=texts.keep_rows,
+            scales=scales,
+            exact=call.exact,
+        ),
         seconds=time.process_time() - began,
     )
     described = pd.DataFrame([part.to_row() for part in (whole, *parts)])

@@ -37,7 +37,7 @@ from lorascope.analysis.track_record import RECORD, add_entries, read_residuals
 from lorascope.array_types import Float
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import TextRows, encode_rows
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
 from lorascope.insight.cut_updates import component_shares, cut_updates
 from lorascope.insight.instrument_costs import announce, price_passes, time_passes
 from lorascope.insight.measured_results import recall
@@ -207,6 +207,7 @@ def _measure_price(
             "placed": call.placed,
             "state": call.state,
         },
+        **origin_of("price", run, call.model, adapted.task, ranks=ranks, rows=call.rows, retrain=retrain),
         seconds=time.process_time() - began,
     )
     return Price(

@@ -32,7 +32,7 @@ class AdaptedBase(NamedTuple):
 
 
 def origin_of(instrument: str, run: Result, model: str, task: Task, **options: object) -> dict[str, Any]:
-    """Return seed and command of the receipt of a measurement; ``options`` are those of the command."""
+    """Return seed and command of the receipt of a measurement, with the ``options`` of the command."""
     option = "--rows" if instrument == "read" else "--task"
     words = ["lorascope", instrument, str(run.path or run.id), "--model", model, option, task.name]
     for name, value in options.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import time
 from dataclasses import replace
@@ -29,6 +30,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.insight.advise import Plan, _Adviser, _Costs, repeat
 from lorascope.insight.instrument_costs import MeasurementCost
 from lorascope.methods import Full, HydraLoRA, LoRA
+from lorascope.papers.setups import planted_teacher
 from lorascope.runs.lora_config import next_lora_keywords
 from lorascope.runs.receipt import Receipt
 
@@ -268,6 +270,47 @@ def test_what_is_printed_can_be_pasted(
     assert any("--retrain 3" in command for command in commands)
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
+
+
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+UNSTABLE = re.compile(r"lorascope \d\S*, \d+ CPU s")  # version and time
+
+
+def words_and_numbers(text: str) -> tuple[list[str], list[float]]:
+    """Return the words of each line without numbers, and all numbers; hashes are words."""
+    words, numbers = [], []
+    for line in UNSTABLE.sub("", text).strip().splitlines():
+        parts = []
+        for word in line.split():
+            # A hash mixes digits and letters.
+            if re.search(r"[a-z_]\w*\d|\d\w*[a-z]", word):
+                parts.append(word)
+                continue
+            parts.append(NUMBER.sub("#", word))
+            numbers += [float(number.replace(",", "")) for number in NUMBER.findall(word)]
+        words.append(" ".join(parts))
+    return words, numbers
+
+
+@pytest.mark.slow
+def test_the_sample_of_the_guide_is_what_is_measured() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "advise.md").read_text(encoding="utf-8")
+    (sample,) = re.findall(r"In a terminal, this is printed:\n\n```text\n(.*?)```", page, re.DOTALL)
+    adapter = ls.example("adapter")
+    told = ls.advise(adapter, planted_teacher.base(), planted_teacher.task(0), planted_teacher.task(1), progress=False)
+    words, numbers = words_and_numbers(repr(told).replace(str(adapter.path), "adapter"))
+    sample_words, sample_numbers = words_and_numbers(sample)
+    assert words == sample_words
+    assert len(numbers) > 60
+    # Half of the last digit that is printed, and 2% for rows that would decide, which rounding enlarges.
+    np.testing.assert_allclose(numbers, sample_numbers, rtol=0.02, atol=0.0011)
+
+
+def test_numbers_and_words_of_a_sample_are_compared() -> None:
+    line = "  learn  +0.607 nats [0.568, 0.645]: o 34% of 1,228 rows 725574 layers.2.o 7cc2 lorascope 0.2.0, 15 CPU s"
+    words, numbers = words_and_numbers(line)
+    assert words == ["learn +# nats [#, #]: o #% of # rows # layers.#.o 7cc2"]
+    assert numbers == [0.607, 0.568, 0.645, 34, 1228, 725574, 2]
 
 
 @pytest.mark.slow

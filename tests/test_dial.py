@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -455,6 +457,25 @@ def test_an_export_with_scales_computes_what_the_dial_measured(
         loss = TaskLoss(scaled.base, *encode_rows(scaled.base, scaled.task, "validation", ROWS, 128))
         delta.attach(scaled.base, scaled.deltas)
         np.testing.assert_allclose(loss.values(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_command_of_a_receipt_measures_the_same(
+    bert: str, reviews: tasks.Task, other_text: tasks.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = []
+    for name, item in (("task", reviews), ("keep", other_text)):
+        names.append(str(tmp_path / f"{name}.csv"))
+        item.table.drop(columns=["draw"]).to_csv(names[-1], index=False)
+    run = trained(bert, ls.tasks.load(names[0]), METHODS["lora"], tmp_path / "run", steps=4, seed=3)[1]
+    measured = ls.dial(run, bert, *names, by="layer", scales=(0.5,), rows=40, keep_rows=48, progress=False)
+    assert measured.receipt.seed == 3
+    words = shlex.split(measured.receipt.command)
+    assert words[:2] == ["lorascope", "dial"]
+    capsys.readouterr()
+    assert main([*words[1:], "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["parts"] == json.loads(json.dumps(measured.to_json()["parts"]))
+    assert document["receipt"]["command"] == measured.receipt.command
 
 
 def test_scales_of_another_run_or_an_unknown_part_are_refused(

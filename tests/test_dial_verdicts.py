@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -178,6 +180,30 @@ def test_the_line_of_the_whole_update_has_no_color_of_a_role() -> None:
     assert slope == pytest.approx(whole["forget"] / whole["learn"])
     # The palette has eight colors.
     assert len(chart.colors) == 8
+
+
+def test_undecided_parts_print_the_rows_that_would_decide() -> None:
+    measured = planted_dial()
+    assert "would decide" not in repr(measured)
+    part = measured.parts.iloc[[1]]
+    parts = [measured.parts.iloc[[0]]]
+    for name, number in (("a", 300.0), ("b", 4000.0), ("c", 1500.0), ("d", math.inf)):
+        parts.append(part.assign(part=name, verdict="undecided", rows_needed=number))
+    parts.append(part.assign(part="random", verdict="undecided", rows_needed=9.0, control=True))
+    dialed = replace(measured, parts=pd.concat(parts, ignore_index=True))
+    assert "  rows     about 1,500 would decide 2 of 4 undecided parts\n" in repr(dialed)
+
+
+TERMS = (
+    "part", "scale", "learn", "forget", "share", "keep rows", "missing direction", "trunk", "fork", "gauge",
+    "turning point", "receipt",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_terms_of_the_instruments_are_in_the_glossary(term: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "glossary.md").read_text(encoding="utf-8")
+    assert re.search(rf"^   {term}\n      \S", page, re.MULTILINE)
 
 
 def test_trades_are_ordered_by_forget_per_learn_and_the_worst_is_named_last() -> None:

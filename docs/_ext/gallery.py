@@ -46,7 +46,7 @@ TABLES = {
 def draw_pages(source: Path) -> dict[str, str]:
     """Draw all examples and return the pages of the gallery by their path."""
     runs = train_gallery_runs(source / RUNS)
-    # Of random tokens, which the other runs learn, a reader sees no words.
+    # The other runs learn random tokens, whose words say nothing to a reader.
     runs["words"] = read_sentences(source / RUNS)
     entries: dict[str, list[str]] = {topic: [] for topic in TOPICS}
     for figure in FIGURES.values():

@@ -223,7 +223,7 @@ class Dial:
             verdicts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts]
             if verdicts:
                 lines.append(f"  {name:<8} {', '.join(verdicts)}")
-        lines += self._describe_trades()
+        lines += [*self._describe_undecided(removed[~removed["control"]]), *self._describe_trades()]
         scales = [f"{part}: {scale:g}" for part, scale in self.best().items()]
         if len(scales) > _MOST_SCALES:
             scales[_MOST_SCALES:] = [f"and {len(scales) - _MOST_SCALES} more, see best()"]
@@ -231,6 +231,18 @@ class Dial:
         lines.append("  Intervals are over rows; they do not cover the seed of the training.")
         lines.append(f"  receipt  {self.receipt}")
         return "\n".join(lines)
+
+    def _describe_undecided(self, parts: pd.DataFrame) -> list[str]:
+        """Return how many rows would decide the undecided parts that rows can decide."""
+        numbers = parts.loc[parts["verdict"] == "undecided", "rows_needed"]
+        decidable = numbers[np.isfinite(numbers)]
+        if decidable.empty:
+            return []
+        # Not the largest number, because a few parts are close to a bound.
+        rows = float(np.ceil(decidable.median()))
+        return [
+            f"  rows     about {rows:,.0f} would decide {(numbers <= rows).sum()} of {len(numbers)} undecided parts"
+        ]
 
     def _describe_trades(self) -> list[str]:
         """Return the parts that forget least and most per learn, in comparison with the whole update."""

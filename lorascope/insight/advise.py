@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorascope.adapters.delta import attach
 from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.analysis import advice
 from lorascope.analysis.advice import COSTS, LEARNED, WRONG, Advice, Fact, OpenQuestion, SkippedMeasurement, Subject
@@ -24,13 +25,20 @@ from lorascope.diagnosis.inspection import inspect
 from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import FEWEST_ROWS, encode_rows, load_keep
-from lorascope.insight.adapted_base import open_adapted
-from lorascope.insight.dial import dial
-from lorascope.insight.instrument_costs import READING, MeasurementCost, dial_passes, price_passes
+from lorascope.insight.adapted_base import open_adapted, origin_of
+from lorascope.insight.dial import PROBE_ROWS, dial
+from lorascope.insight.instrument_costs import (
+    READING,
+    MeasurementCost,
+    RemainingSeconds,
+    dial_passes,
+    price_passes,
+    time_passes,
+)
 from lorascope.insight.measured_results import measured_again
-from lorascope.insight.price import price
+from lorascope.insight.price import BLOCK_ROWS, BLOCKS, SHARE_BLOCKS, price
 from lorascope.insight.reader import LARGEST_ROWS, read
-from lorascope.insight.update_parts import group_parts
+from lorascope.insight.update_parts import ScaledUpdates, group_parts
 from lorascope.observe.measured_rows import TaskLoss
 from lorascope.runs.lora_config import next_lora_keywords
 from lorascope.runs.receipt import Receipt
@@ -255,7 +263,7 @@ class _Adviser:
             return Plan()
         costs = self._estimate_costs()
         spent = time.process_time() - self.began
-        remaining = _Remaining(budget - spent)
+        remaining = RemainingSeconds(budget - spent)
         by, is_read = "", False
         if remaining.takes(costs.dial[WHOLE].seconds):
             by = WHOLE
@@ -299,7 +307,7 @@ class _Adviser:
         self.skip(title, reason, self.subject.command(name, *options))
 
     def _estimate_costs(self) -> _Costs:
-        """Estimate the CPU seconds of every instrument from one timed pass over a few rows."""
+        """Estimate the CPU seconds of every instrument from timed passes over a few rows of the adapted model."""
         assert self.model is not None
         began = time.process_time()
         adapted = open_adapted(self.run, self.model, self.loaded_task, self.state)
@@ -310,29 +318,29 @@ class _Adviser:
         max_length = self.run.meta.settings.get("max_length", Settings.max_length)
         text = encode_rows(adapted.base, adapted.task, "validation", _TIMED_ROWS, max_length)
         loss = TaskLoss(adapted.base, *text)
+        attach(adapted.base, adapted.deltas)
         with evaluation_mode(adapted.base):
-            loss.values()  # the first pass also allocates memory
-            # A forward pass is the unit of all estimates.
-            began = time.process_time()
-            loss.values()
-        per_row = (time.process_time() - began) / len(text.table)
+            timed = time_passes(loss, ScaledUpdates(adapted.base, adapted.deltas, {}))
         modules = len(adapted.updates)
         layers = len(group_parts(adapted.base, adapted.updates, "layer").parts)
-        # A probe is of encoders with a new head, whose base predicts nothing.
-        probes = bool(models.missing(adapted.base))
         available = self.validation_rows
         dial_rows = max(min(self.rows, available), self.keep_rows)
+        probe_seconds = 0.0
+        if models.missing(adapted.base):  # a probe is of encoders with a new head, whose base predicts nothing
+            probe_seconds = 2 * PROBE_ROWS * timed.forward
         dials = {}
         for by, number in ((WHOLE, 0), ("layer", layers), ("module", modules)):
             # Rows to keep are about as many as those of the task, and about as long.
-            seconds = 2 * per_row * dial_passes(by, number, probes)
-            dials[by] = MeasurementCost(opening, seconds, dial_rows, FEWEST_ROWS)
+            seconds = 2 * timed.per_row(dial_passes(by, number))
+            dials[by] = MeasurementCost(opening + probe_seconds, seconds, dial_rows, FEWEST_ROWS)
         price_rows = sorted({min(rows, available) for rows in _PRICE_ROWS if available >= _FEWEST_PRICE_ROWS})
         # Cuts to every rank, to as many components of all modules, and to them as a budget.
-        seconds = per_row * price_passes(3 * len(self._cut_ranks()))
+        # With more rows, path shares are measured on a smaller fraction of them.
+        shared = SHARE_BLOCKS / min(BLOCKS, _PRICE_ROWS[0] // BLOCK_ROWS)
+        seconds = timed.per_row(price_passes(3 * len(self._cut_ranks()), shared))
         price_cost = MeasurementCost(opening, seconds, price_rows[-1] if price_rows else 0, _FEWEST_PRICE_ROWS)
         rows = min(LARGEST_ROWS, available)
-        return _Costs(dials, price_cost, price_rows, MeasurementCost(opening, per_row * READING, rows, rows))
+        return _Costs(dials, price_cost, price_rows, MeasurementCost(opening, timed.forward * READING, rows, rows))
 
     @cached_property
     def loaded_task(self) -> Task:
@@ -450,11 +458,15 @@ class _Adviser:
     def give(self, call: Mapping[str, Any]) -> Advice:
         """Return the advice with everything that was noted."""
         names = {name: str(getattr(value, "name", value) or "") for name, value in self._texts().items()}
+        origin = {}
+        if self.model is not None:
+            origin = origin_of("advise", self.run, str(self.model), self.loaded_task, keep=names["keep"])
         receipt = Receipt(
             run=self.run.id,
             base=str(self.model or ""),
             rows=self.receipts,
             call={"path": self.subject.path, **names, "state": self.state, "plan": self.plan._asdict(), **call},
+            **origin,
             seconds=time.process_time() - self.began,
         )
         return Advice(
@@ -470,20 +482,6 @@ class _Adviser:
 
     def _texts(self) -> dict[str, Any]:
         return {"model": self.model, "task": self.task, "keep": self.keep}
-
-
-class _Remaining:
-    """CPU seconds that remain of a budget."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def takes(self, cost: float) -> bool:
-        """Return whether a cost fits, and subtract it if it does."""
-        if cost > self.seconds:
-            return False
-        self.seconds -= cost
-        return True
 
 
 @dataclass(frozen=True)

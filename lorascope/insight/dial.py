@@ -45,8 +45,8 @@ from lorascope.array_types import Float
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import encode_rows, load_keep, require_disjoint
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted
-from lorascope.insight.instrument_costs import NODES, announce, dial_passes
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
+from lorascope.insight.instrument_costs import NODES, announce, dial_passes, time_passes
 from lorascope.insight.measured_results import recall
 from lorascope.insight.update_parts import (
     KINDS,
@@ -74,7 +74,7 @@ from lorascope.training.settings import Settings
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 LARGEST_SCALE = 2.0
-_PROBE_ROWS = 192
+PROBE_ROWS = 192
 
 
 def dial(
@@ -146,7 +146,8 @@ def dial(
     adapted = open_adapted(run, model, task, state)
     max_length = run.meta.settings.get("max_length", Settings.max_length)
     texts = _Texts(adapted, load_keep(keep, adapted.task, adapted.base), rows, keep_rows, max_length)
-    call = DialCall(str(model), by, tuple(scales), exact, margin, state)
+    kept_text = str(getattr(keep, "name", keep) or "")
+    call = DialCall(str(model), kept_text, by, tuple(scales), exact, margin, state)
     content = {"call": call, "texts": texts.identity()}
     return recall("dial", run, adapted, content, partial(_turn, run, texts, call, progress), progress)
 
@@ -155,6 +156,7 @@ class DialCall(NamedTuple):
     """Arguments of a dial that change its result, apart from its texts."""
 
     model: str
+    keep: str
     by: str
     scales: tuple[float, ...]
     exact: int
@@ -168,24 +170,28 @@ def _turn(run: Result, texts: _Texts, call: DialCall, progress: bool) -> Dial:
     adapted, by, scales = texts.adapted, call.by, call.scales
     parts, directions = _find_parts(adapted, by)
     with evaluation_mode(adapted.base), tqdm(desc="dial", unit="pass", disable=not progress, leave=False) as bar:
-        # What the base returns is measured before its adapter is attached: one pass over the rows to keep.
-        started = time.process_time()
+        # What the base returns is measured before its adapter is attached.
         measures = texts.measures("validation")
-        seconds = (time.process_time() - started) * (1 + texts.rows / texts.keep_rows)
         selecting = {}
         if by == "component":
             selecting = texts.measures("train")
         if probe := texts.probe():
             measures[PROBE] = probe
-        announce("dial", seconds * dial_passes(by, len(parts), probe is not None), progress)
         attach(adapted.base, adapted.deltas)
+        updates = ScaledUpdates(adapted.base, adapted.deltas, directions)
         removed = parts
+        number = min(len(parts), 2 * call.exact) if by == "component" else len(parts)
+        seconds = 0.0
+        for axis in (TASK, KEEP):
+            per_row = time_passes(measures[axis], updates).per_row(dial_passes(by, number))
+            seconds += per_row * len(measures[axis].order)
+        announce("dial", seconds, progress)
         if selecting:
-            updates = ScaledUpdates(adapted.base, adapted.deltas, directions)
             largest = set(DialedModel(updates, selecting, bar).largest_shares(parts, call.exact))
             parts, directions = add_random_controls(PartsOfUpdate(parts, directions), largest)
             removed = [part for part in parts if part in largest or part.control]
-        dialed = DialedModel(ScaledUpdates(adapted.base, adapted.deltas, directions), measures, bar)
+            updates = ScaledUpdates(adapted.base, adapted.deltas, directions)
+        dialed = DialedModel(updates, measures, bar)
         whole = UpdatePart(WHOLE, tuple(adapted.deltas), energy=1.0)
         values = dialed.curve(whole, scales)
         values += dialed.removals(removed)
@@ -208,6 +214,18 @@ def _turn(run: Result, texts: _Texts, call: DialCall, progress: bool) -> Dial:
         base=call.model,
         rows={TASK: measures[TASK].receipt, KEEP: measures[KEEP].receipt},
         call={"by": by, "scales": [*scales], "exact": call.exact, "state": call.state},
+        **origin_of(
+            "dial",
+            run,
+            call.model,
+            adapted.task,
+            keep=call.keep,
+            by=by,
+            rows=texts.rows,
+            keep_rows=texts.keep_rows,
+            scales=scales,
+            exact=call.exact,
+        ),
         seconds=time.process_time() - began,
     )
     described = pd.DataFrame([part.to_row() for part in (whole, *parts)])
@@ -257,9 +275,9 @@ class _Texts:
         names = tasks.load("sentiment").table["group"]
         states, classes = [], []
         for split in ("train", "validation"):
-            rows = encode_rows(base, domains, split, _PROBE_ROWS, self.max_length)
+            rows = encode_rows(base, domains, split, PROBE_ROWS, self.max_length)
             states.append(state_rows(base, rows.encoded))
-            labels = names[domains.table["split"] == split].head(_PROBE_ROWS)
+            labels = names[domains.table["split"] == split].head(PROBE_ROWS)
             classes.append(labels.astype("category").cat.codes.to_numpy(np.int64))
         fitted = fit_probe(states[0], classes[0], states[1], classes[1])
         # The divergence of a guess would be noise.

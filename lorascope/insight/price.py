@@ -37,9 +37,9 @@ from lorascope.analysis.track_record import RECORD, add_entries, read_residuals
 from lorascope.array_types import Float
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import TextRows, encode_rows
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
 from lorascope.insight.cut_updates import component_shares, cut_updates
-from lorascope.insight.instrument_costs import announce, price_passes
+from lorascope.insight.instrument_costs import announce, price_passes, time_passes
 from lorascope.insight.measured_results import recall
 from lorascope.insight.missing_directions import CONTROL, REAL, find_signals
 from lorascope.insight.retraining import (
@@ -62,8 +62,8 @@ from lorascope.updates.low_rank import Residual
 
 RANKS = (1, 2, 4, 8)
 BLOCKS, FEWEST_BLOCKS = 40, 16
-_BLOCK_ROWS = 8  # gradients of fewer rows are too far from normal for tests over blocks
-_SHARE_BLOCKS = 10  # path shares take a pass per node of the quadrature, so not on all blocks
+BLOCK_ROWS = 8  # gradients of fewer rows are too far from normal for tests over blocks
+SHARE_BLOCKS = 10  # path shares take a pass per node of the quadrature, so not on all blocks
 _SEEDS = 3  # of a suggested retraining: with two, an interval reaches 12.7 standard errors to each side
 
 
@@ -162,10 +162,12 @@ def _measure_price(
     if retrain and progress:
         print(f"retraining: {describe_cost(cast(Run, run), ranks, retrain, call.placed)}", file=sys.stderr)
     with tqdm(desc="price", unit="pass", disable=not progress, leave=False) as bar:
-        started = time.process_time()
         measured = _MeasuredRank(adapted, products, text, bar)
-        seconds = time.process_time() - started  # of a pass over the rows
-        announce("price", seconds * price_passes(2 * len(ranks) + len(budgets)), progress)
+        with evaluation_mode(adapted.base):
+            per_pass = time_passes(measured.loss, measured.updates)
+        shared = len(measured.shared_blocks) / len(measured.blocks)
+        per_row = per_pass.per_row(price_passes(2 * len(ranks) + len(budgets), shared))
+        announce("price", per_row * len(text.table), progress)
         rank = measured.rank
         cuts = measured.cut_prices(sorted({*ranks, rank // 2}), budgets)
         learn = measured.increase(dict.fromkeys(products, 0))
@@ -205,6 +207,7 @@ def _measure_price(
             "placed": call.placed,
             "state": call.state,
         },
+        **origin_of("price", run, call.model, adapted.task, ranks=ranks, rows=call.rows, retrain=retrain),
         seconds=time.process_time() - began,
     )
     return Price(
@@ -316,9 +319,14 @@ class _MeasuredRank:
         with evaluation_mode(self.base):
             return find_signals(self.base, self.products, self.loss, self.blocks, self.bar)
 
+    @property
+    def shared_blocks(self) -> list[Batch]:
+        """Blocks on which path shares are measured."""
+        return self.blocks[:: max(1, len(self.blocks) // SHARE_BLOCKS)]
+
     def unused(self) -> dict[str, int]:
         """Count the unused components of every module."""
-        blocks = self.blocks[:: max(1, len(self.blocks) // _SHARE_BLOCKS)]
+        blocks = self.shared_blocks
         counts = np.array([float(self.loss.count_targets(block).sum()) for block in blocks])
         with evaluation_mode(self.base):
             return count_unused(component_shares(self.updates, self.loss, blocks, self.bar), counts)
@@ -341,12 +349,12 @@ def make_blocks(text: TextRows, clusters: Any) -> list[Batch]:
     # A cluster belongs to the block in which its first row would be.
     sizes = np.bincount(clusters)
     starts = np.cumsum(sizes) - sizes
-    count = min(BLOCKS, rows // _BLOCK_ROWS)
+    count = min(BLOCKS, rows // BLOCK_ROWS)
     blocks = (starts * count // rows)[clusters]
     numbers = np.unique(blocks)
     if len(numbers) < FEWEST_BLOCKS:
         raise ValueError(
-            f"cannot price a rank: {FEWEST_BLOCKS} blocks of {_BLOCK_ROWS} validation rows or more are required, got "
+            f"cannot price a rank: {FEWEST_BLOCKS} blocks of {BLOCK_ROWS} validation rows or more are required, got "
             f"{rows} rows in {len(sizes)} clusters"
         )
     return [text.encoded.batch(np.flatnonzero(blocks == number)) for number in numbers]

@@ -98,7 +98,7 @@ def _origin(fork: Run) -> Fork:
 
 
 def _values_of_trunk(trunk: Run, origin: Fork) -> str:
-    """Return what a fork changes as it was in its trunk, such as "lr 0.01"; "" for what the trunk does not name."""
+    """Return the values of a trunk that its fork changes, such as "lr 0.01"; "" for changes without such a value."""
     options = trunk.meta.settings | trunk.meta.method
     values = {name: options[name] for name in origin.change if name in options}
     if not values:

@@ -23,6 +23,10 @@ class Receipt:
         Hash of the rows of each kind, such as task and keep, with their number: ``"192 rows 5f2a1c"``.
     call : mapping str -> value
         Arguments of the call that change the result.
+    seed : int, optional
+        Seed of the run; None for an adapter.
+    command : str
+        Command that measures the same again; "" if it is not known.
     seconds : float
         CPU time.
     version : str
@@ -33,6 +37,8 @@ class Receipt:
     base: str
     rows: Mapping[str, str]
     call: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    command: str = ""
     seconds: float = 0.0
     version: str = lorascope.__version__
 

@@ -122,6 +122,13 @@ def test_forest_shows_the_numbers_of_the_results() -> None:
     }  # fmt: skip
 
 
+def test_title_of_the_forest_counts_the_intervals_above_zero() -> None:
+    results = results_of(adalora=8.0, alora=5.0, adapprox=-20.0)
+    # Edition 1 has intervals of NeFT, LISA and LoRA on text, none above zero, and a word for AdaLoRA.
+    assert forest(results, REGISTERED, EARLIER).title.endswith(" control: on text 0 of 3, at its truth 2 of 3")
+    assert forest(results, REGISTERED, NO_ESTIMATE).title.endswith(" control: at its truth 2 of 3")
+
+
 def test_forest_divides_effects_by_their_bounds() -> None:
     figure = forest(results_of(adalora=8.0), REGISTERED, EARLIER)
     # In nats and in points of accuracy, on one axis: -0.032 / 0.02 and -1.46 / 1.
@@ -465,7 +472,8 @@ def test_allocations_average_modules_then_seeds() -> None:
     assert values[1] == pytest.approx(dict(zip((0, 4), equal, strict=True)))
     assert values[2] == pytest.approx({0: 100 * (1 / 2 + 1) / 2, 4: 100 * (1 + 1 / 2) / 2})
     assert figure.panels[0].caption.endswith("Not finished: ALoRA.")
-    assert figure.title == "Rank and scores by planted rank, 2 seeds"
+    assert figure.title == "Rank where 0 and 4 are planted: AdaLoRA 2.0 and 3.0"
+    assert "then over 2 seeds; bands" in figure.panels[0].caption
     figure.mpl()
     # An arm with fewer seeds than another one is still trained.
     partial = pd.concat([RANKS, RANKS[RANKS["run"] == "1"].assign(arm="b", run="3")])

@@ -35,7 +35,7 @@ from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistrat
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED, NOT_RUN
 
 TEXT, TRUTH = "On text", "On planted teachers, where the truth is known"
-_TITLE = "Effect of a method: right of 0, it is better than its control"
+_TITLE = "Right of 0, a method is better than its control"
 EDITION_2, EDITION_1, PRINTED = "on text, edition 2", "on text, edition 1", "printed by the paper"
 _EFFECTS = (FAVORABLE, OTHER, EDITION_1, EDITION_2)
 _COLORS = (*SIDES, EDITION_1, BOUND, PRINTED, EDITION_2)
@@ -198,7 +198,18 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
         marks = [Rule(x=0), *_marks(rows), *_numbers(rows, (high + right) / 2)]
         y, title = Axis(order=names, ticks=names, compact=True), f"{ground}{_count_seeds(rows)}"
         charts.append((Chart(rows, marks, title=title, x=x, y=y, colors=_COLORS, caption=caption),))
-    return Panels(tuple(charts), title=_TITLE)
+    return Panels(tuple(charts), title=_title(table))
+
+
+def _title(table: pd.DataFrame) -> str:
+    """Return the title of the plot: how many intervals are above zero, on text and where the truth is favorable."""
+    counts = []
+    for ground, name in ((TEXT, "on text"), (TRUTH, "at its truth")):
+        is_effect = table["mark"].isin([FAVORABLE, EDITION_1, EDITION_2]) & (table["word"] == "")
+        effects = table[is_effect & (table["ground"] == ground)]
+        if len(effects):
+            counts.append(f"{name} {(effects['low'] > 0).sum()} of {len(effects)}")
+    return ": ".join([_TITLE, *filter(None, [", ".join(counts)])])
 
 
 def _marks(rows: pd.DataFrame) -> Iterator[Mark]:

@@ -80,8 +80,9 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     ])  # fmt: skip
     caption = (
         "Left: final rank. Scores: percentile of a component among those of the run, at the first and at the last "
-        "selection. Means over the modules with the same planted rank, then over seeds; bands "
-        f"and bars: {INTERVAL}. The figure of edition 1 has other teachers, so its ranks differ."
+        "selection. Means over the modules with the same planted rank, then over "
+        f"{count_phrase(int(cells['n'].max()), 'seed')}; bands and bars: {INTERVAL}. The figure of edition 1 has other "
+        "teachers, so its ranks differ."
     )
     # A sentence on an arm that is not drawn would raise a question.
     if "AutoLoRA" in set(cells["recipe"]):
@@ -98,5 +99,8 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     for when, table in zip(("First scores", "Last scores"), score_tables(scores, ranks, arms), strict=True):
         y = Axis(label="score (percentile)")
         charts.append(curves(table, "planted", (x, y), Rule(y=50), title=f"{when} (random: 50)", **settings))
-    seeds = int(cells["n"].max()) if len(cells) else 0
-    return Panels((tuple(charts),), title=f"Rank and scores by planted rank, {count_phrase(seeds, 'seed')}")
+    ends = [truth["planted"].min(), truth["planted"].max()]
+    ranks_at_ends = cells.pivot(index="recipe", columns="planted", values="value")[ends]
+    found_ranks = [f"{name} {ranks_at_ends.loc[name].map('{:.1f}'.format).str.cat(sep=' and ')}" for name in arms]
+    title = f"Rank where {ends[0]:.0f} and {ends[1]:.0f} are planted: {', '.join(found_ranks)}"
+    return Panels((tuple(charts),), title=title)

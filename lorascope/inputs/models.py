@@ -116,6 +116,7 @@ def outline(
     with quiet():
         commit = None if Path(source).is_dir() else _commit_on_hub(source)
         config, head, _ = _configure(name, source, commit, task, None, options)
+        # Without memory for weights, the shapes of the largest models take a second.
         with torch.device("meta"):
             return head.from_config(config)
 
@@ -378,6 +379,7 @@ def _set_options(config: Any, options: Mapping[str, Any], name: object) -> None:
     for key, option in options.items():
         if key not in fields:
             raise ValueError(f"model_options of {name}: {unknown_name('field', key, sorted(fields))}")
+        # TOML and Python write 0 for 0.0, and transformers checks the types of fields.
         if type(option) is int and isinstance(fields[key], float):
             option = float(option)
         try:

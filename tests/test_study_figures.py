@@ -540,6 +540,15 @@ def test_neurons_of_one_seed_have_no_stability() -> None:
         figure.mpl()
 
 
+def test_title_of_neurons_has_the_mean_hit_rates() -> None:
+    neurons = neuron_table(seeds=2).assign(selected=False)
+    rates = []
+    for column in ("rotation", "sensitivity"):
+        rates.append(np.mean([hit_rate(rows, column) for _, rows in neurons.groupby("seed")]))
+    title = f"Of the changed neurons, rotation finds {rates[0]:.0f}%, sensitivity {rates[1]:.0f}%"
+    assert draw_neuron_scores(neurons).title == title
+
+
 def test_panels_with_columns_leave_places_empty() -> None:
     chart = Chart(pd.DataFrame({"x": [1.0], "y": [1.0]}), [Point("x", "y", symbol="circle-open", label="open")])
     axes = Panels(((chart, chart), (chart,)), columns=2).mpl().axes

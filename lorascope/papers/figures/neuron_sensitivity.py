@@ -114,7 +114,12 @@ def sensitivity_of_changed_neurons(neurons: pd.DataFrame, hits: Chart) -> Panels
         x=Axis(label=f"rank correlation; permuted: 0 ± {_null_width(neurons):.2f}", limits=(-0.1, 1)),
         y=Axis(order=list(SCORES.values())),
     )
-    return Panels((tuple(charts), (stability, replace(hits, y=replace(hits.y, ticks={}), caption=""))))
+    rates = hits.data.groupby("score")["value"].mean()
+    title = (
+        f"Of the changed neurons, rotation finds {rates[SCORES['rotation']]:.0f}%, sensitivity "
+        f"{rates[SCORES['sensitivity']]:.0f}%"
+    )
+    return Panels((tuple(charts), (stability, replace(hits, y=replace(hits.y, ticks={}), caption=""))), title=title)
 
 
 def _null_width(neurons: pd.DataFrame) -> float:

@@ -59,6 +59,14 @@ class Parameters:
 
 
 @dataclass
+class Start:
+    """Start of a run from the adapter of another one, in its manifest: id of that run, and whether with its head."""
+
+    run: str
+    head: bool
+
+
+@dataclass
 class Fork:
     """Origin of a fork in a run's manifest: id of the run it continues, the step, and what it changes, by name."""
 
@@ -152,6 +160,8 @@ class Manifest:
         Folders of earlier phases, relative to this one.
     fork : Fork or None
         Run and step from which ``ls.fork`` continued, and the change.
+    start : Start or None
+        Run from whose adapter the training started.
     task_options : dict or None
         Arguments of ``tasks.load`` other than the name, such as ``splits``.
     selected_on_test : bool or None
@@ -189,6 +199,7 @@ class Manifest:
     w0_hash: str | None = None
     data_hash: str | None = None
     fork: Fork | None = None
+    start: Start | None = None
     error: str | None = None
     commit: str | None = None
     versions: dict[str, str] | None = None

@@ -346,6 +346,7 @@ def _rebuild_spec(run: Run, marker: TrainingMarker, task: Task, method: Method |
     name, split = meta.phase
     observers = tuple(map(_rebuild_observer, meta.settings["observers"]))
     spec = RunSpec(method, Phase(method, name, split), task, settings, meta.seed, marker.w0_hash, observers)
+    spec = dataclasses.replace(spec, start=meta.start)
     # First, because the id would not say what differs.
     if config(method) != meta.method:
         raise ValueError(f"method must be that of run {run.id} ({run.label}), got {method.label()}")

@@ -30,6 +30,7 @@ from lorascope.training.progress import progress_bar
 from lorascope.training.run_spec import RunSpec, phase_rows
 from lorascope.training.session import Session, clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings, require_length
+from lorascope.training.start_adapter import open_start
 from lorascope.training.state import seed_generators
 from lorascope.training.trackers import tracker_names
 
@@ -59,6 +60,8 @@ def train(
     max_length: int = 128,
     metric: str | Metric | Sequence[str | Metric] | None = None,
     model_options: Mapping[str, Any] | None = None,
+    start: Run | str | Path | None = None,
+    start_head: bool = False,
     observe: Sequence[Observer] | None = None,
     out: str | Path | None = None,
     root: str | Path = "runs",
@@ -127,6 +130,11 @@ def train(
     model_options : mapping, optional
         Fields of the configuration of a model that is loaded by name, such as ``{"hidden_dropout_prob": 0.0}``; see
         ``models.load``.
+    start : Run or path, optional
+        Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI.
+        Figures subtract the initial update, as for PiSSA.
+    start_head : bool
+        Whether to start from the task head of that run as well.
     observe : sequence of Observer, optional
         Observers that record quantities; ``[observe.norms()]`` by default.
     out : path, optional
@@ -203,6 +211,12 @@ def train(
     resolved = settings.resolve(phase_rows(task, Phase(method)))
     _require_steps(keep_checkpoints, resolved.steps)
     plan = RunSpec(method, Phase(method), task, resolved, seed, marker.w0_hash, tuple(observers))
+    source = None
+    if start is not None:
+        source = open_start(start, start_head)
+        plan = replace(plan, start=source.origin)
+    elif start_head:
+        raise ValueError("start_head requires start, the run that has the head")
     if marker.recipe not in ("", plan.id):
         raise ValueError(f"cannot train a model twice: it was trained as recipe {marker.recipe}; load a fresh model")
     data_name = task.name
@@ -218,6 +232,8 @@ def train(
         locked = False
         for phase in _run_phases(method, marker.base, runs):
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
+            if source is not None:
+                source.require_fit(method, phase, marker.w0_hash)
             started.append(path.name)
             rates = _rates(phase.method, default_if_none(phase.lr, lr), head_lr)
             resolved = settings.resolve(phase_rows(task, phase))
@@ -237,6 +253,8 @@ def train(
                 # Each phase has the random numbers that it would have as the only one.
                 with seed_generators(seed):
                     session = Session(model, spec, marker.base, path, runs, device, trackers)
+                    if source is not None:
+                        source.copy_to(model)
                     marker.attach(model, plan.id)  # now the model has changed
                     runs.append(fit(session, checkpoint_every, progress, keep_checkpoints))
             else:

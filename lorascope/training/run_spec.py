@@ -21,7 +21,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, Phase, Step, config, task_head, trained_parameters
 from lorascope.observe import Observer
 from lorascope.runs.layout import identify
-from lorascope.runs.manifest import SCHEMA, Fork, Manifest, Parameters, describe_modules
+from lorascope.runs.manifest import SCHEMA, Fork, Manifest, Parameters, Start, describe_modules
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.training.processor import processor_name
@@ -33,7 +33,8 @@ class RunSpec:
     """Specification of one phase: everything that its run id is computed from.
 
     ``recipe`` is the method that was passed to ``train``; ``settings`` have the learning rates and steps of the phase.
-    In a fork, ``fork`` is its origin, and ``rows`` the task whose training rows replace those of ``task``.
+    In a fork, ``fork`` is its origin, and ``rows`` the task whose training rows replace those of ``task``. ``start`` is
+    the run from whose adapter the training starts.
     """
 
     recipe: Method
@@ -45,6 +46,7 @@ class RunSpec:
     observers: tuple[Observer, ...]
     rows: Task | None = None
     fork: Fork | None = None
+    start: Start | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the run id is computed from."""
@@ -62,6 +64,8 @@ class RunSpec:
         # Only for forks, because other runs keep the ids that they had before there were any.
         if self.fork is not None:
             identity["fork"] = dataclasses.asdict(self.fork)
+        if self.start is not None:
+            identity["start"] = dataclasses.asdict(self.start)
         return identity
 
     @property
@@ -71,6 +75,9 @@ class RunSpec:
 
     def meta(self, step: Step, method: Method, parents: list[Run], device: str) -> Manifest:
         """Return ``run.json`` of a running phase, whose own copy of its method is ``method``."""
+        facts = self.phase.method.describe()
+        if self.start is not None:
+            facts["starts_at_zero"] = False
         return Manifest(
             id=self.id,
             recipe=config(self.recipe),
@@ -82,8 +89,8 @@ class RunSpec:
             labels=None if self.task.head_labels is None else list(self.task.head_labels),
             parents=[f"../{run.path.name}" for run in parents if run.path],
             total_seconds=sum(run.meta.seconds for run in parents),
-            facts=self.phase.method.describe(),
-            **self.identity() | {"fork": self.fork},
+            facts=facts,
+            **self.identity() | {"fork": self.fork, "start": self.start},
             **circumstances(step, method, trained_parameters(step.optimizer), device),
         )
 

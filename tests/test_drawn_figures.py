@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from drawn_figures import GRAY_STEP, MARK_CONTRAST, faults, figure_faults, lightness
 
+import lorascope as ls
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Bar, Line, Mark, Point, Text
 from lorascope.charts.theme import THEMES, contrast
@@ -90,6 +91,12 @@ def test_figures_of_the_study_are_readable() -> None:
     for name, figure in read_figures(Path(__file__).parents[1] / "data").items():
         lines += faults(name, figure.chart, width="page", theme="light")
     assert lines == []
+
+
+def test_figures_of_several_examples_fit_into_a_column() -> None:
+    runs = {name: ls.example(name) for name in ("lora", "adalora", "fourierft")}
+    for name, draw in (("atlas", ls.plots.atlas), ("adapter_pairs", ls.plots.adapter_pairs)):
+        assert faults(name, draw(runs), width=3.25, theme="light") == []
 
 
 @pytest.mark.parametrize("name", THEMES)

@@ -16,6 +16,7 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Bar, Line, Mark, Point, Text
 from lorascope.charts.theme import THEMES, contrast
 from lorascope.papers.study_figures import read_figures
+from lorascope.plots.figure_registry import FIGURES, example_code
 
 TABLE = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 3.0], "name": ["one", "two", "three"]})
 NAMED = TABLE.assign(x=["a", "b", "c"])
@@ -93,10 +94,12 @@ def test_figures_of_the_study_are_readable() -> None:
     assert lines == []
 
 
-def test_figures_of_several_examples_fit_into_a_column() -> None:
-    runs = {name: ls.example(name) for name in ("lora", "adalora", "fourierft")}
-    for name, draw in (("atlas", ls.plots.atlas), ("adapter_pairs", ls.plots.adapter_pairs)):
-        assert faults(name, draw(runs), width=3.25, theme="light") == []
+@pytest.mark.parametrize("name", ["atlas", "adapter_pairs", "gate_course", "training_curves"])
+def test_figures_of_the_gallery_fit_into_a_column(name: str) -> None:
+    *lines, last = example_code(FIGURES[name].draw).splitlines()
+    names = {"ls": ls}
+    exec("\n".join(lines), names)
+    assert faults(name, eval(last, names), width=3.25, theme="light") == []
 
 
 @pytest.mark.parametrize("name", THEMES)

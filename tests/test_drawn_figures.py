@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 from drawn_figures import GRAY_STEP, MARK_CONTRAST, faults, figure_faults, lightness
 
+import lorascope as ls
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Bar, Line, Mark, Point, Text
 from lorascope.charts.theme import THEMES, contrast
 from lorascope.papers.study_figures import read_figures
+from lorascope.plots.figure_registry import FIGURES, example_code
 
 TABLE = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 3.0], "name": ["one", "two", "three"]})
 NAMED = TABLE.assign(x=["a", "b", "c"])
@@ -90,6 +92,14 @@ def test_figures_of_the_study_are_readable() -> None:
     for name, figure in read_figures(Path(__file__).parents[1] / "data").items():
         lines += faults(name, figure.chart, width="page", theme="light")
     assert lines == []
+
+
+@pytest.mark.parametrize("name", ["atlas", "adapter_pairs", "gate_course", "training_curves"])
+def test_figures_of_the_gallery_fit_into_a_column(name: str) -> None:
+    *lines, last = example_code(FIGURES[name].draw).splitlines()
+    names = {"ls": ls}
+    exec("\n".join(lines), names)
+    assert faults(name, eval(last, names), width=3.25, theme="light") == []
 
 
 @pytest.mark.parametrize("name", THEMES)

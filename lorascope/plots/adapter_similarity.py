@@ -69,6 +69,6 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
     norm = dots("‖W − W₀‖, first / second", "norm_ratio", Axis(label="ratio (1: equal)", log=True), Rule(x=1.0))
     cosine = dots("Cosine of W − W₀", "cosine", Axis(label="cosine"), Rule(x=0.0))
     angle = dots("Mean principal angle", "angle", Axis(label="angle (degrees)"), random)
-    rank = dots("Rank in different modules", "rank_moved", Axis(label="fraction (0: equal ranks)"), Rule(x=0.0))
+    rank = dots("Rank in different modules", "rank_moved", Axis(label="fraction of rank"), Rule(x=0.0))
     rows = set_side_by_side(norm, cosine), set_side_by_side(angle, rank)
     return cohort.complete(stack_vertically(*rows, title="Similarity of adapters"))

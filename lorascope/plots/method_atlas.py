@@ -83,7 +83,7 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
         *notes,
         *cohort.missing_initial_updates(),
     )
-    norms = update_profile(cohort, "learned_norm", "Learned update by layer", log=True)
+    norms = update_profile(cohort, "learned_norm", "Update by layer", log=True)
     rows = set_side_by_side(spectrum, norms), set_side_by_side(*panels)
     return cohort.complete(stack_vertically(*rows, title="Updates by method"), caption)
 

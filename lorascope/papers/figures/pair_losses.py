@@ -95,7 +95,7 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
             title += f"\n{seeds}"
             favorable = table[table["side"] == FAVORABLE]
             if len(favorable):
-                ends.append(favorable.iloc[int(favorable["step"].argmax())])
+                ends.append(favorable.sort_values("step").iloc[-1])
                 title += f": {number_text(ends[-1]['value'], '+.1f')}%".replace("-", MINUS)
         charts.append(Chart(table, marks, title=title, x=x, y=y, colors=SIDES))
     charts[0] = replace(charts[0], caption=_caption(claims))

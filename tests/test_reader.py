@@ -129,16 +129,16 @@ def test_the_margin_is_the_log_odds_of_the_label(opened: tuple[ls.Run, str], tas
     """With p the probability of a label, log p - log (1 - p)."""
     adapted = in_float64(*opened, task)
     margin = Margin(adapted.base, *encode_rows(adapted.base, adapted.task, "validation", 32, 128))
-    (batch,) = margin.batches
-    logits = adapted.base(**model_inputs(batch)).logits.detach()
     expected = []
-    for row, labels in zip(logits, batch["labels"], strict=True):
-        if labels.ndim == 0:
-            row, labels = row[None], labels[None]
-        else:
-            row, labels = row[:-1][labels[1:] >= 0], labels[1:][labels[1:] >= 0]
-        p = row.softmax(-1).gather(-1, labels[:, None])
-        expected.append(float((p.log() - (1 - p).log()).sum()))
+    for batch in margin.batches:
+        logits = adapted.base(**model_inputs(batch)).logits.detach()
+        for row, labels in zip(logits, batch["labels"], strict=True):
+            if labels.ndim == 0:
+                row, labels = row[None], labels[None]
+            else:
+                row, labels = row[:-1][labels[1:] >= 0], labels[1:][labels[1:] >= 0]
+            p = row.softmax(-1).gather(-1, labels[:, None])
+            expected.append(float((p.log() - (1 - p).log()).sum()))
     np.testing.assert_allclose(margin.values()[margin.order], expected, rtol=1e-9)
 
 

@@ -102,7 +102,7 @@ def test_parts_override_the_recipe_setting_by_setting(plan):
     assert second.grid.settings[0]["metric"] == ["pearson", "spearman"]
     assert second.grid.tasks[0].kind == "regression"
     assert all(part.grid.tasks[0].selected_on_test for part in plan.recipe_parts)
-    # The number that reported.csv has for this cell.
+    # From reported.csv.
     assert first.rows[0].printed == {"CoLA": PrintedScore(63.8, 1.6, 5.0)}
     assert first.rows[1].printed == {}
     assert len(plan.jobs()) == 3 * (2 + 1)
@@ -158,7 +158,7 @@ def test_mean_column_is_the_mean_over_columns_of_each_seed(plan):
     assert (cell["n"], cell["seeds"]) == (2, 3)
     assert (cell["mean"], cell["median"]) == pytest.approx((last.mean(), last.mean()))
     assert cell["printed"] == 85.0
-    # A printed number without a spread counts as a constant, so the interval is that of our seeds.
+    # A printed number without a spread counts as a constant, so only our seeds have one.
     half = stats.t.interval(0.95, 1, 0, stats.sem(last))[1]
     assert cell["difference_high"] - cell["difference"] == pytest.approx(half)
     assert ("mean", "AdaLoRA", "last") not in table.index
@@ -203,6 +203,9 @@ def test_layout_compares_the_evaluation_that_the_paper_prints(plan):
         ('"STS-B, ranks"', '"CoLA"', "duplicate column 'CoLA'"),
         ("warmup = 10", "warmup = [10, 20]", "part CoLA: settings must have one value in a part, got 2"),
         ("initial_steps = 50", "initial_steps = [50, 60]", "row 'AdaLoRA' must be one method, got 2"),
+        ('row = "AdaLoRA"', 'row = "FourierFT"', "part CoLA: rows must have distinct names, got FourierFT, FourierFT"),
+        ("[settings]\nepochs = 2", "settings = 3\n[x]\nepochs = 2", "unknown key 'x'"),
+        ("settings = {warmup = 10}", "settings = 3", "part CoLA: settings must be a table, got 3"),
         ("[mean]", "[means]", "unknown key 'means'; did you mean 'mean'?"),
         ("[mean]", '[mean]\ncolumns = ["MNLI"]', "unknown column of mean 'MNLI'"),
     ],

@@ -32,7 +32,7 @@ def test_a_run_with_the_head_of_its_start_begins_at_its_last_loss(task, settings
     assert second.id != ls.train(bert, task, LoRA(rank=2), start=first, **settings).id
 
 
-def test_without_its_head_only_the_factors_are_those_of_the_start(task, settings, bert):
+def test_without_its_head_only_the_factors_equal_the_start(task, settings, bert):
     """At a rate of 1e-30, float32 weights keep their values and zeros move by 1e-30: the last state is the start."""
     first = ls.train(bert, task, LoRA(rank=2), **settings)
     still = settings | {"lr": 1e-30, "head_lr": 1e-30, "steps": 1}

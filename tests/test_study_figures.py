@@ -545,7 +545,7 @@ def test_title_of_neurons_has_the_mean_hit_rates() -> None:
     rates = []
     for column in ("rotation", "sensitivity"):
         rates.append(np.mean([hit_rate(rows, column) for _, rows in neurons.groupby("seed")]))
-    title = f"Of the changed neurons, rotation finds {rates[0]:.0f}%, sensitivity {rates[1]:.0f}%"
+    title = f"Rotation finds {rates[0]:.0f}% of the changed neurons, sensitivity {rates[1]:.0f}%"
     assert draw_neuron_scores(neurons).title == title
 
 

@@ -138,7 +138,7 @@ class Band(Mark):
     stretch : str, optional
         Column of stretches: rows of different ones are not joined.
     muted : bool
-        Whether the area is gray, as the range of what has no effect. Default False.
+        Whether the area is gray, as a range without effect. Default False.
     data : DataFrame, optional
         Table of this mark. Default: the table of the chart.
     """

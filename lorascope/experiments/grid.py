@@ -148,7 +148,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
         raise ValueError(f'backend must be a table such as {{name = "dask", address = "tcp://..."}}, got {backend!r}')
     for key, kind in _BACKEND.items():
         if key in backend:
-            _require_type(f"backend: {key}", backend[key], kind)
+            require_type(f"backend: {key}", backend[key], kind)
     lists = {}
     for key in ("model", "task", "method"):
         entry = table.get(key, "minilm")
@@ -192,7 +192,7 @@ def load_task(entry: Mapping[str, Any]) -> Task:
         )
     require_known(entry, hints, "key of task")
     for key, value in entry.items():
-        _require_type(f"task: {key}", value, hints[key])
+        require_type(f"task: {key}", value, hints[key])
     return tasks.load(**entry)
 
 
@@ -245,7 +245,7 @@ def _observers(value: Any) -> Any:
     name, fields, hints = _read_named(value, OBSERVERS, "observer", '{name = "neurons", every = 10}')
     for key, stored in fields.items():
         setting = _toml_to_value(stored, hints[key])
-        _require_type(f"observer {name}: {key}", setting, hints[key])
+        require_type(f"observer {name}: {key}", setting, hints[key])
         if isinstance(setting, list):
             setting = tuple(setting)  # observers are frozen, and compared by their fields
         fields[key] = setting
@@ -361,7 +361,7 @@ def _describe_type(hint: Any) -> str:
     return _WORDS.get(hint, "")
 
 
-def _require_type(key: str, value: Any, hint: Any) -> None:
+def require_type(key: str, value: Any, hint: Any) -> None:
     """Raise ValueError if the value of a key does not have this type."""
     if not is_of_type(value, hint):
         raise ValueError(f"{key} must be {_describe_type(hint)}, got {reprlib.repr(value)}")

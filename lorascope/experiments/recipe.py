@@ -7,7 +7,7 @@ A recipe is a sweep file with four more keys: ``paper``, ``part`` (a column of t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -73,7 +73,7 @@ class PrintedScore(NamedTuple):
 
 @dataclass(frozen=True)
 class TableRow:
-    """TableRow of the table: its name, the method that is trained for it, and the printed numbers by column."""
+    """Row of the table: its name, the method that is trained for it, and the printed numbers by column."""
 
     name: str
     method: Method
@@ -183,6 +183,9 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
         for key, allowed in {"statistic": _STATISTICS, "state": _STATES}.items():
             if (value := getattr(paper, key)) not in allowed:
                 raise ValueError(f"{key} of paper must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    for key in ("settings", "mean"):
+        grid.require_type(key, table.get(key, {}), Mapping[str, Any])
+    grid.require_type("part", table["part"], Sequence[Mapping[str, Any]])
     stand_in = to_typed(table.get("smoke", {}), Smoke, "smoke")
     root = Path(table.get("root", f"runs/{name}"))
     if smoke:
@@ -250,6 +253,8 @@ def _read_part(
 ) -> RecipePart:
     """Read a part, whose keys override those of the recipe, setting by setting."""
     grid.require_known(entry, _PART_KEYS, "key")
+    for key in ("settings", "printed"):
+        grid.require_type(key, entry.get(key, {}), Mapping[str, Any])
     merged, settings = merge_part(entry, table)
     settings["metric"] = [metric.name for metric in columns.values()]
     methods = merged.get("method")
@@ -258,6 +263,10 @@ def _read_part(
     rows = []
     for fields in methods:
         rows.append(_read_row(fields, columns, entry.get("printed", {}), paper, smoke))
+    names = [row.name for row in rows]
+    # Runs are found by the name of their row.
+    if len(set(names)) < len(names):
+        raise ValueError(f"rows must have distinct names, got {', '.join(names)}")
     if smoke is not None:
         merged |= {"model": smoke.model(), "task": smoke.task(merged.get("task")), "seeds": 1}
         settings = smoke.settings(settings)

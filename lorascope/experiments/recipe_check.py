@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -76,6 +77,10 @@ def _check_part(
     else:
         counts = [f"{len(task.split(split)):,} {split}" for split in SPLITS]
         needs.lines.append(f"rows: {', '.join(counts)}")
+    try:
+        outline = models.outline(model_name, task, settings.get("model_options"))
+    except (OSError, ValueError) as error:
+        needs.problems.append(first_line(error))
     for fields in merged["method"]:
         method_fields = {key: value for key, value in fields.items() if key not in ("row", "printed")}
         (method,) = grid.read_methods(method_fields)
@@ -83,13 +88,9 @@ def _check_part(
         words = [f"{len(grid.parse_seeds(merged.get('seeds', 3)))} runs"]
         if isinstance(job.data, Task):
             words.append(f"{count_steps(job.data, job):,} steps a phase")
-        try:
-            outline = models.outline(model_name, task, settings.get("model_options"))
-        except (OSError, ValueError) as error:
-            if first_line(error) not in needs.problems:
-                needs.problems.append(first_line(error))
-        else:
-            trained, bytes_needed = measure_outline(outline, job)
+        if outline is not None:
+            # A method changes the model that it is attached to.
+            trained, bytes_needed = measure_outline(copy.deepcopy(outline), job)
             words += [f"{trained:,} trained parameters", f"{bytes_needed / 2**20:,.0f} MiB without activations"]
             if bytes_needed > (available := device_memory()):
                 needs.problems.append(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.seed_intervals import Estimate, t_estimate
+from lorascope.analysis.seed_intervals import CONFIDENCE, Estimate, t_estimate
 from lorascope.array_types import Float
 from lorascope.experiments.grid import Job
 from lorascope.experiments.recipe import MeanColumn, PrintedScore, Recipe
@@ -27,7 +27,7 @@ from lorascope.runs.loading import is_run, load
 from lorascope.runs.run import Run
 from lorascope.training.settings import Settings
 
-_LEVEL = 0.025
+_LEVEL = (1 - CONFIDENCE) / 2
 # Steps and epochs become numbers of steps, and a phase may set another rate.
 _RESOLVED = ("steps", "epochs", "eval_every", "lr", "head_lr")
 _NUMBERS = (

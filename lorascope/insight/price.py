@@ -281,9 +281,9 @@ class _MeasuredRank:
 
     def placements(self, ranks: Sequence[int]) -> dict[int, dict[str, int]]:
         """Return the ranks of the modules if as many components as a smaller rank has are the largest of all."""
-        return {rank: components_within(self.sigma, self._count(self._kept(rank))[0]) for rank in ranks}
+        return {rank: components_within(self.sigma, self._count(self._truncate_ranks(rank))[0]) for rank in ranks}
 
-    def _kept(self, rank: int) -> dict[str, int]:
+    def _truncate_ranks(self, rank: int) -> dict[str, int]:
         """Return the number of components of every module at a rank; a module may have fewer."""
         return {module: min(rank, len(sigma)) for module, sigma in self.sigma.items()}
 
@@ -295,7 +295,7 @@ class _MeasuredRank:
             if rank > self.rank:
                 prices.append(CutPrice(rank, *self._count(dict.fromkeys(self.sigma, rank)), None))
                 continue
-            kept_ranks = self._kept(rank)
+            kept_ranks = self._truncate_ranks(rank)
             cut_values = self._cut_values(kept_ranks)
             increase = self.loss.rows().estimate(cut_values - self.values)
             size = self._count(kept_ranks)

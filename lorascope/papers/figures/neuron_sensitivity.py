@@ -116,7 +116,7 @@ def sensitivity_of_changed_neurons(neurons: pd.DataFrame, hits: Chart) -> Panels
     )
     rates = hits.data.groupby("score")["value"].mean()
     title = (
-        f"Of the changed neurons, rotation finds {rates[SCORES['rotation']]:.0f}%, sensitivity "
+        f"Rotation finds {rates[SCORES['rotation']]:.0f}% of the changed neurons, sensitivity "
         f"{rates[SCORES['sensitivity']]:.0f}%"
     )
     return Panels((tuple(charts), (stability, replace(hits, y=replace(hits.y, ticks={}), caption=""))), title=title)

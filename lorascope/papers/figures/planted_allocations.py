@@ -71,7 +71,7 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     uniform : float
         Rank of all modules without allocation.
     """
-    # Lines of an arm with fewer seeds than others, whose training goes on, would look like a result.
+    # Lines of an arm with fewer seeds than others, whose training continues, would look like a result.
     allocated = allocation_table(ranks, arms)
     cells = allocated[allocated["n"] == allocated["n"].max()]
     truth = pd.DataFrame({"planted": sorted(set(cells["planted"]))})

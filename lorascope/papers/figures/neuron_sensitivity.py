@@ -119,7 +119,7 @@ def sensitivity_of_changed_neurons(neurons: pd.DataFrame, hits: Chart) -> Panels
         f"Rotation finds {rates[SCORES['rotation']]:.0f}% of the changed neurons, sensitivity "
         f"{rates[SCORES['sensitivity']]:.0f}%"
     )
-    return Panels((tuple(charts), (stability, replace(hits, y=replace(hits.y, ticks={}), caption=""))), title=title)
+    return Panels((tuple(charts), (stability, replace(hits, caption=""))), title=title)
 
 
 def _null_width(neurons: pd.DataFrame) -> float:

@@ -86,6 +86,12 @@ def loss_course(
     )
 
 
+def last_losses(chart: Chart) -> pd.Series:
+    """Return the mean loss of every line at the last step, by name, the lowest first."""
+    at_end = chart.data[chart.data["step"] == chart.data["step"].max()]
+    return at_end.set_index("recipe")["value"].sort_values()
+
+
 def in_row(*charts: Chart | None, title: str = "") -> Drawable | None:
     """Set charts side by side below a title, with the caption of the first one; None if one is missing."""
     panels: list[Chart] = []
@@ -109,20 +115,33 @@ def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
         "the same loss for all K and all seeds, and lowest for the largest γ."
     )
     label, on_one = "training loss (nats)", of_truth(ALL_BLOCKS, variants.ON_ONE[-1])
-    return in_row(
-        loss_course(evidence, "losses", by_number | full, label, "Number of blocks", caption),
-        loss_course(evidence, "losses", by_interval, label, "Steps between draws", caption),
-        loss_course(evidence, "losses", on_one, label, "Seeds", caption, by_seed=True),
+    left = loss_course(evidence, "losses", by_number | full, label, "Number of blocks", caption)
+    center = loss_course(evidence, "losses", by_interval, label, "Steps between draws", caption)
+    right = loss_course(evidence, "losses", on_one, label, "Seeds", caption, by_seed=True)
+    if left is None or center is None:
+        return None
+    by_blocks, by_steps = map(last_losses, (left, center))
+    title = (
+        f"Last losses differ by {by_blocks.max() - by_blocks.min():.2f} nats over γ, by "
+        f"{by_steps.max() - by_steps.min():.2f} over K"
     )
+    return in_row(left, center, right, title=f"{title}; lowest: {by_blocks.index[0]}")
 
 
 def draw_lisa_validation(evidence: StudyEvidence) -> Drawable | None:
     """Draw LISA's figure 11: validation loss."""
     arms = dict(zip(("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"), variants.ON_ONE, strict=True))
     caption = "All seeds learn the text of one planted teacher. The paper shows no sign of overfitting by LISA."
-    return loss_course(
-        evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss (nats)", "Validation loss", caption
-    )
+    chart = loss_course(evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss (nats)", "", caption)
+    if chart is None:
+        return None
+    return replace(chart, title=f"Last validation loss: {_above_lowest(last_losses(chart))}")
+
+
+def _above_lowest(losses: pd.Series) -> str:
+    """Return the name of the lowest loss, and by how much the differences are above it."""
+    differences = [f"{name} {loss - losses.iloc[0]:+.3f}" for name, loss in losses.iloc[1:].items()]
+    return f"{losses.index[0]} lowest, {', '.join(differences)} nats"
 
 
 def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
@@ -140,13 +159,17 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
         f"fine-tuning {gains} above NeFT at the best step of two language pairs."
     )
     label = "validation loss (nats)"
+    all_arms = of_truth(FEW, **full, **{"NeFT, 108": many, "LoRA, rank 3": large})
+    first = loss_course(evidence, "validation", all_arms, label, "Against full fine-tuning", caption)
+    if first is None:
+        return None
     return in_row(
-        loss_course(evidence, "validation", of_truth(FEW, **full, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
-               "Against full fine-tuning", caption),
+        first,
         loss_course(evidence, "validation", of_truth(FEW, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
                "As many as 108 neurons", caption),
         loss_course(evidence, "validation", of_truth(FEW, **{"NeFT, 36": few, "LoRA, rank 1": small}), label,
                "As many as 36 neurons", caption),
+        title=f"Last validation loss: {_above_lowest(last_losses(first))}",
     )  # fmt: skip
 
 
@@ -164,8 +187,7 @@ def draw_fourier_losses(evidence: StudyEvidence) -> Drawable | None:
         )
         chart = loss_course(evidence, "losses", arms, "training loss (nats)", title, caption)
         if chart is not None:
-            last = chart.data[chart.data["step"] == chart.data["step"].max()].set_index("recipe")["value"]
-            chart = replace(chart, title=f"{title}: {last.idxmin()} is lower")
+            chart = replace(chart, title=f"{title}: {last_losses(chart).index[0]} is lower")
         charts.append(chart)
     return in_row(*charts, title="Training loss of FourierFT and LoRA of equal size, by truth")
 
@@ -182,7 +204,10 @@ def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
         return None
     keys = ["role", "factor", "recipe", "step"]
     cells = pd.concat(tables).groupby(keys)["value"].agg(value="mean", low="min", high="max").reset_index()
-    ends = cells[(cells["recipe"] == "AdaLoRA") & (cells["step"] == cells["step"].max())]["value"]
+    at_end = cells[cells["step"] == cells["step"].max()].pivot(
+        index=["role", "factor"], columns="recipe", values="value"
+    )
+    ends, ratio = at_end["AdaLoRA"], at_end["no penalty"] / at_end["AdaLoRA"]
     caption = (
         "First block of planted students, mean and range over seeds, from before the first step on. The paper's "
         "distance falls to about 1e-3 during the warm-up and stays there, with γ = 0.1 as here; here it ends between "
@@ -197,7 +222,10 @@ def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
                 caption=caption, colors=names,
             )  # fmt: skip
             charts.append(chart)
-    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))
+    title = (
+        f"The penalty ends {ratio.min():.0f} to {ratio.max():.0f} times closer to orthogonal factors than its absence"
+    )
+    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]), title=title)
 
 
 def shift_table(evidence: StudyEvidence, arm: str, reference: str, seed: int) -> pd.DataFrame:
@@ -233,11 +261,12 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
     cells = seed_cells(
         table[(table["panel"] == "a") | (table["number"] < variants.MORE_NEURONS[-1])], ["panel", "recipe", "number"]
     )
+    above = number_above(cells[cells["panel"] == "a"], "reversed", "next")
     caption = (
         f"{_UTILIZATION} Mean shift of a neuron's utilization rank in its role, in percent of the ranks; bars: "
         f"{INTERVAL}. (a) from NeFT with 3% of the neurons, (b) from the largest number of the same kind. Right: "
         f"printed numbers, divided by {_MODEL_RANKS:,} ranks. There, reversed neurons shift the ranks more in (a); "
-        f"here at {number_above(cells[cells['panel'] == 'a'], 'reversed', 'next')}."
+        f"here at {above}."
     )
     shift, printed_shift = Axis(label="mean shift (% of ranks)"), Axis(label="printed shift (% of ranks)")
     charts = []
@@ -251,7 +280,8 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
         numbers = numbers.assign(x=numbers["x"].fillna(total), value=100 * numbers["value"] / _MODEL_RANKS)
         x = Axis(label="further neurons (%)", ticks=ticks_at(numbers["x"]))
         charts.append(printed_curves(numbers, (x, printed_shift), f"({panel}), printed", caption, kinds))
-    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))
+    title = f"Reversed neurons shift the ranks of use more than the next ones at {above} numbers"
+    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]), title=title)
 
 
 def draw_shift(evidence: StudyEvidence) -> Drawable | None:
@@ -312,7 +342,11 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         panel, data=paper, marks=[Point("value", "name", "kind", hollow=True)], title="Affected neurons, printed",
         x=Axis(label="printed neurons (%)"), y=Axis(label="", order=dict.fromkeys(names)),
     )  # fmt: skip
-    return stack_vertically(set_side_by_side(left, left_printed), set_side_by_side(panel, right))
+    strong = table.xs("strong", level="kind")
+    title = (
+        f"{strong.min():.0f} to {strong.max():.0f}% of the neurons shift strongly in use, most with {strong.idxmax()}"
+    )
+    return stack_vertically(set_side_by_side(left, left_printed), set_side_by_side(panel, right), title=title)
 
 
 STUDY_FIGURES = {

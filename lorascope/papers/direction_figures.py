@@ -15,12 +15,11 @@ from lorascope.analysis.rank_allocations import kendall_tau
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Heat, Line, Point, Text
-from lorascope.papers import adalora, adapprox, alora, autolora, hydralora, hydralora_factors, variants
+from lorascope.papers import adapprox, hydralora_factors, variants
 from lorascope.papers.course_figures import in_row
 from lorascope.papers.figures.variant_gaps import common_seeds, published
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
-from lorascope.papers.rank_tables import UNIFORM_STUDENT
 from lorascope.papers.variant_figures import VariantFigure
 from lorascope.plots.builders import curves, ticks_at
 from lorascope.schema import module_table
@@ -96,7 +95,11 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
             title, quantity = f"{role}, layer {layer}", "φ − random, upper left corner"
             row.append(similarity_heat(cells, title, caption, "r = 8, i", "r = 64, j ≤ 8", quantity))
         rows.insert(-1, tuple(row))
-    return Panels(tuple(rows))
+    title = (
+        f"The first directions of ranks 8 and 64 overlap by {first.min():.2f} to {first.max():.2f}, at random "
+        f"{1 / WIDTH:.3f}"
+    )
+    return Panels(tuple(rows), title=title)
 
 
 def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
@@ -111,14 +114,16 @@ def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
     excess = (cells["phi"] - at_random(cells)).groupby(level=0).mean()
     caption = (
         f"Overlap of the first i input directions of W of q, of {WIDTH}, with the first j of its update, layer 2, mean "
-        f"over seeds. Mean difference from random: {excess['rank 8']:+z.3f} for rank 8, "
-        f"{excess['rank 64']:+z.3f} for 64. "
-        "The paper finds that the update avoids the top directions of W."
+        "over seeds. Title: mean over i and j. The paper finds that the update avoids the top directions of W."
     )
     charts = []
     for name, of_panel in means.items():
         charts.append(similarity_heat(of_panel, name, caption, "W, i", "update, j"))
-    return set_side_by_side(*charts)
+    title = (
+        f"Overlap of the update with directions of W, minus random: {excess['rank 8']:+z.3f} for rank 8, "
+        f"{excess['rank 64']:+z.3f} for 64"
+    )
+    return set_side_by_side(*charts, title=title)
 
 
 def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
@@ -147,7 +152,11 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     left = Chart(measured, [Point("value", "name", "rank")], title="Measured", x=x, y=y, caption=caption)
     marks = [Point("value", "name", "rank", hollow=True)]
     right = replace(left, data=printed, marks=marks, title="LoRA, table 7", x=replace(x, label="printed norm"))
-    return set_side_by_side(left, right)
+    title = (
+        f"The update amplifies its directions of W {factors['rank 8']:.1f} times at rank 8, "
+        f"{factors['rank 64']:.1f} at 64"
+    )
+    return set_side_by_side(left, right, title=title)
 
 
 def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
@@ -163,9 +172,8 @@ def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
     pairs = np.triu_indices(count, 1)
     same = np.mean([agreement[:count, :count][pairs], agreement[count:, count:][pairs]])
     caption = (
-        f"Final ranks, mean of {count} runs per teacher, and planted ranks. Kendall's tau between runs on one teacher: "
-        f"{same:z.2f}; on different teachers: {agreement[:count, count:].mean():z.2f}. The paper finds that ranks "
-        "differ between layers, projections and tasks, without a control."
+        f"Final ranks, mean of {count} runs per teacher, and planted ranks. Title: mean of Kendall's τ over pairs of "
+        "runs. The paper finds that ranks differ between layers, projections and tasks, without a control."
     )
     rows = []
     for number, table in enumerate(tables):
@@ -177,7 +185,10 @@ def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
             axes: dict[str, Any] = {"x": Axis(label="block"), "y": Axis(order=list(variants.TYPES))}
             row.append(Chart(cells, [heat], title=f"task {number + 1}, {name}", caption=caption, **axes))
         rows.append(tuple(row))
-    return Panels(tuple(rows))
+    title = (
+        f"Ranks agree by {same:z.2f} on one teacher, by {agreement[:count, count:].mean():z.2f} on two (Kendall's τ)"
+    )
+    return Panels(tuple(rows), title=title)
 
 
 def _ranks_by_seed(table: pd.DataFrame) -> Float[np.ndarray, "run module"]:
@@ -217,10 +228,14 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
     rank_one = means.loc[means["quantity"] == "moment_error_rank_one", "value"].mean()
     ends = pd.DataFrame({"index": [errors["index"].min(), errors["index"].max()], "value": rank_one})
     errors = pd.concat([errors, ends.assign(recipe="row-column product (Adafactor)")])
+    of_smallest = errors[errors["index"] == errors["index"].min()].set_index("recipe")["value"]
+    error, shuffled = of_smallest[_ERRORS["moment_error"]], of_smallest[_ERRORS["moment_error_dealt"]]
+    title = f"The smallest rank leaves {100 * error:.0f}% of a second moment, {100 * shuffled:.0f}% of a shuffled one"
     return in_row(
         spectra,
         _curve(errors, "relative error", "Error by rank", caption, log=False),
         _curve(_by_rank(means, _TIMES), "seconds", "Time by rank", caption, log=True),
+        title=title,
     )
 
 
@@ -285,46 +300,9 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
         errors, "step", ("step", Axis(label="relative error", log=True)), points=False, title="Error of the factors"
     )
     axes: dict[str, Any] = {"x": Axis(label="final loss (% of first)", log=True), "y": Axis(order=guided, compact=True)}
-    return in_row(left, center, Chart(losses, [Point("value", "name")], title="Guidance", **axes))
-
-
-def draw_costs(evidence: StudyEvidence) -> Drawable | None:
-    """Draw ALoRA's table 4, AutoLoRA's table 5 and HydraLoRA's figure 5: cost of training."""
-    groups = {
-        truth_names.UNEVEN: {"LoRA": UNIFORM_STUDENT, "AdaLoRA": adalora.ALLOCATED, "ALoRA": alora.MOVED,
-                             "AutoLoRA": autolora.SEARCHED},
-        truth_names.SHARED_A: {"LoRA, rank 16": "LoRA, rank 16", "LoRA, rank 12": hydralora.EQUAL,
-                               "4 LoRAs of rank 4": hydralora.SEPARATE[4], "HydraLoRA": hydralora.EXPERTS},
-    }  # fmt: skip
-    charts = []
-    caption = (
-        "CPU time of a run of 400 steps of 16 texts on one thread, a dot per seed; AutoLoRA has a search of 400 more. "
-        "Center: tokens of training text per second. ALoRA's paper prints 2.68 hours for LoRA and 3.81 for ALoRA; "
-        "AutoLoRA's ratios are not readable; HydraLoRA's paper prints 1.96 times the speed of LoRA of rank 32."
-    )
-    for truth, names in groups.items():
-        seconds = []
-        for name, arm in names.items():
-            for seed in evidence.seeds(f"{arm}, {truth}"):
-                run = evidence.judged(f"{arm}, {truth}", seed)
-                seconds.append((name, seed, run["cpu_seconds"].iloc[0]))
-        table = pd.DataFrame(seconds, columns=["name", "seed", "seconds"])
-        if set(table["name"]) != set(names):
-            return None
-        # The paper measures energy and hours on GPUs; on one thread both follow from the time.
-        # A mixture of tasks has the figure of HydraLoRA's paper, which is about speed.
-        x, column = "CPU-seconds", table["seconds"]
-        if truth == truth_names.SHARED_A:
-            x, column = "tokens per second", _TOKENS / column
-        axes: dict[str, Any] = {"x": Axis(label=x, limits=(0, None)), "y": Axis(order=names, compact=True)}
-        charts.append(Chart(table.assign(value=column), [Point("value", "name")], title=truth, caption=caption, **axes))
-    hours = published("ALoRA", "Table 4").query("metric == 'hours to early stopping'")
-    printed = hours.assign(name=hours["method"])[["name", "value"]]
-    axes = {"x": Axis(label="hours", limits=(0, None)), "y": Axis(order=printed["name"], compact=True)}
-    return in_row(*charts, Chart(printed, [Point("value", "name", hollow=True)], title="ALoRA, table 4", **axes))
-
-
-_TOKENS = 400 * 16 * 32  # of a run: steps, texts of a batch, tokens of a text
+    at_end = ranks[ranks["step"] == ranks["step"].max()]["value"]
+    title = f"Adapprox ends with rank {at_end.min():.0f} to {at_end.max():.0f} by role"
+    return in_row(left, center, Chart(losses, [Point("value", "name")], title="Guidance", **axes), title=title)
 
 
 def read_factors(evidence: StudyEvidence, name: str) -> pd.DataFrame:
@@ -427,7 +405,6 @@ STUDY_FIGURES = {
         "Adapprox", "Second moments: singular values, error and time by rank", draw_second_moments
     ),
     "factor-course": VariantFigure("Adapprox", "Adapprox's ranks and errors over the steps; guidance", draw_factors),
-    "costs": VariantFigure("ALoRA", "Cost of training with four allocations, and of HydraLoRA", draw_costs),
     "thirds": VariantFigure("HydraLoRA", "A's and B's of LoRAs on random thirds of a text", draw_thirds),
     "sub-modules": VariantFigure("HydraLoRA", "A few A's and B's of LoRAs on three texts", draw_sub_modules),
     "frequency-bias": VariantFigure("FourierFT", "Probability of each entry by frequency bias", draw_frequency_bias),

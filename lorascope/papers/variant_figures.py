@@ -14,13 +14,15 @@ import numpy as np
 import pandas as pd
 
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
-from lorascope.charts.marks import Axis, Line, Point
+from lorascope.charts.marks import Axis, Line, Point, Rule
 from lorascope.papers import adalora, alora, autolora, fourierft, hydralora, lisa, neft, variants
 from lorascope.papers.figures.variant_gaps import (
     CLOSED,
     beside_differences,
     beside_printed,
+    best_number,
     common_seeds,
+    difference_finding,
     gaps_by_number,
     gaps_by_variant,
     number_above,
@@ -68,7 +70,9 @@ def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
     )
     if chart is None:
         return None
-    return replace(chart, caption=f"{chart.caption}; here it is at {number_above(chart.data, 'ALoRA', 'LoRA')}.")
+    above = number_above(chart.data, "ALoRA", "LoRA")
+    title = f"ALoRA's mean is above LoRA's at {above} budgets"
+    return replace(chart, title=title, caption=f"{chart.caption}; here it is at {above}.")
 
 
 def draw_alora_scores(evidence: StudyEvidence) -> Drawable | None:
@@ -106,11 +110,11 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
     return Chart(
         table,
         [Line("updates", "value", "name", data=means), Point("updates", "value", "name")],
-        title="Gap by heterogeneity of four tasks",
+        title=f"Full fine-tuning minus LoRA, from one update to unrelated ones: {differences} points",
         x=Axis(label="updates of the tasks", order=truths),
         y=Axis(label=CLOSED),
-        caption="Students of planted teachers, one dot per seed. LoRA of rank 12 and HydraLoRA have equal size. Full "
-        f"fine-tuning minus LoRA, from left to right: {differences} points. The paper's drawing has no numbers; its "
+        caption="Students of planted teachers, one dot per seed. LoRA of rank 12 and HydraLoRA have equal size. "
+        "The paper's drawing has no numbers; its "
         "gap increases to the right.",
         colors=names,
     )
@@ -140,7 +144,7 @@ def draw_experts(evidence: StudyEvidence) -> Drawable | None:
     series = {}
     for truth in (SHARED_A, ONE_UPDATE):
         series[truth] = {number: f"{variants.experts_of_rank_4(number)}, {truth}" for number in variants.EXPERTS}
-    return gaps_by_number(
+    chart = gaps_by_number(
         evidence,
         series,
         "number of experts of rank 4",
@@ -149,11 +153,15 @@ def draw_experts(evidence: StudyEvidence) -> Drawable | None:
         "finds 4 best and 3 0.42% lower.",
         {f"LoRA of rank 12, {SHARED_A}": f"{hydralora.EQUAL}, {SHARED_A}"},
     )
+    if chart is None:
+        return None
+    best = ", ".join(f"{best_number(chart.data, truth)} ({truth})" for truth in series)
+    return replace(chart, title=f"Best number of experts: {best}")
 
 
 def draw_splits(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's table 1: one LoRA, and several with the same total rank."""
-    arms = numbered(f"LoRA, rank {{}}, {SHARED_A}", (4, 8, 16), "1 of rank {}") | {
+    arms = numbered(f"LoRA, rank {{}}, {SHARED_A}", (16, 8, 4), "1 of rank {}") | {
         "2 of rank 8": f"HydraLoRA, 2 separate A's of rank 8, {SHARED_A}",
         "4 of rank 4": f"{hydralora.SEPARATE[4]}, {SHARED_A}",
         "8 of rank 2": f"HydraLoRA, 8 separate A's of rank 2, {SHARED_A}",
@@ -162,8 +170,8 @@ def draw_splits(evidence: StudyEvidence) -> Drawable | None:
     for number in (2, 4, 8):
         names[f"LoRA-Split, {number} of rank {32 // number}"] = f"{number} of rank {16 // number}"
     caption = (
-        "Four tasks whose updates share A. The last four rows have a total rank of 16; several LoRAs have routers. "
-        "Printed ranks are twice as large as the labels."
+        "Four tasks whose updates share A. But for 1 of ranks 4 and 8, rows have a total rank of 16; several LoRAs "
+        "have routers. Printed ranks are twice as large as the labels."
     )
     chart = gaps_by_variant(evidence, arms, "LoRAs by rank and number", caption)
     return beside_printed(chart, printed("HydraLoRA", "Table 1", names), "HydraLoRA, table 1, MMLU", "accuracy")
@@ -198,7 +206,8 @@ def draw_searches(evidence: StudyEvidence) -> Drawable | None:
         x=Axis(label="ranks per module"),
     )
     chart, paired = beside_differences(chart)
-    return set_side_by_side(chart, paired, replace(panel, y=chart.y, caption=chart.caption))
+    title = difference_finding(paired, "AutoLoRA")
+    return set_side_by_side(chart, paired, replace(panel, y=chart.y, caption=chart.caption), title=title)
 
 
 def draw_placements(evidence: StudyEvidence) -> Drawable | None:
@@ -216,19 +225,24 @@ def draw_placements(evidence: StudyEvidence) -> Drawable | None:
     right = gaps_by_variant(evidence, reference | blocks, "In one block", caption)
     if left is None or right is None:
         return None
-    return set_side_by_side(left, replace(right, caption=left.caption))
+    best = []
+    for chart in (left, right):
+        means = chart.data.groupby("name")["value"].mean().drop([*reference])
+        best.append(f"{means.idxmax()} ({means.max():.0f} points)")
+    everywhere = left.data.loc[left.data["name"].isin(reference), "value"].mean()
+    title = f"Best in one place: {' and '.join(best)}; everywhere: {everywhere:.0f}"
+    return set_side_by_side(left, replace(right, caption=left.caption), title=title)
 
 
 def draw_matrices(evidence: StudyEvidence) -> Drawable | None:
     """Draw LoRA's table 5 and AdaLoRA's table 14: some of the attention matrices, all of them, or all matrices."""
-    arms = numbered(f"LoRA, {{}} only, {EVEN}", [*"qkvo", *variants.SEVERAL]) | {
-        "everywhere": f"{UNIFORM_STUDENT}, {EVEN}"
-    }
+    arms = {"all types": f"{UNIFORM_STUDENT}, {EVEN}"}
+    arms |= numbered(f"LoRA, {{}} only, {EVEN}", [*"qkvo", *variants.SEVERAL])
     names = {"W_q and W_k, rank 4": "q and k", "W_q and W_v, rank 4": "q and v", "all four, rank 2": "attention"}
     for name in "qkvo":
         names[f"W_{name}, rank 8"] = name
     types = printed("LoRA", "Table 5", names)
-    sizes = {"LoRA on two attention matrices": "q and v", "LoRA on all six matrices": "everywhere"}
+    sizes = {"LoRA on two attention matrices": "q and v", "LoRA on all six matrices": "all types"}
     # Eight tasks would cover each other.
     by_size = printed("AdaLoRA", "Table 14", sizes).groupby("name")["value"].mean().reset_index()
     numbers = pd.concat([types[types["data"] == "MNLI-m"], by_size.assign(data="AdaLoRA, table 14, mean of GLUE")])
@@ -283,7 +297,7 @@ def draw_adalora_parts(evidence: StudyEvidence) -> Drawable | None:
 def draw_blocks(evidence: StudyEvidence) -> Drawable | None:
     """Draw LISA's figure 7: number of blocks that train at a time."""
     truth = truth_names.ALL_BLOCKS
-    return gaps_by_number(
+    chart = gaps_by_number(
         evidence,
         {"LISA": numbered(f"LISA, {{}} of 8 blocks, {truth}", variants.BLOCKS)},
         "blocks that train at a time (γ), of 8",
@@ -293,6 +307,13 @@ def draw_blocks(evidence: StudyEvidence) -> Drawable | None:
         {"full fine-tuning (γ = 8)": f"{FULL}, {truth}", "LoRA of rank 8": f"{lisa.FACTORED}, {truth}"},
         log=False,
     )
+    if chart is None:
+        return None
+    full = next(rule.y for rule in chart.marks_of(Rule) if rule.label.startswith("full"))
+    closed = chart.data["value"].max()
+    best = best_number(chart.data, "LISA")
+    title = f"LISA closes most with γ = {best}: {closed:.0f} points; full fine-tuning: {full:.0f}"
+    return replace(chart, title=title)
 
 
 def draw_sizes(evidence: StudyEvidence) -> Drawable | None:
@@ -314,7 +335,9 @@ def draw_sizes(evidence: StudyEvidence) -> Drawable | None:
         if chart is None:
             return None
         charts.append(chart)
-    return set_side_by_side(*charts)
+    above = [number_above(chart.data, "FourierFT", "LoRA") for chart in charts]
+    title = "FourierFT is above LoRA at {} sizes if its coefficients suffice, at {} if rank 2 does".format(*above)
+    return set_side_by_side(*charts, title=title)
 
 
 def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
@@ -337,14 +360,16 @@ def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
     if chart is None:
         return None
     numbers = printed_by_fraction("Figure 3", r"x = (\d+)")
+    above = number_above(chart.data, "next", "reversed")
     caption = (
         f"{chart.caption} Right: printed, another model and task; there the next neurons are better at all fractions, "
-        f"here at {number_above(chart.data, 'next', 'reversed')}."
+        f"here at {above}."
     )
     x = Axis(label="further neurons (% of parameters)", ticks=ticks_at(numbers["x"]))
     axes = x, Axis(label="COMET of a translation")
     panel = printed_curves(numbers, axes, "NeFT, figure 3", caption, ["next", "reversed"])
-    return set_side_by_side(replace(chart, caption=caption), panel)
+    title = f"The next neurons close more than those that rotate least at {above} numbers"
+    return set_side_by_side(replace(chart, caption=caption), panel, title=title)
 
 
 def printed_curves(

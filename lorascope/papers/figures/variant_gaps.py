@@ -176,7 +176,25 @@ def printed(paper: str, source: str, names: Mapping[str, str], size: str = "") -
 def number_above(cells: pd.DataFrame, first: str, second: str) -> str:
     """Return at how many numbers, of all that both have, the line of a recipe is above that of another one."""
     means = cells.pivot(index="number", columns="recipe", values="value")[[first, second]].dropna()
+    means = means[means[first] != means[second]]  # both lines may begin with the same arm
     return f"{(means[first] > means[second]).sum()} of {len(means)}"
+
+
+def best_number(cells: pd.DataFrame, recipe: str) -> Any:
+    """Return the number at which the line of a recipe is highest."""
+    line = cells[cells["recipe"] == recipe].set_index("number")["value"]
+    return line.idxmax()
+
+
+def difference_finding(paired: Chart, base: str) -> str:
+    """Say how many variants differ from the first one, by their paired intervals, and which one differs most."""
+    cells = paired.data
+    differing = cells[(cells["low"] > 0) | (cells["high"] < 0)]
+    if differing.empty:
+        return f"No difference from {base} is seen"
+    farthest = int(differing["value"].abs().to_numpy().argmax())
+    name, difference = differing[["name", "value"]].iloc[farthest]
+    return f"{len(differing)} of {len(cells)} differ from {base}, most: {name} ({difference:+z.1f} points)"
 
 
 def beside_differences(chart: Chart) -> tuple[Chart, Chart]:
@@ -212,4 +230,5 @@ def beside_printed(chart: Chart | None, numbers: pd.DataFrame, title: str, x: st
     y = replace(chart.y, order=dict.fromkeys([*(measured_chart.y.order or ()), *numbers["name"]]))
     marks = [Point("value", "name", shape="data", hollow=True)]
     panel = replace(measured_chart, data=numbers, marks=marks, title=title, x=Axis(label=x))
-    return set_side_by_side(*(replace(part, y=y) for part in (measured_chart, paired, panel)))
+    finding = difference_finding(paired, chart.data["name"].iloc[0])
+    return set_side_by_side(*(replace(part, y=y) for part in (measured_chart, paired, panel)), title=finding)

@@ -305,7 +305,7 @@ def test_titles_say_what_the_runs_show(evidence: StudyEvidence) -> None:
     assert f"block {np.argmax(blocks)} ({max(blocks):.0f} points)" in drawn("placements", evidence).title
     # All differences of the made-up gaps are the same for all seeds, so their intervals have no width.
     names_of_arms = {"no penalty": "AdaLoRA, rank 4 to 2, no penalty", "no allocation": "AdaLoRA, rank 2 to 2",
-                     "neither": "AdaLoRA, rank 2 to 2, no penalty", "LoRA": "LoRA, rank 2"}  # fmt: skip
+                     "neither part": "AdaLoRA, rank 2 to 2, no penalty", "LoRA": "LoRA, rank 2"}  # fmt: skip
     differences = {
         name: gap(f"{arm}, {UNEVEN}") - gap(f"AdaLoRA, rank 4 to 2, {UNEVEN}") for name, arm in names_of_arms.items()
     }
@@ -342,6 +342,15 @@ def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvid
     affected = drawn("affected-neurons", evidence).panels[2]
     assert not affected.marks_of(Bar)
     assert set(affected.data["kind"]) == {"strong", "suppressed", "indirect"}
+    strong = affected.data[affected.data["kind"] == "strong"].set_index("name")["value"]
+    largest = [strong[strong.index.str.contains(kind)].max() for kind in ("next", "reversed")]
+    title = (
+        "Neurons that shift strongly: up to {:.1f}% with the next ones, {:.1f}% with reversed ones (printed: {}%, {}%)"
+    )
+    printed = pd.read_csv(DATA / "published" / "neft_figures.csv").query("table == 'Figure 5'")
+    printed = printed[printed["metric"].str.startswith("strong")]
+    by_kind = printed.groupby(printed["method"].str.contains("reversed"))["value"].max() / (2 * 352_256)
+    assert drawn("affected-neurons", evidence).title == title.format(*largest, *(f"{100 * v:.1f}" for v in by_kind))
 
 
 def test_ranks_agree_within_a_teacher_and_not_between_two(evidence: StudyEvidence) -> None:

@@ -120,6 +120,7 @@ def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
     right = loss_course(evidence, "losses", on_one, label, "Seeds", caption, by_seed=True)
     if left is None or center is None:
         return None
+    # Bars of seeds overlap, so the title has the spread of the means.
     by_blocks, by_steps = map(last_losses, (left, center))
     title = (
         f"Last losses differ by {by_blocks.max() - by_blocks.min():.2f} nats over γ, by "
@@ -140,8 +141,8 @@ def draw_lisa_validation(evidence: StudyEvidence) -> Drawable | None:
 
 def _above_lowest(losses: pd.Series) -> str:
     """Return the name of the lowest loss, and by how much the differences are above it."""
-    differences = [f"{name} {loss - losses.iloc[0]:+.3f}" for name, loss in losses.iloc[1:].items()]
-    return f"{losses.index[0]} lowest, {', '.join(differences)} nats"
+    differences = [f"{name}: {loss - losses.iloc[0]:+.3f}" for name, loss in losses.iloc[1:].items()]
+    return f"{losses.index[0]} is lowest; {'; '.join(differences)} nats"
 
 
 def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
@@ -209,9 +210,9 @@ def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
     )
     ends, ratio = at_end["AdaLoRA"], at_end["no penalty"] / at_end["AdaLoRA"]
     caption = (
-        "First block of planted students, mean and range over seeds, from before the first step on. The paper's "
-        "distance falls to about 1e-3 during the warm-up and stays there, with γ = 0.1 as here; here it ends between "
-        f"{ends.min():.2g} and {ends.max():.2g}. The control has γ = 0."
+        f"First block of planted students, mean and range over {len(tables) // len(arms)} seeds, from before the first "
+        "step on. The paper's distance falls to about 1e-3 during the warm-up and stays there, with γ = 0.1 as here; "
+        f"here it ends between {ends.min():.2g} and {ends.max():.2g}. The control has γ = 0."
     )
     charts = []
     for role, module in (("o", "W_o"), ("ffn_out", "W_f2")):
@@ -222,9 +223,7 @@ def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
                 caption=caption, colors=names,
             )  # fmt: skip
             charts.append(chart)
-    title = (
-        f"The penalty ends {ratio.min():.0f} to {ratio.max():.0f} times closer to orthogonal factors than its absence"
-    )
+    title = f"With the penalty, factors end {ratio.min():.0f} to {ratio.max():.0f} times closer to orthogonal ones"
     return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]), title=title)
 
 
@@ -342,11 +341,17 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         panel, data=paper, marks=[Point("value", "name", "kind", hollow=True)], title="Affected neurons, printed",
         x=Axis(label="printed neurons (%)"), y=Axis(label="", order=dict.fromkeys(names)),
     )  # fmt: skip
-    strong = table.xs("strong", level="kind")
-    title = (
-        f"{strong.min():.0f} to {strong.max():.0f}% of the neurons shift strongly in use, most with {strong.idxmax()}"
-    )
+    strong = "up to {:.1f}% with the next ones, {:.1f}% with reversed ones (printed: {:.1f}%, {:.1f}%)"
+    title = "Neurons that shift strongly: " + strong.format(*_most_strong(table.reset_index()), *_most_strong(paper))
     return stack_vertically(set_side_by_side(left, left_printed), set_side_by_side(panel, right), title=title)
+
+
+def _most_strong(counts: pd.DataFrame) -> tuple[float, float]:
+    """Return the largest percentage of strongly shifted neurons, with the next and with reversed neurons."""
+    # The paper adds other numbers of neurons, so only the largest percentages are comparable.
+    strong = counts[counts["kind"] == "strong"]
+    is_reversed = strong["name"].str.contains("reversed")
+    return strong.loc[~is_reversed, "value"].max(), strong.loc[is_reversed, "value"].max()
 
 
 STUDY_FIGURES = {

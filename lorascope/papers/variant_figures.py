@@ -15,7 +15,7 @@ import pandas as pd
 
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.marks import Axis, Line, Point, Rule
-from lorascope.papers import adalora, alora, autolora, fourierft, hydralora, lisa, neft, variants
+from lorascope.papers import adalora, alora, autolora, fourierft, hydralora, neft, variants
 from lorascope.papers.figures.variant_gaps import (
     CLOSED,
     beside_differences,
@@ -161,6 +161,7 @@ def draw_experts(evidence: StudyEvidence) -> Drawable | None:
 
 def draw_splits(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's table 1: one LoRA, and several with the same total rank."""
+    # The first arm, with which others are compared, has the total rank of the split ones.
     arms = numbered(f"LoRA, rank {{}}, {SHARED_A}", (16, 8, 4), "1 of rank {}") | {
         "2 of rank 8": f"HydraLoRA, 2 separate A's of rank 8, {SHARED_A}",
         "4 of rank 4": f"{hydralora.SEPARATE[4]}, {SHARED_A}",
@@ -227,6 +228,7 @@ def draw_placements(evidence: StudyEvidence) -> Drawable | None:
         return None
     best = []
     for chart in (left, right):
+        # The reference is in no single place.
         means = chart.data.groupby("name")["value"].mean().drop([*reference])
         best.append(f"{means.idxmax()} ({means.max():.0f} points)")
     everywhere = left.data.loc[left.data["name"].isin(reference), "value"].mean()
@@ -236,6 +238,7 @@ def draw_placements(evidence: StudyEvidence) -> Drawable | None:
 
 def draw_matrices(evidence: StudyEvidence) -> Drawable | None:
     """Draw LoRA's table 5 and AdaLoRA's table 14: some of the attention matrices, all of them, or all matrices."""
+    # The other arms are compared with the first one.
     arms = {"all types": f"{UNIFORM_STUDENT}, {EVEN}"}
     arms |= numbered(f"LoRA, {{}} only, {EVEN}", [*"qkvo", *variants.SEVERAL])
     names = {"W_q and W_k, rank 4": "q and k", "W_q and W_v, rank 4": "q and v", "all four, rank 2": "attention"}
@@ -279,7 +282,7 @@ def draw_adalora_parts(evidence: StudyEvidence) -> Drawable | None:
         "AdaLoRA": f"{adalora.ALLOCATED}, {UNEVEN}",
         "no penalty": f"{adalora.ALLOCATED}, no penalty, {UNEVEN}",
         "no allocation": f"AdaLoRA, rank 2 to 2, {UNEVEN}",
-        "neither": f"AdaLoRA, rank 2 to 2, no penalty, {UNEVEN}",
+        "neither part": f"AdaLoRA, rank 2 to 2, no penalty, {UNEVEN}",
         "LoRA": f"{UNIFORM_STUDENT}, {UNEVEN}",
     }
     names = {
@@ -304,15 +307,16 @@ def draw_blocks(evidence: StudyEvidence) -> Drawable | None:
         "LISA by number of blocks",
         "All blocks change at rank 2. With γ = 0, only embedding, final norm and head train. The paper finds that γ = "
         "8 of 32 equals full fine-tuning, and that γ = 16 exceeds it.",
-        {"full fine-tuning (γ = 8)": f"{FULL}, {truth}", "LoRA of rank 8": f"{lisa.FACTORED}, {truth}"},
+        # LoRA closes as much, so its line would cover this one.
+        {"full fine-tuning (γ = 8)": f"{FULL}, {truth}"},
         log=False,
     )
     if chart is None:
         return None
-    full = next(rule.y for rule in chart.marks_of(Rule) if rule.label.startswith("full"))
+    (full,) = chart.marks_of(Rule)
     closed = chart.data["value"].max()
     best = best_number(chart.data, "LISA")
-    title = f"LISA closes most with γ = {best}: {closed:.0f} points; full fine-tuning: {full:.0f}"
+    title = f"LISA closes most with γ = {best}: {closed:.0f} points; full fine-tuning: {full.y:.0f}"
     return replace(chart, title=title)
 
 

@@ -189,6 +189,7 @@ def best_number(cells: pd.DataFrame, recipe: str) -> Any:
 def difference_finding(paired: Chart, base: str) -> str:
     """Say how many variants differ from the first one, by their paired intervals, and which one differs most."""
     cells = paired.data
+    # Fewer than three seeds have no interval, and are on neither side.
     differing = cells[(cells["low"] > 0) | (cells["high"] < 0)]
     if differing.empty:
         return f"No difference from {base} is seen"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 
 import numpy as np
@@ -63,6 +64,7 @@ def test_one_pair_has_an_interval_over_rows_and_no_verdict(forks):
     assert "no verdict below 5 pairs" in repr(effects)
     assert "do not cover the seed" in repr(effects)
     assert "(40% of the training)" in repr(effects)
+    assert html.escape(repr(effects)) in effects._repr_html_()
 
 
 def test_effects_are_json_and_have_a_receipt(forks):

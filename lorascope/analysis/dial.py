@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis.paired_rows import LEVEL, add_estimates, estimate_rows, rows_to_decide
+from lorascope.analysis.result_html import lines_above_table
 from lorascope.analysis.seed_intervals import Estimate
 from lorascope.array_types import Bool, Float, Int
 from lorascope.files.lazy_scipy import false_discovery_control
@@ -262,7 +263,7 @@ class Dial:
         hidden = [
             name for name in COLUMNS if name.startswith(("best_loss", "best_distance")) or name.endswith("_slope")
         ]
-        return self.parts.drop(columns=["module", *hidden]).to_html(index=False, na_rep="")
+        return lines_above_table(repr(self), self.parts.drop(columns=["module", *hidden]))
 
 
 def _format_interval(row: Any, name: str) -> str:

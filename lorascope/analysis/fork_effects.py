@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis.paired_rows import LEVEL, rows_to_decide
+from lorascope.analysis.result_html import lines_above_table
 from lorascope.analysis.seed_intervals import Estimate, t_estimate
 from lorascope.array_types import Float
 from lorascope.files.lazy_scipy import false_discovery_control
@@ -97,7 +98,7 @@ class ForkEffects:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return self.table.to_html(index=False, na_rep="")
+        return lines_above_table(repr(self), self.table)
 
 
 def fork_effects(forks: Result | Sequence[Result], margin: float | None = None) -> ForkEffects:

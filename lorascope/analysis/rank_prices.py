@@ -18,6 +18,7 @@ import pandas as pd
 from lorascope.analysis.dial import even_share
 from lorascope.analysis.gradient_signal import FAMILY, ModuleSignal, count_directions, signal_p
 from lorascope.analysis.paired_rows import LEVEL, estimate_rows, rows_to_decide
+from lorascope.analysis.result_html import lines_above_table
 from lorascope.analysis.seed_intervals import Estimate, t_estimate
 from lorascope.analysis.track_record import FEWEST_CELLS, conformal_bounds
 from lorascope.array_types import Float
@@ -371,7 +372,7 @@ class Price:
         return f"{text}; largest in {name}"
 
     def _repr_html_(self) -> str:
-        return self.table.to_html(index=False, na_rep="")
+        return lines_above_table(repr(self), self.table)
 
 
 def _format_interval(row: Any, name: str) -> str:

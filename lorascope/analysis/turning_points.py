@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from lorascope.analysis.result_html import lines_above_table
 from lorascope.array_types import Float, Int
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.receipt import Receipt
@@ -94,6 +95,9 @@ class Turns:
     def __repr__(self) -> str:
         heading = f"Turns of {self.label}, drops below {self.limit:.2f}"
         return "\n".join([heading, *(f"  {line}" for line in self.describe()), f"  receipt  {self.receipt}"])
+
+    def _repr_html_(self) -> str:
+        return lines_above_table(repr(self), self.table)
 
 
 def find_turns(series: Result) -> Turns:

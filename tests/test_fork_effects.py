@@ -71,6 +71,7 @@ def test_effects_are_json_and_have_a_receipt(forks):
     content = ls.fork_effects(forks, margin=0.5).to_json()
     assert content["changes"][0]["margin"] == 0.5
     assert content["table"][0]["fork"] == forks[0].id
+    assert content["receipt"]["call"]["seeds"] == [pair.meta.seed for pair in forks]
     assert content["receipt"]["rows"] == {"test": f"8 rows {forks[0].meta.data_hash[:12]}"}
     assert "receipt" in repr(ls.fork_effects(forks)).splitlines()[-1]
 

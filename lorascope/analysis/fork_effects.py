@@ -140,7 +140,7 @@ def fork_effects(forks: Result | Sequence[Result], margin: float | None = None) 
         run=", ".join(table["trunk"].unique()),
         base=first.meta.model,
         rows={"test": f"{len(first.predictions)} rows {(first.meta.data_hash or '')[:12]}"},
-        call={"forks": table["fork"].to_list(), "margin": margin},
+        call={"forks": table["fork"].to_list(), "seeds": table["seed"].to_list(), "margin": margin},
         seconds=time.process_time() - began,
     )
     steps = pd.Series([pair.trunk.meta.settings["steps"] for pair in pairs])

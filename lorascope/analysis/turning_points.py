@@ -142,7 +142,7 @@ def find_turns(series: Result) -> Turns:
     path = pd.DataFrame({"step": steps, "first": positions[:, 0], "second": positions[:, 1]})
     counts = {"checkpoints": str(len(steps)), "modules": str(len(shared))}
     seconds = time.process_time() - began
-    receipt = Receipt(run=series.id, base=series.meta.model, rows=counts, seconds=seconds)
+    receipt = Receipt(run=series.id, base=series.meta.model, rows=counts, seed=series.meta.seed, seconds=seconds)
     return Turns(series.label, table, limit, path, explained, receipt)
 
 

@@ -38,7 +38,9 @@ def origin_of(instrument: str, run: Result, model: str, task: Task, **options: o
     for name, value in options.items():
         if isinstance(value, Sequence) and not isinstance(value, str):
             value = ",".join(f"{item:g}" for item in value)
-        if value != "":
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
+        elif value is not False and value != "":
             words += [f"--{name.replace('_', '-')}", str(value)]
     seed = None
     if isinstance(run, Run):

@@ -207,7 +207,9 @@ def _measure_price(
             "placed": call.placed,
             "state": call.state,
         },
-        **origin_of("price", run, call.model, adapted.task, ranks=ranks, rows=call.rows, retrain=retrain),
+        **origin_of(
+            "price", run, call.model, adapted.task, ranks=ranks, rows=call.rows, retrain=retrain, placed=call.placed
+        ),
         seconds=time.process_time() - began,
     )
     return Price(

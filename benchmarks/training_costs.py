@@ -57,7 +57,7 @@ def measure(rounds: int) -> pd.DataFrame:
                 rate = rates[label]
                 assert rate is not None, label
                 with tempfile.TemporaryDirectory() as folder:
-                    # Runs that choose rates keep no tables, which would take time as well.
+                    # Runs that choose rates do not compute tables, which would take time as well.
                     run = finish_job(StudyJob(label, 9001, "tuning", rate), Path(folder), rates)
                 seconds = float(run.rows["cpu_seconds"].iloc[0])
                 print(f"| {truth} | {name} | {number} | {seconds:.2f} |", flush=True)

@@ -279,7 +279,7 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
         numbers = numbers.assign(x=numbers["x"].fillna(total), value=100 * numbers["value"] / _MODEL_RANKS)
         x = Axis(label="further neurons (%)", ticks=ticks_at(numbers["x"]))
         charts.append(printed_curves(numbers, (x, printed_shift), f"({panel}), printed", caption, kinds))
-    title = f"Reversed neurons shift the ranks of use more than the next ones at {above} numbers"
+    title = f"Reversed neurons shift utilization ranks more than the next ones at {above} numbers"
     return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]), title=title)
 
 

@@ -171,7 +171,7 @@ def draw_splits(evidence: StudyEvidence) -> Drawable | None:
     for number in (2, 4, 8):
         names[f"LoRA-Split, {number} of rank {32 // number}"] = f"{number} of rank {16 // number}"
     caption = (
-        "Four tasks whose updates share A. But for 1 of ranks 4 and 8, rows have a total rank of 16; several LoRAs "
+        "Four tasks whose updates share A. Except for 1 of ranks 4 and 8, rows have a total rank of 16; several LoRAs "
         "have routers. Printed ranks are twice as large as the labels."
     )
     chart = gaps_by_variant(evidence, arms, "LoRAs by rank and number", caption)

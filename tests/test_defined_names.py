@@ -1,4 +1,4 @@
-"""Every name that a function reads is defined. Linters cannot tell: to them, shapes of tensors are undefined names."""
+"""Every name that a function reads is defined. Linters do not report it here: they take shapes of tensors for names."""
 
 from __future__ import annotations
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from lorascope.files.printable import printable_lines
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def lines_above_table(lines: str, table: pd.DataFrame) -> str:

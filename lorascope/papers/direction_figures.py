@@ -52,17 +52,17 @@ def at_random(cells: pd.DataFrame) -> pd.Series:
     return cells[["i", "j"]].max(axis=1) / WIDTH
 
 
-def similarity_heat(
-    cells: pd.DataFrame, title: str, caption: str, y: str, x: str, quantity: str = "φ − random"
-) -> Chart:
-    """Draw similarities of ``i`` (rows) and ``j`` (columns) minus random ones, on one scale per quantity."""
+def similarity_heat(cells: pd.DataFrame, title: str, caption: str, y: str, x: str) -> Chart:
+    """Draw similarities of ``i`` (rows) and ``j`` (columns) minus random ones, on one scale."""
     axes: dict[str, Any] = {}
     for letter, name, label in (("x", "j", x), ("y", "i", y)):
         order = sorted(set(cells[name]))
         # Few enough ticks to be read.
         axes[letter] = Axis(label=label, order=order, ticks={n: str(n) for n in order if n == 1 or n % 8 == 0})
     cells = cells.assign(excess=cells["phi"] - at_random(cells))
-    return Chart(cells, [Heat("j", "i", "excess", quantity, scale="diverging")], title=title, caption=caption, **axes)
+    return Chart(
+        cells, [Heat("j", "i", "excess", "φ − random", scale="diverging")], title=title, caption=caption, **axes
+    )
 
 
 def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
@@ -92,8 +92,8 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
     for role, near in ranks[ranks["j"] <= 8].groupby("role"):
         row = []
         for layer, cells in near.groupby("layer"):
-            title, quantity = f"{role}, layer {layer}", "φ − random, upper left corner"
-            row.append(similarity_heat(cells, title, caption, "r = 8, i", "r = 64, j ≤ 8", quantity))
+            title = f"{role}, layer {layer}"
+            row.append(similarity_heat(cells, title, caption, "r = 8, i", "r = 64, j ≤ 8"))
         rows.insert(-1, tuple(row))
     title = (
         f"The first directions of ranks 8 and 64 overlap by {first.min():.2f} to {first.max():.2f}, at random "

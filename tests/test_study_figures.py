@@ -33,6 +33,7 @@ from lorascope.papers.judging.data_folder import PAPERS
 from lorascope.papers.judging.kept_study import FIRST_SEED, STUDY_COLUMNS, StudyEvidence
 from lorascope.papers.judging.registered_study import PaperPlace, StudyRegistration
 from lorascope.papers.judging.study_results import RESULT_COLUMNS, compute
+from lorascope.papers.judging.words import NOT_LEARNED
 from lorascope.papers.neft import AT_RANDOM, hit_rate
 from lorascope.papers.study_figures import ALL_METHODS, ALLOCATORS, ROWS, StudyData, draw_neuron_scores
 
@@ -277,7 +278,7 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
     figure.mpl()
 
 
-def test_titles_of_pairs_have_the_words_of_the_results() -> None:
+def test_titles_of_pairs_have_the_effects_of_the_results() -> None:
     results = results_of(adalora=8.0, hydralora=8.0, adapprox=-20.0, factored=20.0)
 
     claims = registered_study.read(DATA / "registered-2.toml").claims
@@ -285,14 +286,19 @@ def test_titles_of_pairs_have_the_words_of_the_results() -> None:
     def named(*names: str) -> StudyRegistration:
         return replace(REGISTERED, claims={f"pair.{name}": claims[f"pair.{name}"] for name in names})
 
-    def title_of(*names: str) -> str:
-        return pair_gaps(named(*names), EMPTY, results).title
+    def title_of(*names: str, shown: pd.DataFrame = results) -> str:
+        return pair_gaps(named(*names), EMPTY, shown).title
 
-    assert title_of("adalora") == "AdaLoRA on planted teachers: as claimed against LoRA"
-    against = "not even there against AdamW; as claimed against Adafactor"
-    assert title_of("adapprox", "factored") == f"Adapprox on a quadratic: {against}"
+    assert title_of("adalora") == "AdaLoRA at its truth: +8.0 points against LoRA"
+    # exp(0.2) is 1.221, exp(-0.2) is 0.819.
+    against = "loss 22.1% above AdamW's; loss 18.1% below Adafactor's"
+    assert title_of("adapprox", "factored") == f"Adapprox at its truth, on a quadratic: {against}"
+    lower = results.assign(effect=results["effect"].mask(results["claim"] == "pair.adalora", -3.51))
+    assert title_of("adalora", shown=lower) == "AdaLoRA at its truth: −3.5 points against LoRA"
+    idle = results.assign(word=results["word"].mask(results["claim"] == "pair.adalora", NOT_LEARNED))
+    assert title_of("adalora", shown=idle) == f"AdaLoRA at its truth: {NOT_LEARNED} against LoRA"
     assert title_of("fourierft", "basis") == (
-        "FourierFT on planted teachers: not finished against LoRA, rank 2 and random basis"
+        "FourierFT at its truth: not finished against LoRA, rank 2; not finished against random basis"
     )
     assert title_of("adalora", "adapprox") == "Pairs of planted truths: 1 as claimed, 1 not even there"
     figure = pair_effects(named("hydralora", "adapprox", "factored"), results)

@@ -47,8 +47,9 @@ _CAPTION = (
     "Effect of each method minus its control, with 95% intervals, divided by the bound of its claim: the smallest gain "
     f"that matters, m, or the largest acceptable cost, d. {SMALL} Numbers are in points unless they have a unit: of "
     f"accuracy on text, and of the gap closed on planted teachers. {GAP} Numbers with % are 100 ln(control's / own "
-    "loss); -61 means a loss 85% higher. Orange squares: the other truth of the row above. The positive control of a "
-    "cost is a known worse method. Levels are not corrected for many claims: one interval of twenty misses by chance."
+    f"loss); {MINUS}61 means a loss 85% higher. Orange squares: the other truth of the row above. The positive control "
+    "of a cost is a known worse method. Levels are not corrected for many claims: one interval of twenty misses by "
+    "chance."
 )
 _NOTES = {
     EDITION_1: "Edition 1: an earlier set of runs, on real text.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.charts.chart import Chart, Panels
+from lorascope.charts.geometry import MINUS
 from lorascope.charts.marks import Axis, Mark, Point, Rule
 from lorascope.charts.text_wrapping import wrap_text
 from lorascope.files.printable import count_phrase
@@ -123,18 +125,34 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
 
 
 def _title(claims: Sequence[StudyClaim], results: pd.DataFrame) -> str:
-    """Return the title of the pairs of one method: its words by control; numbers of words for several methods."""
-    methods, grounds = set(), set()
+    """Return the title of the pairs of one method: its effects by control; numbers of words for several methods."""
+    methods, effects, ground = set(), [], ""
     for claim in claims:
-        methods.add(compared_methods(claim).partition(" vs ")[0])
-        grounds.add("a quadratic" if _unit_of(claim) == _PERCENT else "planted teachers")
+        method, _, control = compared_methods(claim).partition(" vs ")
+        methods.add(method)
+        if not results.empty:
+            effects.append(_describe_effect(claim, results, control))
+        if _unit_of(claim) == _PERCENT:
+            ground = ", on a quadratic"
     if results.empty or len(methods) > 1:
         return _count_words(claims, results)
-    controls: dict[str, list[str]] = {}
-    for claim in claims:
-        controls.setdefault(_word_of(claim, results), []).append(compared_methods(claim).partition(" vs ")[2])
-    words = [f"{word} against {' and '.join(names)}" for word, names in controls.items()]
-    return f"{methods.pop()} on {' and '.join(grounds)}: {'; '.join(words)}"
+    return f"{methods.pop()} at its truth{ground}: {'; '.join(effects)}"
+
+
+def _describe_effect(claim: StudyClaim, results: pd.DataFrame, control: str) -> str:
+    """Return the effect of a pair where the truth favors the method, or the word that replaces it."""
+    result: dict[Any, Any] = results.set_index("claim").loc[claim.id].to_dict()
+    if not result["n"]:
+        return f"{_word_of(claim, results)} against {control}"
+    if result["word"] in (NO_HEADROOM, NOT_LEARNED):
+        return f"{result['word']} against {control}"
+    if _unit_of(claim) == _POINTS:
+        points = f"{result['effect']:+z.1f}".replace("-", MINUS)
+        return f"{points} points against {control}"
+    # A reader knows percent of a loss, not of its logarithm.
+    change = math.expm1(-result["effect"] / 100)
+    side = "above" if change > 0 else "below"
+    return f"loss {abs(change):.1%} {side} {control}'s"
 
 
 def _count_words(claims: Sequence[StudyClaim], results: pd.DataFrame) -> str:

@@ -282,8 +282,11 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
         "second moments, in percent of the first loss, at one rate, a dot per seed. The paper prints no values."
     )
     by_step = table.groupby(["quantity", "role", "step"])["value"].mean().reset_index().assign(low=np.nan, high=np.nan)
-    # Roles have different shapes, and so different largest ranks.
-    ranks = by_step[by_step["quantity"] == "factor_rank"]
+    # Matrices of one group have one shape, and so one largest rank.
+    groups = {**dict.fromkeys("qkvo", "attention"), "ffn_in": "feed-forward", "ffn_out": "feed-forward"}
+    ranks = by_step[by_step["quantity"] == "factor_rank"].assign(role=lambda rows: rows["role"].map(groups))
+    ranks = ranks.dropna(subset="role").groupby(["role", "step"])["value"].mean().reset_index()
+    ranks = ranks.assign(low=np.nan, high=np.nan)
     names = {
         "factor_error": "error of the step's factors",
         "factor_drift": "drift from the exact average",
@@ -298,18 +301,24 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
             run = evidence.of_phase(arm, seed).iloc[0]
             rows.append((name, 100 * run["loss"] / run["first_loss"]))
     losses = pd.DataFrame(rows, columns=["name", "value"])
-    left = curves(ranks, "step", ("step", "rank"), color="role", points=False, title="Rank by role", caption=caption)
+    # One legend for both panels, so no line of one looks like a line of the other.
+    colors = dict.fromkeys([*ranks["role"], *errors["recipe"]])
+    left = curves(
+        ranks, "step", ("step", "rank"), color="role", points=False, title="Rank by group", caption=caption,
+        colors=colors,
+    )  # fmt: skip
     center = curves(
-        errors, "step", ("step", Axis(label="relative error", log=True)), points=False, title="Error of the factors"
-    )
+        errors, "step", ("step", Axis(label="relative error", log=True)), points=False, title="Error of the factors",
+        colors=colors,
+    )  # fmt: skip
     axes: dict[str, Any] = {"x": Axis(label="final loss (% of first)", log=True), "y": Axis(order=guided, compact=True)}
     at_end = ranks[ranks["step"] == ranks["step"].max()]["value"]
     # Every second arm is the guided one of the arm before it.
     by_arm = losses.groupby("name", sort=False)["value"].mean()
     ratios = by_arm[[f"{name}, guided" for name in by_arm.index[::2]]].to_numpy() / by_arm.iloc[::2].to_numpy()
     title = (
-        f"Adapprox ends with rank {at_end.min():.0f} to {at_end.max():.0f} by role; guidance ends at "
-        f"{ratios.min():.1f} to {ratios.max():.1f} times the loss"
+        f"Adapprox ends with rank {at_end.min():.0f} to {at_end.max():.0f} by group; guidance ends at "
+        f"{ratios.min():.2f} to {ratios.max():.2f} times the loss"
     )
     return in_row(left, center, Chart(losses, [Point("value", "name")], title="Guidance", **axes), title=title)
 

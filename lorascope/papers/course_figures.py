@@ -140,7 +140,7 @@ def draw_lisa_validation(evidence: StudyEvidence) -> Drawable | None:
 
 
 def _above_lowest(losses: pd.Series) -> str:
-    """Return the name of the lowest loss, and by how much the differences are above it."""
+    """Return the name of the lowest loss, and by how much the others are above it."""
     differences = [f"{name}: {loss - losses.iloc[0]:+.3f}" for name, loss in losses.iloc[1:].items()]
     return f"{losses.index[0]} is lowest; {'; '.join(differences)} nats"
 

@@ -341,7 +341,9 @@ def test_costs_are_cpu_seconds_and_tokens_per_second(evidence: StudyEvidence) ->
 
 def test_losses_of_fourierft_have_a_title_and_the_truth_of_each_panel(evidence: StudyEvidence) -> None:
     chart = drawn("losses-fourierft", evidence)
-    assert "equal size" in chart.title
+    lower = [panel.title.split(": ")[-1] for panel in chart.panels]
+    findings = f"{lower[0]} if 192 coefficients suffice, {lower[1]} if rank 2 suffices"
+    assert chart.title == f"Training loss at equal size: {findings}"
     truths = "Truth: 192 coefficients suffice", "Truth: rank 2 suffices"
     for panel, truth in zip(chart.panels, truths, strict=True):
         of_arms = panel.data[panel.data["step"] == panel.data["step"].max()].sort_values("value")

@@ -218,7 +218,7 @@ def test_cells_print_no_negative_zero() -> None:
 def test_panels_have_the_title_of_their_quantity_above_those_of_recipes(write: Any) -> None:
     runs = {"one": write("a", profile(1, 3, 4)), "two": write("b", profile(2, 6, 4))}
     panels = plots.update_norm_heat(runs)
-    # The blocks have 10.5 and 15 in all.
+    # The sums over blocks are 10.5 and 15.
     assert panels.title == "Update by block and role: largest with two, 1.4 times that with one"
     assert [chart.title for chart in panels.panels] == ["one", "two"]
     drawn = panels.mpl()

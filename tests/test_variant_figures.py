@@ -341,8 +341,8 @@ def test_costs_are_cpu_seconds_and_tokens_per_second(evidence: StudyEvidence) ->
 
 def test_losses_of_fourierft_have_a_title_and_the_truth_of_each_panel(evidence: StudyEvidence) -> None:
     chart = drawn("losses-fourierft", evidence)
-    lower = [panel.title.split(": ")[-1] for panel in chart.panels]
-    findings = f"{lower[0]} if 192 coefficients suffice, {lower[1]} if rank 2 suffices"
+    first, second = (panel.title.split(": ")[-1].removesuffix(" is lower") for panel in chart.panels)
+    findings = f"{first} lower if 192 coefficients suffice, {second} if rank 2 does"
     assert chart.title == f"Training loss at equal size: {findings}"
     truths = "Truth: 192 coefficients suffice", "Truth: rank 2 suffices"
     for panel, truth in zip(chart.panels, truths, strict=True):

@@ -177,8 +177,8 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
     return _with_caption(
         panels,
         f"Norm over that of the median block. {_mean_and_range(table, titles)} {_SMALL_START}Minus start: change of A "
-        "and B in training, without their initial values. The small start was trained on SmolLM2 only, and MiniLM's new "
-        "head has no LoRA.",
+        "and B in training, without their initial values. The small start was trained on SmolLM2 only, and MiniLM's "
+        "new head has no LoRA.",
     )
 
 

@@ -13,7 +13,7 @@ from drawn_figures import GRAY_STEP, MARK_CONTRAST, faults, figure_faults, light
 
 import lorascope as ls
 from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis, Bar, Line, Mark, Point, Text
+from lorascope.charts.marks import Axis, Bar, Heat, Line, Mark, Point, Text
 from lorascope.charts.theme import THEMES, contrast
 from lorascope.papers.study_figures import read_figures
 from lorascope.plots.figure_registry import FIGURES, example_code
@@ -119,3 +119,18 @@ def test_words_next_to_numbers_are_turned_instead_of_hiding_them() -> None:
     assert [label.get_text() for label in labels] == places
     assert [label.get_rotation() for label in labels] == [90.0, *[0.0] * 6, 90.0, 90.0]
     assert faults("layers", drawn, width=2.2) == []
+
+
+def test_vertical_names_take_height_once_in_a_stack_of_frames() -> None:
+    """A further frame is as high with vertical names as with short ones, because only the lowest frame has them."""
+    added = {}
+    for kind in ("x", "expert of a module"):
+        heights = []
+        for frames in (3, 4):
+            names = [f"{kind} {number}" for number in range(9)]
+            cells = pd.MultiIndex.from_product([range(frames), names, ["a", "b"]])
+            table = cells.to_frame(index=False, name=["layer", "x", "y"]).assign(value=1.0)
+            heat = Chart(table, [Heat("x", "y", "value", "value")], y=Axis(compact=True), frame="layer")
+            heights.append(heat.mpl(width=3.25).get_figheight())
+        added[kind] = heights[1] - heights[0]
+    assert added["expert of a module"] == pytest.approx(added["x"], abs=0.05)

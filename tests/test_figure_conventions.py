@@ -216,15 +216,20 @@ def test_cells_print_no_negative_zero() -> None:
 
 
 def test_panels_have_the_title_of_their_quantity_above_those_of_recipes(write: Any) -> None:
-    runs = {"one": write("a", profile(1, 3, 4)), "two": write("b", profile(2, 3, 4))}
+    runs = {"one": write("a", profile(1, 3, 4)), "two": write("b", profile(2, 6, 4))}
     panels = plots.update_norm_heat(runs)
-    assert panels.title == "Update by block and role"
+    # The sums over blocks are 10.5 and 15.
+    assert panels.title == "Update by block and role: largest with two, 1.4 times that with one"
     assert [chart.title for chart in panels.panels] == ["one", "two"]
     drawn = panels.mpl()
     assert drawn.get_suptitle() == panels.title
     assert [ax.get_title("left") for ax in drawn.axes[:2]] == ["one", "two"]
     assert panels.plotly().layout.title.text == panels.title
     assert panels.mpl(title="Mine").get_suptitle() == "Mine"
+    for same in (runs["one"], {"one": runs["one"], "copy": write("c", profile(1, 3, 4))}):
+        chart = plots.update_norm_heat(same)
+        assert (chart.title or chart.panels[0].title).startswith("Update by block and role")
+        assert "largest" not in chart.title
     assert wrap([Chart(panels.panels[0].data, [])], 1, "Quantity").title == "Quantity"
 
 

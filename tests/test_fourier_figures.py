@@ -312,7 +312,10 @@ def test_frequency_bias_of_anything_but_a_shape_is_rejected(shape: Any, value: s
 
 def test_frequency_bias_by_distance_has_the_values_of_the_paper() -> None:
     """The values are p of Eq. 5 at width 200, for centers 0, 100, 200 and distances 0, 50, 100, 200, 300."""
-    curves, *maps = panels(plots.frequency_bias((768, 768), (0, 100, 200), 200))
+    chart = plots.frequency_bias((768, 768), (0, 100, 200), 200)
+    assert chart.title.endswith(": highest at the center of its band")
+    assert chart.mpl().legends[0].get_title().get_text() == "center"
+    curves, *maps = panels(chart)
     table = {
         0: [1, 0.9394, 0.7788, 0.3679, 0.1054],
         100: [0, 0.5698, 1, 0.5698, 0.1690],
@@ -322,6 +325,8 @@ def test_frequency_bias_by_distance_has_the_values_of_the_paper() -> None:
         line = curves.data[curves.data["center"] == f"{center}"]
         found = np.interp([0, 50, 100, 200, 300], line["distance"], line["probability"])
         np.testing.assert_allclose(found, values, atol=6e-5)
+        highest = line.loc[line["probability"].idxmax(), "distance"]
+        assert highest == pytest.approx(center, abs=line["distance"].diff().max())
     assert len(maps) == 3
     for chart, center in zip(maps, table, strict=True):
         cells = lookup(chart, "row", "column", value="probability")

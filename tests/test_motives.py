@@ -339,6 +339,9 @@ def test_the_figure_of_norms_has_means_and_ranges_over_seeds() -> None:
     panels = lisa.norms_figure(table)
     others = lisa.factor_norms_figure(pd.concat([updates.assign(reading=name) for name in ("factors", lisa.LEARNED)]))
     assert [[len(row) for row in drawn.rows()] for drawn in (panels, others)] == [[2], [2, 2]]
+    assert "range over seeds: SmolLM2 3, MiniLM 3." in panels.panels[0].caption
+    fewer = table[(table["arm"] != lisa.DECODER_NORMS["LISA"]) | (table["seed"] < 6)]
+    assert "range over seeds: SmolLM2 3 (LISA: 2), MiniLM 3." in lisa.norms_figure(fewer).panels[0].caption
     for chart, arms_of_model in zip(*panels.rows(), (lisa.DECODER_NORMS, lisa.ENCODER_NORMS), strict=True):
         (dots,) = chart.marks_of(Point)
         outer = chart.table(dots).set_index(["method", "place"])

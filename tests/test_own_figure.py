@@ -235,6 +235,11 @@ def test_math_in_captions_is_unicode(math: str, plain: str) -> None:
     assert embed(chart).caption == shown
 
 
+def test_lines_do_not_break_differences() -> None:
+    assert wrap_text("Cosine of W − W₀", 80, 9) == "Cosine of\nW − W₀"
+    assert wrap_text("all − 1/3, step 0, and some − 1/3 too", 100, 9) == "all − 1/3, step 0,\nand some − 1/3 too"
+
+
 def test_lines_do_not_break_math() -> None:
     formula = r"$\mathrm{rank}(W - W_0) \le r + 1$"
     lines = wrap_text(f"The bound {formula} holds for each of the modules, and {formula} too", 150, 8).split("\n")

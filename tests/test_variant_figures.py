@@ -378,7 +378,9 @@ def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
 
 def test_losses_of_fourierft_have_a_title_and_the_truth_of_each_panel(evidence: StudyEvidence) -> None:
     chart = drawn("losses-fourierft", evidence)
-    assert "equal size" in chart.title
+    first, second = (panel.title.split(": ")[-1].removesuffix(" is lower") for panel in chart.panels)
+    findings = f"{first} lower if 192 coefficients suffice, {second} if rank 2 does"
+    assert chart.title == f"Training loss at equal size: {findings}"
     truths = "Truth: 192 coefficients suffice", "Truth: rank 2 suffices"
     for panel, truth in zip(chart.panels, truths, strict=True):
         of_arms = panel.data[panel.data["step"] == panel.data["step"].max()].sort_values("value")

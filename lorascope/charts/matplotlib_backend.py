@@ -242,6 +242,8 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
         elif settled.frames and cell.frame is None:
             usual = max(LOW_ROW, usual / 2)  # what all frames share is less than the frames
         lines = LABELS + len(scale.names) * 1.45 * size / 72
+        if scale.axis.compact and any(other.panel == cell.panel and other.row > cell.row for other in cells):
+            lines -= LABELS / 2  # a frame below has the labels of x
         heights[cell.row] = max(heights[cell.row], scale.height(usual, lines, 0.95 * widths[cell], 0.75 * usual))
     if fixed_height is not None:
         heights = [row_height * fixed_height / sum(heights) for row_height in heights]
@@ -297,6 +299,8 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
         names = [0.0] * len(heights)
         for cell, ax, panel in panels:
             room = label_categories(ax, panel)
+            if not ax.xaxis.get_tick_params()["labelbottom"]:
+                room = 0.0  # a frame below has the names
             if panel.y.axis.compact:  # further lines of its title and label need height
                 room += 1.2 * size * f"{ax.get_title()}{ax.get_xlabel()}".count("\n")
             names[cell.row] = max(names[cell.row], room)

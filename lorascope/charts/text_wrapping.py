@@ -8,6 +8,7 @@ import textwrap
 from lorascope.charts.math_text import MATH
 from lorascope.files.printable import printable_lines
 
+_NO_BREAK = "\2"  # a space at which no line ends
 GLYPH = 0.58  # mean width of a character of DejaVu Sans, in font sizes
 
 
@@ -23,8 +24,9 @@ def wrap_text(text: str, room: float, size: float) -> str:
 
     lines = []
     for paragraph in printable_lines(text).splitlines():
-        lines.append(textwrap.fill(MATH.sub(hide, paragraph), columns, break_long_words=not formulas))
-    return re.sub("\0*\1", lambda _: formulas.pop(0), "\n".join(lines))
+        whole = paragraph.replace(" − ", f"{_NO_BREAK}−{_NO_BREAK}")  # as in W − W₀
+        lines.append(textwrap.fill(MATH.sub(hide, whole), columns, break_long_words=not formulas))
+    return re.sub("\0*\1", lambda _: formulas.pop(0), "\n".join(lines).replace(_NO_BREAK, " "))
 
 
 def cut_name(name: str, room: float, size: float) -> str:

@@ -23,6 +23,7 @@ Departs:
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,7 @@ KEPT_TABLES: dict[str, list[KeptTable]] = {
 }
 
 
+_MODELS = {"SmolLM2": DECODER_NORMS, "MiniLM": ENCODER_NORMS}
 _SMALL_START = "Small start: the embedding's B begins with the gain of a linear layer's A instead of PEFT's. "
 
 
@@ -159,9 +161,9 @@ def norms_figure(table: pd.DataFrame) -> Panels:
     )
     return _with_caption(
         panels,
-        f"Norm over that of the median block. {_mean_and_range(table)} {_SMALL_START}LISA trains random blocks, so its "
-        "embedding and head only are drawn, over the median block that it drew. The head of SmolLM2 is tied to its "
-        "embedding: only LoRA has a second norm there.",
+        f"Norm over that of the median block. {_mean_and_range(table, ['update'])} {_SMALL_START}LISA trains random "
+        "blocks, so its embedding and head only are drawn, over the median block that it drew. The head of SmolLM2 is "
+        "tied to its embedding: only LoRA has a second norm there.",
     )
 
 
@@ -174,18 +176,27 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
     panels = _norm_panels(table, titles, "Norm of LoRA's factors by layer: the embedding's is its initial value")
     return _with_caption(
         panels,
-        f"Norm over that of the median block. {_mean_and_range(table)} {_SMALL_START}Minus start: change of A and B in "
-        "training, without their initial values. The small start was trained on SmolLM2 only, and MiniLM's new head "
-        "has no LoRA.",
+        f"Norm over that of the median block. {_mean_and_range(table, titles)} {_SMALL_START}Minus start: change of A "
+        "and B in training, without their initial values. The small start was trained on SmolLM2 only, and MiniLM's "
+        "new head has no LoRA.",
     )
 
 
-def _mean_and_range(table: pd.DataFrame) -> str:
-    seeds = table.groupby("arm")["seed"].nunique()
-    number = " to ".join(map(str, dict.fromkeys([seeds.min(), seeds.max()])))
+def _mean_and_range(table: pd.DataFrame, readings: Iterable[str]) -> str:
+    """Return what lines and bands are, with the number of seeds of each model, and of methods that have fewer."""
+    seeds = table[table["reading"].isin(list(readings))].groupby("arm")["seed"].nunique()
+    numbers = []
+    for model, arms in _MODELS.items():
+        counts = seeds.reindex(list(arms.values())).set_axis(list(arms)).dropna().astype("int64")
+        if counts.empty:  # a small version has the encoder only
+            continue
+        fewer = ""
+        for method, count in counts[counts < counts.max()].items():
+            fewer += f" ({method}: {count})"
+        numbers.append(f"{model} {counts.max()}{fewer}")
     return (
-        "Means over the recorded steps after step 0; lines and dots, bands and bars: mean and range over "
-        f"{number} seeds."
+        "Means over the recorded steps after step 0; lines and dots, bands and bars: mean and range over seeds: "
+        f"{', '.join(numbers)}."
     )
 
 
@@ -199,7 +210,7 @@ def _norm_panels(table: pd.DataFrame, titles: dict[str, str], title: str) -> Pan
     rows = []
     for reading, title_of_model in titles.items():
         charts = []
-        for model, arms in {"SmolLM2": DECODER_NORMS, "MiniLM": ENCODER_NORMS}.items():
+        for model, arms in _MODELS.items():
             labels = dict(zip(arms.values(), arms, strict=True))
             is_drawn = table["arm"].isin(labels) & (table["block"] | table["place"].isin(["embed", "head"]))
             layers = table[is_drawn & (table["reading"] == reading)]

@@ -55,7 +55,7 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
     caption = (
         "Norms and cosines cover all modules; a module without an adapter counts as zero. Angles: principal angles "
         f"between the first {pairs.DIRECTIONS} singular vectors (fewer if an update has fewer), averaged over outputs, "
-        "inputs and shared modules. Rank in different modules: fraction "
+        "inputs and shared modules. Rank elsewhere: fraction "
         "of the rank that would have to move to make the allocations equal. "
         f"{cohort.sample_sentence}"
     )
@@ -66,9 +66,9 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
 
     random = Point("chance", "pair", symbol="line-ns-open", label="random directions")
     # On a logarithmic axis, twice and half the norm are equally far from equality.
-    norm = dots("‖W − W₀‖, first / second", "norm_ratio", Axis(label="ratio (1: equal)", log=True), Rule(x=1.0))
+    norm = dots("Ratio of ‖W − W₀‖", "norm_ratio", Axis(label="first / second", log=True), Rule(x=1.0))
     cosine = dots("Cosine of W − W₀", "cosine", Axis(label="cosine"), Rule(x=0.0))
-    angle = dots("Mean principal angle", "angle", Axis(label="angle (degrees)"), random)
-    rank = dots("Rank in different modules", "rank_moved", Axis(label="fraction of rank"), Rule(x=0.0))
+    angle = dots("Principal angle", "angle", Axis(label="angle (degrees)"), random)
+    rank = dots("Rank elsewhere", "rank_moved", Axis(label="fraction of rank"), Rule(x=0.0))
     rows = set_side_by_side(norm, cosine), set_side_by_side(angle, rank)
     return cohort.complete(stack_vertically(*rows, title="Similarity of adapters"))

@@ -215,6 +215,7 @@ def frequency_bias(
                 x=Axis(label="input frequency"),
                 y=Axis(label="output frequency"),
                 caption=caption,
+                color_label="center",
             )
         )
     top = Chart(
@@ -226,7 +227,8 @@ def frequency_bias(
         caption=caption,
         color_label="center",
     )
-    return stack_vertically(top, set_side_by_side(*maps), title="Probability of a drawn frequency")
+    title = "Probability of a drawn frequency: highest at the center of its band"
+    return stack_vertically(top, set_side_by_side(*maps), title=title)
 
 
 def _frequency_plane(group: Group, updates: Mapping[str, Fourier], caption: str) -> Chart:

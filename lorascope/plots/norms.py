@@ -106,6 +106,10 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
         sentences += f" Widest interval of a cell: ±{half:.0%}."
     if len(cells) < math.prod(cells[[*_CELL, "role"]].nunique()):
         sentences += " Hatched: no update recorded."
+    title = _title(quantity).replace("layer", "block and role")
+    if quantity in _OF_UPDATES and (finding := _compare_recipes(cells)):
+        title += f": {finding}"
+        sentences += " Title: mean of the cells that all have."
     caption = cohort.caption(sentences, interval="95% t-intervals are in the data", pair=PAIR_IN_DATA)
     text: str | None = None
     limits: Any = None
@@ -116,7 +120,16 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
             text = f".{max(0, digits)}f" if abs(digits) < _MOST_DIGITS else ".2e"
     heat = Heat("place", "role", "value", axis_label(quantity), text, limits=limits)
     panels = heat_by_role(cells, cohort.labels, lambda _: heat, "block", caption)
-    return cohort.complete(wrap(panels, len(panels), _title(quantity).replace("layer", "block and role")))
+    return cohort.complete(wrap(panels, len(panels), title))
+
+
+def _compare_recipes(cells: pd.DataFrame) -> str:
+    """Return which recipe has the largest update over the cells that all have, and how large, or "" for equal ones."""
+    shared = cells.pivot_table(index=["place", "role"], columns="recipe", values="value", observed=True).dropna()
+    means = shared.mean()
+    if len(means) < 2 or not means.min() > 0 or f"{means.max() / means.min():.1f}" == "1.0":
+        return ""
+    return f"largest with {means.idxmax()}, {means.max() / means.min():.1f} times that with {means.idxmin()}"
 
 
 @figure(

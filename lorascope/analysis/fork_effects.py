@@ -22,7 +22,9 @@ import pandas as pd
 from lorascope.analysis.paired_rows import LEVEL, rows_to_decide
 from lorascope.analysis.seed_intervals import Estimate, t_estimate
 from lorascope.array_types import Float
+from lorascope.files.finding_html import finding_html
 from lorascope.files.lazy_scipy import false_discovery_control
+from lorascope.files.printable import count_phrase
 from lorascope.files.typed_json import to_json_rows
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
@@ -85,19 +87,28 @@ class ForkEffects:
         row: Any
         for row in self.changes.itertuples():
             lines.append(f"  {row.change}, from step {row.step} on ({100 * row.fraction:.0f}% of the training)")
-            count = "1 pair" if row.pairs == 1 else f"{row.pairs} pairs"
-            verdict = f": {row.verdict}" if row.verdict else f": no verdict below {FEWEST_PAIRS} pairs"
-            if row.verdict == "no difference":
-                verdict += f" above {row.margin:.2g}"
-            if row.verdict == "undecided" and math.isfinite(row.pairs_needed):
-                verdict += f", about {row.pairs_needed:.0f} pairs would decide"
-            lines.append(f"    {row.effect:+.4g} nats [{row.low:.4g}, {row.high:.4g}], {count}{verdict}")
+            lines.append(f"    {_describe_effect(row)}")
         lines.append("  Intervals of one pair are over test rows, and do not cover the seed of the training.")
         lines.append(f"  receipt  {self.receipt}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return self.table.to_html(index=False, na_rep="")
+        effects = []
+        row: Any
+        for row in self.changes.itertuples():
+            effects.append(f"{row.change}, from step {row.step} on: {_describe_effect(row)}")
+        return finding_html("; ".join(effects), self.table)
+
+
+def _describe_effect(row: Any) -> str:
+    """Return the effect of one change with its interval and its verdict."""
+    verdict = row.verdict or f"no verdict below {FEWEST_PAIRS} pairs"
+    if row.verdict == "no difference":
+        verdict += f" above {row.margin:.2g}"
+    if row.verdict == "undecided" and math.isfinite(row.pairs_needed):
+        verdict += f", about {row.pairs_needed:.0f} pairs would decide"
+    pairs = count_phrase(row.pairs, "pair")
+    return f"{row.effect:+.4g} nats [{row.low:.4g}, {row.high:.4g}], {pairs}: {verdict}"
 
 
 def fork_effects(forks: Result | Sequence[Result], margin: float | None = None) -> ForkEffects:

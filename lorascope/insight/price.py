@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from lorascope.adapters.activation_patching import Batch
 from lorascope.adapters.delta import attach, detach
 from lorascope.adapters.hidden_states import evaluation_mode
-from lorascope.analysis.dial import even_share
 from lorascope.analysis.gradient_signal import ModuleSignal, count_directions, signal_p, smallest_signal, total_inside
+from lorascope.analysis.part_verdicts import even_share
 from lorascope.analysis.rank_prices import (
     RUNS,
     CutPrice,

@@ -61,7 +61,7 @@ def test_estimates_of_an_advice_follow_a_slower_model(
     costs = []
     for factor in (1, 4):
         monkeypatch.setattr(advise, "time_passes", lambda *_, factor=factor: PassSeconds(0.5 * factor, 2.0 * factor))
-        adviser = advise._Adviser(run, bert, reviews, other_text, 64, 64, "last", progress=False)
+        adviser = advise.Adviser(run, bert, reviews, other_text, 64, 64, "last", progress=False)
         costs.append(adviser._estimate_costs())
     fast, slow = costs
     for by in (WHOLE, "layer", "module"):

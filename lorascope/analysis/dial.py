@@ -247,10 +247,10 @@ class Dial:
 
     def next_command(self) -> str:
         """Return the command that follows: ship a scale that costs nothing, or decide more parts; "" for neither."""
-        whole = self.parts.loc[0]
-        if self.receipt.command and whole["best_scale"] < 1 and whole["best_loss_high"] < self.learn_margin:
+        update = self.parts.loc[0]
+        if self.receipt.command and update["best_scale"] < 1 and update["best_loss_high"] < self.learn_margin:
             _, _, path, *_ = shlex.split(self.receipt.command)
-            scale = f"{WHOLE}={whole['best_scale']:g}"
+            scale = f"{WHOLE}={update['best_scale']:g}"
             return shlex.join(["lorascope", "export", path, "--scales", scale, "--peft", "scaled"])
         rows = self._deciding_rows()
         if math.isnan(rows):
@@ -275,8 +275,8 @@ class Dial:
         hidden = [
             name for name in COLUMNS if name.startswith(("best_loss", "best_distance")) or name.endswith("_slope")
         ]
-        whole = self.parts.loc[0]
-        learn, forget = _format_interval(whole, "learn"), _format_interval(whole, "forget")
+        update = self.parts.loc[0]
+        learn, forget = _format_interval(update, "learn"), _format_interval(update, "forget")
         finding = f"{self.label}: learn {learn} nats, forget {forget} {self.unit}"
         if verdicts := self._count_verdicts(is_control=False):
             finding += f"; {verdicts}"

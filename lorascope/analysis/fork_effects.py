@@ -11,6 +11,7 @@ than that of independent seeds. It is the effect from the step of the fork on, n
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,10 +152,36 @@ def fork_effects(forks: Result | Sequence[Result], margin: float | None = None) 
         base=first.meta.model,
         rows={"test": f"{len(first.predictions)} rows {(first.meta.data_hash or '')[:12]}"},
         call={"forks": table["fork"].to_list(), "margin": margin},
+        seed=_seeds_of(pairs),
+        command=_command_of(pairs, margin),
         seconds=time.process_time() - began,
     )
     steps = pd.Series([pair.trunk.meta.settings["steps"] for pair in pairs])
     return ForkEffects(table, _summarize(table, table["step"] / steps, margin), receipt)
+
+
+def _seeds_of(pairs: Sequence[Pair]) -> int | tuple[int, ...] | None:
+    """Return the seed of the pairs, or all of them if they differ."""
+    seeds = [pair.fork.meta.seed for pair in pairs if pair.fork.meta.seed is not None]
+    distinct = tuple(dict.fromkeys(seeds))
+    if len(distinct) > 1:
+        return distinct
+    return pairs[0].fork.meta.seed
+
+
+def _command_of(pairs: Sequence[Pair], margin: float | None) -> str:
+    """Return the command that compares finished forks again; "" if it would not find a fork or a trunk."""
+    words = ["lorascope", "fork"]
+    for fork, trunk in pairs:
+        if fork.path is None or trunk.path is None:
+            return ""
+        # A trunk is found by its id next to its fork, or in the folder of its recipe there.
+        if fork.path.absolute().parent not in list(trunk.path.absolute().parents)[:2]:
+            return ""
+        words.append(str(fork.path))
+    if margin is not None:
+        words += ["--margin", repr(float(margin))]
+    return shlex.join(words)
 
 
 def pairs_of(forks: Result | Sequence[Result]) -> list[Pair]:

@@ -24,12 +24,14 @@ class Effects(NamedTuple):
     forget: Estimate
 
 
-def even_share(effect: float, parts: int) -> float:
-    """Return the margin of an axis: the even share of the whole update's effect, of at least 10 parts."""
-    return abs(effect) / max(parts, FEWEST_PARTS)
+def even_share(effect: float, number: int) -> float:
+    """Return the margin of an axis: the even share of the whole update's effect among a number of parts, 10 or more."""
+    return abs(effect) / max(number, FEWEST_PARTS)
 
 
-def judge_parts(effects: Mapping[str, Effects], whole: Effects, learn_margin: float, forget_margin: float) -> list[str]:
+def judge_parts(
+    effects: Mapping[str, Effects], update: Effects, learn_margin: float, forget_margin: float
+) -> list[str]:
     """Return the verdict of each part.
 
     Every condition is a one-sided test with error 2.5%, as the end of a 95% interval, with the false discovery rate
@@ -56,8 +58,8 @@ def judge_parts(effects: Mapping[str, Effects], whole: Effects, learn_margin: fl
     hurts = _are_below(learn, -learn_margin)
     # Without learning there is no proportion, and every ratio would divide by noise.
     excess, costs = np.zeros(len(effects)), np.zeros(len(effects), bool)
-    if whole.learn.p_above(0) < LEVEL:
-        ratio = whole.forget.mean / whole.learn.mean
+    if update.learn.p_above(0) < LEVEL:
+        ratio = update.forget.mean / update.learn.mean
         excesses = [add_estimates(effect.forget, effect.learn, -ratio) for effect in effects.values()]
         excess = np.array(list(map(attrgetter("mean"), excesses)))
         costs = _are_above(excesses, 0)
@@ -87,10 +89,10 @@ def _reject(p_values: Sequence[float]) -> Bool[np.ndarray, "part"]:
     return false_discovery_control(np.clip(p_values, 0, 1)) < LEVEL
 
 
-def rows_needed(effects: Effects, whole: Effects, learn_margin: float, forget_margin: float, rows: int) -> float:
+def rows_needed(effects: Effects, update: Effects, learn_margin: float, forget_margin: float, rows: int) -> float:
     """Return the number of rows that would decide an undecided part, if its effects and their spread stay."""
     if effects.learn.p_above(0) < LEVEL:  # what is open is whether it forgets more than in proportion
-        excess = add_estimates(effects.forget, effects.learn, -whole.forget.mean / whole.learn.mean)
+        excess = add_estimates(effects.forget, effects.learn, -update.forget.mean / update.learn.mean)
         return _ceil(rows_to_decide(excess, 0.0, rows))
     numbers = []
     for estimate, margin in ((effects.learn, learn_margin), (effects.forget, forget_margin)):

@@ -160,6 +160,7 @@ def _command_of(series: Result) -> str:
     """Return the command that writes the cosines and drops as a table; "" for checkpoints without a common folder."""
     if series.path is None:
         return ""
+    # No other command prints every cosine; a figure is written as the table of its marks.
     words = ["lorascope", "plot", "turns", str(series.path)]
     # A run has its steps in one folder.
     if isinstance(series, Series):

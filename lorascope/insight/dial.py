@@ -45,9 +45,10 @@ from lorascope.array_types import Float
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import encode_rows, load_keep, require_disjoint
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.instrument_costs import NODES, announce, dial_passes, time_passes
 from lorascope.insight.measured_results import recall
+from lorascope.insight.receipt_origin import origin_of
 from lorascope.insight.update_parts import (
     KINDS,
     PartsOfUpdate,
@@ -213,18 +214,20 @@ def _turn(run: Result, texts: _Texts, call: DialCall, progress: bool) -> Dial:
         run=run.id,
         base=call.model,
         rows={TASK: measures[TASK].receipt, KEEP: measures[KEEP].receipt},
-        call={"by": by, "scales": [*scales], "exact": call.exact, "state": call.state},
+        call={"by": by, "scales": [*scales], "exact": call.exact, "margin": call.margin, "state": call.state},
         **origin_of(
             "dial",
             run,
             call.model,
             adapted.task,
-            keep=call.keep,
+            texts.keep if call.keep else None,
             by=by,
             rows=texts.rows,
             keep_rows=texts.keep_rows,
             scales=scales,
             exact=call.exact,
+            margin=call.margin,
+            state=call.state,
         ),
         seconds=time.process_time() - began,
     )

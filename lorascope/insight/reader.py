@@ -38,9 +38,10 @@ from lorascope.array_types import Bool, Float, Int
 from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import TextRows, encode_rows
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.instrument_costs import READING, announce
 from lorascope.insight.measured_results import recall
+from lorascope.insight.receipt_origin import origin_of
 from lorascope.insight.token_contributions import MARKS, Margin, TracedCall, contribute, model_inputs, traced_calls
 from lorascope.insight.token_words import TokenWords, find_words
 from lorascope.insight.update_parts import PartDirections, ScaledUpdates, to_directions
@@ -141,7 +142,7 @@ def _read(run: Result, model: str, adapted: AdaptedBase, top: int, state: str, p
         base=model,
         rows={"selection": Margin(adapted.base, *selection).receipt, "reading": margin.receipt},
         call={"top": top, "draws": DRAWS, "state": state},
-        **origin_of("read", run, model, adapted.task, top=top),
+        **origin_of("read", run, model, adapted.task, top=top, state=state),
         seconds=time.process_time() - began,
     )
     return reading_of_components(run.label, components, written, reader.inputs, receipt)

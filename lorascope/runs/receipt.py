@@ -49,6 +49,7 @@ class Receipt:
             origin.append(f"seeds {' '.join(map(str, self.seed))}")
         elif self.seed is not None:
             origin.append(f"seed {self.seed}")
+        # Two runs of one task differ in their seeds only.
         rows = [f"{kind} {text}" for kind, text in self.rows.items()]
         return ", ".join([*origin, *rows, f"lorascope {self.version}", f"{self.seconds:.0f} CPU s"])
 

@@ -72,7 +72,7 @@ def test_estimates_of_an_advice_follow_a_slower_model(
     assert fast.dial[WHOLE].per_row == pytest.approx(2 * 0.5 * passes.forward)
 
 
-@pytest.mark.parametrize("by", ["module", "layer"])
+@pytest.mark.parametrize("by", ["module", "layer", "role"])
 def test_passes_of_a_dial_are_about_those_that_are_made(
     run: ls.Run, bert: str, reviews: tasks.Task, other_text: tasks.Task, by: str
 ) -> None:

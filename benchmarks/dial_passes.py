@@ -1,8 +1,9 @@
 """CPU time of the dial by module or by layer compared with separate passes, which have the same numbers.
 
 Run ``python benchmarks/dial_passes.py``. It trains LoRA of rank 8 on all linear layers of MiniLM for a few steps, and
-measures one module per layer, or with ``--by layer`` every layer: without it, and at three more scales. The dial replays what precedes a module, and reads
-drift and probe from the same pass. The contestant has a pass of the whole model per part, scale and measure.
+measures one module per layer, or with ``--by layer`` every layer: without it, and at three more scales. The dial
+replays what precedes a part, and reads drift and probe from the same pass. The contestant has a pass of the whole model
+per part, scale and measure.
 """
 
 from __future__ import annotations
@@ -83,9 +84,8 @@ def main() -> None:
                             measure.values()
 
         ratio = compare(replayed, separate, pairs=options.pairs, warmup=0)
-    print(
-        text(ratio.line("dial / separate passes", f"{len(parts)} {options.by}s, {options.rows} + {options.rows} rows"))
-    )
+    size = f"{len(parts)} {options.by}s, {options.rows} + {options.rows} rows"
+    print(text(ratio.line("dial / separate passes", size)))
     print(f"CPU seconds: dial {ratio.seconds[0]:.1f}, separate passes {ratio.seconds[1]:.1f}")
 
 

@@ -45,7 +45,6 @@ from lorascope.insight.receipt_origin import origin_of
 from lorascope.insight.token_contributions import MARKS, Margin, TracedCall, contribute, model_inputs, traced_calls
 from lorascope.insight.token_words import TokenWords, find_words
 from lorascope.insight.update_parts import PartDirections, ScaledUpdates, to_directions
-from lorascope.observe.measured_rows import BATCH
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
 from lorascope.training.settings import Settings
@@ -316,7 +315,7 @@ class ComponentReader:
     def _batches(self) -> Iterator[tuple[Batch, Tensor, Int[np.ndarray, "token"]]]:
         """Yield every batch, the mask of its tokens (rows, tokens), and their numbers."""
         for index, batch in enumerate(self.margin.batches):
-            rows = self.margin.order[index * BATCH : (index + 1) * BATCH]
+            rows = self.margin.batched_rows[index]
             mask = batch["attention_mask"].bool()
             positions = self.starts[rows][:, None] + np.arange(mask.shape[1])
             yield batch, mask, positions[mask.numpy()]

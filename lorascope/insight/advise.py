@@ -40,11 +40,11 @@ from lorascope.inputs.text_rows import FEWEST_ROWS, encode_rows, load_keep
 from lorascope.insight.adapted_base import open_adapted
 from lorascope.insight.dial import PROBE_ROWS, dial
 from lorascope.insight.instrument_costs import (
-    READING,
     MeasurementCost,
     RemainingSeconds,
     dial_passes,
     price_passes,
+    reading_passes,
     time_passes,
 )
 from lorascope.insight.price import BLOCK_ROWS, BLOCKS, SHARE_BLOCKS, price
@@ -317,7 +317,10 @@ class Adviser:
         seconds = timed.per_row(price_passes(3 * len(self._cut_ranks()), shared))
         price_cost = MeasurementCost(opening, seconds, price_rows[-1] if price_rows else 0, _FEWEST_PRICE_ROWS)
         rows = min(LARGEST_ROWS, available)
-        return _Costs(dials, price_cost, price_rows, MeasurementCost(opening, timed.forward * READING, rows, rows))
+        train_rows = int((self.loaded_task.table["split"] == "train").sum())
+        selection = min(LARGEST_ROWS, train_rows) / rows
+        seconds = timed.per_row(reading_passes(_CARDS, selection))
+        return _Costs(dials, price_cost, price_rows, MeasurementCost(opening, seconds, rows, rows))
 
     @cached_property
     def loaded_task(self) -> Task:

@@ -39,7 +39,7 @@ from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import TextRows, encode_rows
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
-from lorascope.insight.instrument_costs import READING, announce
+from lorascope.insight.instrument_costs import announce, reading_passes, time_passes
 from lorascope.insight.measured_results import recall
 from lorascope.insight.receipt_origin import origin_of
 from lorascope.insight.token_contributions import MARKS, Margin, TracedCall, contribute, model_inputs, traced_calls
@@ -117,10 +117,11 @@ def _read(run: Result, model: str, adapted: AdaptedBase, top: int, state: str, p
     with evaluation_mode(adapted.base), tqdm(desc="read", unit="pass", disable=not progress, leave=False) as bar:
         margin = Margin(adapted.base, *measured)
         # What the base predicts is measured before its adapter is attached.
-        started = time.process_time()
         base_margins = margin.values()
-        announce("read", (time.process_time() - started) * READING, progress)
         attach(adapted.base, adapted.deltas)
+        timed = time_passes(margin, ScaledUpdates(adapted.base, adapted.deltas, {}))
+        rows = len(measured.table)
+        announce("read", rows * timed.per_row(reading_passes(top, len(selection.table) / rows)), progress)
         occurrences = _count_occurrences(words, margin, margin.values() - base_margins)
         if not occurrences.testable().any():
             raise ValueError(

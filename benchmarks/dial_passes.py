@@ -1,8 +1,9 @@
-"""CPU time of the dial by module compared with separate passes, which have the same numbers.
+"""CPU time of the dial by module or by layer compared with separate passes, which have the same numbers.
 
 Run ``python benchmarks/dial_passes.py``. It trains LoRA of rank 8 on all linear layers of MiniLM for a few steps, and
-measures one module per layer: without it, and at three more scales. The dial replays what precedes a module, and reads
-drift and probe from the same pass. The contestant has a pass of the whole model per part, scale and measure.
+measures one module per layer, or with ``--by layer`` every layer: without it, and at three more scales. The dial
+replays what precedes a part, and reads drift and probe from the same pass. The contestant has a pass of the whole model
+per part, scale and measure.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def measures_of(adapted: AdaptedBase, rows: int) -> dict[str, RowMeasure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--by", choices=("module", "layer"), default="module")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
@@ -66,7 +68,9 @@ def main() -> None:
             ScaledUpdates(adapted.base, adapted.deltas, {}), measures_of(adapted, options.rows), tqdm(disable=True)
         )
         attach(adapted.base, adapted.deltas)
-        parts = [part for part in group_parts(adapted.base, adapted.updates, "module").parts if part.role == "q"]
+        parts = group_parts(adapted.base, adapted.updates, options.by).parts
+        if options.by == "module":
+            parts = [part for part in parts if part.role == "q"]
 
         def replayed() -> None:
             dialed.removals(parts)
@@ -80,7 +84,8 @@ def main() -> None:
                             measure.values()
 
         ratio = compare(replayed, separate, pairs=options.pairs, warmup=0)
-    print(text(ratio.line("dial / separate passes", f"{len(parts)} modules, {options.rows} + {options.rows} rows")))
+    size = f"{len(parts)} {options.by}s, {options.rows} + {options.rows} rows"
+    print(text(ratio.line("dial / separate passes", size)))
     print(f"CPU seconds: dial {ratio.seconds[0]:.1f}, separate passes {ratio.seconds[1]:.1f}")
 
 

@@ -93,7 +93,10 @@ measure and draw; each edition of the evidence has an ``add_run``.
 """
 TERMS = {"part", "parts", "whole", "by"}
 """Terms of the dial, in the files that use them: the parts of an update, the whole, and what divides it."""
-DIAL_FILES = {"advice", "advise", "dial", "instrument_costs", "update_parts", "learning_and_forgetting", "scaled_parts"}
+DIAL_FILES = {
+    "advice_rules", "advise", "dial", "instrument_costs", "part_verdicts", "update_parts", "learning_and_forgetting",
+    "scaled_parts",
+}  # fmt: skip
 DENSE = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 MOST_SHARED = 3
 """Files of a package with the same name: the floors of one concept, such as analysis, observe and plots."""

@@ -18,17 +18,19 @@ import pytest
 from test_export import trained
 from test_price import METHODS, task  # noqa: F401  # a fixture
 from test_rank_prices import estimate, made_price
+from test_reader import sentences
 
 import lorascope as ls
-from lorascope.analysis import advice
+from lorascope.analysis import advice, advice_rules
 from lorascope.analysis.advice import CONFIRM, MEASURED, Action, Subject
 from lorascope.analysis.dial import KEEP, TASK, WHOLE, MeasuredRows, RowValues, dial_of_rows
 from lorascope.analysis.forgetting_course import forgetting_course
 from lorascope.analysis.rank_prices import RUNS, CutPrice, tabulate_prices
 from lorascope.cli.main import main
 from lorascope.inputs.tasks import Task
-from lorascope.insight.advise import Plan, _Adviser, _Costs, repeat
+from lorascope.insight.advise import Adviser, Plan, _Costs
 from lorascope.insight.instrument_costs import MeasurementCost
+from lorascope.insight.repeated_advice import repeat
 from lorascope.methods import Full, HydraLoRA, LoRA
 from lorascope.papers.setups import planted_teacher
 from lorascope.runs.lora_config import next_lora_keywords
@@ -58,13 +60,13 @@ def made_dial(loss_at_half: float, spread: float) -> Any:
 
 
 def test_a_scale_within_the_margin_is_an_action_and_one_that_touches_it_says_confirm() -> None:
-    (action,) = advice.actions_of_dial(made_dial(0.01, 0.1), SUBJECT)
+    (action,) = advice_rules.actions_of_dial(made_dial(0.01, 0.1), SUBJECT)
     assert action.verdict == MEASURED
     assert action.estimate == pytest.approx(0.01)
     assert action.command == "lorascope export runs/lora --scales whole=0.5 --peft scaled"
     assert "KL -50%" in action.change
     assert action.weight == pytest.approx(5)  # half of the whole, in tenths
-    (action,) = advice.actions_of_dial(made_dial(0.01, 1.0), SUBJECT)
+    (action,) = advice_rules.actions_of_dial(made_dial(0.01, 1.0), SUBJECT)
     assert action.verdict == CONFIRM
     # The margin is a tenth of the learning, 0.1, and the interval reaches 1.97 standard errors from the mean.
     half = action.high - 0.01
@@ -74,28 +76,28 @@ def test_a_scale_within_the_margin_is_an_action_and_one_that_touches_it_says_con
 
 def test_more_rows_than_the_split_has_are_a_question_without_a_command() -> None:
     spread = made_dial(0.01, 1.0)
-    (action,) = advice.actions_of_dial(spread, SUBJECT)
+    (action,) = advice_rules.actions_of_dial(spread, SUBJECT)
     rows = int(action.command.split()[-1])
-    assert list(advice.actions_of_dial(spread, SUBJECT._replace(rows=rows))) == [action]
+    assert list(advice_rules.actions_of_dial(spread, SUBJECT._replace(rows=rows))) == [action]
     few = SUBJECT._replace(rows=rows - 1)
-    assert not list(advice.actions_of_dial(spread, few))
-    (question,) = advice.questions_of_dial(spread, few)
+    assert not list(advice_rules.actions_of_dial(spread, few))
+    (question,) = advice_rules.questions_of_dial(spread, few)
     assert (question.rows_needed, question.command) == (rows, "")
     assert f"the validation split has {rows - 1} rows" in question.question
     open_price = made_price(verdict="undecided", rows_needed=500.0)
     for available, command in ((499, ""), (500, "lorascope price runs/lora --model minilm --task reviews --rows 500")):
-        question = next(advice.questions_of_price(open_price, SUBJECT._replace(rows=available)))
+        question = next(advice_rules.questions_of_price(open_price, SUBJECT._replace(rows=available)))
         assert question.command == command
 
 
 def test_a_scale_that_needs_far_more_rows_is_a_question_and_a_costly_one_is_neither() -> None:
     hard = made_dial(0.09, 1.0)
-    assert not list(advice.actions_of_dial(hard, SUBJECT))
-    (question,) = advice.questions_of_dial(hard, SUBJECT)
+    assert not list(advice_rules.actions_of_dial(hard, SUBJECT))
+    (question,) = advice_rules.questions_of_dial(hard, SUBJECT)
     assert question.rows_needed > 20 * ROWS
     costly = made_dial(0.5, 0.1)
-    assert not list(advice.actions_of_dial(costly, SUBJECT))
-    assert not list(advice.questions_of_dial(costly, SUBJECT))
+    assert not list(advice_rules.actions_of_dial(costly, SUBJECT))
+    assert not list(advice_rules.questions_of_dial(costly, SUBJECT))
 
 
 def test_actions_are_ordered_by_effect_over_margin_and_three_remain() -> None:
@@ -108,10 +110,10 @@ def test_the_smallest_budget_without_loss_is_cut() -> None:
     cuts = [CutPrice(None, 4, 400, estimate(0.02)), CutPrice(None, 6, 600, estimate(0.001)),
             CutPrice(None, 7, 700, estimate(0.0)), CutPrice(2, 4, 400, estimate(0.02), estimate(0.0))]  # fmt: skip
     price = made_price(table=tabulate_prices(cuts, pd.DataFrame(columns=RUNS)))
-    (action,) = advice.actions_of_price(price, SUBJECT)
+    (action,) = advice_rules.actions_of_price(price, SUBJECT)
     assert action.command == "lorascope export runs/lora --budget 6 --peft cut"
     assert (action.estimate, action.verdict) == (0.001, MEASURED)
-    facts = {fact.name: fact.text for fact in advice.facts_of_price(price)}
+    facts = {fact.name: fact.text for fact in advice_rules.facts_of_price(price)}
     assert facts["placement"].startswith("not shown to differ from a uniform rank")
     assert facts["half the rank"].startswith("rank 2 of 4 costs: cut +0.020 nats")
 
@@ -126,17 +128,17 @@ def test_placement_is_compared_with_its_uniform_control(difference: float, words
         runs += [(2, 0, 0.1, seed, 1.0, 0.0), (2, 1, 0.1, seed, 1.0 + difference + noise, 0.0)]
     table = pd.DataFrame(runs, columns=RUNS)
     cuts = [CutPrice(2, 8, 800, estimate(0.02))]
-    facts = list(advice.facts_of_price(made_price(table=tabulate_prices(cuts, table), runs=table)))
+    facts = list(advice_rules.facts_of_price(made_price(table=tabulate_prices(cuts, table), runs=table)))
     (fact,) = [fact for fact in facts if fact.name == "placement"]
     assert f"{words} a uniform rank" in fact.text
     assert fact.value == pytest.approx(difference)
 
 
 def test_a_smaller_scale_and_an_unfinished_training_contradict_each_other() -> None:
-    actions = list(advice.actions_of_dial(made_dial(0.01, 0.1), SUBJECT))
-    (question,) = advice.find_contradictions(actions, made_price(verdict="not finished"))
+    actions = list(advice_rules.actions_of_dial(made_dial(0.01, 0.1), SUBJECT))
+    (question,) = advice_rules.find_contradictions(actions, made_price(verdict="not finished"))
     assert question.question.startswith("contradiction")
-    assert not list(advice.find_contradictions(actions, made_price(verdict="wasteful")))
+    assert not list(advice_rules.find_contradictions(actions, made_price(verdict="wasteful")))
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +274,60 @@ def test_what_is_printed_can_be_pasted(
         assert main(shlex.split(command)[1:]) == 0, command
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["last", "best"])
+def test_every_number_is_measured_again_by_its_command(
+    state: str,
+    bert: str,
+    keep: Task,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORASCOPE_MEASURE_AGAIN", "1")
+    words = write_texts(tmp_path, task=ls.tasks.from_frame(sentences(), "reviews"), keep=keep)
+    gauge = ls.observe.kl(every=2, rows=40, keep=keep)
+    run = trained(
+        bert, ls.tasks.load(words[1]), LoRA(rank=3, targets=("q", "ffn_out"), lr=0.1, head_lr=0.1), tmp_path / "run",
+        steps=12, seed=2, eval_every=2, observe=[gauge],
+    )[1]  # fmt: skip
+    options = ["--budget", "1000", "--read", "--rows", "48", "--keep-rows", "40", "--state", state]
+    arguments = [str(run.path), "--model", bert, *words, *options]
+    assert main(["advise", *arguments, "-o", str(tmp_path / "advice.json")]) == 0
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    document = json.loads((tmp_path / "advice.json").read_text(encoding="utf-8"))
+    assert document["receipt"]["seed"] == 2
+    assert "seed 2, " in printed[-1]
+    facts = {fact["name"]: fact for fact in document["facts"]}
+    assert {"energy", "learn", "half the rank", "words", "step to keep"} <= set(facts)
+    documents: dict[str, Any] = {}
+    for fact in document["facts"]:
+        assert fact["command"] in printed
+        if fact["command"] not in documents:
+            command = shlex.split(fact["command"])[1:]
+            # The table of a figure is a file.
+            code = main(command if command[0] == "plot" else [*command, "--json"])
+            assert code == (1 if command[0] == "doctor" else 0), fact
+            documents[fact["command"]] = capsys.readouterr().out
+    for fact in document["facts"]:
+        numbers = re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", documents[fact["command"]])
+        if fact["name"] == "step to keep":
+            numbers = [f"{step:g}" for step in pd.read_csv(tmp_path / "kl.csv").select_dtypes("number").to_numpy().flat]
+        if fact["value"] is not None and fact["name"] not in ("energy", "unused"):
+            assert any(abs(float(number)) == pytest.approx(abs(fact["value"]), abs=1e-6) for number in numbers), fact
+    modules = json.loads(documents[facts["energy"]["command"]])["modules"]
+    assert sum(module["energy_rank"] for module in modules if module["energy_rank"]) == facts["energy"]["value"]
+    priced = json.loads(documents[facts["unused"]["command"]])
+    assert sum(module["unused"] for module in priced["modules"]) == facts["unused"]["value"]
+    # The command of the whole advice plans by the speed of the machine, but measures the same with this budget.
+    assert main([*shlex.split(document["receipt"]["command"])[1:], "--json"]) == 0
+    repeated = json.loads(capsys.readouterr().out)
+    assert [fact["value"] for fact in repeated["facts"]] == pytest.approx(
+        [fact["value"] for fact in document["facts"]], abs=1e-6, nan_ok=True
+    )
+
+
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 UNSTABLE = re.compile(r"lorascope \d\S*, \d+ CPU s")  # version and time
 
@@ -382,7 +438,7 @@ def test_a_small_budget_names_what_it_skips(bert: str, task: Task, tmp_path: Pat
 
 def plan_with(run: ls.Run, bert: str, task: Task, budget: float, per_row: float) -> Any:  # noqa: F811
     """Return the plan of a machine that takes ``per_row`` seconds per unit of cost, and what it skips."""
-    adviser = _Adviser(run, bert, task, task, 192, 192, "last", progress=False)
+    adviser = Adviser(run, bert, task, task, 192, 192, "last", progress=False)
     costs = {by: MeasurementCost(0.0, per_row * passes, 192, 32) for by, passes in DIAL_PASSES.items()}
     price = MeasurementCost(0.0, per_row * 20, 1280, 128)
     adviser.began = time.process_time()

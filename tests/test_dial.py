@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shlex
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import lorascope as ls
 from lorascope.adapters import delta
+from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.analysis.dial import KEEP, PROBE, TASK, WHOLE, Dial
 from lorascope.analysis.domain_probe import DomainProbe
 from lorascope.cli.main import main
@@ -38,14 +40,16 @@ from lorascope.insight.update_parts import (
 )
 from lorascope.methods import DoRA, Full, HydraLoRA, LoRA, PiSSA
 from lorascope.observe.measured_rows import (
-    BATCH,
     Divergence,
     Drift,
     ProbeDivergence,
     RowMeasure,
     TaskLoss,
+    batch_by_length,
     pooled_states,
+    state_rows,
 )
+from lorascope.training.evaluation import evaluate
 
 ROWS = 64
 QUIET: dict[str, Any] = {"rows": ROWS, "keep_rows": ROWS, "progress": False}
@@ -106,10 +110,51 @@ def test_at_scale_1_the_model_is_the_run_bit_by_bit_and_at_0_the_base(
     restored = models.load(folder, task=reviews)
     run.restore(restored)
     rows = encode_rows(adapted.base, adapted.task, "validation", ROWS, 128)
-    from lorascope.training.evaluation import evaluate
+    with evaluation_mode(restored):
+        np.testing.assert_array_equal(values[TASK], TaskLoss(restored, *rows).values())
+    # Batches of another size round differently.
+    np.testing.assert_allclose(values[TASK], evaluate(restored, rows.encoded, batch_size=7).nll, rtol=1e-5, atol=1e-6)
 
-    expected = evaluate(restored, rows.encoded, batch_size=BATCH).nll
-    np.testing.assert_array_equal(values[TASK], expected)
+
+def divisions(number: int, most: list[int]) -> Iterator[list[int]]:
+    """Yield every division of sorted rows into batches by their sizes; a batch ending at a row has at most ``most``."""
+    if not number:
+        yield []
+    for size in range(1, min(number, most[number - 1]) + 1) if number else ():
+        for division in divisions(number - size, most):
+            yield [*division, size]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_have_the_least_cost_of_all_divisions(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 40, 12) if seed else np.full(12, 9)
+    batches = batch_by_length(lengths)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(12))
+    ends = np.sort(lengths)
+    most = (16 * lengths.max() // ends).tolist()
+
+    def cost(sizes: list[int]) -> int:
+        last = np.cumsum(sizes) - 1
+        return int((np.array(sizes) * ends[last]).sum()) + 32 * len(sizes)
+
+    assert cost(list(map(len, batches))) == min(map(cost, divisions(12, most)))
+
+
+def test_rows_of_one_length_are_in_batches_of_16() -> None:
+    # Such as the patches of images, which would not fit into memory together.
+    assert list(map(len, batch_by_length(np.full(40, 197)))) in ([16, 16, 8], [8, 16, 16], [16, 8, 16])
+    assert len(batch_by_length(np.zeros(5, int))) == 1
+
+
+def test_states_do_not_depend_on_the_batches(bert: str, reviews: tasks.Task) -> None:
+    model = models.load(bert, task=reviews)
+    rows = encode_rows(model, reviews.fit(model), "validation", ROWS, 128)
+    with evaluation_mode(model):
+        states = state_rows(model, rows.encoded)
+        with torch.no_grad():
+            single = [pooled_states(model, rows.encoded.batch([row]))[0].numpy() for row in range(len(rows.table))]
+    np.testing.assert_allclose(states, single, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_of_the_model_changes(opened: tuple[ls.Run, str], reviews: tasks.Task, other_text: tasks.Task) -> None:
@@ -145,7 +190,7 @@ def test_removing_parts_equals_separate_passes_with_the_part_subtracted(
     axes = measures(adapted, other_text)
     delta.attach(adapted.base, adapted.deltas)
     updates = {name: item.update() for name, item in adapted.deltas.items()}
-    for by in ("module", "role", "component", "intruder"):
+    for by in ("module", "layer", "role", "component", "intruder"):
         parts, directions = divide(adapted.base, updates, by)
         dialed = instrument.DialedModel(
             ScaledUpdates(adapted.base, adapted.deltas, directions), axes, instrument.tqdm(disable=True)
@@ -168,7 +213,7 @@ def test_curves_equal_separate_passes_of_every_part_and_scale(
     adapted = open_adapted(run, folder, reviews, "last")
     axes = measures(adapted, other_text)
     delta.attach(adapted.base, adapted.deltas)
-    for by in ("module", "role", "component"):
+    for by in ("module", "layer", "role", "component"):
         parts, directions = divide(adapted.base, adapted.updates, by)
         updates = ScaledUpdates(adapted.base, adapted.deltas, directions)
         dialed = instrument.DialedModel(updates, axes, instrument.tqdm(disable=True))

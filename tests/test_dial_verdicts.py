@@ -14,16 +14,13 @@ from scipy import stats
 
 from lorascope.analysis.dial import (
     Dial,
-    Effects,
     MeasuredRows,
     RowValues,
     best_scales,
     dial_of_rows,
-    even_share,
-    judge_parts,
-    rows_needed,
 )
 from lorascope.analysis.paired_rows import add_estimates, estimate_rows, rows_to_decide
+from lorascope.analysis.part_verdicts import Effects, even_share, judge_parts, rows_needed
 from lorascope.analysis.seed_intervals import Estimate
 from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Band, Line, Point

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 from killing import SETTINGS
+from parsed_pages import Tree
 from scipy import stats
 
 import lorascope as ls
@@ -74,6 +75,16 @@ def test_effects_are_json_and_have_a_receipt(forks):
     assert content["receipt"]["call"]["seeds"] == [pair.meta.seed for pair in forks]
     assert content["receipt"]["rows"] == {"test": f"8 rows {forks[0].meta.data_hash[:12]}"}
     assert "receipt" in repr(ls.fork_effects(forks)).splitlines()[-1]
+
+
+def test_effects_of_forks_are_html_with_their_finding(forks):
+    effects = ls.fork_effects(forks)
+    page = Tree(effects._repr_html_()).root
+    (finding,) = page.all("p")
+    for row in effects.summary().itertuples():
+        assert f"{row.change}, from step {row.step} on: {row.effect:+.4g} nats [" in finding.text
+    (table,) = page.all("table")
+    assert len(table.all("tr")) == 1 + len(effects.table)
 
 
 def test_independent_pairs_leave_out_those_with_one_seed(forks):

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 from test_dial import METHODS, measures
 from test_export import trained
+from test_reader import sentences
 
 import lorascope as ls
 from lorascope.adapters.delta import attach
 from lorascope.analysis.dial import TASK, WHOLE
 from lorascope.inputs import tasks
-from lorascope.insight import advise
+from lorascope.insight import advise, reader
 from lorascope.insight import dial as instrument
 from lorascope.insight.adapted_base import AdaptedBase, open_adapted
-from lorascope.insight.instrument_costs import Passes, PassSeconds, dial_passes, time_passes
+from lorascope.insight.instrument_costs import Passes, PassSeconds, dial_passes, reading_passes, time_passes
 from lorascope.insight.update_parts import ScaledUpdates, UpdatePart, group_parts
 
 
@@ -61,7 +62,7 @@ def test_estimates_of_an_advice_follow_a_slower_model(
     costs = []
     for factor in (1, 4):
         monkeypatch.setattr(advise, "time_passes", lambda *_, factor=factor: PassSeconds(0.5 * factor, 2.0 * factor))
-        adviser = advise._Adviser(run, bert, reviews, other_text, 64, 64, "last", progress=False)
+        adviser = advise.Adviser(run, bert, reviews, other_text, 64, 64, "last", progress=False)
         costs.append(adviser._estimate_costs())
     fast, slow = costs
     for by in (WHOLE, "layer", "module"):
@@ -72,7 +73,7 @@ def test_estimates_of_an_advice_follow_a_slower_model(
     assert fast.dial[WHOLE].per_row == pytest.approx(2 * 0.5 * passes.forward)
 
 
-@pytest.mark.parametrize("by", ["module", "layer"])
+@pytest.mark.parametrize("by", ["module", "layer", "role"])
 def test_passes_of_a_dial_are_about_those_that_are_made(
     run: ls.Run, bert: str, reviews: tasks.Task, other_text: tasks.Task, by: str
 ) -> None:
@@ -94,6 +95,40 @@ def test_passes_of_a_dial_are_about_those_that_are_made(
     dialed.curves(parts[::2], [scale for scale in instrument.SCALES if scale not in (0, 1)])
     measured = sum(rows) / len(blocks) / sum(len(axis.order) for axis in axes.values())
     assert dial_passes(by, len(parts)).forward == pytest.approx(measured, rel=0.35)
+
+
+@pytest.mark.parametrize("top", [1, 6])
+def test_passes_of_a_reading_are_about_those_that_are_made(
+    bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top: int
+) -> None:
+    """Count the rows that pass each block without and with gradients, as fractions of the rows that are read."""
+    monkeypatch.setenv("LORASCOPE_MEASURE_AGAIN", "1")
+    task = tasks.from_frame(sentences(), "reviews")
+    read_rows, selection_rows = len(task.split("validation")), len(task.split("train"))
+    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=2)[1]
+    counts = {True: 0, False: 0}
+
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        counts[output.requires_grad] += len(output)
+
+    def open_counted(*arguments: Any) -> AdaptedBase:
+        adapted = open_adapted(*arguments)
+        for block in adapted.base.base_model.encoder.layer:
+            block.output.register_forward_hook(count)
+        blocks.append(len(adapted.base.base_model.encoder.layer))
+        return adapted
+
+    blocks: list[int] = []
+    announced = []
+    monkeypatch.setattr(reader, "open_adapted", open_counted)
+    monkeypatch.setattr(reader, "time_passes", lambda *_: PassSeconds(1.0, 1000.0))
+    monkeypatch.setattr(reader, "announce", lambda name, seconds, progress: announced.append(seconds))
+    ls.read(run, bert, task, top, progress=False)
+    passes = reading_passes(top, selection_rows / read_rows)
+    (number,) = blocks
+    assert counts[True] / number / read_rows == pytest.approx(passes.gradient)
+    assert counts[False] / number / read_rows == pytest.approx(passes.forward, rel=0.35)
+    assert announced == [pytest.approx(read_rows * (passes.forward + 1000 * passes.gradient))]
 
 
 def test_a_dial_announces_what_its_passes_take(

@@ -159,6 +159,21 @@ def test_output_is_linear_in_the_scale_and_independent_of_the_basis():
     assert torch.allclose(host(x), y)
 
 
+def test_output_without_gradients_is_that_with_gradients_bit_by_bit():
+    torch.manual_seed(0)
+    host = nn.Linear(12, 7)
+    x = torch.randn(3, 5, 12)
+    attach(nn.Sequential(host), {"0": LoRADelta(host, 4, 0.7)})
+    nn.init.normal_(host.delta.B)
+    with torch.no_grad():
+        silent = host(x)
+        repeated = host(x)
+    assert torch.equal(silent, host(x))
+    assert torch.equal(silent, repeated)
+    expected = x.double() @ (host.weight + host.delta.weight()).double().T + host.bias.double()
+    torch.testing.assert_close(silent.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_rslora_divides_by_the_root_of_the_rank():
     model = tiny("bert")
     LoRA(rank=4, alpha=6, rslora=True).attach(model)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ Loss = Callable[[Batch], Tensor]
 Measure = Callable[[Batch], Tensor]
 Move = Callable[[Tensor, Tensor], Tensor]
 Forward = Callable[..., Any]
+
+
+class JointMove(NamedTuple):
+    """Perturbation of several modules of one block at once: functions of their inputs that return their outputs."""
+
+    outputs: Mapping[str, Callable[[Tensor], Tensor]]
+
 
 # Maximum number of elements in the largest tensor when copies pass together. A CPU is slower if they exceed its cache
 # (1.3 times for 8 copies of 32 x 32 tokens of width 128), and an accelerator is faster with large batches.
@@ -43,13 +50,14 @@ def moved_losses(
 
 
 def moved_measures(
-    model: nn.Module, measure: Measure, batch: Batch, moves: Mapping[str, Sequence[Move]]
+    model: nn.Module, measure: Measure, batch: Batch, moves: Mapping[str, Sequence[Move | JointMove]]
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """Compute a measure of a model, and with activations patched: under each move of each module's output.
 
     Call this without gradients, with the model in evaluation mode. ``measure`` calls the model on a batch (rows, ...)
     and returns its mean loss or one value per row. ``moves`` are functions by module name, which take the module's
-    input and output and return its new output. The batch may have further entries for the measure, if their first
+    input and output and return its new output. Joint moves are by the name of any of their modules; those of one name
+    have the same modules, all of them in its block. The batch may have further entries for the measure, if their first
     dimension is the rows.
     """
     table = module_table.describe(model)
@@ -66,7 +74,11 @@ def moved_measures(
     for block, names in itertools.groupby(moved_names, lambda name: block_of.get(model.get_submodule(name))):
         recorded = top if block is None else replay.look_into(block)
         for name in names:
-            measures[name] = replay.measures(model.get_submodule(name), recorded, moves[name])
+            if isinstance(moves[name][0], JointMove):
+                measures[name] = replay.joint_measures(model, recorded, cast(Sequence[JointMove], moves[name]))
+            else:
+                single_moves = cast(Sequence[Move], moves[name])
+                measures[name] = replay.measures(model.get_submodule(name), recorded, single_moves)
     return top.measured, measures
 
 
@@ -226,6 +238,31 @@ class _Replay:
                 measures += self._measure_copies(len(chunk))
         return measures
 
+    def joint_measures(self, model: nn.Module, recorded: _Pass, moves: Sequence[JointMove]) -> list[Tensor]:
+        """Compute the measure for each joint move; only what precedes all of its modules is replayed."""
+        hosts = {name: model.get_submodule(name) for name in moves[0].outputs}
+        called = {name: host for name, host in hosts.items() if self.top.calls_of(host)}
+        if not called:
+            return [self.top.measured] * len(moves)
+        before: list[_Call] = []
+        # As in ``measures``, each pass has its own clock.
+        for record in dict.fromkeys((self.top, recorded)):
+            starts = [call.start for host in called.values() for call in record.calls_of(host)]
+            before += record.ended_before(min(starts))
+        copies = 1
+        if all(flags == [True] for host in called.values() for flags in self.by_row[host]):
+            copies = self.max_copies
+        measures = []
+        for first in range(0, len(moves), copies):
+            chunk = moves[first : first + copies]
+            forwards = self._replay_forwards(before, len(chunk))
+            # The inputs of later modules follow from the moved outputs of earlier ones, so none is recorded.
+            for name, host in called.items():
+                forwards[host] = partial(_move_copies, [move.outputs[name] for move in chunk])
+            with replaced_forwards(forwards):
+                measures += self._measure_copies(len(chunk))
+        return measures
+
     def _is_only_call(self, call: _Call) -> bool:
         """Return whether this is the module's only call, and its stored output was not overwritten since."""
         intact = bool(call.leaves) and call.versions == _versions([call.first, *call.leaves])
@@ -290,6 +327,12 @@ def _select_copy(call: _Call, shapes: Sequence[Any], copy: int) -> Any:
             leaf = leaf.narrow(0, copy * shape[0], shape[0])
         leaves.append(leaf)
     return tree_unflatten(leaves, call.form)
+
+
+def _move_copies(outputs: Sequence[Callable[[Tensor], Tensor]], *args: Any, **kwargs: Any) -> Tensor:
+    """Return the outputs of a module for copies of the batch, each by its function."""
+    inputs = _first_argument(args, kwargs).chunk(len(outputs))
+    return torch.cat([output(x) for output, x in zip(outputs, inputs, strict=True)])
 
 
 def _give_next(outputs: Sequence[Any]) -> Forward:

@@ -14,20 +14,20 @@ Intervals are over rows and do not cover the seed of the training.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.paired_rows import LEVEL, add_estimates, estimate_rows, rows_to_decide
-from lorascope.analysis.result_html import lines_above_table
+from lorascope.analysis.paired_rows import LEVEL, estimate_rows
+from lorascope.analysis.part_verdicts import Effects, even_share, judge_parts, rows_needed
 from lorascope.analysis.seed_intervals import Estimate
-from lorascope.array_types import Bool, Float, Int
-from lorascope.files.lazy_scipy import false_discovery_control
+from lorascope.array_types import Float, Int
+from lorascope.files.finding_html import finding_html
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.whole_files import require_absent, write_bytes
 from lorascope.runs.receipt import Receipt
@@ -45,7 +45,6 @@ COLUMNS = (
 )
 _FEWEST_TRADES = 2  # parts with the least forgetting per learning in the repr
 _MOST_SCALES = 3  # best scales of the representation
-FEWEST_PARTS = 10  # the even share of fewer parts would be too large a margin
 SCALED = ("trade", "only forgets", "hurts")
 """Verdicts whose parts are measured at further scales."""
 WHOLE = "whole"
@@ -82,13 +81,6 @@ class MeasuredRows:
     def estimate(self, differences: Float[np.ndarray, "row"]) -> Estimate:
         """Estimate the mean difference per target; see ``estimate_rows``."""
         return estimate_rows(differences, self.counts, self.clusters)
-
-
-class Effects(NamedTuple):
-    """Effects of removing one part: learn and forget, positive if the part learns and if it forgets."""
-
-    learn: Estimate
-    forget: Estimate
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,13 +210,10 @@ class Dial:
             f"  learn    {_format_interval(whole, 'learn')} nats",
             f"  forget   {_format_interval(whole, 'forget')} {self.unit}",
         ]
-        removed = self.parts[self.parts["exact"] & (self.parts["part"] != WHOLE)]
         for name, is_control in (("parts", False), ("controls", True)):
-            counts = removed.loc[removed["control"] == is_control, "verdict"].value_counts()
-            verdicts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts]
-            if verdicts:
-                lines.append(f"  {name:<8} {', '.join(verdicts)}")
-        lines += [*self._describe_undecided(removed[~removed["control"]]), *self._describe_trades()]
+            if verdicts := self._count_verdicts(is_control):
+                lines.append(f"  {name:<8} {verdicts}")
+        lines += [*self._describe_undecided(), *self._describe_trades()]
         scales = [f"{part}: {scale:g}" for part, scale in self.best().items()]
         if len(scales) > _MOST_SCALES:
             scales[_MOST_SCALES:] = [f"and {len(scales) - _MOST_SCALES} more, see best()"]
@@ -233,17 +222,40 @@ class Dial:
         lines.append(f"  receipt  {self.receipt}")
         return "\n".join(lines)
 
-    def _describe_undecided(self, parts: pd.DataFrame) -> list[str]:
-        """Return how many rows would decide the undecided parts that rows can decide."""
-        numbers = parts.loc[parts["verdict"] == "undecided", "rows_needed"]
-        decidable = numbers[np.isfinite(numbers)]
-        if decidable.empty:
-            return []
+    def _count_verdicts(self, is_control: bool) -> str:
+        """Return the number of parts, or of controls, with each verdict."""
+        counts = self.parts.loc[self.parts["control"] == is_control, "verdict"].value_counts()
+        return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts)
+
+    def _undecided_rows(self) -> pd.Series:
+        """Return the rows that would decide each undecided part; infinite if no number would."""
+        return self.parts.loc[(self.parts["verdict"] == "undecided") & ~self.parts["control"], "rows_needed"]
+
+    def _deciding_rows(self) -> float:
+        """Return the rows that would decide half of the undecided parts that rows can decide; NaN without any."""
+        numbers = self._undecided_rows()
         # Not the largest number, because a few parts are close to a bound.
-        rows = float(np.ceil(decidable.median()))
+        return float(np.ceil(numbers[np.isfinite(numbers)].median()))
+
+    def _describe_undecided(self) -> list[str]:
+        numbers, rows = self._undecided_rows(), self._deciding_rows()
+        if math.isnan(rows):
+            return []
         return [
             f"  rows     about {rows:,.0f} would decide {(numbers <= rows).sum()} of {len(numbers)} undecided parts"
         ]
+
+    def next_command(self) -> str:
+        """Return the command that follows: ship a scale that costs nothing, or decide more parts; "" for neither."""
+        update = self.parts.loc[0]
+        if self.receipt.command and update["best_scale"] < 1 and update["best_loss_high"] < self.learn_margin:
+            _, _, path, *_ = shlex.split(self.receipt.command)
+            scale = f"{WHOLE}={update['best_scale']:g}"
+            return shlex.join(["lorascope", "export", path, "--scales", scale, "--peft", "scaled"])
+        rows = self._deciding_rows()
+        if math.isnan(rows):
+            return ""
+        return self.receipt.command_with("--rows", f"{rows:.0f}")
 
     def _describe_trades(self) -> list[str]:
         """Return the parts that forget least and most per learn, in comparison with the whole update."""
@@ -263,7 +275,12 @@ class Dial:
         hidden = [
             name for name in COLUMNS if name.startswith(("best_loss", "best_distance")) or name.endswith("_slope")
         ]
-        return lines_above_table(repr(self), self.parts.drop(columns=["module", *hidden]))
+        update = self.parts.loc[0]
+        learn, forget = _format_interval(update, "learn"), _format_interval(update, "forget")
+        finding = f"{self.label}: learn {learn} nats, forget {forget} {self.unit}"
+        if verdicts := self._count_verdicts(is_control=False):
+            finding += f"; {verdicts}"
+        return finding_html(finding, self.parts.drop(columns=["module", *hidden]), self.next_command())
 
 
 def _format_interval(row: Any, name: str) -> str:
@@ -384,87 +401,6 @@ def _changes_at(table: pd.DataFrame, scales: Mapping[str, float]) -> pd.DataFram
         points = table[is_scaled & (table["axis"] == axis)].set_index("part")[["change", "low", "high"]]
         changes.append(points.set_axis([name, f"{name}_low", f"{name}_high"], axis=1))
     return pd.concat(changes, axis=1)
-
-
-def even_share(effect: float, parts: int) -> float:
-    """Return the margin of an axis: the even share of the whole update's effect, of at least 10 parts."""
-    return abs(effect) / max(parts, FEWEST_PARTS)
-
-
-def judge_parts(effects: Mapping[str, Effects], whole: Effects, learn_margin: float, forget_margin: float) -> list[str]:
-    """Return the verdict of each part.
-
-    Every condition is a one-sided test with error 2.5%, as the end of a 95% interval, with the false discovery rate
-    controlled over the parts (Benjamini and Hochberg 1995).
-
-    ============  ==========================  =================================================
-    verdict       learn                       forget
-    ============  ==========================  =================================================
-    hurts         < -margin                   any
-    keep          > 0                         at most in proportion to that of the whole
-    only forgets  < margin                    > 0
-    trade         > 0                         above that, by interval
-    idle          < margin                    < margin, not above 0
-    undecided     otherwise
-    ============  ==========================  =================================================
-
-    A condition further up precedes. If the whole update is not shown to learn, no part is worth keeping.
-    """
-    if not effects:
-        return []
-    learn, forget = zip(*effects.values(), strict=True)
-    learns, forgets = _are_above(learn, 0), _are_above(forget, 0)
-    is_small, is_quiet = _are_below(learn, learn_margin), _are_below(forget, forget_margin)
-    hurts = _are_below(learn, -learn_margin)
-    # Without learning there is no proportion, and every ratio would divide by noise.
-    excess, costs = np.zeros(len(effects)), np.zeros(len(effects), bool)
-    if whole.learn.p_above(0) < LEVEL:
-        ratio = whole.forget.mean / whole.learn.mean
-        excesses = [add_estimates(effect.forget, effect.learn, -ratio) for effect in effects.values()]
-        excess = np.array(list(map(attrgetter("mean"), excesses)))
-        costs = _are_above(excesses, 0)
-    else:
-        learns = np.zeros(len(effects), bool)
-    conditions = {
-        "hurts": hurts,
-        "keep": learns & (excess <= 0),
-        # Rows may show a learn of any size, also one far below the margin.
-        "only forgets": is_small & forgets,
-        "trade": learns & costs,
-        "idle": is_small & is_quiet & ~forgets,
-    }
-    return np.select(list(conditions.values()), list(conditions), "undecided").tolist()
-
-
-def _are_above(estimates: Sequence[Estimate], bound: float) -> Bool[np.ndarray, "part"]:
-    return _reject([estimate.p_above(bound) for estimate in estimates])
-
-
-def _are_below(estimates: Sequence[Estimate], bound: float) -> Bool[np.ndarray, "part"]:
-    return _reject([estimate.p_below(bound) for estimate in estimates])
-
-
-def _reject(p_values: Sequence[float]) -> Bool[np.ndarray, "part"]:
-    # Rounding may take a p-value beyond its range, which scipy rejects.
-    return false_discovery_control(np.clip(p_values, 0, 1)) < LEVEL
-
-
-def rows_needed(effects: Effects, whole: Effects, learn_margin: float, forget_margin: float, rows: int) -> float:
-    """Return the number of rows that would decide an undecided part, if its effects and their spread stay."""
-    if effects.learn.p_above(0) < LEVEL:  # what is open is whether it forgets more than in proportion
-        excess = add_estimates(effects.forget, effects.learn, -whole.forget.mean / whole.learn.mean)
-        return _ceil(rows_to_decide(excess, 0.0, rows))
-    numbers = []
-    for estimate, margin in ((effects.learn, learn_margin), (effects.forget, forget_margin)):
-        # A verdict needs one end of the interval on either axis: beyond 0 or below the margin.
-        numbers.append(min(rows_to_decide(estimate, 0.0, rows), rows_to_decide(estimate, margin, rows)))
-    return _ceil(max(numbers))
-
-
-def _ceil(number: float) -> float:
-    if math.isinf(number):
-        return number
-    return math.ceil(number)
 
 
 def best_scales(table: pd.DataFrame, margin: float) -> dict[str, float]:

@@ -11,6 +11,7 @@ than that of independent seeds. It is the effect from the step of the fork on, n
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis.paired_rows import LEVEL, rows_to_decide
-from lorascope.analysis.result_html import lines_above_table
 from lorascope.analysis.seed_intervals import Estimate, t_estimate
 from lorascope.array_types import Float
+from lorascope.files.finding_html import finding_html
 from lorascope.files.lazy_scipy import false_discovery_control
+from lorascope.files.printable import count_phrase
 from lorascope.files.typed_json import to_json_rows
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
@@ -86,19 +88,28 @@ class ForkEffects:
         row: Any
         for row in self.changes.itertuples():
             lines.append(f"  {row.change}, from step {row.step} on ({100 * row.fraction:.0f}% of the training)")
-            count = "1 pair" if row.pairs == 1 else f"{row.pairs} pairs"
-            verdict = f": {row.verdict}" if row.verdict else f": no verdict below {FEWEST_PAIRS} pairs"
-            if row.verdict == "no difference":
-                verdict += f" above {row.margin:.2g}"
-            if row.verdict == "undecided" and math.isfinite(row.pairs_needed):
-                verdict += f", about {row.pairs_needed:.0f} pairs would decide"
-            lines.append(f"    {row.effect:+.4g} nats [{row.low:.4g}, {row.high:.4g}], {count}{verdict}")
+            lines.append(f"    {_describe_effect(row)}")
         lines.append("  Intervals of one pair are over test rows, and do not cover the seed of the training.")
         lines.append(f"  receipt  {self.receipt}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return lines_above_table(repr(self), self.table)
+        effects = []
+        row: Any
+        for row in self.changes.itertuples():
+            effects.append(f"{row.change}, from step {row.step} on: {_describe_effect(row)}")
+        return finding_html("; ".join(effects), self.table)
+
+
+def _describe_effect(row: Any) -> str:
+    """Return the effect of one change with its interval and its verdict."""
+    verdict = row.verdict or f"no verdict below {FEWEST_PAIRS} pairs"
+    if row.verdict == "no difference":
+        verdict += f" above {row.margin:.2g}"
+    if row.verdict == "undecided" and math.isfinite(row.pairs_needed):
+        verdict += f", about {row.pairs_needed:.0f} pairs would decide"
+    pairs = count_phrase(row.pairs, "pair")
+    return f"{row.effect:+.4g} nats [{row.low:.4g}, {row.high:.4g}], {pairs}: {verdict}"
 
 
 def fork_effects(forks: Result | Sequence[Result], margin: float | None = None) -> ForkEffects:
@@ -140,11 +151,37 @@ def fork_effects(forks: Result | Sequence[Result], margin: float | None = None) 
         run=", ".join(table["trunk"].unique()),
         base=first.meta.model,
         rows={"test": f"{len(first.predictions)} rows {(first.meta.data_hash or '')[:12]}"},
-        call={"forks": table["fork"].to_list(), "seeds": table["seed"].to_list(), "margin": margin},
+        call={"forks": table["fork"].to_list(), "margin": margin},
+        seed=_seeds_of(pairs),
+        command=_command_of(pairs, margin),
         seconds=time.process_time() - began,
     )
     steps = pd.Series([pair.trunk.meta.settings["steps"] for pair in pairs])
     return ForkEffects(table, _summarize(table, table["step"] / steps, margin), receipt)
+
+
+def _seeds_of(pairs: Sequence[Pair]) -> int | tuple[int, ...] | None:
+    """Return the seed of the pairs, or all of them if they differ."""
+    seeds = [pair.fork.meta.seed for pair in pairs if pair.fork.meta.seed is not None]
+    distinct = tuple(dict.fromkeys(seeds))
+    if len(distinct) > 1:
+        return distinct
+    return pairs[0].fork.meta.seed
+
+
+def _command_of(pairs: Sequence[Pair], margin: float | None) -> str:
+    """Return the command that compares finished forks again; "" if it would not find a fork or a trunk."""
+    words = ["lorascope", "fork"]
+    for fork, trunk in pairs:
+        if fork.path is None or trunk.path is None:
+            return ""
+        # A trunk is found by its id next to its fork, or in the folder of its recipe there.
+        if fork.path.absolute().parent not in list(trunk.path.absolute().parents)[:2]:
+            return ""
+        words.append(str(fork.path))
+    if margin is not None:
+        words += ["--margin", repr(float(margin))]
+    return shlex.join(words)
 
 
 def pairs_of(forks: Result | Sequence[Result]) -> list[Pair]:

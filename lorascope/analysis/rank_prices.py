@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.dial import even_share
 from lorascope.analysis.gradient_signal import FAMILY, ModuleSignal, count_directions, signal_p
 from lorascope.analysis.paired_rows import LEVEL, estimate_rows, rows_to_decide
-from lorascope.analysis.result_html import lines_above_table
+from lorascope.analysis.part_verdicts import even_share
 from lorascope.analysis.seed_intervals import Estimate, t_estimate
 from lorascope.analysis.track_record import FEWEST_CELLS, conformal_bounds
 from lorascope.array_types import Float
+from lorascope.files.finding_html import finding_html
 from lorascope.files.lazy_scipy import false_discovery_control
 from lorascope.runs.receipt import Receipt
 
@@ -372,7 +372,7 @@ class Price:
         return f"{text}; largest in {name}"
 
     def _repr_html_(self) -> str:
-        return lines_above_table(repr(self), self.table)
+        return finding_html(f"{self.label}: {self._describe_verdict()}", self.table, self.next_command)
 
 
 def _format_interval(row: Any, name: str) -> str:

@@ -14,6 +14,7 @@ absolute deviation. A change of the learning rate, of the batches or of the task
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.analysis.result_html import lines_above_table
 from lorascope.array_types import Float, Int
+from lorascope.files.finding_html import finding_html
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
+from lorascope.runs.series import Series
 from lorascope.updates import Update
 from lorascope.updates.linalg import as_float64, one_thread
 
@@ -97,7 +99,8 @@ class Turns:
         return "\n".join([heading, *(f"  {line}" for line in self.describe()), f"  receipt  {self.receipt}"])
 
     def _repr_html_(self) -> str:
-        return lines_above_table(repr(self), self.table)
+        finding = f"{self.label}: {'; '.join(self.describe())}"
+        return finding_html(finding, self.table, self.receipt.command_with("-o", "turns.pdf"))
 
 
 def find_turns(series: Result) -> Turns:
@@ -142,8 +145,27 @@ def find_turns(series: Result) -> Turns:
     path = pd.DataFrame({"step": steps, "first": positions[:, 0], "second": positions[:, 1]})
     counts = {"checkpoints": str(len(steps)), "modules": str(len(shared))}
     seconds = time.process_time() - began
-    receipt = Receipt(run=series.id, base=series.meta.model, rows=counts, seed=series.meta.seed, seconds=seconds)
+    receipt = Receipt(
+        run=series.id,
+        base=series.meta.model,
+        rows=counts,
+        seed=series.meta.seed,
+        command=_command_of(series),
+        seconds=seconds,
+    )
     return Turns(series.label, table, limit, path, explained, receipt)
+
+
+def _command_of(series: Result) -> str:
+    """Return the command that writes the cosines and drops as a table; "" for checkpoints without a common folder."""
+    if series.path is None:
+        return ""
+    # No other command prints every cosine; a figure is written as the table of its marks.
+    words = ["lorascope", "plot", "turns", str(series.path)]
+    # A run has its steps in one folder.
+    if isinstance(series, Series):
+        words.append("--series")
+    return shlex.join([*words, "-o", "turns.csv"])
 
 
 def _require_checkpoints(series: Result, number: int, kind: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import File, Name, command, reject
+from lorascope.cli.arguments import File, Name, SavedState, command, reject
 from lorascope.cli.opened_runs import open_measured, open_runs
 from lorascope.files.printable import count_or_no, printable
 from lorascope.files.whole_files import json_bytes, write_bytes
@@ -26,6 +26,9 @@ def main(
     budget: Annotated[float, arg(metavar="SECONDS")] = 120.0,
     retrain: Annotated[int, arg(metavar="N")] = 0,
     read: bool = False,
+    rows: Annotated[int, arg(metavar="N")] = 192,
+    keep_rows: Annotated[int, arg(metavar="N")] = 192,
+    state: SavedState = "last",
     out: Annotated[File, arg(aliases=["-o"])] = None,
     html: File = None,
     verify: File = None,
@@ -56,6 +59,12 @@ def main(
         and their time are printed first.
     read
         Also read which words the three largest components use.
+    rows
+        Maximum number of rows of the task in the dial.
+    keep_rows
+        Maximum number of rows of the other text in the dial.
+    state
+        Saved parameters.
     out
         Write the advice to this new .json file, its receipt.
     html
@@ -82,7 +91,19 @@ def main(
     opened = open_measured("advise", run, (), (out, html))
     from lorascope.insight.advise import advise  # imports torch
 
-    advice = advise(opened, model, task, keep, budget=budget, retrain=retrain, reads=read, progress=sys.stderr.isatty())
+    advice = advise(
+        opened,
+        model,
+        task,
+        keep,
+        budget=budget,
+        retrain=retrain,
+        reads=read,
+        rows=rows,
+        keep_rows=keep_rows,
+        state=state,
+        progress=sys.stderr.isatty(),
+    )
     if out is not None:
         write_bytes(Path(out), json_bytes(advice.to_json()))
     if html is not None:
@@ -101,7 +122,7 @@ def _verify(path: str, run: str | None, json: bool) -> int:
     """Print the numbers of an advice that differ when measured again, and return the exit code."""
     document = _read_advice(Path(path))
     (opened,) = open_runs([run or document["receipt"]["call"]["path"]], None)
-    from lorascope.insight.advise import repeat  # imports torch
+    from lorascope.insight.repeated_advice import repeat  # imports torch
 
     lines = repeat(document, opened)
     if json:

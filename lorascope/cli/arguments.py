@@ -24,6 +24,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 File = Annotated[str | None, arg(metavar="FILE")]
 Folder = Annotated[str | None, arg(metavar="DIR")]
 Name = Annotated[str | None, arg(metavar="NAME")]
+SavedState = Literal["last", "best"]
 # To check a tuple[str, ...], tyro imports a package that takes as long as tyro itself.
 _WORDS = PrimitiveConstructorSpec("*", "WORD ...", tuple, lambda value: isinstance(value, tuple), list)
 Paths = Annotated[tuple[str, ...], arg(metavar="PATH ..."), _WORDS]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import File, Folder, Name, command
+from lorascope.cli.arguments import File, Folder, Name, SavedState, command
 from lorascope.cli.opened_runs import open_measured
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import format_frame
@@ -27,6 +27,8 @@ def main(
     keep_rows: Annotated[int, arg(metavar="N")] = 192,
     scales: Annotated[str, arg(metavar="S,S,...")] = "0,0.25,0.5,0.75,1,1.25",
     exact: Annotated[int, arg(metavar="N")] = 20,
+    margin: Annotated[float | None, arg(metavar="NATS")] = None,
+    state: SavedState = "last",
     base: Folder = None,
     out: Annotated[File, arg(aliases=["-o"])] = None,
     json: bool = False,
@@ -58,6 +60,10 @@ def main(
         Scales of the curves; 0 and 1 are always measured.
     exact
         With --by component: number of components that are removed.
+    margin
+        Increase of the task loss that a best scale may cost (default: the even share of a part).
+    state
+        Saved parameters.
     base
         Base model of an adapter whose files have no shapes.
     out
@@ -79,6 +85,8 @@ def main(
         keep_rows=keep_rows,
         scales=_read_numbers(scales),
         exact=exact,
+        margin=margin,
+        state=state,
         progress=sys.stderr.isatty(),
     )
     if out is not None:

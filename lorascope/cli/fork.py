@@ -1,4 +1,4 @@
-"""``lorascope fork``: continue a run from a stored checkpoint with one change, and print its effect."""
+"""``lorascope fork``: continue a run from a stored checkpoint with one change, and print the effect of forks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from lorascope.analysis.fork_effects import fork_effects
-from lorascope.cli.arguments import Folder, Name, command
+from lorascope.analysis.fork_effects import ForkEffects, fork_effects
+from lorascope.cli.arguments import Folder, Name, command, reject
 from lorascope.cli.opened_runs import open_runs
 from lorascope.training.fork import fork
 
 
 @command
 def main(
-    run: Annotated[str | None, arg(metavar="RUN")] = None,
+    runs: Annotated[tuple[str, ...], arg(metavar="RUN ...")] = (),
     /,
     *,
     step: Annotated[int | None, arg(metavar="N")] = None,
@@ -23,20 +23,22 @@ def main(
     model: Name = None,
     task: Name = None,
     out: Annotated[Folder, arg(aliases=["-o"])] = None,
+    margin: Annotated[float | None, arg(metavar="NATS")] = None,
     device: Annotated[str | None, arg(metavar="NAME")] = None,
     json: bool = False,
     progress: bool = True,
 ) -> int:
     """Continue a run from a stored checkpoint with one change, and print the effect on the test loss.
 
-    Train the run with --keep-checkpoints. Without --set, the fork equals the run bit by bit.
+    Train the run with --keep-checkpoints. Without --set, the fork equals the run bit by bit. Without --step, the runs
+    are finished forks, whose effects are printed; five with different seeds have a verdict.
 
     Example: lorascope fork runs/lora --step 50 --set lr=3e-4 -o runs/lower-rate
 
     Parameters
     ----------
-    run
-        Run folder.
+    runs
+        Run folder; without --step, those of finished forks.
     step
         Number of finished steps after which the change begins: a stored checkpoint, or 0.
     set
@@ -47,6 +49,8 @@ def main(
         Data of the run; those in the run if omitted.
     out
         Run folder of the fork; a folder next to RUN if omitted.
+    margin
+        Largest effect that makes no difference (default: the spread of the trunks' test losses over seeds).
     device
         Device, such as cpu; an accelerator if available.
     json
@@ -55,10 +59,18 @@ def main(
         Show a progress bar.
     """
     example = "lorascope fork runs/lora --step 50 --set lr=3e-4"
-    if run is None:
+    if not runs:
         raise ValueError(f"RUN is required: {example}")
-    if step is None:
-        raise ValueError(f"--step is required: {example}")
+    opened = open_runs(runs, None)
+    if step is None and not set and all(run.meta.fork is not None for run in opened):
+        _print_effects(fork_effects(opened, margin), {}, json)
+        return 0
+    reject(
+        {
+            f"--step is required: {example}": step is None,
+            f"--step forks one run, got {len(runs)}: omit it to compare finished forks": len(runs) > 1,
+        }
+    )
     changes: dict[str, Any] = {}
     for word in set:
         name, separator, text = word.partition("=")
@@ -70,16 +82,19 @@ def main(
     for name in _ARGUMENTS:
         if name in changes:
             raise ValueError(f"--set cannot change {name}: use its option")
-    (trunk,) = open_runs([run], None)
-    forked = fork(trunk, model, task, step=step, out=out, device=device, progress=progress, **changes)
-    effects = fork_effects(forked)
-    if json:
-        content = {"id": forked.id, "path": str(forked.path)} | effects.to_json()
-        print(json_format.dumps(content))
-    else:
+    assert step is not None
+    forked = fork(opened[0], model, task, step=step, out=out, device=device, progress=progress, **changes)
+    if not json:
         print(forked)
-        print(effects)
+    _print_effects(fork_effects(forked, margin), {"id": forked.id, "path": str(forked.path)}, json)
     return 0
+
+
+def _print_effects(effects: ForkEffects, facts: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        print(json_format.dumps(facts | effects.to_json()))
+        return
+    print(effects)
 
 
 # Parameters of ``fork`` that a change could overwrite.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import File, Name, command
+from lorascope.cli.arguments import File, Name, SavedState, command
 from lorascope.cli.opened_runs import open_measured
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import json_values
@@ -26,6 +26,9 @@ def main(
     rows: Annotated[int, arg(metavar="N")] = 1280,
     retrain: Annotated[int, arg(metavar="N")] = 0,
     placed: bool = False,
+    budgets: Annotated[str, arg(metavar="N,N,...")] = "",
+    tolerance: Annotated[float | None, arg(metavar="NATS")] = None,
+    state: SavedState = "last",
     out: Annotated[File, arg(aliases=["-o"])] = None,
     json: bool = False,
 ) -> int:
@@ -51,6 +54,12 @@ def main(
         Number of seeds with which to train at each rank, at the same and at three times the learning rate.
     placed
         With --retrain: also train every smaller rank with its components placed by size.
+    budgets
+        Numbers of components of all modules to cut to as well, separated by commas.
+    tolerance
+        Increase of the loss that counts as none (default: a tenth of the decrease by the update).
+    state
+        Saved parameters.
     out
         Write the result to this new .json file; as price.json in the folder of the run, it is in its report card.
     json
@@ -61,7 +70,21 @@ def main(
     opened = open_measured("price", run, (model, task), (out,))
     from lorascope.insight.price import price  # imports torch
 
-    result = price(opened, str(model), str(task), _parse_ranks(ranks), rows, retrain, placed=placed)
+    numbers: list[int] = []
+    if budgets:
+        numbers = _parse_integers("budgets", budgets)
+    result = price(
+        opened,
+        str(model),
+        str(task),
+        _parse_integers("ranks", ranks),
+        rows,
+        retrain,
+        budgets=numbers,
+        placed=placed,
+        tolerance=tolerance,
+        state=state,
+    )
     if out is not None:
         write_bytes(Path(out), json_bytes(json_values(result.to_json())))
     if json:
@@ -72,8 +95,8 @@ def main(
     return 0
 
 
-def _parse_ranks(text: str) -> list[int]:
+def _parse_integers(option: str, text: str) -> list[int]:
     try:
         return list(map(int, text.split(",")))
     except ValueError:
-        raise ValueError(f"--ranks must be integers such as 1,2,4, got {printable(text)!r}") from None
+        raise ValueError(f"--{option} must be integers such as 1,2,4, got {printable(text)!r}") from None

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import File, Folder, Name, command, reject
+from lorascope.cli.arguments import File, Folder, Name, SavedState, command, reject
 from lorascope.cli.opened_runs import open_runs
 from lorascope.files.printable import printable_lines
 from lorascope.files.seals import require_own
@@ -25,6 +25,7 @@ def main(
     model: Name = None,
     rows: Name = None,
     top: Annotated[int, arg(metavar="N")] = 8,
+    state: SavedState = "last",
     base: Folder = None,
     out: Annotated[File, arg(aliases=["-o"])] = None,
     json: bool = False,
@@ -46,6 +47,8 @@ def main(
         Rows to read: sentiment, a CSV, JSONL or Parquet file, or a Hugging Face dataset.
     top
         Number of components.
+    state
+        Saved parameters.
     base
         Base model of an adapter whose files have no shapes.
     out
@@ -71,7 +74,7 @@ def main(
     (opened,) = open_runs([str(run)], base)
     from lorascope.insight.reader import read  # imports torch
 
-    reading = read(opened, str(model), str(rows), top, progress=sys.stderr.isatty())
+    reading = read(opened, str(model), str(rows), top, state=state, progress=sys.stderr.isatty())
     if out is not None and Path(out).suffix == ".json":
         write_bytes(Path(out), json_bytes(json_values(reading.to_json())))
     elif out is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import os
+import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ _LONGEST = 255
 HIDDEN_LABEL = "(hidden)"
 """Label of rows of a dataset whose class number is -1, or of a split whose numbers all are."""
 _COLUMNS = ("text", "pair", "label", "image", "prompt", "response", "group", "domain", "cluster", "split")
+# With a configuration after the colon.
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
@@ -80,6 +83,11 @@ def read(
     if name.startswith("sentiment/"):
         raise ValueError(_unknown_task(name))
     return _read_dataset(name, columns, revision, with_splits)
+
+
+def is_source(name: str) -> bool:
+    """Return whether a task may be loaded by a name: bundled sentences, an existing path, or the form of a hub id."""
+    return name in BUNDLED or Path(name).expanduser().exists() or _HUB_ID.fullmatch(name) is not None
 
 
 def rename_columns(rows: pd.DataFrame, columns: Mapping[str, str], name: str) -> pd.DataFrame:

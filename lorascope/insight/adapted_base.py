@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -29,23 +28,6 @@ class AdaptedBase(NamedTuple):
     task: Task
     deltas: Mapping[str, Delta]
     updates: Mapping[str, Update]
-
-
-def origin_of(instrument: str, run: Result, model: str, task: Task, **options: object) -> dict[str, Any]:
-    """Return seed and command of the receipt of a measurement, with the ``options`` of the command."""
-    option = "--rows" if instrument == "read" else "--task"
-    words = ["lorascope", instrument, str(run.path or run.id), "--model", model, option, task.name]
-    for name, value in options.items():
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            value = ",".join(f"{item:g}" for item in value)
-        if value is True:
-            words.append(f"--{name.replace('_', '-')}")
-        elif value is not False and value != "":
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    seed = None
-    if isinstance(run, Run):
-        seed = run.seed
-    return {"seed": seed, "command": shlex.join(words)}
 
 
 def open_adapted(run: Result, model: str | Path, task: str | Path | Task, state: str) -> AdaptedBase:

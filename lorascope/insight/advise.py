@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,19 @@ import numpy as np
 
 from lorascope.adapters.delta import attach
 from lorascope.adapters.hidden_states import evaluation_mode
-from lorascope.analysis import advice
-from lorascope.analysis.advice import COSTS, LEARNED, WRONG, Advice, Fact, OpenQuestion, SkippedMeasurement, Subject
+from lorascope.analysis import advice_rules
+from lorascope.analysis.advice import (
+    COSTS,
+    LEARNED,
+    WRONG,
+    Action,
+    Advice,
+    Fact,
+    OpenQuestion,
+    SkippedMeasurement,
+    Subject,
+    order_actions,
+)
 from lorascope.analysis.dial import WHOLE
 from lorascope.analysis.forgetting_course import forgetting_course
 from lorascope.analysis.rank_prices import Price
@@ -25,19 +37,19 @@ from lorascope.diagnosis.inspection import inspect
 from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import FEWEST_ROWS, encode_rows, load_keep
-from lorascope.insight.adapted_base import open_adapted, origin_of
+from lorascope.insight.adapted_base import open_adapted
 from lorascope.insight.dial import PROBE_ROWS, dial
 from lorascope.insight.instrument_costs import (
-    READING,
     MeasurementCost,
     RemainingSeconds,
     dial_passes,
     price_passes,
+    reading_passes,
     time_passes,
 )
-from lorascope.insight.measured_results import measured_again
 from lorascope.insight.price import BLOCK_ROWS, BLOCKS, SHARE_BLOCKS, price
 from lorascope.insight.reader import LARGEST_ROWS, read
+from lorascope.insight.receipt_origin import origin_of
 from lorascope.insight.update_parts import ScaledUpdates, group_parts
 from lorascope.observe.measured_rows import TaskLoss
 from lorascope.runs.lora_config import next_lora_keywords
@@ -51,7 +63,6 @@ BUDGET = 120.0
 _PRICE_ROWS = (160, 320, 640, 1280)
 _TIMED_ROWS = 64
 _CARDS = 3
-_TOLERANCE = 1e-6  # of a repeated number
 _FEWEST_PRICE_ROWS = 128  # 16 blocks of 8 rows
 
 
@@ -128,66 +139,17 @@ def advise(
         raise ValueError(f"budget must be > 0 CPU seconds, got {budget:g}")
     if retrain and model is None:
         raise ValueError("retrain requires a model and a task")
-    adviser = _Adviser(run, model, task, keep, rows, keep_rows, state, progress)
+    adviser = Adviser(run, model, task, keep, rows, keep_rows, state, progress)
     if model is not None:
         adviser.measure(adviser.choose(budget, reads), retrain)
     else:
         for name in ("dial", "price"):
             adviser.skip(name, "requires the base model and the task", adviser.subject.command(name))
-    return adviser.give({"budget": budget, "retrain": retrain, "rows": rows, "keep_rows": keep_rows})
+    call = {"budget": budget, "retrain": retrain, "reads": reads, "rows": rows, "keep_rows": keep_rows}
+    return adviser.give(call)
 
 
-def repeat(document: Mapping[str, Any], run: Result) -> list[str]:
-    """Measure an advice again, and return one line per number that differs by more than 1e-6.
-
-    Parameters
-    ----------
-    document : mapping
-        The JSON form of an advice.
-    run : Run, Adapter or Series
-        Its run.
-
-    Raises
-    ------
-    ValueError
-        The run is another one, or its model and task were passed as objects.
-    """
-    # Seconds and texts may differ, numbers may not.
-    receipt = document["receipt"]
-    call = receipt["call"]
-    model, task, keep = (call[name] or None for name in ("model", "task", "keep"))
-    adviser = _Adviser(run, model, task, keep, call["rows"], call["keep_rows"], call["state"], progress=False)
-    # For a series, the last checkpoint is measured.
-    if receipt["run"] != adviser.run.id:
-        raise ValueError(f"the receipt is of run {receipt['run']}, got {adviser.run.id}")
-    with measured_again():
-        adviser.measure(Plan(**call["plan"]), call["retrain"])
-    repeated = adviser.give({}).to_json()
-    lines = []
-    for section in ("facts", "actions"):
-        before, after = document[section], repeated[section]
-        if [item.get("name", item.get("verdict")) for item in before] != [
-            item.get("name", item.get("verdict")) for item in after
-        ]:
-            lines.append(f"{section}: other entries than before")
-            continue
-        for old, new in zip(before, after, strict=True):
-            lines += _differences(old, new)
-    return lines
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    title = old.get("name") or old["change"]
-    lines = []
-    for name, value in old.items():
-        if name in ("text", "change", "command", "weight") or isinstance(value, str):
-            continue
-        if (value is None) != (new[name] is None) or (value is not None and abs(value - new[name]) > _TOLERANCE):
-            lines.append(f"{title}: {name} kept {value}, measured {new[name]}")
-    return lines
-
-
-class _Adviser:
+class Adviser:
     """Collects what the instruments say about one run."""
 
     def __init__(
@@ -202,14 +164,17 @@ class _Adviser:
         progress: bool,
     ) -> None:
         self.began = time.process_time()
-        self.run = run.last if isinstance(run, Series) else run
+        self.source, self.run = run, run
+        if isinstance(run, Series):
+            self.run = run.last
         self.model, self.task, self.keep = model, task, keep
         self.rows, self.keep_rows, self.state, self.progress = rows, keep_rows, state, progress
         names = [str(getattr(text, "name", text) or "") for text in (task, keep)]
         self.subject = Subject(str(run.path or run.id), str(model or "NAME"), names[0] or "NAME", names[1])
+        self.subject = self.subject._replace(state=state)
         self.plan = Plan()
         self.facts: list[Fact] = []
-        self.actions: list[advice.Action] = []
+        self.actions: list[Action] = []
         self.questions: list[OpenQuestion] = []
         self.skipped: list[SkippedMeasurement] = []
         self.receipts: dict[str, str] = {}
@@ -220,11 +185,21 @@ class _Adviser:
         """Note a measurement that is not made."""
         self.skipped.append(SkippedMeasurement(name, reason, command))
 
+    def _note(self, facts: Iterable[Fact], command: str) -> None:
+        """Note facts with the command that measures them again."""
+        self.facts += [fact._replace(command=command) for fact in facts]
+
+    def _command(self, verb: str, *options: str) -> str:
+        """Return a command that reads the files of the run; "" if it has none."""
+        if self.run.path is None:
+            return ""
+        return shlex.join(["lorascope", *verb.split(), str(self.run.path), *options])
+
     def _read_files(self, run: Result) -> None:
         """Note what the files say: faults, ranks that hold the energy, and turning points of a series."""
         findings = diagnose(self.run)
-        self.facts += [Fact(WRONG, finding.cause, finding.message) for finding in findings]
-        self.actions += advice.actions_of_findings([(finding.cause, finding.fix) for finding in findings])
+        self._note([Fact(WRONG, finding.cause, finding.message) for finding in findings], self._command("doctor"))
+        self.actions += advice_rules.actions_of_findings([(finding.cause, finding.fix) for finding in findings])
         inspection = inspect(self.run)
         (_, kind), *facts = inspection.facts
         self.description = "; ".join([kind, *dict(facts).values()])
@@ -232,11 +207,12 @@ class _Adviser:
         adapted = modules[modules["rank"].notna() & modules["energy_rank"].notna()]
         if len(adapted):
             used, total = int(adapted["energy_rank"].sum()), int(adapted["rank"].sum())
-            self.facts.append(Fact(LEARNED, "energy", f"{used} of {total} components hold 90% of the energy", used))
+            text = f"{used} of {total} components hold 90% of the energy"
+            self._note([Fact(LEARNED, "energy", text, used)], self._command("inspect"))
         if isinstance(run, Series) and len(run.update_steps()) >= FEWEST_CHECKPOINTS:
             turned = find_turns(run)
             text = "; ".join(turned.describe())
-            self.facts.append(Fact(LEARNED, "turns", text, int(turned.summary()["turn"].sum())))
+            self._note([Fact(LEARNED, "turns", text, len(turned.summary()))], turned.receipt.command)
         self._read_course()
 
     def _read_course(self) -> None:
@@ -250,7 +226,8 @@ class _Adviser:
             text = (
                 f"step {kept['step']:.0f} is {kept['distance']:.3g} from the base, the last step {last['distance']:.3g}"
             )
-            self.facts.append(Fact(COSTS, "step to keep", text, float(kept["step"])))
+            fact = Fact(COSTS, "step to keep", text, float(kept["step"]))
+            self._note([fact], self._command("plot kl", "-o", "kl.csv"))
 
     # What fits is decided before anything is measured, so that a receipt can repeat it at any speed of the machine.
     def choose(self, budget: float, reads: bool) -> Plan:
@@ -340,7 +317,10 @@ class _Adviser:
         seconds = timed.per_row(price_passes(3 * len(self._cut_ranks()), shared))
         price_cost = MeasurementCost(opening, seconds, price_rows[-1] if price_rows else 0, _FEWEST_PRICE_ROWS)
         rows = min(LARGEST_ROWS, available)
-        return _Costs(dials, price_cost, price_rows, MeasurementCost(opening, timed.forward * READING, rows, rows))
+        train_rows = int((self.loaded_task.table["split"] == "train").sum())
+        selection = min(LARGEST_ROWS, train_rows) / rows
+        seconds = timed.per_row(reading_passes(_CARDS, selection))
+        return _Costs(dials, price_cost, price_rows, MeasurementCost(opening, seconds, rows, rows))
 
     @cached_property
     def loaded_task(self) -> Task:
@@ -401,9 +381,9 @@ class _Adviser:
         except ValueError as error:  # the model fits, so its texts do not
             self.skip("dial", str(error))
             return
-        self.facts += advice.facts_of_dial(dialed)
-        self.actions += advice.actions_of_dial(dialed, self.subject)
-        self.questions += advice.questions_of_dial(dialed, self.subject)
+        self._note(advice_rules.facts_of_dial(dialed), dialed.receipt.command)
+        self.actions += advice_rules.actions_of_dial(dialed, self.subject)
+        self.questions += advice_rules.questions_of_dial(dialed, self.subject)
         self.receipts |= dialed.receipt.rows
 
     def _price(self, rows: int, retrain: int) -> None:
@@ -425,17 +405,17 @@ class _Adviser:
                 self._configure(priced, target)
             except ValueError as error:  # the cuts of such a run are measured all the same
                 self.skip("retraining", str(error))
-        self.facts += advice.facts_of_price(priced)
-        self.actions += advice.actions_of_price(priced, self.subject)
-        self.questions += advice.questions_of_price(priced, self.subject)
-        self.questions += advice.find_contradictions(self.actions, priced)
+        self._note(advice_rules.facts_of_price(priced), priced.receipt.command)
+        self.actions += advice_rules.actions_of_price(priced, self.subject)
+        self.questions += advice_rules.questions_of_price(priced, self.subject)
+        self.questions += advice_rules.find_contradictions(self.actions, priced)
         self.receipts["rank"] = priced.receipt.rows["task"]
 
     def _configure(self, priced: Price, rank: int) -> None:
         """Set the configuration of the next training, if it was retrained and is as good as the present rank."""
         if priced.verdict != "enough":
             return
-        row = advice.smallest_enough(priced)
+        row = advice_rules.smallest_enough(priced)
         # Ranks that differ between modules are harder to serve, so they must be shown to be better.
         ranks = dict.fromkeys(priced.sigma, rank)
         placement = priced.placement(rank)
@@ -453,27 +433,28 @@ class _Adviser:
             return
         for card in reading.cards:
             text = f"{card.title}: {', '.join(card.used) or 'no word above random components'}"
-            self.facts.append(Fact(LEARNED, "words", text, *card.total[:3], "nats"))
+            self._note([Fact(LEARNED, "words", text, *card.total[:3], "nats")], reading.receipt.command)
 
     def give(self, call: Mapping[str, Any]) -> Advice:
         """Return the advice with everything that was noted."""
         names = {name: str(getattr(value, "name", value) or "") for name, value in self._texts().items()}
-        origin = {}
+        task = None
         if self.model is not None:
-            origin = origin_of("advise", self.run, str(self.model), self.loaded_task, keep=names["keep"])
+            task = self.loaded_task
+        options = {"read" if name == "reads" else name: value or None for name, value in call.items()}
         receipt = Receipt(
             run=self.run.id,
             base=str(self.model or ""),
             rows=self.receipts,
             call={"path": self.subject.path, **names, "state": self.state, "plan": self.plan._asdict(), **call},
-            **origin,
+            **origin_of("advise", self.source, str(self.model or ""), task, self.keep, **options, state=self.state),
             seconds=time.process_time() - self.began,
         )
         return Advice(
             label=self.run.label,
             description=self.description,
             facts=tuple(self.facts),
-            actions=advice.order_actions(self.actions),
+            actions=order_actions(self.actions),
             undecided=tuple(self.questions),
             skipped=tuple(self.skipped),
             config=self.config,

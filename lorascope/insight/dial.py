@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lorascope.adapters.activation_patching import Move
+from lorascope.adapters.activation_patching import JointMove, Move
 from lorascope.adapters.delta import attach
 from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.analysis.dial import (
@@ -45,9 +45,10 @@ from lorascope.array_types import Float
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import encode_rows, load_keep, require_disjoint
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.instrument_costs import NODES, announce, dial_passes, time_passes
 from lorascope.insight.measured_results import recall
+from lorascope.insight.receipt_origin import origin_of
 from lorascope.insight.update_parts import (
     KINDS,
     PartsOfUpdate,
@@ -213,18 +214,20 @@ def _turn(run: Result, texts: _Texts, call: DialCall, progress: bool) -> Dial:
         run=run.id,
         base=call.model,
         rows={TASK: measures[TASK].receipt, KEEP: measures[KEEP].receipt},
-        call={"by": by, "scales": [*scales], "exact": call.exact, "state": call.state},
+        call={"by": by, "scales": [*scales], "exact": call.exact, "margin": call.margin, "state": call.state},
         **origin_of(
             "dial",
             run,
             call.model,
             adapted.task,
-            keep=call.keep,
+            texts.keep if call.keep else None,
             by=by,
             rows=texts.rows,
             keep_rows=texts.keep_rows,
             scales=scales,
             exact=call.exact,
+            margin=call.margin,
+            state=call.state,
         ),
         seconds=time.process_time() - began,
     )
@@ -304,6 +307,14 @@ def _to_row_values(
     return [RowValues(part, scale, axis, column) for axis, column in zip(axes, columns, strict=True)]
 
 
+def _is_replayed(part: UpdatePart) -> bool:
+    """Return whether anything can be replayed for a part: a module, or the modules of one layer.
+
+    A role has a module in the first block, and almost nothing precedes it.
+    """
+    return len(part.modules) == 1 or part.layer is not None
+
+
 def _is_finite(measured: Sequence[RowValues]) -> bool:
     return all(np.isfinite(item.values).all() for item in measured)
 
@@ -341,9 +352,9 @@ class DialedModel:
     def curves(self, parts: Sequence[UpdatePart], scales: Sequence[float]) -> list[RowValues]:
         """Measure each part at several scales; see ``curve``."""
         values: list[RowValues] = []
-        replayed = self._replayed([part for part in parts if len(part.modules) == 1], scales)
+        replayed = self._replayed([part for part in parts if _is_replayed(part)], scales)
         for part in parts:
-            if len(part.modules) > 1:
+            if not _is_replayed(part):
                 values += self.curve(part, scales)
                 continue
             for scale in scales:
@@ -357,9 +368,9 @@ class DialedModel:
         """Measure the model without each part."""
         values: list[RowValues] = []
         for part in parts:
-            if len(part.modules) > 1:  # nothing can be replayed for a change in several places
+            if not _is_replayed(part):
                 values += self._scaled(part, 0.0)
-        replayed = self._replayed([part for part in parts if len(part.modules) == 1], [0.0])
+        replayed = self._replayed([part for part in parts if _is_replayed(part)], [0.0])
         for measured in replayed.values():
             values += measured
         return values
@@ -367,12 +378,12 @@ class DialedModel:
     def _replayed(
         self, parts: Sequence[UpdatePart], scales: Sequence[float]
     ) -> dict[tuple[str, float], list[RowValues]]:
-        """Measure parts of single modules at each scale; what precedes a module is computed once."""
-        moves: dict[str, list[Move]] = {}
+        """Measure parts of single blocks at each scale; what precedes a part is computed once."""
+        moves: dict[str, list[Move | JointMove]] = {}
         keys: dict[str, list[tuple[str, float]]] = {}
         values: dict[tuple[str, float], list[RowValues]] = {}
         for part in parts:
-            (module,) = part.modules
+            module = part.modules[0]
             for scale in scales:
                 moves.setdefault(module, []).append(self.updates.rescaling(part, scale))
                 keys.setdefault(module, []).append((part.name, scale))

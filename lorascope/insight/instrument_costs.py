@@ -15,11 +15,9 @@ from lorascope.insight.update_parts import ScaledUpdates
 from lorascope.observe.measured_rows import RowMeasure
 
 NODES = 5  # of the quadrature of path shares; with 5, shares of a planted decoder missed its learn by 2e-5 of it
-READING = 15
-"""Passes of the reader: contributions of all components, then of random ones."""
 _SCALES = 6
 _CURVES = 2  # one in two parts usually gets a curve: 14 of 36 modules of MiniLM, 17 of 28 of the planted student
-_REPLAYED = 0.6  # of a pass: parts of one module are replayed from its block on
+_REPLAYED = 0.6  # of a pass: parts of one block are replayed from it on
 _LONG = 10.0  # CPU seconds of a measurement that is announced
 
 
@@ -105,11 +103,28 @@ def dial_passes(by: str, parts: int) -> Passes:
     """Return how many passes over task and keep rows a dial takes; a probe shares the pass over the rows to keep."""
     if by == WHOLE:
         return Passes(_SCALES + 1, 0)
-    # Groups change several modules, from which nothing can be replayed.
-    share = 1.0 if by in ("layer", "role") else _REPLAYED
+    # Roles have a module in the first block, so that nothing precedes them.
+    share = 1.0 if by == "role" else _REPLAYED
     # Without the part and as trained, a curve has its values already.
     scaled = math.ceil(parts / _CURVES) * (_SCALES - 2)
     return Passes(_SCALES + 1 + share * (parts + scaled), NODES + 1)
+
+
+def reading_passes(components: int, selection: float) -> Passes:
+    """Return how many passes over its rows a reading takes.
+
+    Parameters
+    ----------
+    components : int
+        Number of components to read.
+    selection : float
+        Rows that order the components, as a fraction of those that are read.
+    """
+    # Margins of the base and of the adapted model. What components write needs a pass with stored outputs, another one
+    # inside the blocks, and one without each component.
+    forward = 4 + _REPLAYED * components
+    # Contributions of all components on the selection rows, and of random ones on the rows that are read.
+    return Passes(forward, 1 + selection)
 
 
 def price_passes(cuts: int, shared: float) -> Passes:

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from lorascope.adapters.activation_patching import Batch
 from lorascope.adapters.delta import attach, detach
 from lorascope.adapters.hidden_states import evaluation_mode
-from lorascope.analysis.dial import even_share
 from lorascope.analysis.gradient_signal import ModuleSignal, count_directions, signal_p, smallest_signal, total_inside
+from lorascope.analysis.part_verdicts import even_share
 from lorascope.analysis.rank_prices import (
     RUNS,
     CutPrice,
@@ -37,11 +37,12 @@ from lorascope.analysis.track_record import RECORD, add_entries, read_residuals
 from lorascope.array_types import Float
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import TextRows, encode_rows
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.cut_updates import component_shares, cut_updates
 from lorascope.insight.instrument_costs import announce, price_passes, time_passes
 from lorascope.insight.measured_results import recall
 from lorascope.insight.missing_directions import CONTROL, REAL, find_signals
+from lorascope.insight.receipt_origin import origin_of
 from lorascope.insight.retraining import (
     RetrainedSpec,
     describe_cost,
@@ -205,10 +206,21 @@ def _measure_price(
             "retrain": retrain,
             "budgets": [*budgets],
             "placed": call.placed,
+            "tolerance": call.tolerance,
             "state": call.state,
         },
         **origin_of(
-            "price", run, call.model, adapted.task, ranks=ranks, rows=call.rows, retrain=retrain, placed=call.placed
+            "price",
+            run,
+            call.model,
+            adapted.task,
+            ranks=ranks,
+            rows=call.rows,
+            retrain=retrain or None,
+            budgets=budgets,
+            placed=call.placed,
+            tolerance=call.tolerance,
+            state=call.state,
         ),
         seconds=time.process_time() - began,
     )

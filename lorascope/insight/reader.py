@@ -38,13 +38,13 @@ from lorascope.array_types import Bool, Float, Int
 from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.text_rows import TextRows, encode_rows
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
-from lorascope.insight.instrument_costs import READING, announce
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted
+from lorascope.insight.instrument_costs import announce, reading_passes, time_passes
 from lorascope.insight.measured_results import recall
+from lorascope.insight.receipt_origin import origin_of
 from lorascope.insight.token_contributions import MARKS, Margin, TracedCall, contribute, model_inputs, traced_calls
 from lorascope.insight.token_words import TokenWords, find_words
 from lorascope.insight.update_parts import PartDirections, ScaledUpdates, to_directions
-from lorascope.observe.measured_rows import BATCH
 from lorascope.runs.receipt import Receipt
 from lorascope.runs.result import Result
 from lorascope.training.settings import Settings
@@ -117,10 +117,11 @@ def _read(run: Result, model: str, adapted: AdaptedBase, top: int, state: str, p
     with evaluation_mode(adapted.base), tqdm(desc="read", unit="pass", disable=not progress, leave=False) as bar:
         margin = Margin(adapted.base, *measured)
         # What the base predicts is measured before its adapter is attached.
-        started = time.process_time()
         base_margins = margin.values()
-        announce("read", (time.process_time() - started) * READING, progress)
         attach(adapted.base, adapted.deltas)
+        timed = time_passes(margin, ScaledUpdates(adapted.base, adapted.deltas, {}))
+        rows = len(measured.table)
+        announce("read", rows * timed.per_row(reading_passes(top, len(selection.table) / rows)), progress)
         occurrences = _count_occurrences(words, margin, margin.values() - base_margins)
         if not occurrences.testable().any():
             raise ValueError(
@@ -141,7 +142,7 @@ def _read(run: Result, model: str, adapted: AdaptedBase, top: int, state: str, p
         base=model,
         rows={"selection": Margin(adapted.base, *selection).receipt, "reading": margin.receipt},
         call={"top": top, "draws": DRAWS, "state": state},
-        **origin_of("read", run, model, adapted.task, top=top),
+        **origin_of("read", run, model, adapted.task, top=top, state=state),
         seconds=time.process_time() - began,
     )
     return reading_of_components(run.label, components, written, reader.inputs, receipt)
@@ -315,7 +316,7 @@ class ComponentReader:
     def _batches(self) -> Iterator[tuple[Batch, Tensor, Int[np.ndarray, "token"]]]:
         """Yield every batch, the mask of its tokens (rows, tokens), and their numbers."""
         for index, batch in enumerate(self.margin.batches):
-            rows = self.margin.order[index * BATCH : (index + 1) * BATCH]
+            rows = self.margin.batched_rows[index]
             mask = batch["attention_mask"].bool()
             positions = self.starts[rows][:, None] + np.arange(mask.shape[1])
             yield batch, mask, positions[mask.numpy()]

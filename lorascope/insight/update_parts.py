@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorascope.adapters.activation_patching import Move, replaced_forwards
+from lorascope.adapters.activation_patching import JointMove, Move, replaced_forwards
 from lorascope.adapters.delta import Delta, base_output
 from lorascope.adapters.host_weights import host_weight, to_array
 from lorascope.analysis.dial import WHOLE
@@ -277,10 +277,15 @@ class ScaledUpdates:
         with replaced_forwards(forwards):
             yield gates
 
-    def rescaling(self, part: UpdatePart, scale: float) -> Move:
-        """Return the move of a module's output that gives a part of this module another scale."""
-        (name,) = part.modules
-        return self._rescaling(part, name, scale)
+    def rescaling(self, part: UpdatePart, scale: float) -> Move | JointMove:
+        """Return the move of the outputs of a part's modules that gives the part another scale."""
+        if len(part.modules) == 1:
+            return self._rescaling(part, part.modules[0], scale)
+        outputs = {}
+        for name in part.modules:
+            host = self.model.get_submodule(name)
+            outputs[name] = partial(_scaled_output, host, host.forward, scale)
+        return JointMove(outputs)
 
     def _rescaling(self, part: UpdatePart, name: str, scale: float) -> Move:
         if part.direction is None:
@@ -296,12 +301,13 @@ def _rescaled_output(forward: Callable[[Tensor], Tensor], rescale: Move, x: Tens
 
 
 def _scaled_output(host: Any, forward: Callable[[Tensor], Tensor], scale: float, x: Tensor) -> Tensor:
-    # Neither end needs the product of the other.
+    # Neither end needs the product of the other, and at 1 the adapter rounds as in the run.
     if scale == 0:
         return base_output(host, x)
     if scale == 1:
         return forward(x)
-    return _move_module(host, scale, x, forward(x))
+    base = base_output(host, x)
+    return (base + scale * host.delta(x)).to(base.dtype)
 
 
 def _gated_output(host: Any, scale: float, directions: PartDirections | None, gate: Tensor, x: Tensor) -> Tensor:
@@ -313,8 +319,10 @@ def _gated_output(host: Any, scale: float, directions: PartDirections | None, ga
 
 
 def _move_module(host: Any, scale: float, x: Tensor, y: Tensor) -> Tensor:
-    # lerp returns its ends exactly.
-    return torch.lerp(base_output(host, x), y, scale)
+    # Subtracting the whole update would leave its rounding error.
+    if scale == 0:
+        return base_output(host, x)
+    return (y + (scale - 1) * host.delta(x)).to(y.dtype)
 
 
 def slopes_of(parts: Sequence[UpdatePart], gradients: Mapping[str, Tensor]) -> Float[np.ndarray, "part"]:

@@ -20,7 +20,8 @@ from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding
 def update_too_strong(case: Case) -> Findings:
     """Find updates with a better scale than 1, by the dial in the folder of a run."""
     # These take longer to import than most folders to diagnose, which have no dial.
-    from lorascope.analysis.dial import WHOLE, even_share
+    from lorascope.analysis.dial import WHOLE
+    from lorascope.analysis.part_verdicts import even_share
 
     dial = case.stored_dial
     assert dial is not None  # by the need of the rule

@@ -103,6 +103,10 @@ class LoRA(AdapterMethod, name="lora"):
         self._generator = None if self.init_seed is None else torch.Generator().manual_seed(self.init_seed)
         super().attach(model)
 
+    def named_targets(self) -> tuple[str, ...]:
+        """Return the targets, or the modules with a rank in the mapping."""
+        return tuple(self.rank) if isinstance(self.rank, Mapping) else super().named_targets()
+
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the modules to adapt: the targets, or those with a rank in the mapping."""
         if not isinstance(self.rank, Mapping):

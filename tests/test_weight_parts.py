@@ -1,0 +1,295 @@
+"""Tests of adapters on parts of fused weights, against models whose matrices are split by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import inputs, tiny
+from torch import nn
+
+from lorascope.adapters.delta import attach, attached_deltas, deltas, detach, effective_weight, fold
+from lorascope.adapters.weight_parts import find_host
+from lorascope.methods import LoRA
+from lorascope.methods.lora import LoRADelta
+from lorascope.schema import module_table
+
+# Family -> name of the fused matrix, and the rows of q, k and v in it, written by hand. Width 32 has 4 heads of 8.
+# Phi-3 has 2 heads of keys and values; GPT-NeoX stores q, k and v of one head next to each other.
+FUSED: dict[str, tuple[str, dict[str, list[int]]]] = {
+    "gpt2": ("attn.c_attn", {"q": [*range(32)], "k": [*range(32, 64)], "v": [*range(64, 96)]}),
+    "phi3": ("self_attn.qkv_proj", {"q": [*range(32)], "k": [*range(32, 48)], "v": [*range(48, 64)]}),
+    "gpt-neox": (
+        "attention.query_key_value",
+        {
+            "q": [24 * head + i for head in range(4) for i in range(8)],
+            "k": [24 * head + i for head in range(4) for i in range(8, 16)],
+            "v": [24 * head + i for head in range(4) for i in range(16, 24)],
+        },
+    ),
+}
+BLOCKS = {"gpt2": "transformer.h", "phi3": "model.layers", "gpt-neox": "gpt_neox.layers"}
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+class Separate(nn.Module):
+    """Three linear layers, and their outputs in the order of a fused matrix."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: dict[str, list[int]]) -> None:
+        super().__init__()
+        order = [*rows["q"], *rows["k"], *rows["v"]]
+        self.order = torch.tensor(order).argsort()
+        for role, indices in rows.items():
+            layer = nn.Linear(weight.shape[1], len(indices), bias is not None, dtype=weight.dtype)
+            with torch.no_grad():
+                layer.weight.copy_(weight[indices])
+                if bias is not None:
+                    layer.bias.copy_(bias[indices])
+            setattr(self, role, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)[..., self.order]
+
+
+def names(family: str) -> list[str]:
+    """Return the names of the fused matrices."""
+    return [f"{BLOCKS[family]}.{layer}.{FUSED[family][0]}" for layer in range(2)]
+
+
+def matrix(host: Any) -> torch.Tensor:
+    """Return the weight of a fused matrix as (out, in)."""
+    return host.weight.T if type(host).__name__.endswith("Conv1D") else host.weight
+
+
+def split_by_hand(family: str) -> nn.Module:
+    """Return the tiny model in float64 with three linear layers instead of every fused matrix."""
+    model = tiny(family).double()
+    for name in names(family):
+        host = model.get_submodule(name)
+        parent, _, leaf = name.rpartition(".")
+        separate = Separate(matrix(host), host.bias, FUSED[family][1])
+        setattr(model.get_submodule(parent), leaf, separate)
+    return model
+
+
+def twin_name(name: str) -> str:
+    """Return the name in the split model of a part: ``c_attn[q]`` is ``c_attn.q``."""
+    return name.replace("[", ".").replace("]", "")
+
+
+def pair(family: str, roles: str = "qv") -> tuple[nn.Module, nn.Module]:
+    """Return a model with LoRA on parts, and a split model with the same factors on its linear layers."""
+    whole, split = tiny(family).double(), split_by_hand(family)
+    generator = torch.Generator().manual_seed(0)
+    ours, twins = {}, {}
+    for name in names(family):
+        for role in roles:
+            part = f"{name}[{role}]"
+            delta = LoRADelta(find_host(whole, part), 3, 0.5)
+            with torch.no_grad():
+                delta.A.copy_(torch.randn(delta.A.shape, generator=generator) / 4)
+                delta.B.copy_(torch.randn(delta.B.shape, generator=generator) / 4)
+            ours[part], twins[twin_name(part)] = delta, copy.deepcopy(delta)
+    attach(whole, ours)
+    attach(split, twins)
+    for model in (whole, split):
+        model.requires_grad_(False)
+        for delta in attached_deltas(model).values():
+            delta.requires_grad_(True)
+    return whole, split
+
+
+def loss_of(model: nn.Module, seed: int = 0) -> torch.Tensor:
+    batch = inputs(model, seed=seed)
+    return model(**batch, labels=batch["input_ids"]).loss
+
+
+def factors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {twin_name(name): value for name, value in model.named_parameters() if ".delta." in name}
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_parts_equal_separate_layers_in_outputs_gradients_and_steps(family: str) -> None:
+    whole, split = pair(family)
+    base = tiny(family).double()
+    assert not torch.allclose(whole(**inputs(whole)).logits, base(**inputs(base)).logits, rtol=1e-4)
+    torch.testing.assert_close(whole(**inputs(whole)).logits, split(**inputs(split)).logits, **TOLERANCE)
+    optimizers = [torch.optim.AdamW(factors(model).values(), lr=1e-2) for model in (whole, split)]
+    for step in range(5):
+        losses = []
+        for model, optimizer in zip((whole, split), optimizers, strict=True):
+            optimizer.zero_grad()
+            losses.append(loss_of(model, step))
+            losses[-1].backward()
+        ours, twins = factors(whole), factors(split)
+        assert ours.keys() == twins.keys()
+        assert len(ours) == 8
+        for name, factor in ours.items():
+            assert factor.grad.abs().max() > 0
+            torch.testing.assert_close(factor.grad, twins[name].grad, **TOLERANCE)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert math.isclose(*(loss.item() for loss in losses), rel_tol=1e-10)
+    for name, factor in factors(whole).items():
+        torch.testing.assert_close(factor, factors(split)[name], **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_merged_parts_leave_the_other_rows_unchanged_bit_for_bit(family: str) -> None:
+    whole, split = pair(family)
+    before = {name: matrix(whole.get_submodule(name)).clone() for name in names(family)}
+    outputs = whole(**inputs(whole)).logits
+    fold(whole)
+    fold(split)
+    assert not attached_deltas(whole)
+    assert [name for name, _ in whole.named_modules() if "[" in name] == []
+    rows = FUSED[family][1]
+    for name in names(family):
+        merged = matrix(whole.get_submodule(name))
+        assert torch.equal(merged[rows["k"]], before[name][rows["k"]])
+        for role in "qv":
+            assert not torch.equal(merged[rows[role]], before[name][rows[role]])
+            twin = split.get_submodule(f"{name}.{role}").weight
+            torch.testing.assert_close(merged[rows[role]], twin, **TOLERANCE)
+    torch.testing.assert_close(whole(**inputs(whole)).logits, outputs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_detached_model_is_the_base_and_attaches_again(family: str) -> None:
+    whole, _ = pair(family)
+    base, adapted = tiny(family).double(), whole(**inputs(whole)).logits
+    classes = {name: type(module) for name, module in base.named_modules()}
+    removed = detach(whole)
+    assert {name: type(module) for name, module in whole.named_modules()} == classes
+    assert torch.equal(whole(**inputs(whole)).logits, base(**inputs(base)).logits)
+    attach(whole, removed)
+    assert torch.equal(whole(**inputs(whole)).logits, adapted)
+    twin = copy.deepcopy(whole)
+    with torch.no_grad():
+        for delta in attached_deltas(whole).values():
+            delta.B.zero_()
+    assert torch.equal(twin(**inputs(twin)).logits, adapted)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_updates_and_weights_of_parts_and_of_the_whole(family: str) -> None:
+    whole, _ = pair(family)
+    fused, rows = names(family)[0], FUSED[family][1]
+    updates = dict(deltas(whole))
+    assert list(updates) == [f"{name}[{role}]" for name in names(family) for role in "qv"]
+    base = matrix(tiny(family).double().get_submodule(fused))
+    for role in "qv":
+        expected = base[rows[role]] + torch.from_numpy(updates[f"{fused}[{role}]"].dense())
+        torch.testing.assert_close(effective_weight(whole, f"{fused}[{role}]"), expected, **TOLERANCE)
+        torch.testing.assert_close(effective_weight(whole, fused)[rows[role]], expected, **TOLERANCE)
+    assert torch.equal(effective_weight(whole, fused)[rows["k"]], base[rows["k"]])
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_order_of_the_rows_equals_the_order_in_the_attention(family: str) -> None:
+    """A change of q at the first token moves no later output of the attention, one of k and v does.
+
+    Without values, the attention has only the bias of its output.
+    """
+    rows = FUSED[family][1]
+    name = names(family)[0]
+
+    def attention_output(role: str, change: float | None) -> torch.Tensor:
+        model, outputs = tiny(family), []
+        attention = model.get_submodule(name.rpartition(".")[0])
+
+        def edit(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+            output = output.clone()
+            if change is None:
+                output[..., rows[role]] = 0
+            else:
+                output[:, 0, rows[role]] += change * torch.arange(len(rows[role])).cos()
+            return output
+
+        model.get_submodule(name).register_forward_hook(edit)
+        attention.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
+        with torch.no_grad():
+            model(**inputs(model))
+        return outputs[0]
+
+    unchanged = attention_output("q", 0.0)
+    assert torch.equal(attention_output("q", 1.0)[:, 1:], unchanged[:, 1:])
+    for role in "kv":
+        assert not torch.allclose(attention_output(role, 1.0)[:, 1:], unchanged[:, 1:], atol=1e-4)
+    no_values = attention_output("v", None)
+    torch.testing.assert_close(no_values, no_values[:1, :1].expand_as(no_values))
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_targets_select_parts_in_the_order_of_the_model(family: str) -> None:
+    model = tiny(family)
+    method = LoRA(rank=2, targets=("v", "q"))
+    method.attach(model)
+    expected = [f"{name}[{role}]" for name in names(family) for role in "qv"]
+    assert list(attached_deltas(model)) == expected
+    table = module_table.describe(model).set_index("module")
+    assert table.loc[expected, "role"].tolist() == ["q", "v"] * 2
+    rows = FUSED[family][1]
+    assert table.loc[expected, "out_features"].tolist() == [len(rows["q"]), len(rows["v"])] * 2
+    assert table.loc[expected, "in_features"].tolist() == [32] * 4
+    assert table.loc[expected, "layer"].tolist() == [0, 0, 1, 1]
+    plain = module_table.describe(tiny(family))
+    assert module_table.describe(model)["module"].tolist() != plain["module"].tolist()
+    detach(model)
+    assert module_table.describe(model).equals(plain)
+
+
+@pytest.mark.parametrize("targets", ["qkv", ("qkv",), "all-linear"])
+def test_whole_matrices_are_still_targets(targets: Any) -> None:
+    model = tiny("gpt2")
+    LoRA(rank=2, targets=targets).attach(model)
+    assert {name for name in attached_deltas(model) if "c_attn" in name} == set(names("gpt2"))
+
+
+def test_names_of_parts_are_targets() -> None:
+    model = tiny("phi3")
+    one = "model.layers.1.self_attn.qkv_proj[k]"
+    LoRA(rank=2, targets=(one,)).attach(model)
+    assert list(attached_deltas(model)) == [one]
+    model = tiny("phi3")
+    LoRA(rank={one: 3, "model.layers.0.self_attn.o_proj": 1}).attach(model)
+    assert {name: delta.rank for name, delta in attached_deltas(model).items()} == {
+        "model.layers.0.self_attn.o_proj": 1,
+        one: 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "targets", "message"),
+    [
+        (
+            "gpt2",
+            {"n_head": 2, "head_dim": 20},
+            ("q",),
+            r"cannot split '.*c_attn' into q, k, v: its 96 rows do not fit",
+        ),
+        ("gpt2", {}, ("q", "qkv"), r"cannot adapt both '.*c_attn' and its part '.*c_attn\[q\]'"),
+        ("gpt2", {}, ("transformer.h.0.attn.c_attn[o]",), r"matches no module"),
+        ("gpt2", {"model_type": "unheard"}, ("q",), r"cannot split '.*c_attn' .*got 'unheard'.* \"qkv\""),
+    ],
+)
+def test_parts_that_cannot_be_adapted_are_one_line(
+    family: str, config: dict[str, Any], targets: Any, message: str
+) -> None:
+    model = tiny(family)
+    for name, value in config.items():
+        if name == "model_type":
+            type(model.config).model_type, before = value, type(model.config).model_type
+        else:
+            setattr(model.config, name, value)
+    try:
+        with pytest.raises(ValueError, match=message) as caught:
+            LoRA(targets=targets).attach(model)
+    finally:
+        if "model_type" in config:
+            type(model.config).model_type = before
+    assert "\n" not in str(caught.value)
+    assert not attached_deltas(model)

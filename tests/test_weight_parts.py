@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import families
+import numpy as np
 import pytest
 import torch
+from examples import EXAMPLES
 from tiny import inputs, tiny
 from torch import nn
 
+import lorascope as ls
+from lorascope import observe
 from lorascope.adapters.delta import attach, attached_deltas, deltas, detach, effective_weight, fold
 from lorascope.adapters.weight_parts import find_host
+from lorascope.inputs import models
 from lorascope.methods import LoRA
 from lorascope.methods.lora import LoRADelta
+from lorascope.methods.method import AdapterMethod
 from lorascope.schema import module_table
 
 # Family -> name of the fused matrix, and the rows of q, k and v in it, written by hand. Width 32 has 4 heads of 8.
@@ -67,11 +77,7 @@ def matrix(host: Any) -> torch.Tensor:
 def split_by_hand(family: str) -> nn.Module:
     """Return the tiny model in float64 with three linear layers instead of every fused matrix."""
     model = tiny(family).double()
-    for name in names(family):
-        host = model.get_submodule(name)
-        parent, _, leaf = name.rpartition(".")
-        separate = Separate(matrix(host), host.bias, FUSED[family][1])
-        setattr(model.get_submodule(parent), leaf, separate)
+    replace_by_separate(model, family)
     return model
 
 
@@ -293,3 +299,109 @@ def test_parts_that_cannot_be_adapted_are_one_line(
             type(model.config).model_type = before
     assert "\n" not in str(caught.value)
     assert not attached_deltas(model)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that gives a task and a new model of a family, loaded from a folder with a tokenizer."""
+    folders: dict[str, str] = {}
+
+    def load(family: str) -> tuple[Any, nn.Module]:
+        if family not in folders:
+            folders[family] = families.folder(tmp_path_factory.mktemp("parts") / family, family)
+        task = families.task_of(family)
+        return task, models.load(folders[family], task=task)
+
+    return load
+
+
+ADAPTERS = sorted(name for name, method in EXAMPLES.items() if isinstance(method, AdapterMethod))
+SHORT = {"steps": 5, "batch_size": 6, "eval_size": 12, "test_size": 8, "eval_every": 0, "progress": False}
+
+
+def replace_by_separate(model: nn.Module, family: str) -> None:
+    for name in names(family):
+        host = model.get_submodule(name)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Separate(matrix(host), host.bias, FUSED[family][1]))
+
+
+def train_pair(
+    loaded: Any, family: str, method: Any, out: Path, **settings: Any
+) -> tuple[ls.Run, ls.Run, nn.Module, nn.Module]:
+    """Train a method on q and v of a fused model and of one with separate layers; return runs and models."""
+    task, whole = loaded(family)
+    _, split = loaded(family)
+    replace_by_separate(split, family)
+    settings = SHORT | {"device": "cpu"} | settings
+    run = ls.train(whole, task, replace(method), out=out / "whole", **settings)
+    twin = ls.train(split, task, replace(method), out=out / "split", **settings)
+    return run, twin, whole, split
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_every_adapter_method_on_parts_equals_separate_layers(
+    method: str, family: str, loaded: Any, tmp_path: Path
+) -> None:
+    targets = replace(EXAMPLES[method], targets=("q", "v"))
+    settings = {"observe": [observe.norms(every=1), observe.gradients(every=1), observe.factors(every=5)]}
+    run, twin, *_ = train_pair(loaded, family, targets, tmp_path, **settings)
+    expected = [f"{name}[{role}]" for name in names(family) for role in "qv"]
+    assert list(run.updates()) == expected
+    assert run.id != twin.id
+    for name, update in run.updates().items():
+        reference = twin.updates()[twin_name(name)].dense()
+        assert abs(reference).max() > 1e-5
+        np.testing.assert_allclose(update.dense(), reference, rtol=1e-3, atol=2e-5)
+    quantities = ["update_norm", "weight_norm", "stable_rank", "effective_rank", "gradient_norm", "loss", "rank"]
+    tables = []
+    for opened in (run, twin):
+        table = opened.table[opened.table["quantity"].isin(quantities)]
+        table = table.assign(module=[twin_name(str(module)) for module in table["module"]])
+        columns = ["quantity", "step", "module", "role", "layer"]
+        tables.append(table.astype(dict.fromkeys(columns, "str")).set_index(columns)["value"].sort_index())
+    # Blocks have the same norms, because the parts of a weight and the separate layers have the same entries.
+    assert tables[0].index.tolist() == tables[1].index.tolist()
+    np.testing.assert_allclose(tables[0], tables[1], rtol=2e-3, atol=1e-5)
+
+
+def test_run_on_parts_loads_continues_and_restores_bit_for_bit(loaded: Any, tmp_path: Path) -> None:
+    task, model = loaded("gpt2")
+    method = LoRA(rank=2, lr=1e-2)
+    settings = SHORT | {"device": "cpu", "keep_checkpoints": (3,)}
+    run = ls.train(model, task, method, out=tmp_path / "run", **settings)
+    opened = ls.load(tmp_path / "run")
+    assert opened.meta.weight_parts == ["q", "v"]
+    assert set(opened.meta.hosts.values()) == {"Conv1D"}
+    _, restored = loaded("gpt2")
+    opened.restore(restored)
+    batch = inputs(model)
+    assert torch.equal(restored(**batch).logits, model.eval()(**batch).logits)
+    _, fresh = loaded("gpt2")
+    assert ls.train(fresh, task, LoRA(rank=2, lr=1e-2), out=tmp_path / "run", **settings).id == run.id
+    assert torch.equal(fresh.eval()(**batch).logits, model(**batch).logits)
+    _, base = loaded("gpt2")
+    forked = ls.fork(opened, step=3, model=base, task=task, progress=False, device="cpu")
+    for name, factors_of_part in run.factors().items():
+        for key, array in factors_of_part.items():
+            np.testing.assert_array_equal(forked.factors()[name][key], array)
+
+
+def test_runs_on_whole_weights_keep_their_ids_and_runs_of_old_versions_restore(loaded: Any, tmp_path: Path) -> None:
+    """A run of an old version adapted the whole weight with the targets q and v, and has no parts in its manifest."""
+    task, model = loaded("gpt2")
+    whole = ls.train(model, task, LoRA(rank=2, targets="qkv", lr=1e-2), out=tmp_path / "whole", **SHORT, device="cpu")
+    assert whole.meta.weight_parts is None
+    assert "weight_parts" not in (tmp_path / "whole" / "run.json").read_text()
+    manifest = json.loads((tmp_path / "whole" / "run.json").read_text())
+    for key in ("method", "recipe"):
+        manifest[key]["targets"] = ["q", "v"]
+    (tmp_path / "whole" / "run.json").write_text(json.dumps(manifest))
+    _, restored = loaded("gpt2")
+    ls.load(tmp_path / "whole").restore(restored)
+    assert set(attached_deltas(restored)) == set(names("gpt2"))
+    assert torch.equal(restored(**inputs(model)).logits, model.eval()(**inputs(model)).logits)
+    _, fresh = loaded("gpt2")
+    parts = ls.train(fresh, task, LoRA(rank=2, lr=1e-2), out=tmp_path / "parts", **SHORT, device="cpu")
+    assert parts.id != whole.id

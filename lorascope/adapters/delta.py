@@ -2,8 +2,8 @@
 
 ``attach`` keeps the adapted module (the host) and changes its class to a subclass that overrides only ``forward``.
 Parameter names of the base model, ``isinstance``, deepcopy, pickle and torch.compile work as before. The adapter's
-parameters are called ``<module>.delta.<factor>``. A part of a fused weight, such as ``c_attn[q]``, becomes a module next
-to the fused one; see ``weight_parts``.
+parameters are called ``<module>.delta.<factor>``. A part of a fused weight, such as ``c_attn[q]``, becomes a module
+next to the fused one; see ``weight_parts``.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def open_trained(run: Result, name: str | Path, task: str | Path | Task, state: 
                 f"model must be {run.meta.model}, the base of {run.reference}, got {name} with different weights"
             )
         cast(Run, run).restore(base, state)
-        deltas = detach(base)
+        deltas = detach(base, join=False)  # its parts of fused weights are patched by name
     base.requires_grad_(False)
     return TrainedModel(base, task.fit(base), deltas)
 

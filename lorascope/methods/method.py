@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from lorascope.inputs.models import missing
 from lorascope.inputs.tasks import Task
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
-from lorascope.schema.fused_parts import PART_ROLES, split_part_name
+from lorascope.schema.fused_parts import PART_ROLES, part_roles, split_part_name
 from lorascope.schema.labels import to_words
 from lorascope.schema.records import Item
 from lorascope.schema.suggestions import unknown_name
@@ -181,6 +181,21 @@ class AdapterMethod(Method):
         raise NotImplementedError(f"{type(self).__name__} must define delta")
 
 
+def target_parts(method: Method, model: nn.Module) -> tuple[str, ...]:
+    """Return the roles of the parts of fused weights that a method adapts in a model."""
+    if not isinstance(method, AdapterMethod):
+        return ()
+    return part_roles(method.find_targets(model))
+
+
+def copy_method(method: Any, **changes: Any) -> Any:
+    """Return a method without its state, with changed fields, that selects the same parts of fused weights."""
+    twin = replace(method, **changes)
+    if isinstance(method, AdapterMethod):
+        twin.splits_fused = method.splits_fused
+    return twin
+
+
 @dataclass(frozen=True)
 class Phase:
     """Phase of a method: one training run of its recipe.
@@ -229,7 +244,7 @@ class Step:
     base : mapping parameter name -> tensor
         Base weights W_0, read-only.
     modules : DataFrame
-        Table of ``ls.module_table.describe`` for the model before ``attach``.
+        Table of ``ls.module_table.describe``, with the adapted parts of fused weights.
     shows_text : bool
         Whether held-out text is available; a Trainer provides none.
     values : dict

@@ -166,6 +166,8 @@ class Manifest:
         Arguments of ``tasks.load`` other than the name, such as ``splits``.
     selected_on_test : bool or None
         True if validation and test were the same rows.
+    weight_parts : list of str or None
+        Roles of the adapted parts of fused weights, such as q and v of GPT-2's ``c_attn``; None for whole modules.
     facts : dict
         What readers need to know about the method, by ``Method.describe``.
     source : str or None
@@ -210,6 +212,7 @@ class Manifest:
     task_options: dict[str, Any] | None = None
     selected_on_test: bool | None = None
     eval_overlap: float | None = None
+    weight_parts: list[str] | None = None
     left_out: dict[str, str] | None = None
     frozen: dict[str, list[str]] | None = None
     started: int | None = None

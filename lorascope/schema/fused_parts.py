@@ -5,6 +5,7 @@ A part is named after the matrix and its role, such as ``transformer.h.0.attn.c_
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 PART_ROLES = ("q", "k", "v")
@@ -38,6 +39,16 @@ def split_part_name(name: str) -> tuple[str, str] | None:
     """Return the fused weight and the role that the name of a part has, None for another name."""
     fused, bracket, role = name.removesuffix("]").rpartition("[")
     return (fused, role) if bracket and name.endswith("]") else None
+
+
+def part_roles(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the roles of the parts of fused weights among names of modules, sorted."""
+    roles = set()
+    for name in names:
+        split_name = split_part_name(name)
+        if split_name is not None:
+            roles.add(split_name[1])
+    return tuple(sorted(roles))
 
 
 def split_rows_by_role(fused: str, rows: int, config: Any) -> list[PartRows]:

@@ -24,6 +24,7 @@ from lorascope.runs.layout import identify
 from lorascope.runs.manifest import SCHEMA, Fork, Manifest, Parameters, Start, describe_modules
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
+from lorascope.schema.fused_parts import part_roles
 from lorascope.training.processor import processor_name
 from lorascope.training.settings import Settings
 
@@ -34,7 +35,7 @@ class RunSpec:
 
     ``recipe`` is the method that was passed to ``train``; ``settings`` have the learning rates and steps of the phase.
     In a fork, ``fork`` is its origin, and ``rows`` the task whose training rows replace those of ``task``. ``start`` is
-    the run from whose adapter the training starts.
+    the run from whose adapter the training starts. ``weight_parts`` are the roles of adapted parts of fused weights.
     """
 
     recipe: Method
@@ -47,6 +48,7 @@ class RunSpec:
     rows: Task | None = None
     fork: Fork | None = None
     start: Start | None = None
+    weight_parts: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the run id is computed from."""
@@ -66,6 +68,9 @@ class RunSpec:
             identity["fork"] = dataclasses.asdict(self.fork)
         if self.start is not None:
             identity["start"] = dataclasses.asdict(self.start)
+        # An old run with the same targets adapted the whole weights.
+        if self.weight_parts:
+            identity["weight_parts"] = list(self.weight_parts)
         return identity
 
     @property
@@ -75,7 +80,8 @@ class RunSpec:
 
     def meta(self, step: Step, method: Method, parents: list[Run], device: str) -> Manifest:
         """Return ``run.json`` of a running phase, whose own copy of its method is ``method``."""
-        facts = self.phase.method.describe()
+        facts, identity = self.phase.method.describe(), self.identity()
+        identity.pop("weight_parts", None)  # the circumstances have it
         if self.start is not None:
             facts["starts_at_zero"] = False
         return Manifest(
@@ -90,7 +96,7 @@ class RunSpec:
             parents=[f"../{run.path.name}" for run in parents if run.path],
             total_seconds=sum(run.meta.seconds for run in parents),
             facts=facts,
-            **self.identity() | {"fork": self.fork, "start": self.start},
+            **identity | {"fork": self.fork, "start": self.start},
             **circumstances(step, method, trained_parameters(step.optimizer), device),
         )
 
@@ -117,6 +123,7 @@ def reload_model(run: Result, name: str | Path, task: Task | None = None, blocks
 def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parameter], device: str) -> dict[str, Any]:
     """Return the part of a run's specification in ``run.json`` that ``train`` and a Trainer share."""
     model = step.model
+    attached = adapters(model)
     head = set(map(id, task_head(model).values()))
     trained_count = sum(p.numel() for p in trained)
     if method is not None:
@@ -138,6 +145,7 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
             trained=trained_count,
             head=sum(p.numel() for p in trained if id(p) in head),
         ),
-        "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in adapters(model)},
+        "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in attached},
+        "weight_parts": list(part_roles(attached)) or None,
         "modules": describe_modules(step.modules),
     }

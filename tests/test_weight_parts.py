@@ -344,20 +344,23 @@ def train_pair(
 def test_every_adapter_method_on_parts_equals_separate_layers(
     method: str, family: str, loaded: Any, tmp_path: Path
 ) -> None:
-    targets = replace(EXAMPLES[method], targets=("q", "v"))
+    fields = {"prune": 2} if method == "alora" else {}  # fewer modules than in its example
+    targets = replace(EXAMPLES[method], targets=("q", "v"), **fields)
     settings = {"observe": [observe.norms(every=1), observe.gradients(every=1), observe.factors(every=5)]}
     run, twin, *_ = train_pair(loaded, family, targets, tmp_path, **settings)
     expected = [f"{name}[{role}]" for name in names(family) for role in "qv"]
     assert list(run.updates()) == expected
     assert run.id != twin.id
+    assert max(update.norm() for update in run.updates().values()) > 1e-3
     for name, update in run.updates().items():
         reference = twin.updates()[twin_name(name)].dense()
-        assert abs(reference).max() > 1e-5
         np.testing.assert_allclose(update.dense(), reference, rtol=1e-3, atol=2e-5)
     quantities = ["update_norm", "weight_norm", "stable_rank", "effective_rank", "gradient_norm", "loss", "rank"]
     tables = []
     for opened in (run, twin):
         table = opened.table[opened.table["quantity"].isin(quantities)]
+        if method == "dora":  # at step 0, the ranks are those of rounding errors
+            table = table[(table["step"] > 0) | ~table["quantity"].isin(["stable_rank", "effective_rank"])]
         table = table.assign(module=[twin_name(str(module)) for module in table["module"]])
         columns = ["quantity", "step", "module", "role", "layer"]
         tables.append(table.astype(dict.fromkeys(columns, "str")).set_index(columns)["value"].sort_index())

@@ -11,6 +11,7 @@ from typing import Any
 
 import families
 import numpy as np
+import peft
 import pytest
 import torch
 from examples import EXAMPLES
@@ -375,7 +376,9 @@ def test_run_on_parts_loads_continues_and_restores_bit_for_bit(loaded: Any, tmp_
     settings = SHORT | {"device": "cpu", "keep_checkpoints": (3,)}
     run = ls.train(model, task, method, out=tmp_path / "run", **settings)
     opened = ls.load(tmp_path / "run")
-    assert opened.meta.weight_parts == ["q", "v"]
+    rows = {"q": (1, 0, 32), "v": (1, 64, 96)}
+    expected = {f"{name}[{role}]": indices for name in names("gpt2") for role, indices in rows.items()}
+    assert opened.meta.weight_parts == expected
     assert set(opened.meta.hosts.values()) == {"Conv1D"}
     _, restored = loaded("gpt2")
     opened.restore(restored)
@@ -408,3 +411,54 @@ def test_runs_on_whole_weights_keep_their_ids_and_runs_of_old_versions_restore(l
     _, fresh = loaded("gpt2")
     parts = ls.train(fresh, task, LoRA(rank=2, lr=1e-2), out=tmp_path / "parts", **SHORT, device="cpu")
     assert parts.id != whole.id
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module:UserWarning")
+@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("method", ["lora", "pissa", "adalora", "alora"])
+def test_peft_loads_the_export_of_parts_as_a_lora_on_the_fused_weight(
+    method: str, family: str, loaded: Any, tmp_path: Path
+) -> None:
+    task, model = loaded(family)
+    fields = {"prune": 2} if method == "alora" else {}
+    recipe = replace(EXAMPLES[method], targets=("q", "v", "o"), dropout=0.0, **fields)
+    run = ls.train(model, task, recipe, out=tmp_path / "run", device="cpu", **SHORT)
+    ls.export.to_peft(run, tmp_path / "adapter")
+    _, base = loaded(family)
+    before = base(**inputs(base)).logits
+    wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    logits = model.eval()(**inputs(model)).logits
+    torch.testing.assert_close(wrapped(**inputs(model)).logits, logits, rtol=1e-4, atol=1e-5)
+    assert (logits - before).abs().max() > 1e-3
+    opened = ls.load(tmp_path / "adapter")
+    rows = FUSED[family][1]
+    fused = [name for name in opened.updates() if name in names(family)]
+    assert fused
+    for name in fused:
+        update = opened.updates()[name].dense()
+        assert not update[rows["k"]].any()
+        for role in "qv":
+            np.testing.assert_allclose(update[rows[role]], run.updates()[f"{name}[{role}]"].dense(), atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["dora", "vera", "fourierft"])
+def test_updates_that_peft_cannot_restrict_to_rows_are_refused_in_one_line(
+    method: str, loaded: Any, tmp_path: Path
+) -> None:
+    task, model = loaded("gpt2")
+    recipe = replace(EXAMPLES[method], targets=("q", "v"))
+    run = ls.train(model, task, recipe, out=tmp_path / "run", device="cpu", **SHORT)
+    with pytest.raises(ValueError, match=r"cannot export .* PEFT adapts all rows of '.*c_attn'.*\"qkv\"") as caught:
+        ls.export.to_peft(run, tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_ranks_of_parts_are_no_configuration_of_peft(loaded: Any, tmp_path: Path) -> None:
+    task, model = loaded("gpt2")
+    run = ls.train(model, task, LoRA(rank=2), out=tmp_path / "run", device="cpu", **SHORT)
+    with pytest.raises(ValueError, match=r"PEFT adapts no part such as .*c_attn\[q\]; export it"):
+        run.lora_config()
+    _, fresh = loaded("gpt2")
+    second = ls.train(fresh, task, LoRA(rank=run.ranks()), out=tmp_path / "ranks", device="cpu", **SHORT)
+    assert second.ranks() == run.ranks()

@@ -111,7 +111,7 @@ def parts_of(model: nn.Module, fused: str) -> list[WeightPart]:
         kind = type(host).__name__
         raise ValueError(f"cannot split {fused!r} into q, k, v: it must be nn.Linear or GPT-2's Conv1D, got {kind}")
     rows = split_rows_by_role(fused, len(host_weight(host)), _nearest_config(model, fused))
-    return [WeightPart(host, part_rows) for part_rows in rows]
+    return [WeightPart(host, rows_of_role) for rows_of_role in rows]
 
 
 def _nearest_config(model: nn.Module, name: str) -> Any:
@@ -184,6 +184,15 @@ def join_parts(model: nn.Module) -> None:
                 if is_split(child.fused):
                     del vars(child.fused)["weight_parts"]
                     child.fused.__class__ = _UNSPLIT[type(child.fused)]
+
+
+def part_rows(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Return the rows of every attached part in its fused weight: number of groups, first row and end in each."""
+    rows = {}
+    for name, module in model.named_modules():
+        if isinstance(module, WeightPart):
+            rows[name] = module.rows[1:]
+    return rows
 
 
 def add_parts(modules: pd.DataFrame, model: nn.Module) -> pd.DataFrame:

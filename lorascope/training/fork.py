@@ -30,6 +30,7 @@ from lorascope.runs.folders import lock_run
 from lorascope.runs.manifest import Fork, Manifest
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
+from lorascope.schema.fused_parts import part_roles
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.base_weights import TrainingMarker, begin_training, prepare_model
 from lorascope.training.checkpoints import Checkpoint, Checkpoints
@@ -348,7 +349,7 @@ def _rebuild_spec(run: Run, marker: TrainingMarker, task: Task, method: Method |
     name, split = meta.phase
     observers = tuple(map(_rebuild_observer, meta.settings["observers"]))
     spec = RunSpec(method, Phase(method, name, split), task, settings, meta.seed, marker.w0_hash, observers)
-    spec = dataclasses.replace(spec, start=meta.start, weight_parts=tuple(meta.weight_parts or ()))
+    spec = dataclasses.replace(spec, start=meta.start, weight_parts=part_roles(meta.weight_parts or ()))
     # First, because the id would not say what differs.
     if config(method) != meta.method:
         raise ValueError(f"method must be that of run {run.id} ({run.label}), got {method.label()}")

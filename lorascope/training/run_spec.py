@@ -16,6 +16,7 @@ from lorascope import __version__
 from lorascope.adapters.delta import adapters
 from lorascope.adapters.host_weights import host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
+from lorascope.adapters.weight_parts import part_rows
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, Phase, Step, config, task_head, trained_parameters
@@ -24,7 +25,6 @@ from lorascope.runs.layout import identify
 from lorascope.runs.manifest import SCHEMA, Fork, Manifest, Parameters, Start, describe_modules
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
-from lorascope.schema.fused_parts import part_roles
 from lorascope.training.processor import processor_name
 from lorascope.training.settings import Settings
 
@@ -123,7 +123,6 @@ def reload_model(run: Result, name: str | Path, task: Task | None = None, blocks
 def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parameter], device: str) -> dict[str, Any]:
     """Return the part of a run's specification in ``run.json`` that ``train`` and a Trainer share."""
     model = step.model
-    attached = adapters(model)
     head = set(map(id, task_head(model).values()))
     trained_count = sum(p.numel() for p in trained)
     if method is not None:
@@ -145,7 +144,7 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
             trained=trained_count,
             head=sum(p.numel() for p in trained if id(p) in head),
         ),
-        "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in attached},
-        "weight_parts": list(part_roles(attached)) or None,
+        "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in adapters(model)},
+        "weight_parts": part_rows(model) or None,
         "modules": describe_modules(step.modules),
     }

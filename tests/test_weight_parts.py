@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import families
 import numpy as np
+import pandas as pd
 import peft
 import pytest
 import torch
+from conftest import BAD, FILLER, GOOD
 from examples import EXAMPLES
 from tiny import inputs, tiny
 from torch import nn
@@ -22,7 +25,8 @@ import lorascope as ls
 from lorascope import observe
 from lorascope.adapters.delta import attach, attached_deltas, deltas, detach, effective_weight, fold
 from lorascope.adapters.weight_parts import find_host
-from lorascope.inputs import models
+from lorascope.cli.main import main
+from lorascope.inputs import models, tasks
 from lorascope.methods import LoRA
 from lorascope.methods.lora import LoRADelta
 from lorascope.methods.method import AdapterMethod
@@ -462,3 +466,72 @@ def test_ranks_of_parts_are_no_configuration_of_peft(loaded: Any, tmp_path: Path
     _, fresh = loaded("gpt2")
     second = ls.train(fresh, task, LoRA(rank=run.ranks()), out=tmp_path / "ranks", device="cpu", **SHORT)
     assert second.ranks() == run.ranks()
+
+
+def test_instruments_measure_parts_as_they_measure_separate_layers(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = LoRA(rank=2, targets=("q", "v", "o"), lr=3e-2)
+    draw = random.Random(0)
+    rows = []
+    for number in range(1600):
+        words = [draw.choice([*FILLER, *GOOD, *BAD]) for _ in range(4)]
+        label = "positive" if sum(word in GOOD for word in words) > sum(word in BAD for word in words) else "negative"
+        rows.append({"text": " ".join([*words, *f"{number:04d}"]), "label": label, "group": "a"})
+    task = tasks.from_frame(pd.DataFrame(rows), "toy")
+    run, twin, *_ = train_pair(lambda family: (task, loaded(family)[1]), "phi3", method, tmp_path, steps=12)
+    measured = []
+    for opened in (run, twin):
+
+        def reload(other: ls.Run, *_: Any) -> nn.Module:
+            _, base = loaded("phi3")
+            if other.id == twin.id:
+                replace_by_separate(base, "phi3")
+            return base
+
+        monkeypatch.setattr("lorascope.experiments.trained_model.reload_model", reload)
+        dial = ls.dial(opened, "base", task, by="component", rows=48, keep_rows=48, exact=2, progress=False)
+        price = ls.price(opened, "base", task, ranks=(1,), rows=128, progress=False)
+        importance = ls.component_importance.component_importance(opened, "base", task, rows=16, exact_rows=8)
+        measured.append((dial.table, price.table, price.modules, importance))
+    for ours, reference in zip(measured[0][:3], measured[1][:3], strict=True):
+        assert len(ours) == len(reference) > 0
+        for column in ours:
+            if ours[column].dtype.kind == "f":
+                np.testing.assert_allclose(ours[column], reference[column], rtol=5e-3, atol=2e-5, err_msg=column)
+            elif column != "run":
+                assert [twin_name(str(value)) for value in ours[column]] == list(map(str, reference[column]))
+    ours, reference = measured[0][3], measured[1][3]
+    assert [twin_name(name) for name in ours] == list(reference)
+    for name, values in ours.items():
+        np.testing.assert_allclose(values, reference[twin_name(name)], rtol=5e-3, atol=1e-6)
+
+
+def test_command_line_sweeps_and_trainer_adapt_parts(loaded: Any, tmp_path: Path) -> None:
+    task, model = loaded("gpt2")
+    data = tmp_path / "task.csv"
+    task.table[["text", "label"]].to_csv(data, index=False)
+    folder = tmp_path / "base"
+    model.save_pretrained(folder)
+    models.tokenizer(model).save_pretrained(folder)
+    common = ["--model", str(folder), "--task", str(data), "--steps", "2", "--no-progress", "--device", "cpu"]
+    assert main(["train", "lora", *common, "--targets", "q", "v", "-o", str(tmp_path / "run")]) == 0
+    expected = [f"{name}[{role}]" for name in names("gpt2") for role in "qv"]
+    run = ls.load(tmp_path / "run")
+    assert list(run.updates()) == expected
+    assert run.summary()["role"].tolist() == ["q", "v"] * 2
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text(
+        f'root = "{tmp_path / "runs"}"\nmodel = "{folder}"\ntask = "{data}"\nseeds = 1\n'
+        '[[method]]\nname = "lora"\ntargets = [["q", "v"], ["qkv"]]\n'
+        '[settings]\nsteps = 2\ndevice = "cpu"\n'
+    )
+    assert main(["sweep", str(sweep), "--no-progress"]) == 0
+    runs = sorted((ls.load(path.parent) for path in (tmp_path / "runs").rglob("run.json")), key=lambda run: run.label)
+    assert sorted(len(run.updates()) for run in runs) == [2, 4]
+    for words in (["inspect"], ["doctor"], ["plot", "spectrum"]):
+        extra = ["-o", str(tmp_path / "figure.pdf")] if words[0] == "plot" else []
+        assert main([*words, str(tmp_path / "run"), *extra]) in (0, 1)
+    _, fresh = loaded("gpt2")
+    ls.trainer_kwargs(LoRA(rank=2), fresh)
+    assert list(attached_deltas(fresh)) == expected

@@ -16,6 +16,7 @@ import pandas as pd
 import peft
 import pytest
 import torch
+import transformers
 from conftest import BAD, FILLER, GOOD
 from examples import EXAMPLES
 from tiny import inputs, tiny
@@ -25,11 +26,13 @@ import lorascope as ls
 from lorascope import observe
 from lorascope.adapters.delta import attach, attached_deltas, deltas, detach, effective_weight, fold
 from lorascope.adapters.weight_parts import find_host
+from lorascope.analysis import memory_estimate
 from lorascope.cli.main import main
 from lorascope.inputs import models, tasks
-from lorascope.methods import LoRA
+from lorascope.methods import Adapprox, LoRA
 from lorascope.methods.lora import LoRADelta
 from lorascope.methods.method import AdapterMethod
+from lorascope.runs.layout import identify
 from lorascope.schema import module_table
 
 # Family -> name of the fused matrix, and the rows of q, k and v in it, written by hand. Width 32 has 4 heads of 8.
@@ -364,7 +367,7 @@ def test_every_adapter_method_on_parts_equals_separate_layers(
     tables = []
     for opened in (run, twin):
         table = opened.table[opened.table["quantity"].isin(quantities)]
-        if method == "dora":  # at step 0, the ranks are those of rounding errors
+        if method == "dora":  # at step 0, rounding errors have ranks
             table = table[(table["step"] > 0) | ~table["quantity"].isin(["stable_rank", "effective_rank"])]
         table = table.assign(module=[twin_name(str(module)) for module in table["module"]])
         columns = ["quantity", "step", "module", "role", "layer"]
@@ -398,23 +401,31 @@ def test_run_on_parts_loads_continues_and_restores_bit_for_bit(loaded: Any, tmp_
             np.testing.assert_array_equal(forked.factors()[name][key], array)
 
 
-def test_runs_on_whole_weights_keep_their_ids_and_runs_of_old_versions_restore(loaded: Any, tmp_path: Path) -> None:
-    """A run of an old version adapted the whole weight with the targets q and v, and has no parts in its manifest."""
+def test_runs_on_whole_weights_have_no_parts_and_runs_of_earlier_versions_restore_and_fork(
+    loaded: Any, tmp_path: Path
+) -> None:
+    """A run of an earlier version adapted the whole weight with the targets q and v."""
+    settings = SHORT | {"device": "cpu", "keep_checkpoints": (3,)}
     task, model = loaded("gpt2")
-    whole = ls.train(model, task, LoRA(rank=2, targets="qkv", lr=1e-2), out=tmp_path / "whole", **SHORT, device="cpu")
-    assert whole.meta.weight_parts is None
-    assert "weight_parts" not in (tmp_path / "whole" / "run.json").read_text()
-    manifest = json.loads((tmp_path / "whole" / "run.json").read_text())
-    for key in ("method", "recipe"):
-        manifest[key]["targets"] = ["q", "v"]
-    (tmp_path / "whole" / "run.json").write_text(json.dumps(manifest))
+    method = LoRA(rank=2, lr=1e-2)
+    method.splits_fused = False
+    earlier = ls.train(model, task, method, out=tmp_path / "earlier", **settings)
+    stored = json.loads((tmp_path / "earlier" / "run.json").read_text())
+    assert "weight_parts" not in stored
+    # The id has what it had before there were parts.
+    content = {key: stored[key] for key in ("method", "phase", "w0_hash", "data_hash", "settings", "seed", "schema")}
+    assert identify(content) == earlier.id
     _, restored = loaded("gpt2")
-    ls.load(tmp_path / "whole").restore(restored)
+    ls.load(tmp_path / "earlier").restore(restored)
     assert set(attached_deltas(restored)) == set(names("gpt2"))
     assert torch.equal(restored(**inputs(model)).logits, model.eval()(**inputs(model)).logits)
+    _, base = loaded("gpt2")
+    forked = ls.fork(ls.load(tmp_path / "earlier"), step=3, model=base, task=task, progress=False, device="cpu")
+    for name, arrays in earlier.factors().items():
+        np.testing.assert_array_equal(forked.factors()[name]["B"], arrays["B"])
     _, fresh = loaded("gpt2")
-    parts = ls.train(fresh, task, LoRA(rank=2, lr=1e-2), out=tmp_path / "parts", **SHORT, device="cpu")
-    assert parts.id != whole.id
+    parts = ls.train(fresh, task, LoRA(rank=2, lr=1e-2), out=tmp_path / "parts", **settings)
+    assert parts.id != earlier.id
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module:UserWarning")
@@ -458,7 +469,7 @@ def test_updates_that_peft_cannot_restrict_to_rows_are_refused_in_one_line(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_ranks_of_parts_are_no_configuration_of_peft(loaded: Any, tmp_path: Path) -> None:
+def test_ranks_of_parts_as_a_configuration_of_peft_raise(loaded: Any, tmp_path: Path) -> None:
     task, model = loaded("gpt2")
     run = ls.train(model, task, LoRA(rank=2), out=tmp_path / "run", device="cpu", **SHORT)
     with pytest.raises(ValueError, match=r"PEFT adapts no part such as .*c_attn\[q\]; export it"):
@@ -535,3 +546,84 @@ def test_command_line_sweeps_and_trainer_adapt_parts(loaded: Any, tmp_path: Path
     _, fresh = loaded("gpt2")
     ls.trainer_kwargs(LoRA(rank=2), fresh)
     assert list(attached_deltas(fresh)) == expected
+
+
+def test_adapprox_rejects_a_part_of_a_fused_weight_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"dense must not be a part .* Use \"qkv\"") as caught:
+        Adapprox(dense=("q",)).optimizer(tiny("phi3"), 1e-3, 1e-3, 0.0)
+    assert "\n" not in str(caught.value)
+    Adapprox(dense=("qkv",)).optimizer(tiny("phi3"), 1e-3, 1e-3, 0.0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+@pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("qkv", "o"), "all-linear"])
+def test_memory_estimate_counts_the_factors_of_parts(family: str, targets: Any) -> None:
+    model = tiny(family)
+    shapes = memory_estimate.shapes_of(model)
+    LoRA(rank=3, targets=targets).attach(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    estimate = memory_estimate.lora(shapes, 3, targets)
+    assert estimate.gradients == 4 * sum(parameter.numel() for parameter in trained)
+    assert estimate.optimizer == 2 * estimate.gradients + 4 * len(trained)
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 40},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "persimmon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_order_of_the_rows_of_further_architectures(architecture: str) -> None:
+    """Without queries or keys, all earlier tokens get equal weight; a change of q at the first token moves no other."""
+    config = transformers.AutoConfig.for_model(architecture, vocab_size=64, **ARCHITECTURES[architecture])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    table = module_table.describe(model)
+    fused = table["module"][table["role"] == "qkv"].tolist()
+    output = table["module"][table["role"] == "o"].tolist()[0]
+    assert len(fused) == 2
+    ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    rows = {}
+    for role in "qkv":
+        host = find_host(model, f"{fused[0]}[{role}]")
+        rows[role] = host.take(torch.arange(96))
+
+    def attended(change: dict[str, float | None]) -> torch.Tensor:
+        """Return the input of the output projection, after a change of q, k or v: its first token, or all zero."""
+        seen = []
+
+        def edit(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+            out = out.clone()
+            for role, size in change.items():
+                if size is None:
+                    out[..., rows[role]] = 0
+                else:
+                    out[:, 0, rows[role]] += size * torch.arange(32).cos()
+            return out
+
+        handles = [
+            model.get_submodule(fused[0]).register_forward_hook(edit),
+            model.get_submodule(output).register_forward_pre_hook(lambda _, given: seen.append(given[0])),
+        ]
+        with torch.no_grad():
+            model(ids)
+        for handle in handles:
+            handle.remove()
+        return seen[0]
+
+    assert not attended({"v": None}).any()
+    plain = attended({})
+    assert torch.equal(attended({"q": 3.0})[:, 1:], plain[:, 1:])
+    assert not torch.allclose(attended({"k": 3.0})[:, 1:], plain[:, 1:], atol=1e-5)
+    assert not torch.allclose(attended({"v": 3.0})[:, 1:], plain[:, 1:], atol=1e-5)
+    LoRA(rank=2, targets=("q", "v")).attach(model)
+    before = model(ids).logits
+    for delta in attached_deltas(model).values():
+        nn.init.normal_(delta.B)
+    assert not torch.allclose(model(ids).logits, before, atol=1e-4)
+    adapted = model(ids).logits
+    fold(model)
+    torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-3, atol=1e-4)

@@ -144,7 +144,7 @@ class _BlockGradients:
 
     def __iter__(self) -> Iterator[tuple[str, int, str, Float[Tensor, "out in"]]]:
         """Yield kind of labels, half, module and gradient, for every block."""
-        # That of a part is a new view at each access, so the gradient is that of the whole fused weight.
+        # The weight of a part is a new view at each access, so the fused weight gets the gradient.
         weights = [stored_weight(host) for host in self.hosts.values()]
         for weight in weights:
             weight.requires_grad_(True)

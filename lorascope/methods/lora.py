@@ -23,8 +23,8 @@ Departs:
   unstated standard deviation.
 - On an embedding A is zero and B standard normal, as in the authors' code and in PEFT. The gain ``|B a| / |a|``
   is then sqrt(3 out) times that of the A of a linear layer; ``embedding_init="linear"`` divides B by this factor.
-- On a fused matrix of queries, keys and values, such as GPT-2's ``c_attn``, ("q", "v") adapts the whole matrix, so the
-  keys as well; the paper adapts queries and values only.
+- On a fused matrix of queries, keys and values, such as GPT-2's ``c_attn``, ("q", "v") adapts its rows of queries and
+  values only, as in the paper; PEFT adapts the whole matrix, as "qkv" does here.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class AdapterMethod(Method):
 
     targets: Any
     splits_fused: bool = True
-    """Whether the roles q, k and v select parts of a fused weight; False for runs of old versions."""
+    """Whether the roles q, k and v select parts of a fused weight; False for runs of earlier versions."""
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""

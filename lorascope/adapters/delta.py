@@ -260,7 +260,7 @@ def frozen_parameters(adapters: Mapping[str, Delta | PeftDelta]) -> dict[str, li
 
 def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
     """Return a module's weight plus the update of its Delta; an input-dependent one is taken at mean gates."""
-    host = model.get_submodule(module)
+    host: Any = model.get_submodule(module)
     weight = host_weight(host).detach()
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # 16 bits would round small updates away
     if is_split(host):

@@ -31,7 +31,7 @@ class WeightPart(nn.Linear):
         # Past the registration of modules, because the fused weight would get a second name.
         vars(self)["fused"] = fused
         self.rows = rows
-        self.in_features, self.out_features = host_weight(fused).shape[1], rows.count
+        self.in_features, self.out_features = host_weight(fused).shape[1], rows.row_count
         self.train(fused.training)
 
     @property
@@ -147,9 +147,10 @@ def find_host(model: nn.Module, name: str) -> Any:
 
 def attach_part(model: nn.Module, name: str) -> WeightPart:
     """Make a part of a fused weight a module of the model, next to the fused one, and return it."""
-    weight_part = find_host(model, name)
+    weight_part: WeightPart = find_host(model, name)
     parent_name, _, leaf = name.rpartition(".")
-    parent, host = model.get_submodule(parent_name), weight_part.fused
+    parent = model.get_submodule(parent_name)
+    host: Any = weight_part.fused
     if leaf in parent._modules:  # it stayed after its Delta was detached
         return weight_part
     if not is_split(host):
@@ -168,7 +169,7 @@ def attach_part(model: nn.Module, name: str) -> WeightPart:
         if child is not host:
             continue
         # Parts that were attached before keep their place.
-        for sibling in host.weight_parts:
+        for sibling in weight_part.fused.weight_parts:
             sibling_leaf = name_of_part(key, sibling.role)
             if sibling is weight_part or sibling_leaf in children:
                 parent._modules[sibling_leaf] = sibling

@@ -156,8 +156,10 @@ def lora(
     beside : collection of str
         Names of parameters that are trained directly as well, such as a classifier head; empty by default.
     """
-    matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
-    rows = [(module, *parse(module), *shape, "") for module, shape in matrices.items()]  # a tied weight counts once
+    matrices: dict[str, Any] = {name.removesuffix(".weight"): s for name, s in shapes.items() if len(s) == 2}
+    rows: list[Any] = [
+        (module, *parse(module), *shape, "") for module, shape in matrices.items()
+    ]  # a tied weight counts once
     for module, shape in _fused_parts(matrices).items():
         fused, role = split_part_name(module) or ("", "")
         rows.append((module, *parse(fused)[:2], role, *shape, ""))

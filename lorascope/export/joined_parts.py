@@ -44,15 +44,16 @@ def join_weight_parts(run: Result, updates: Mapping[str, Any], kind: str) -> dic
 
 
 def _join_products(run: Result, fused: str, products: Mapping[str, LowRank]) -> LowRank:
-    rows = run.modules.set_index("module").loc[fused, "out_features"]
+    modules = run.modules
+    rows = int(modules["out_features"][modules["module"] == fused].iloc[0])
     scale = next(iter(products.values())).scale
     A = np.concatenate([product.A for product in products.values()])
-    B = np.zeros((int(rows), len(A)), A.dtype)
+    B = np.zeros((rows, len(A)), A.dtype)
     stop = 0
     for name, product in products.items():
         start, stop = stop, stop + product.rank
         # Parts of different ranks have different scales. The factor is exactly 1 for equal ones.
-        B[_indices(run, name, int(rows)), start:stop] = product.B * (product.scale / scale)
+        B[_indices(run, name, rows), start:stop] = product.B * (product.scale / scale)
     return LowRank(B, A, scale)
 
 

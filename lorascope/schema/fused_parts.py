@@ -25,7 +25,7 @@ class PartRows(NamedTuple):
     stop: int
 
     @property
-    def count(self) -> int:
+    def row_count(self) -> int:
         """Number of rows."""
         return self.groups * (self.stop - self.start)
 

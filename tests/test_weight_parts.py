@@ -25,7 +25,7 @@ from torch import nn
 import lorascope as ls
 from lorascope import observe
 from lorascope.adapters.delta import attach, attached_deltas, deltas, detach, effective_weight, fold
-from lorascope.adapters.weight_parts import find_host
+from lorascope.adapters.weight_parts import add_parts, find_host
 from lorascope.analysis import memory_estimate
 from lorascope.cli.main import main
 from lorascope.inputs import models, tasks
@@ -627,3 +627,36 @@ def test_order_of_the_rows_of_further_architectures(architecture: str) -> None:
     adapted = model(ids).logits
     fold(model)
     torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-3, atol=1e-4)
+
+
+def test_sensitivity_of_parts_is_the_rows_of_the_whole_weight(loaded: Any, tmp_path: Path) -> None:
+    observers = [
+        observe.neurons(every=5, rows=4, targets=("q", "v")),
+        observe.neurons(every=5, rows=4, targets="all-linear"),
+    ]
+    values = {}
+    for number, observer in enumerate(observers):
+        task, model = loaded("phi3")
+        method = LoRA(rank=2, targets=("q", "v"), lr=1e-2)
+        run = ls.train(model, task, method, out=tmp_path / str(number), observe=[observer], device="cpu", **SHORT)
+        table = run.table[run.table["quantity"] == "sensitivity_out"]
+        for (module, step), rows in table.groupby(["module", "step"], observed=True):
+            values[str(module), int(step)] = rows.sort_values("index")["value"].to_numpy()
+    for name in names("phi3"):
+        for step in (0, 5):
+            for role, rows in FUSED["phi3"][1].items():
+                if role != "k":
+                    expected = values[name, step][rows]
+                    np.testing.assert_allclose(values[f"{name}[{role}]", step], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_match_of_roles_in_a_table_with_parts() -> None:
+    model = tiny("gpt2")
+    plain = module_table.describe(model)
+    table = add_parts(plain, model)
+    assert table[~table["module"].str.endswith("]")].reset_index(drop=True).equals(plain)
+    assert module_table.match(plain, "q") == names("gpt2")
+    assert module_table.match(table, "k") == [f"{name}[k]" for name in names("gpt2")]
+    assert module_table.match(table, ("qkv",)) == names("gpt2")
+    assert module_table.match(table, r".*attn\.c_attn.*") == names("gpt2")
+    assert module_table.match(table, "all-linear") == module_table.match(plain, "all-linear")

@@ -97,8 +97,11 @@ def check_changed_parameters(cell):
     if isinstance(cell.method, AdapterMethod):
         assert moved == head
         # HydraLoRA has no default targets, because not all families have a gate projection.
-        targets = ROLES if cell.method.targets == "all-linear" else cell.method.targets or FFN
-        assert carriers == set(families.modules(cell.family, *targets))
+        if cell.method.targets == "all-linear":  # a fused weight as a whole
+            expected = {name for name in families.modules(cell.family, "qkv", *ROLES) if "[" not in name}
+        else:
+            expected = set(families.modules(cell.family, *(cell.method.targets or FFN)))
+        assert carriers == expected
         return
     assert carriers == set()
     if cell.method.name == "lisa":
@@ -142,7 +145,11 @@ def changes(cell, run, base) -> dict[str, torch.Tensor]:
                 w * B @ adapter.A.detach() for w, B in zip(gates[module], heads, strict=True)
             )
             continue
-        weight = orient_weight(host, base[f"{module}.weight"]).double()
+        fused, bracket, _ = module.partition("[")
+        if bracket:
+            weight = host.take(orient_weight(host.fused, base[f"{fused}.weight"])).double()
+        else:
+            weight = orient_weight(host, base[f"{module}.weight"]).double()
         with torch.no_grad():
             unit = torch.eye(weight.shape[1], dtype=torch.float64)
             found[module] = (host(unit) - host(torch.zeros_like(unit))).T - weight
@@ -208,7 +215,7 @@ def check_reloaded_run(cell):
 
 def check_order_and_roles(cell):
     """Check stack, layer and role of each module, and that the encoder and lower layers come first."""
-    known = families.modules(cell.family, "q", "k", "v", "o", *CROSS, *FFN)
+    known = families.modules(cell.family, "qkv", "q", "k", "v", "o", *CROSS, *FFN)
     summary = cell.run.summary()
     rows = [row for row in summary.itertuples() if row.module in known]
     assert rows

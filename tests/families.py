@@ -78,15 +78,19 @@ HALF = 48  # rows of the gate projection in Phi-3's fused gate_up_proj
 
 
 def modules(family: str, *roles: str) -> dict[str, tuple[str, int, str]]:
-    """Return stack, layer and role of the modules with these roles, encoder first; q, k and v match a fused qkv."""
-    wanted = {*roles} | ({"qkv"} if {"q", "k", "v"} & {*roles} else set())
+    """Return stack, layer and role of the modules with these roles, encoder first; q, k and v match parts of qkv."""
     return {
         f"{path}.{layer}.{leaf}": (stack, layer, role)
         for stack, (path, leaves) in PLACES[family].items()
         for layer in range(BLOCKS)
-        for role, leaf in leaves.items()
-        if role in wanted
+        for role, leaf in _with_parts(leaves).items()
+        if role in roles
     }
+
+
+def _with_parts(leaves: dict[str, str]) -> dict[str, str]:
+    fused = leaves.get("qkv")
+    return ({role: f"{fused}[{role}]" for role in "qkv"} if fused else {}) | leaves
 
 
 def blocks(family: str) -> list[str]:

@@ -39,7 +39,7 @@ def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
     adapters: Any = attached_deltas(model)
     with evaluation_mode(model):
         full, without = _switched_scores(model, loss, batch, adapters, -1)
-        deltas = detach(model)
+        deltas = detach(model, join=False)
         try:
             # Now each component is added to the base model.
             none, only = _switched_scores(model, loss, batch, adapters, 1)

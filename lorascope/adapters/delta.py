@@ -2,7 +2,8 @@
 
 ``attach`` keeps the adapted module (the host) and changes its class to a subclass that overrides only ``forward``.
 Parameter names of the base model, ``isinstance``, deepcopy, pickle and torch.compile work as before. The adapter's
-parameters are called ``<module>.delta.<factor>``.
+parameters are called ``<module>.delta.<factor>``. A part of a fused weight, such as ``c_attn[q]``, becomes a module
+next to the fused one; see ``weight_parts``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import difflib
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,9 @@ from lorascope.adapters.peft_layers import (
     unwrap_peft_layer,
     unwrap_peft_model,
 )
+from lorascope.adapters.weight_parts import WeightPart, attach_part, find_host, is_split, join_parts, stored_weight
 from lorascope.array_types import Float, Int
+from lorascope.schema.fused_parts import split_part_name
 from lorascope.updates import Dense, Update
 
 
@@ -142,7 +145,15 @@ class AdaptedEmbedding(_Adapted, nn.Embedding):
         return (output + self.delta(ids)).to(output.dtype)
 
 
+class AdaptedPart(_Adapted, WeightPart):
+    """Part of a fused weight, with a Delta."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.delta.affine(x, self.weight, self.bias)
+
+
 _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
+    WeightPart: AdaptedPart,
     nn.Linear: AdaptedLinear,
     Conv1D: AdaptedConv1D,
     nn.Embedding: AdaptedEmbedding,
@@ -159,23 +170,28 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
     ----------
     model : Module
     deltas : mapping module name -> Delta
-        Updates with the shapes (out, in) of the modules.
+        Updates with the shapes (out, in) of the modules, or of parts of fused weights.
 
     Raises
     ------
     ValueError
-        A name is not a module, or the module already has a Delta.
+        A name is not a module, the module already has a Delta, or both a fused weight and a part of it are named.
     TypeError
         The class of a module is not exactly nn.Linear, nn.Embedding or GPT-2's Conv1D (such as a quantized layer or a
         subclass), or its ``forward`` was replaced.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     for name in deltas:
+        split_name = split_part_name(name)
+        if split_name is not None and split_name[0] in modules:
+            modules[name] = _find_part(model, name, split_name[0], deltas)
         if name not in modules:
             raise ValueError(f"unknown module {name!r} of {type(model).__name__}{_suggest_modules(name, modules)}")
         if type(modules[name]) in _BASE_CLASS:
             kind = type(modules[name].delta).__name__
             raise ValueError(f"cannot attach to {name!r}: it already has a {kind}. Call detach first")
+        if is_split(modules[name]):
+            raise ValueError(f"cannot attach to {name!r}: parts of it have adapters. Call detach first")
         # Only exact classes, because a subclass may compute something else.
         if type(modules[name]) not in _ADAPTED:
             kind = f"{type(modules[name]).__module__}.{type(modules[name]).__name__}"
@@ -184,9 +200,21 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
             raise TypeError(f"cannot attach to {name!r}: its forward was replaced, for example by a device_map hook")
     for name, delta in deltas.items():
         host = modules[name]
+        if isinstance(host, WeightPart):
+            host = attach_part(model, name)
         host.__class__ = _ADAPTED[type(host)]
         host.delta = delta.to(host.weight.device)
         delta._host = weakref.ref(host)
+
+
+def _find_part(model: nn.Module, name: str, fused: str, names: Container[str]) -> Any:
+    """Return the part of a fused weight with this name, if the fused module itself is not adapted."""
+    if fused in names:
+        raise ValueError(f"cannot adapt both {fused!r} and its part {name!r}: choose one of them")
+    weight_part = find_host(model, name)
+    if "forward" in vars(weight_part.fused):
+        raise TypeError(f"cannot attach to {name!r}: the forward of {fused!r} was replaced")
+    return weight_part
 
 
 def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -232,10 +260,18 @@ def frozen_parameters(adapters: Mapping[str, Delta | PeftDelta]) -> dict[str, li
 
 def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
     """Return a module's weight plus the update of its Delta; an input-dependent one is taken at mean gates."""
-    weight, delta = host_weight(model.get_submodule(module)).detach(), attached_deltas(model).get(module)
+    host: Any = model.get_submodule(module)
+    weight = host_weight(host).detach()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # 16 bits would round small updates away
+    if is_split(host):
+        wide = wide.clone()
+        for weight_part in host.weight_parts:
+            if isinstance(weight_part, AdaptedPart):
+                weight_part.add_to(wide, torch.from_numpy(weight_part.delta.update().dense()).to(wide))
+        return wide
+    delta = attached_deltas(model).get(module)
     if delta is None:
         return weight
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # 16 bits would round small updates away
     return wide + torch.from_numpy(delta.update().dense()).to(wide)
 
 
@@ -243,13 +279,18 @@ def _hosts(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if type(module) in _BASE_CLASS}
 
 
-def detach(model: nn.Module) -> dict[str, Delta]:
-    """Remove all Deltas and return them; the model is then as before ``attach``."""
+def detach(model: nn.Module, join: bool = True) -> dict[str, Delta]:
+    """Remove all Deltas and return them; the model is then as before ``attach``.
+
+    Without ``join``, parts of fused weights that had one remain modules of the model, so that they can be patched.
+    """
     detached = attached_deltas(model)
     for host in _hosts(model).values():
         host.delta._host = None
         del host.delta
         host.__class__ = _BASE_CLASS[type(host)]
+    if join:
+        join_parts(model)
     return detached
 
 
@@ -275,7 +316,7 @@ def fold(model: nn.Module, untie: bool = True) -> None:
     uses: Counter[nn.Parameter] = Counter()
     for module in model.modules():
         uses.update(module.parameters(recurse=False))
-    shared = [name for name, host in hosts.items() if uses[host.weight] > 1]
+    shared = [name for name, host in hosts.items() if uses[stored_weight(host)] > 1]
     if shared and not untie:
         raise ValueError(f"cannot fold {shared[0]!r}: another module shares its weight. Pass untie=True")
     if shared:
@@ -283,7 +324,10 @@ def fold(model: nn.Module, untie: bool = True) -> None:
         warnings.warn(f"untied {', '.join(map(repr, shared))}: each module now has its own weight", stacklevel=2)
     with torch.no_grad():
         for host in hosts.values():
-            host_weight(host).add_(host.delta.weight())
+            if isinstance(host, WeightPart):
+                host.add_to(host_weight(host.fused), host.delta.weight())
+            else:
+                host_weight(host).add_(host.delta.weight())
     detach(model)
 
 

@@ -39,7 +39,11 @@ def dequantized_weight(module: Any) -> Float[Tensor, "out in"]:
 
 
 def host_kind(module: nn.Module) -> str:
-    """Return the class name of a host whose weight is adapted, without its adapter, such as ``"Linear"``."""
+    """Return the class name of a host whose weight is adapted, without its adapter, such as ``"Linear"``.
+
+    For a part of a fused weight, it is the class of the fused module.
+    """
+    module = getattr(module, "fused", module)
     for kind in (nn.Embedding, Conv1D, nn.Linear):
         if isinstance(module, kind):
             return kind.__name__

@@ -33,6 +33,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from lorascope.files.printable import count_phrase
+from lorascope.schema.fused_parts import PART_ROLES, name_of_part, split_part_name
 from lorascope.schema.module_table import match, parse
 
 Shape: TypeAlias = tuple[int, ...]
@@ -155,8 +156,14 @@ def lora(
     beside : collection of str
         Names of parameters that are trained directly as well, such as a classifier head; empty by default.
     """
-    matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
-    rows = [(module, *parse(module), *shape, "") for module, shape in matrices.items()]  # a tied weight counts once
+    matrices: dict[str, Any] = {name.removesuffix(".weight"): s for name, s in shapes.items() if len(s) == 2}
+    rows: list[Any] = [
+        (module, *parse(module), *shape, "") for module, shape in matrices.items()
+    ]  # a tied weight counts once
+    for module, shape in _fused_parts(matrices).items():
+        fused, role = split_part_name(module) or ("", "")
+        rows.append((module, *parse(fused)[:2], role, *shape, ""))
+        matrices[module] = shape
     columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
     adapted = match(pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"}), targets)
     factors: list[Shape] = []
@@ -165,6 +172,23 @@ def lora(
         factors += [(rank, inputs), (outputs, rank)]
     direct = [shapes[name] for name in beside]
     return _adamw(count_parameters(shapes) + _count(factors), factors + direct, width)
+
+
+def _fused_parts(matrices: Shapes) -> dict[str, Shape]:
+    """Return the shapes of the parts of fused weights, with as many queries as the output projection has inputs."""
+    part_shapes: dict[str, Shape] = {}
+    outputs = {name.rpartition(".")[0]: shape for name, shape in matrices.items() if parse(name).role == "o"}
+    for name, shape in matrices.items():
+        parent = name.rpartition(".")[0]
+        if parse(name).role != "qkv" or parent not in outputs:
+            continue
+        # A fused weight has more outputs than inputs, also if it is stored as (in, out).
+        is_transposed = shape[0] < shape[1]
+        queries = outputs[parent][0 if is_transposed else 1]
+        keys = (max(shape) - queries) // 2
+        for role, count in zip(PART_ROLES, (queries, keys, keys), strict=True):
+            part_shapes[name_of_part(name, role)] = (count, min(shape))
+    return part_shapes
 
 
 def lisa(

@@ -119,7 +119,7 @@ def pruned_losses(
         nonzero = {name: triple for name, triple in triples.items() if len(triple.sigma)}
         attach_components(base, nonzero, ALoRADelta, fill_plain)
         losses.append(evaluate(base, encoded).loss)
-        detach(base)
+        detach(base, join=False)
     return Losses(losses[0], losses[1], len(encoded))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.activation_patching import Loss, moved_losses
 from lorascope.adapters.delta import attach, detach
+from lorascope.adapters.weight_parts import find_host
 from lorascope.methods import adalora, alora
 from lorascope.updates import Update
 
@@ -41,7 +42,7 @@ def attach_components(
     """Attach the components to the model as Deltas of one kind, for their removal, and return these."""
     deltas = {}
     for name, triple in state.items():
-        delta = kind(model.get_submodule(name), len(triple.sigma), 1.0)
+        delta = kind(find_host(model, name), len(triple.sigma), 1.0)
         with torch.no_grad():
             fill(delta, *map(_to_float32, triple))
         deltas[name] = delta
@@ -81,7 +82,7 @@ def loss_increases(
         undisturbed, moved = moved_losses(model, loss, batch, without)
         for name, values in moved.items():
             increases[name].append(np.array(values) - undisturbed)
-    detach(model)
+    detach(model, join=False)
     return {name: np.mean(values, axis=0) for name, values in increases.items()}
 
 
@@ -98,7 +99,7 @@ def first_order_increases(
     total = list(map(torch.zeros_like, diagonals))
     for batch in batches:
         torch._foreach_add_(total, torch.autograd.grad(loss(batch), diagonals))
-    detach(model)
+    detach(model, join=False)
     slopes = {}
     for (name, delta), gradient in zip(deltas.items(), total, strict=True):
         slope = (delta.diagonal.detach() * gradient)[:, 0].double().numpy() / len(batches)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
-from lorascope.methods.method import Method, from_config
+from lorascope.methods.method import Method, from_config, target_parts
 from lorascope.observe.observer import Observer
 from lorascope.runs.folders import lock_run
 from lorascope.runs.run import Run
@@ -78,6 +78,7 @@ class IsolatedRun:
         base = LiveWeights(living)
         phase = replace(next(self.method.phases(base)), name=name)
         plan = RunSpec(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)
+        plan = replace(plan, weight_parts=target_parts(phase.method, living))
         folder_name = f"{name}-{self.method.name}-{plan.id}"
         if self.device != "cpu":
             folder_name += f"-{self.device.replace(':', '-')}"

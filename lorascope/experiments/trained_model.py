@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, detach
 from lorascope.adapters.host_weights import host_weight
+from lorascope.adapters.weight_parts import find_host
 from lorascope.experiments.component_removal import SvdTriple, svd_of_update
 from lorascope.export import base_of
 from lorascope.export.peft_folder import require_all_recorded
@@ -23,6 +24,7 @@ from lorascope.runs.adapter import Adapter
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
+from lorascope.schema.fused_parts import split_part_name
 from lorascope.training.run_spec import reload_model, reload_task
 from lorascope.training.state import load_tensors
 from lorascope.updates import Update
@@ -80,7 +82,7 @@ def open_trained(run: Result, name: str | Path, task: str | Path | Task, state: 
                 f"model must be {run.meta.model}, the base of {run.reference}, got {name} with different weights"
             )
         cast(Run, run).restore(base, state)
-        deltas = detach(base)
+        deltas = detach(base, join=False)  # its parts of fused weights are patched by name
     base.requires_grad_(False)
     return TrainedModel(base, task.fit(base), deltas)
 
@@ -89,9 +91,10 @@ def _check_hosts(run: Result, updates: Mapping[str, Update], base: nn.Module, na
     """Raise ValueError if names or shapes show that a model is not the base; its weights were not recorded."""
     modules = dict(base.named_modules())
     for module, update in updates.items():
-        if module not in modules:
+        fused = (split_part_name(module) or (module,))[0]
+        if fused not in modules:
             raise ValueError(f"model must be the base of {run.label}, got {name}: it has no {module}")
-        shapes = update.shape, tuple(host_weight(modules[module]).shape)
+        shapes = update.shape, tuple(host_weight(find_host(base, module)).shape)
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"model must be the base of {run.label}, got {name}: {module} has shape {shapes[1]}, not {shapes[0]}"

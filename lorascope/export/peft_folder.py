@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from lorascope.array_types import Float
 from lorascope.export.conversion import convert, series_error, write_lora
 from lorascope.export.exporters import RunExporter, find_exporter
+from lorascope.export.joined_parts import join_hosts, join_weight_parts
 from lorascope.export.lora_layers import layers_of, require_unchanged_base
 from lorascope.export.peft_lora import LoraExporter
 from lorascope.export.rank_budget import select_components, truncate
@@ -125,6 +126,8 @@ def to_peft(
     elif scales is not None:
         exporter = LoraExporter()
         updates = scale_products(run, exact_products(run, updates), scales)
+    if run.meta.weight_parts is not None:
+        updates = join_weight_parts(run, updates, exporter.kind)
     hosts = _hosts(run, updates)
     _merge_trained_weights(run, exporter, updates, weights, hosts)
     tensors = dict(weights)
@@ -164,6 +167,7 @@ def _hosts(run: Result, updates: Mapping[str, Any]) -> Mapping[str, str]:
         raise ValueError(
             f"cannot export {run.reference}: it did not record its adapted layers (old version); train it again"
         )
+    hosts = join_hosts(hosts)
     for name in updates:
         if hosts[name] in ("Conv1d", "Conv2d", "Conv3d"):
             reason = f"the kernel shape of {name} ({hosts[name]}) was not recorded"

@@ -49,11 +49,11 @@ def open_adapted(run: Result, model: str | Path, task: str | Path | Task, state:
     base, fitted, deltas = open_trained(run, model, task, state)
     if not deltas:  # an adapter, or a recording of another trainer
         deltas = attach_components(base, open_components(run, state), ALoRADelta, fill_plain)
-        detach(base)
+        detach(base, join=False)
     trained = [f"{name}.weight" for name in deltas]
     if isinstance(run, Run) and (changed := run.tensors(state).keys() & set(trained)):
         raise ValueError(f"cannot scale the update of {run.reference}: {min(changed)} was trained below its adapter")
     attach(base, deltas)
     updates = {name: delta.update() for name, delta in deltas.items()}
-    detach(base)
+    detach(base, join=False)
     return AdaptedBase(base, fitted, deltas, updates)

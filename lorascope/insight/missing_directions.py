@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from lorascope.adapters.activation_patching import Batch
 from lorascope.adapters.host_weights import orient_weight
+from lorascope.adapters.weight_parts import WeightPart, stored_weight
 from lorascope.analysis.rank_prices import ModuleSignal
 from lorascope.array_types import Float, Int
 from lorascope.inputs.tokenization import IGNORED, token_losses
@@ -143,7 +144,8 @@ class _BlockGradients:
 
     def __iter__(self) -> Iterator[tuple[str, int, str, Float[Tensor, "out in"]]]:
         """Yield kind of labels, half, module and gradient, for every block."""
-        weights = [host.weight for host in self.hosts.values()]
+        # The weight of a part is a new view at each access, so the fused weight gets the gradient.
+        weights = [stored_weight(host) for host in self.hosts.values()]
         for weight in weights:
             weight.requires_grad_(True)
         try:
@@ -157,7 +159,10 @@ class _BlockGradients:
                         total, weights, retain_graph=kind == REAL, materialize_grads=True
                     )  # fmt: skip
                     for (module, host), gradient in zip(self.hosts.items(), gradients, strict=True):
-                        yield kind, half, module, orient_weight(host, gradient)
+                        if isinstance(host, WeightPart):
+                            yield kind, half, module, host.take(orient_weight(host.fused, gradient))
+                        else:
+                            yield kind, half, module, orient_weight(host, gradient)
         finally:
             for weight in weights:
                 weight.requires_grad_(False)

@@ -175,7 +175,7 @@ def _measure_price(
         signals = measured.signals()
         unused = measured.unused()
         # Retrained runs open separate bases, and this one is not needed any more.
-        detach(adapted.base)
+        detach(adapted.base, join=False)
         runs, doubled = pd.DataFrame(columns=RUNS), None
         smaller: list[Estimate] = []
         if retrain:

@@ -61,6 +61,7 @@ from lorascope.methods.method import Method, Step, added_later, parameter_groups
 from lorascope.methods.optimizers.adapprox import AdapproxOptimizer, check_options
 from lorascope.methods.optimizers.subspace_iteration import LOGISTIC, max_factor_rank
 from lorascope.schema import module_table
+from lorascope.schema.fused_parts import PART_ROLES
 from lorascope.schema.records import Item, Quantity, Record, register
 
 _SELECTION = "wall-clock time of AS-RSI in one rank selection"
@@ -169,7 +170,13 @@ class Adapprox(Method, name="adapprox"):
         """Return ``AdapproxOptimizer`` with groups ``adapter`` and ``head``, each split if it has ``dense`` modules."""
         dense: set[nn.Parameter] = set()
         if self.dense:
-            for name in module_table.match(module_table.describe(model), self.dense, "dense"):
+            modules = module_table.describe(model)
+            if "qkv" in set(modules["role"]) and not set(PART_ROLES).isdisjoint(self.dense):
+                raise ValueError(
+                    "dense must not be a part (q, k, v) of a fused weight: Adapprox has one step for the whole weight. "
+                    'Use "qkv"'
+                )
+            for name in module_table.match(modules, self.dense, "dense"):
                 dense.update(model.get_submodule(name).parameters())
         groups = []
         for group in parameter_groups(model, lr, head_lr, weight_decay):

@@ -23,8 +23,8 @@ Departs:
   unstated standard deviation.
 - On an embedding A is zero and B standard normal, as in the authors' code and in PEFT. The gain ``|B a| / |a|``
   is then sqrt(3 out) times that of the A of a linear layer; ``embedding_init="linear"`` divides B by this factor.
-- On a fused matrix of queries, keys and values, such as GPT-2's ``c_attn``, ("q", "v") adapts the whole matrix, so the
-  keys as well; the paper adapts queries and values only.
+- On a fused matrix of queries, keys and values, such as GPT-2's ``c_attn``, ("q", "v") adapts its rows of queries and
+  values only, as in the paper; PEFT adapts the whole matrix, as "qkv" does here.
 """
 
 from __future__ import annotations
@@ -102,6 +102,10 @@ class LoRA(AdapterMethod, name="lora"):
         """Adapt the targets, with factors drawn by ``init_seed``; leave adapters and head trainable."""
         self._generator = None if self.init_seed is None else torch.Generator().manual_seed(self.init_seed)
         super().attach(model)
+
+    def named_targets(self) -> tuple[str, ...]:
+        """Return the targets, or the modules with a rank in the mapping."""
+        return tuple(self.rank) if isinstance(self.rank, Mapping) else super().named_targets()
 
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the modules to adapt: the targets, or those with a rank in the mapping."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach, attached_deltas
+from lorascope.adapters.weight_parts import add_parts, find_host
 from lorascope.inputs.models import missing
 from lorascope.inputs.tasks import Task
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
+from lorascope.schema.fused_parts import PART_ROLES, part_roles, split_part_name
 from lorascope.schema.labels import to_words
 from lorascope.schema.records import Item
 from lorascope.schema.suggestions import unknown_name
@@ -144,17 +146,31 @@ class AdapterMethod(Method):
     """Base class of methods that add an adapter to every target module and train only adapters and the task's head.
 
     A subclass is a dataclass with a field ``targets``: roles, "all-linear", module names or a regular expression, see
-    ``ls.module_table.match``. It implements ``delta``.
+    ``ls.module_table.match``. It implements ``delta``. The roles q, k and v select the parts of a fused weight.
     """
 
     targets: Any
+    splits_fused: bool = True
+    """Whether the roles q, k and v select parts of a fused weight; False for runs of earlier versions."""
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
-        names = self.select_targets(module_table.describe(model))
-        self._deltas: dict[str, Any] = {name: self.delta(name, model.get_submodule(name)) for name in names}
+        names = self.find_targets(model)
+        self._deltas: dict[str, Any] = {name: self.delta(name, find_host(model, name)) for name in names}
         attach(model, self._deltas)
         train_adapters(model)
+
+    def find_targets(self, model: nn.Module) -> list[str]:
+        """Return the names of the modules to adapt, and of the parts of fused weights."""
+        modules = module_table.describe(model)
+        for target in self.named_targets():
+            if split_part_name(target) or (target in PART_ROLES and self.splits_fused):
+                return self.select_targets(add_parts(modules, model))
+        return self.select_targets(modules)
+
+    def named_targets(self) -> tuple[str, ...]:
+        """Return the targets as a tuple."""
+        return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets or ())
 
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the names of the modules to adapt, from the module table of the model."""
@@ -163,6 +179,21 @@ class AdapterMethod(Method):
     def delta(self, name: str, host: nn.Module) -> Delta:
         """Return the adapter of one module."""
         raise NotImplementedError(f"{type(self).__name__} must define delta")
+
+
+def target_parts(method: Method, model: nn.Module) -> tuple[str, ...]:
+    """Return the roles of the parts of fused weights that a method adapts in a model."""
+    if not isinstance(method, AdapterMethod):
+        return ()
+    return part_roles(method.find_targets(model))
+
+
+def copy_method(method: Any, **changes: Any) -> Any:
+    """Return a method without its state, with changed fields, that selects the same parts of fused weights."""
+    twin = replace(method, **changes)
+    if isinstance(method, AdapterMethod):
+        twin.splits_fused = method.splits_fused
+    return twin
 
 
 @dataclass(frozen=True)
@@ -213,7 +244,7 @@ class Step:
     base : mapping parameter name -> tensor
         Base weights W_0, read-only.
     modules : DataFrame
-        Table of ``ls.module_table.describe`` for the model before ``attach``.
+        Table of ``ls.module_table.describe``, with the adapted parts of fused weights.
     shows_text : bool
         Whether held-out text is available; a Trainer provides none.
     values : dict

@@ -35,11 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
+from lorascope.adapters.weight_parts import find_host
 from lorascope.array_types import Float
 from lorascope.methods.field_checks import is_integer, require, require_integer
 from lorascope.methods.method import AdapterMethod, reject_embedding
 from lorascope.methods.precision import wide_dtype
-from lorascope.schema import module_table
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
 
@@ -82,8 +82,8 @@ class VeRA(AdapterMethod, name="vera"):
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; their largest sides give the shapes of A and B."""
-        names = self.select_targets(module_table.describe(model))
-        outer, inner = zip(*(host_weight(model.get_submodule(name)).shape for name in names), strict=True)
+        shapes = [host_weight(find_host(model, name)).shape for name in self.find_targets(model)]
+        outer, inner = zip(*shapes, strict=True)
         self._widest = max(inner), max(outer)
         super().attach(model)
 

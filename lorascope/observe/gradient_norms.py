@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.host_weights import to_host
 from lorascope.adapters.peft_layers import is_peft_layer, unwrap_peft_layer
+from lorascope.adapters.weight_parts import WeightPart
 from lorascope.array_types import Float
 from lorascope.methods.method import Step, trained_parameters
 from lorascope.observe.observer import Observer
@@ -81,7 +82,11 @@ def _modules_of_parameters(module: Any, path: str) -> Iterator[tuple[nn.Paramete
     """
     host = unwrap_peft_layer(module)
     # As in the module table, everything below a module with a weight is part of it.
-    is_leaf = is_peft_layer(module) or "weight" in dict(host.named_parameters(recurse=False))
+    is_leaf = (
+        is_peft_layer(module)
+        or isinstance(module, WeightPart)
+        or "weight" in dict(host.named_parameters(recurse=False))
+    )
     owner = module if is_leaf else host
     for name, parameter in owner.named_parameters(recurse=is_leaf):
         yield parameter, path or name

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import adapters
 from lorascope.adapters.host_weights import orient_weight, to_host
 from lorascope.adapters.peft_layers import has_peft_layers, unwrap_peft_layer, unwrapped_parameters
+from lorascope.adapters.weight_parts import WeightPart
 from lorascope.array_types import Float
 from lorascope.methods.method import Step, trained_parameters
 from lorascope.updates import Update, change_norms
@@ -61,6 +62,8 @@ class TrainedTensors:
         for module in self.deltas:
             host = self.hosts[module] = unwrap_peft_layer(step.model.get_submodule(module))
             self.parameter_of[module] = names.get(id(getattr(host, "weight", None)), "")
+            if isinstance(host, WeightPart):  # its weight is computed at each access, from that of the fused module
+                self.parameter_of[module] = f"{module}.weight"
         self.modules |= self.deltas.keys()
 
     def copy_updates(self, tensors: Sequence[Tensor] = ()) -> list[Float[np.ndarray, "..."]]:

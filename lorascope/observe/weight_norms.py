@@ -16,6 +16,7 @@ from torch import Tensor
 from lorascope.adapters.delta import Delta, host_weight
 from lorascope.adapters.host_weights import dequantized_weight, shared_copies, to_array
 from lorascope.adapters.peft_layers import PeftDelta
+from lorascope.adapters.weight_parts import WeightPart
 from lorascope.array_types import Float
 from lorascope.methods.field_checks import require_integer
 from lorascope.methods.method import Step, added_later
@@ -62,6 +63,7 @@ class norms(Observer):
         self.first_: dict[str, Any] = {}
         self.before_: dict[str, Any] = {}
         self.base_squares_: dict[str, float] = {}
+        self.part_squares_: dict[str, float] = {}
         self.initial_factors_: dict[str, Factors] = {}
         self._found: TrainedTensors | None = None
         self._memory: dict[str, Tensor] = {}
@@ -98,6 +100,12 @@ class norms(Observer):
                 if (name := trained.parameter_of[module]) and name not in base_sums:
                     base_sums[name] = tile_sums(dequantized_weight(host))
         self.base_squares_ = dict.fromkeys(step.base, math.nan) | trained.total(base_sums)
+        part_sums = {}
+        for module, host in trained.hosts.items():
+            if isinstance(host, WeightPart):
+                part_sums[module] = tile_sums(host.weight)
+        # Separate from the parameters, because the sum over a block has the fused weight.
+        self.part_squares_ = trained.total(part_sums) if part_sums else {}
         self.first_ = nonzero_trees(trained.updates())
         self.initial_factors_ = {}
         for module, delta in trained.deltas.items():
@@ -167,6 +175,8 @@ class norms(Observer):
 
     def _base(self, trained: TrainedTensors, module: str) -> float:
         """Return |W_0|^2 of an adapted weight, NaN if it is packed and not a parameter."""
+        if module in self.part_squares_:
+            return self.part_squares_[module]
         return self.base_squares_.get(trained.parameter_of[module], math.nan)
 
     def _dense_sums(

@@ -10,6 +10,7 @@ from itertools import chain
 from statistics import mode
 from typing import Any
 
+from lorascope.schema.fused_parts import split_part_name
 from lorascope.updates import LowRank, Update
 
 _ROUTED = (
@@ -53,6 +54,10 @@ def _configurable(
         raise ValueError(
             f"cannot configure a LoRA for {run.reference}: it adapts experts in one tensor (target_parameters)"
         )
+    for name in ranks:
+        if name in updates and split_part_name(name) is not None:
+            fix = "export it with ls.export.to_peft, or train it with ls.LoRA(rank=run.ranks())"
+            raise ValueError(f"cannot configure a LoRA for {run.reference}: PEFT adapts no part such as {name}; {fix}")
     used_ranks, used_updates = {}, {}
     for name, rank in ranks.items():
         if rank > 0 and name in updates:  # PEFT rejects rank 0

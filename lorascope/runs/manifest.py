@@ -166,6 +166,9 @@ class Manifest:
         Arguments of ``tasks.load`` other than the name, such as ``splits``.
     selected_on_test : bool or None
         True if validation and test were the same rows.
+    weight_parts : dict or None
+        Rows of the adapted parts of fused weights by name, such as ``transformer.h.0.attn.c_attn[q]``: number of equal
+        groups of rows, and first and last row (exclusive) in each group. None if only whole weights are adapted.
     facts : dict
         What readers need to know about the method, by ``Method.describe``.
     source : str or None
@@ -210,6 +213,7 @@ class Manifest:
     task_options: dict[str, Any] | None = None
     selected_on_test: bool | None = None
     eval_overlap: float | None = None
+    weight_parts: dict[str, tuple[Count, Count, Count]] | None = None
     left_out: dict[str, str] | None = None
     frozen: dict[str, list[str]] | None = None
     started: int | None = None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.schema.fused_parts import PART_ROLES, split_part_name
 from lorascope.schema.module_roles import (
     ATTENTION,
     CROSS,
@@ -63,7 +64,8 @@ def describe(model: Any) -> pd.DataFrame:
     Parameters
     ----------
     model : torch.nn.Module
-        Any model. Adapters, from lorascope or PEFT, are skipped: names and sizes are the same as without them.
+        Any model. Adapters, from lorascope or PEFT, are skipped: names and sizes are the same as without them. Only
+        the adapted parts of fused weights have additional rows, after the row of the weight.
 
     Returns
     -------
@@ -92,6 +94,13 @@ def describe(model: Any) -> pd.DataFrame:
 
 def _collect(module: Any, path: str, block: _Block | None) -> Iterator[_Row]:
     """Yield the rows of everything in ``module``; ``block`` is the enclosing one."""
+    if split_part_name(path) is not None and hasattr(module, "fused"):
+        # Not "linear", because the parts of a weight do not show the role of their neighbors.
+        row = _Row(path, stack_of(path), None, module.role, "part", module, weight=module)
+        row.layer = None if block is None else block.layer
+        row.outer, row.inner = module.out_features, module.in_features
+        yield row
+        return
     host = _unwrap_peft(module)
     weight = dict(host.named_parameters(recurse=False)).get("weight")
     if weight is not None:
@@ -240,8 +249,9 @@ def match(description: pd.DataFrame, targets: str | Sequence[str], called: str =
         ``describe(model)``.
     targets : str or sequence of str
         "all-linear" (every linear inside the blocks), a role, or a regular expression that matches a whole module name;
-        or a sequence of roles and exact module names. "q", "k" and "v" also select a fused qkv, "ffn_gate" a fused
-        gate and input. A tied weight can be selected by any of its names.
+        or a sequence of roles and exact module names. "q", "k" and "v" also select a fused qkv, or only its part if the
+        table has parts, as for the targets of a method. "ffn_gate" selects a fused gate and input. A tied weight can be
+        selected by any of its names.
     called : str
         Name of the argument in error messages.
 
@@ -270,19 +280,20 @@ def match(description: pd.DataFrame, targets: str | Sequence[str], called: str =
 
 
 def _matching_names(description: pd.DataFrame, target: str, pattern: bool, called: str) -> list[str]:
-    role = description["role"]
+    role, is_part = description["role"], description["module"].str.endswith("]")
     if target == "all-linear":
-        return description["module"][description["layer"].notna() & role.isin(LINEAR)].tolist()
+        return description["module"][description["layer"].notna() & role.isin(LINEAR) & ~is_part].tolist()
     if target in ROLES:
         mask = role == target
-        if target in ("q", "k", "v"):
-            mask = mask | (role == "qkv")
+        if target in PART_ROLES:
+            split = description["module"][is_part].str.replace(r"\[\w+\]$", "", regex=True)
+            mask = mask | ((role == "qkv") & ~description["module"].isin(split))
         elif target == "ffn_gate":
             mask = mask | gated_input(description)
         return description["module"][mask].tolist()
     if not pattern:
         return [target] if target in _all_names(description) else []
-    matrices = description[description["out_features"].notna()]
+    matrices = description[description["out_features"].notna() & ~is_part]
     try:
         return full_matches(target, _all_names(matrices))
     except ValueError as error:

@@ -91,9 +91,10 @@ def prepare_model(model: nn.Module, task: Task, seed: int) -> TrainingMarker:
 def begin_training(
     method: Method, model: nn.Module, base: Base, settings: Settings
 ) -> tuple[torch.optim.Optimizer, pd.DataFrame]:
-    """Attach a method, copy the base weights that it trains, and return its optimizer and the modules before."""
-    modules = module_table.describe(model)
+    """Attach a method, copy the base weights that it trains, and return its optimizer and the module table."""
     attach_method(method, model)
+    # After it, because adapted parts of fused weights have rows as well.
+    modules = module_table.describe(model)
     optimizer = method.optimizer(model, settings.lr, settings.head_lr, settings.weight_decay)
     base.capture(optimizer)
     return optimizer, modules

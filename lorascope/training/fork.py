@@ -24,12 +24,13 @@ from lorascope.inputs import tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import is_integer
 from lorascope.methods.lora import LoRA, LoRADelta
-from lorascope.methods.method import Method, Phase, Step, config, from_config
+from lorascope.methods.method import AdapterMethod, Method, Phase, Step, config, copy_method, from_config
 from lorascope.observe.observer import OBSERVERS, Observer
 from lorascope.runs.folders import lock_run
 from lorascope.runs.manifest import Fork, Manifest
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
+from lorascope.schema.fused_parts import part_roles
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.base_weights import TrainingMarker, begin_training, prepare_model
 from lorascope.training.checkpoints import Checkpoint, Checkpoints
@@ -121,7 +122,7 @@ def fork(
     forked = finished_run(folder, spec)
     if forked is not None:
         # As after a training, the model of the caller has the trained weights.
-        forked.restore(model, method=dataclasses.replace(spec.phase.method))
+        forked.restore(model, method=copy_method(spec.phase.method))
         marker.attach(model, spec.id)
     else:
         begun = _begin_trunk(trunk, model, marker)
@@ -340,13 +341,15 @@ def _rebuild_spec(run: Run, marker: TrainingMarker, task: Task, method: Method |
         raise ValueError(f"task must be the data of run {run.id}, {meta.task}, got {task.name} with different rows")
     if method is None:
         method = _rebuild_method(run)
+    if isinstance(method, AdapterMethod):
+        method.splits_fused = bool(meta.weight_parts)
     settings = Settings.read(meta.settings)
     assert meta.seed is not None
     assert meta.phase is not None
     name, split = meta.phase
     observers = tuple(map(_rebuild_observer, meta.settings["observers"]))
     spec = RunSpec(method, Phase(method, name, split), task, settings, meta.seed, marker.w0_hash, observers)
-    spec = dataclasses.replace(spec, start=meta.start)
+    spec = dataclasses.replace(spec, start=meta.start, weight_parts=part_roles(meta.weight_parts or ()))
     # First, because the id would not say what differs.
     if config(method) != meta.method:
         raise ValueError(f"method must be that of run {run.id} ({run.label}), got {method.label()}")
@@ -396,7 +399,7 @@ def _change_spec(trunk: RunSpec, run: Run, step: int, change: Mapping[str, Any],
     settings = dataclasses.replace(trunk.settings, **rates)
     if "rank" in change and isinstance(method, LoRA):
         options["alpha"] = change.get("alpha", _alpha_at_rank(method, change["rank"]))
-    changed = dataclasses.replace(method, **options)
+    changed = copy_method(method, **options)
     stored = config(changed) | settings.to_dict()  # a method also has default rates
     described = {name: stored[name] for name in rates | options if name in change}
     if "rows" in change:
@@ -442,7 +445,7 @@ def _folder_of(run: Run, id: str) -> Path:
 def _begin_trunk(trunk: RunSpec, model: nn.Module, marker: TrainingMarker) -> BegunTrunk:
     """Return how the optimizer of the trunk begins, and leave the model at its base weights."""
     with seed_generators(trunk.seed):
-        method = dataclasses.replace(trunk.phase.method)
+        method = copy_method(trunk.phase.method)
         optimizer, _ = begin_training(method, model, marker.base, trunk.settings)
     # The fork attaches its own adapters to the same model.
     reset_model(model, marker.base)

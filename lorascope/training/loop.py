@@ -18,7 +18,7 @@ from lorascope.inputs import models, tasks
 from lorascope.inputs.metrics import Metric, require_fit
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import default_if_none, is_integer
-from lorascope.methods.method import Method, Phase, from_config
+from lorascope.methods.method import Method, Phase, from_config, target_parts
 from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
 from lorascope.runs.folders import identify_folder, lock_run
@@ -211,6 +211,7 @@ def train(
     resolved = settings.resolve(phase_rows(task, Phase(method)))
     _require_steps(keep_checkpoints, resolved.steps)
     plan = RunSpec(method, Phase(method), task, resolved, seed, marker.w0_hash, tuple(observers))
+    plan = replace(plan, weight_parts=target_parts(method, model))
     source = None
     if start is not None:
         source = open_start(start, start_head)

@@ -16,6 +16,7 @@ from lorascope import __version__
 from lorascope.adapters.delta import adapters
 from lorascope.adapters.host_weights import host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
+from lorascope.adapters.weight_parts import part_rows
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, Phase, Step, config, task_head, trained_parameters
@@ -34,7 +35,7 @@ class RunSpec:
 
     ``recipe`` is the method that was passed to ``train``; ``settings`` have the learning rates and steps of the phase.
     In a fork, ``fork`` is its origin, and ``rows`` the task whose training rows replace those of ``task``. ``start`` is
-    the run from whose adapter the training starts.
+    the run from whose adapter the training starts. ``weight_parts`` are the roles of adapted parts of fused weights.
     """
 
     recipe: Method
@@ -47,6 +48,7 @@ class RunSpec:
     rows: Task | None = None
     fork: Fork | None = None
     start: Start | None = None
+    weight_parts: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the run id is computed from."""
@@ -66,6 +68,9 @@ class RunSpec:
             identity["fork"] = dataclasses.asdict(self.fork)
         if self.start is not None:
             identity["start"] = dataclasses.asdict(self.start)
+        # An old run with the same targets adapted the whole weights.
+        if self.weight_parts:
+            identity["weight_parts"] = list(self.weight_parts)
         return identity
 
     @property
@@ -75,7 +80,8 @@ class RunSpec:
 
     def meta(self, step: Step, method: Method, parents: list[Run], device: str) -> Manifest:
         """Return ``run.json`` of a running phase, whose own copy of its method is ``method``."""
-        facts = self.phase.method.describe()
+        facts, identity = self.phase.method.describe(), self.identity()
+        identity.pop("weight_parts", None)  # the circumstances have it
         if self.start is not None:
             facts["starts_at_zero"] = False
         return Manifest(
@@ -90,7 +96,7 @@ class RunSpec:
             parents=[f"../{run.path.name}" for run in parents if run.path],
             total_seconds=sum(run.meta.seconds for run in parents),
             facts=facts,
-            **self.identity() | {"fork": self.fork, "start": self.start},
+            **identity | {"fork": self.fork, "start": self.start},
             **circumstances(step, method, trained_parameters(step.optimizer), device),
         )
 
@@ -139,5 +145,6 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
             head=sum(p.numel() for p in trained if id(p) in head),
         ),
         "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in adapters(model)},
+        "weight_parts": part_rows(model) or None,
         "modules": describe_modules(step.modules),
     }

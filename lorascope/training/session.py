@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +21,7 @@ from lorascope.inputs.metrics import Metric
 from lorascope.inputs.models import processor, require_positions
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import EncodedRows
-from lorascope.methods.method import Batch, HeldOut, Method, Step, trained_parameters
+from lorascope.methods.method import Batch, HeldOut, Method, Step, copy_method, trained_parameters
 from lorascope.observe.trainable import are_finite
 from lorascope.runs.manifest import State, Test
 from lorascope.runs.run import Run
@@ -68,7 +67,7 @@ class Session(Recording):
         self.model, self.plan, self.device = model, plan, device
         self.settings, self.task = plan.settings, plan.task
         register_metrics(self.settings.metrics)
-        self.method = dataclasses.replace(plan.phase.method)
+        self.method = copy_method(plan.phase.method)
         self.optimizer, modules = begin_training(self.method, model, base, plan.settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, plan.settings.rate())
         reader = processor(model)

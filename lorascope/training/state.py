@@ -27,7 +27,7 @@ from lorascope.files.whole_files import write_bytes
 from lorascope.inputs.classifier_head import fit_head
 from lorascope.inputs.models import missing
 from lorascope.methods import METHODS
-from lorascope.methods.method import Method, from_config, trained_parameters
+from lorascope.methods.method import AdapterMethod, Method, from_config, trained_parameters
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import attach_method
 
@@ -286,6 +286,8 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
         raise ValueError(
             f"cannot restore run {printable(run.id)}: its fields do not fit its method: {printable(error)}"
         ) from error
+    if isinstance(method, AdapterMethod):
+        method.splits_fused = bool(run.meta.weight_parts)
     attach_method(method, model)
     load_state(model, method, *state)
     model.eval()

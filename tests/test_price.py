@@ -30,7 +30,7 @@ from lorascope.export import RankBudget
 from lorascope.inputs import tasks
 from lorascope.inputs.text_rows import encode_rows
 from lorascope.inputs.tokenization import token_losses
-from lorascope.insight.adapted_base import AdaptedBase, open_adapted, origin_of
+from lorascope.insight.adapted_base import AdaptedBase, open_adapted
 from lorascope.insight.cut_updates import cut_updates
 from lorascope.insight.missing_directions import (
     CONTROL,
@@ -386,13 +386,6 @@ def test_a_rank_that_loses_nothing_is_retrained_at_half_even_if_directions_are_m
     evidence = Evidence([], losses, directions=37, control=0, doubled=None, inside_p=0.001)
     assert "--ranks 2 " in _next_training(run, bert, task, evidence, "wasteful")["next_command"]
     assert "--ranks 8 " in _next_training(run, bert, task, evidence, "not finished")["next_command"]
-
-
-def test_the_command_of_a_receipt_has_options_and_zeros(bert: str, task: tasks.Task, tmp_path: Path) -> None:
-    run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=1)[1]
-    origin = origin_of("price", run, bert, task, ranks=[1, 2], retrain=0, placed=True, exact=False)
-    assert origin["seed"] == run.seed
-    assert origin["command"].endswith(" --task reviews --ranks 1,2 --retrain 0 --placed")
 
 
 def test_command_prints_prices(bert: str, task: tasks.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

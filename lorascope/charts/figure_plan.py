@@ -12,7 +12,7 @@ import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels
-from lorascope.charts.geometry import MINUS, Numbers, Panel, group
+from lorascope.charts.geometry import Numbers, Panel, drawn_number, group
 from lorascope.charts.marks import Bar, Heat, Point
 from lorascope.charts.math_text import math_to_unicode
 from lorascope.charts.scales import (
@@ -28,7 +28,7 @@ from lorascope.charts.scales import (
     to_floats,
 )
 from lorascope.charts.theme import RED_BLUE, VIRIDIS, Theme
-from lorascope.files.printable import number_text, short_name
+from lorascope.files.printable import short_name
 
 PAD = 0.04  # fraction of the range left free at each end of a numeric axis
 # Kind of legend symbol, and its style.
@@ -270,7 +270,7 @@ def _label_outside(label: str, numbers: Float[np.ndarray, "n"], limits: Limits) 
     """Return the label of a color scale with the ends of numbers outside its limits, and at which ends these are."""
     low, high = min(numbers, default=limits[0]), max(numbers, default=limits[1])
     room = 1e-9 * (limits[1] - limits[0])  # rounding errors of limits that were computed from the numbers
-    texts = [number_text(end, ".3g").replace("-", MINUS) for end in (low, high)]
+    texts = [drawn_number(end, ".3g") for end in (low, high)]
     is_below, is_above = low < limits[0] - room, high > limits[1] + room
     if is_below and is_above:
         # Without a word, so that the label fits next to a panel of usual height.

@@ -29,6 +29,11 @@ MINUS = "\N{MINUS SIGN}"  # as long as a plus, and the sign at the ticks of both
 CLUSTER = 0.8  # fraction of the distance between two positions that their bars fill
 
 
+def drawn_number(number: float, spec: str) -> str:
+    """Format a number for a figure: with `MINUS`, and without a sign if it rounds to zero."""
+    return number_text(number, spec).replace("-", MINUS)
+
+
 @dataclass(frozen=True, eq=False)
 class Shape:
     """Geometry of a drawn shape; ``group`` is the legend entry that it belongs to."""
@@ -359,7 +364,7 @@ def _(mark: Heat, panel: Panel, frame: Any) -> Iterator[Cells]:
     texts = {}
     for cell, value in np.ndenumerate(values):
         if np.isfinite(value):
-            texts[cell] = number_text(value, spec).replace("-", MINUS)
+            texts[cell] = drawn_number(value, spec)
     yield Cells(values, mark, panel.ramp, texts, words)
 
 

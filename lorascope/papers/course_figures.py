@@ -11,6 +11,7 @@ import pandas as pd
 from lorascope.analysis.neuron_utilization import average_shifts, compute_rank_shift, count_shifts
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side, stack_vertically
+from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Line, Mark, Point
 from lorascope.papers import adalora, fourierft, lisa, neft, variants
 from lorascope.papers.figures.variant_gaps import PUBLISHED, common_seeds, number_above, numbered, published
@@ -153,7 +154,7 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
     logs = pd.read_csv(PUBLISHED / "neft_dev_loss.csv")
     # Their last steps are after the best one, where full fine-tuning overfits more.
     best = logs.pivot(index="pair", columns="method", values="best_loss")
-    gains = ", ".join(map("{:z.2f}".format, best["full fine-tuning"] - best["NeFT"]))
+    gains = ", ".join(drawn_number(gain, ".2f") for gain in best["full fine-tuning"] - best["NeFT"])
     caption = (
         "The teacher changes 108 of 1,152 neurons. NeFT starts again after a full fine-tuning of 400 steps, which is "
         "not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as 36. The authors' logs have full "

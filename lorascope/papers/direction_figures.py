@@ -14,6 +14,7 @@ from lorascope import plots
 from lorascope.analysis.rank_allocations import kendall_tau
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side
+from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Heat, Line, Point, Text
 from lorascope.papers import adapprox, hydralora_factors, variants
 from lorascope.papers.course_figures import in_row
@@ -120,8 +121,8 @@ def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
     for name, of_panel in means.items():
         charts.append(similarity_heat(of_panel, name, caption, "W, i", "update, j"))
     title = (
-        f"Overlap of the update with directions of W, minus random: {excess['rank 8']:+z.3f} for rank 8, "
-        f"{excess['rank 64']:+z.3f} for 64"
+        "Overlap of the update with directions of W, minus random: "
+        f"{drawn_number(excess['rank 8'], '+.3f')} for rank 8, {drawn_number(excess['rank 64'], '+.3f')} for 64"
     )
     return set_side_by_side(*charts, title=title)
 
@@ -185,8 +186,10 @@ def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
             axes: dict[str, Any] = {"x": Axis(label="block"), "y": Axis(order=list(variants.TYPES))}
             row.append(Chart(cells, [heat], title=f"task {number + 1}, {name}", caption=caption, **axes))
         rows.append(tuple(row))
+    different = agreement[:count, count:].mean()
     title = (
-        f"Ranks agree by {same:z.2f} on one teacher, by {agreement[:count, count:].mean():z.2f} on two (Kendall's τ)"
+        f"Ranks agree by {drawn_number(same, '.2f')} on one teacher, by {drawn_number(different, '.2f')} on two "
+        "(Kendall's τ)"
     )
     return Panels(tuple(rows), title=title)
 

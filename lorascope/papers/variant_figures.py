@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
+from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Line, Point, Rule
 from lorascope.papers import adalora, alora, autolora, fourierft, hydralora, neft, variants
 from lorascope.papers.figures.variant_gaps import (
@@ -106,7 +107,7 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
         return None
     means = table.groupby(["updates", "name"], sort=False)["value"].mean().reset_index()
     gap = means.pivot(index="updates", columns="name", values="value").loc[list(truths)]
-    differences = ", ".join(map("{:z.1f}".format, gap["full fine-tuning"] - gap["LoRA"]))
+    differences = ", ".join(drawn_number(difference, ".1f") for difference in gap["full fine-tuning"] - gap["LoRA"])
     return Chart(
         table,
         [Line("updates", "value", "name", data=means), Point("updates", "value", "name")],

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.charts.chart import Chart, Panels
-from lorascope.charts.geometry import MINUS
+from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Mark, Point, Rule
 from lorascope.charts.text_wrapping import wrap_text
 from lorascope.files.printable import count_phrase
@@ -147,8 +147,7 @@ def _describe_effect(claim: StudyClaim, results: pd.DataFrame, control: str) -> 
     if result["word"] in (NO_HEADROOM, NOT_LEARNED):
         return f"{result['word']} against {control}"
     if _unit_of(claim) == _POINTS:
-        points = f"{result['effect']:+z.1f}".replace("-", MINUS)
-        return f"{points} points against {control}"
+        return f"{drawn_number(result['effect'], '+.1f')} points against {control}"
     # A reader knows percent of a loss, not of its logarithm.
     change = math.expm1(-result["effect"] / 100)
     side = "above" if change > 0 else "below"

@@ -10,10 +10,10 @@ import pandas as pd
 
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Panels
-from lorascope.charts.geometry import MINUS
+from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Band, Line, Mark, Rule
 from lorascope.charts.text_wrapping import wrap_text
-from lorascope.files.printable import count_phrase, number_text
+from lorascope.files.printable import count_phrase
 from lorascope.papers.figures.pair_gaps import name_quadratics, padded_limits
 from lorascope.papers.figures.study_marks import (
     FAVORABLE,
@@ -96,7 +96,7 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
             favorable = table[table["side"] == FAVORABLE]
             if len(favorable):
                 ends.append(favorable.sort_values("step").iloc[-1])
-                title += f": {number_text(ends[-1]['value'], '+.1f')}%".replace("-", MINUS)
+                title += f": {drawn_number(ends[-1]['value'], '+.1f')}%"
         charts.append(Chart(table, marks, title=title, x=x, y=y, colors=SIDES))
     charts[0] = replace(charts[0], caption=_caption(claims))
     title = "Training loss compared with the control"

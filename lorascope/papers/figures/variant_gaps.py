@@ -10,6 +10,7 @@ import pandas as pd
 
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
+from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Mark, Point, Rule
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import STUDY_FILE
@@ -195,7 +196,9 @@ def difference_finding(paired: Chart, base: str) -> str:
         return f"No difference from {base} is seen"
     farthest = int(differing["value"].abs().to_numpy().argmax())
     name, difference = differing[["name", "value"]].iloc[farthest]
-    return f"{len(differing)} of {len(cells)} differ from {base}, most: {name} ({difference:+z.1f} points)"
+    return (
+        f"{len(differing)} of {len(cells)} differ from {base}, most: {name} ({drawn_number(difference, '+.1f')} points)"
+    )
 
 
 def beside_differences(chart: Chart) -> tuple[Chart, Chart]:

@@ -155,6 +155,15 @@ def encode_pairs(
     )
 
 
+def prompt_ids(tokenizer: Any, prompts: list[str], max_length: int) -> list[list[int]]:
+    """Tokenize prompts for a causal LM to continue; longer ones are truncated at the beginning."""
+    start = _start_ids(tokenizer)
+    inputs = []
+    for ids in _token_ids(tokenizer, prompts):
+        inputs.append([*start, *ids[max(0, len(start) + len(ids) - max_length) :]])
+    return inputs
+
+
 def _find_choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:
     """Find the first position at which the responses differ; no two may have the same token there."""
     if seq2seq:

@@ -166,6 +166,63 @@ def test_bleu_variants_differ_in_case_and_tokens():
     assert compute("bleu_zh", ["NBA 很好看。"], [["nba 很好看。"]]) == pytest.approx(100)
 
 
+def test_nist_equals_worked_numbers():
+    # Of 4 tokens of references, a is 2, so that it tells log2(4/2) = 1 bit, b log2(4/1) = 2 and ab log2(2/1) = 1.
+    assert compute("nist", ["a b"], [["a b", "a c"]]) == pytest.approx((1 + 2) / 2 + 1 / 1)
+    # Each of 3 tokens tells log2(3), and the score is half at two thirds of the length.
+    assert compute("nist", ["a b"], [["a b c"]]) == pytest.approx(math.log2(3) / 2)
+    assert compute("nist", [""], [["a b c"]]) == 0.0
+
+
+def test_nist_equals_that_of_e2e_metrics():
+    references = [
+        [
+            "Zizzi is a pub near The Avalon. It is rated 3.5 out of 5.",
+            "Near the Avalon, there is a cheap pub: Zizzi, which has 3.5 out of 5 stars and is very popular.",
+        ],
+        [
+            "The Mill isn't family-friendly and serves Chinese food for £20-25.",
+            "Chinese food for less than £20-25 is what The Mill, which isn't family friendly, serves near the river.",
+            ' "The Mill" & co. serves Chinese food, but it isn\'t for families.',
+        ],
+    ]
+    texts = [
+        "Zizzi is a cheap pub, rated 3.5 out of 5 (near the Avalon).",
+        "The Mill serves Chinese food for £20-25; it isn't family-friendly.",
+    ]
+    # NISTScore of its pymteval.py, at commit 1b9c4d8.
+    assert compute("nist", texts, references) == pytest.approx(4.47292127703913, rel=1e-12)
+    short = ["Zizzi is a cheap pub.", "The Mill serves Chinese food."]
+    assert compute("nist", short, references) == pytest.approx(0.022106248962292976, rel=1e-12)
+
+
+def test_tokens_of_nist_are_those_of_sacrebleu():
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    draw = np.random.default_rng(0)
+    words = [
+        "Aa",
+        "3,5",
+        "7-8",
+        "£9",
+        "(k)",
+        "f-g",
+        "it's",
+        '"q"',
+        "x.",
+        "1.",
+        ".5",
+        "&amp;",
+        "a/b",
+        "[z]",
+        "~",
+        "2-",
+        ",",
+    ]
+    texts = [" ".join(draw.choice(words, 12)) for _ in range(50)]
+    assert [metrics._tokens_13a(text) for text in texts] == [Tokenizer13a()(text).lower().split() for text in texts]
+
+
 def test_chrf_equals_its_definition():
     predicted, answer = "afilm", "afine"
     # Common n-grams of 1 to 5 characters: a f i, af fi, afi; no word has 6.

@@ -7,6 +7,7 @@ Other packages add metrics through the entry point group ``lorascope.metrics``, 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import string
 import warnings
@@ -276,6 +277,70 @@ def _sacrebleu(name: str, predicted: Texts, answers: References, **options: Any)
     return float(scorer(**options).corpus_score(list(predicted), references).score)
 
 
+_MAX_NGRAM = 5
+# Punctuation other than apostrophes, periods, commas and dashes is a token; these are next to other characters than
+# digits, a dash after a digit.
+_TOKENIZATION_13A = (
+    (r"([{-~\[-` -&(-+:-@/])", r" \1 "),
+    (r"([^0-9])([.,])", r"\1 \2 "),
+    (r"([.,])([^0-9])", r" \1 \2"),
+    (r"([0-9])(-)", r"\1 \2 "),
+)
+
+
+def _tokens_13a(text: str) -> list[str]:
+    """Return the tokens of a text without case, as mteval-v13a splits it."""
+    text = text.replace("-\n", "").lower()
+    for entity, character in {"&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}.items():
+        text = text.replace(entity, character)
+    text = f" {text} "
+    for pattern, replacement in _TOKENIZATION_13A:
+        text = re.sub(pattern, replacement, text)
+    return text.split()
+
+
+def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
+    """Count the n-grams of up to five tokens."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    for size in range(1, _MAX_NGRAM + 1):
+        for start in range(len(tokens) - size + 1):
+            counts[tuple(tokens[start : start + size])] += 1
+    return counts
+
+
+def nist(predicted: Texts, answers: References) -> float:
+    """Compute NIST without case: the information of n-grams, up to 5, that a reference has, as e2e-metrics does.
+
+    References of a text count equally in its mean length. The Perl script mteval-v13a weights texts by their number of
+    references there, which changes the score of texts that are shorter than their references.
+    """
+    corpus: Counter[tuple[str, ...]] = Counter()
+    matches: list[Counter[tuple[str, ...]]] = []
+    totals, length, reference_length = np.zeros(_MAX_NGRAM), 0, 0.0
+    for text, texts in zip(predicted, answers, strict=True):
+        tokens, references = _tokens_13a(text), list(map(_tokens_13a, texts))
+        best: Counter[tuple[str, ...]] = Counter()
+        for reference in references:
+            counts = _ngrams(reference)
+            corpus += counts
+            best |= counts
+            corpus[()] += len(reference)
+        matches.append(_ngrams(tokens) & best)
+        totals += np.maximum(len(tokens) - np.arange(_MAX_NGRAM), 0)
+        length += len(tokens)
+        reference_length += sum(map(len, references)) / len(references)
+    information = np.zeros(_MAX_NGRAM)
+    for matched in matches:
+        for ngram, count in matched.items():
+            information[len(ngram) - 1] += count * math.log2(corpus[ngram[:-1]] / corpus[ngram])
+    if not length:
+        return 0.0
+    ratio = min(length / reference_length, 1.0)
+    # Half the score at two thirds of the length.
+    penalty = 0.5 ** ((math.log(ratio) / math.log(1.5)) ** 2)
+    return float(penalty * np.sum(information / np.maximum(totals, 1)))
+
+
 add(Metric("accuracy", "classes", True, accuracy))
 add(Metric("f1", "two classes", True, f1))
 add(Metric("f1_macro", "classes", True, f1_macro))
@@ -291,6 +356,7 @@ add(Metric("bleu", "texts", True, partial(_sacrebleu, "bleu")))
 add(Metric("bleu_lower", "texts", True, partial(_sacrebleu, "bleu_lower", lowercase=True)))
 # As NeFT's command, sacrebleu -l en-zh --lowercase.
 add(Metric("bleu_zh", "texts", True, partial(_sacrebleu, "bleu_zh", lowercase=True, tokenize="zh")))
+add(Metric("nist", "texts", True, nist))
 add(Metric("chrf", "texts", True, partial(_sacrebleu, "chrf")))
 
 load_entry_points("lorascope.metrics")

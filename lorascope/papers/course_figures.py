@@ -111,9 +111,9 @@ def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
     by_interval = numbered(f"{lisa.SAMPLED}, {{}} steps, {ALL_BLOCKS}", variants.INTERVALS, "K = {}")
     by_interval["K = 10"] = f"{lisa.SAMPLED}, {ALL_BLOCKS}"  # the arm of a claim
     caption = (
-        "Planted teachers change all eight blocks. Left: K = 10 steps between draws. Center: γ = 2 blocks; K = 400 is "
-        "a single draw. Right: one teacher, so that only data order and draws differ. The paper's lines end at about "
-        "the same loss for all K and all seeds, and lowest for the largest γ."
+        "Planted teachers change all eight blocks of a small decoder. Left: K = 10 steps between draws. Center: γ = "
+        "2 blocks; K = 400 is a single draw. Right: one teacher, so that only data order and draws differ. The "
+        "paper's lines end at about the same loss for all K and all seeds, and lowest for the largest γ."
     )
     label, on_one = "training loss (nats)", of_truth(ALL_BLOCKS, variants.ON_ONE[-1])
     left = loss_course(evidence, "losses", by_number | full, label, "Number of blocks", caption)
@@ -133,7 +133,10 @@ def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
 def draw_lisa_validation(evidence: StudyEvidence) -> Drawable | None:
     """Draw LISA's figure 11: validation loss."""
     arms = dict(zip(("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"), variants.ON_ONE, strict=True))
-    caption = "All seeds learn the text of one planted teacher. The paper shows no sign of overfitting by LISA."
+    caption = (
+        "All seeds learn the text of one planted teacher, a small decoder. The paper shows no sign of overfitting by "
+        "LISA."
+    )
     chart = loss_course(evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss (nats)", "", caption)
     if chart is None:
         return None
@@ -156,9 +159,9 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
     best = logs.pivot(index="pair", columns="method", values="best_loss")
     gains = ", ".join(drawn_number(gain, ".2f") for gain in best["full fine-tuning"] - best["NeFT"])
     caption = (
-        "The teacher changes 108 of 1,152 neurons. NeFT starts again after a full fine-tuning of 400 steps, which is "
-        "not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as 36. The authors' logs have full "
-        f"fine-tuning {gains} above NeFT at the best step of two language pairs."
+        "The planted teacher changes 108 of the 1,152 neurons of a small decoder. NeFT starts again after a full "
+        "fine-tuning of 400 steps, which is not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as "
+        f"36. The authors' logs have full fine-tuning {gains} above NeFT at the best step of two language pairs."
     )
     label = "validation loss (nats)"
     all_arms = of_truth(FEW, **full, **{"NeFT, 108": many, "LoRA, rank 3": large})
@@ -214,9 +217,10 @@ def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
     )
     ends, ratio = at_end["AdaLoRA"], at_end["no penalty"] / at_end["AdaLoRA"]
     caption = (
-        f"First block of planted students, mean and range over {len(tables) // len(arms)} seeds, from before the first "
-        "step on. The paper's distance falls to about 1e-3 during the warm-up and stays there, with γ = 0.1 as here; "
-        f"here it ends between {ends.min():.2g} and {ends.max():.2g}. The control has γ = 0."
+        "First block of small decoders, trained on the text of planted teachers, mean and range over "
+        f"{len(tables) // len(arms)} seeds, from before the first step on. The paper's distance falls to about 1e-3 "
+        f"during the warm-up and stays there, with γ = 0.1 as here; here it ends between {ends.min():.2g} and "
+        f"{ends.max():.2g}. The control has γ = 0."
     )
     charts = []
     for role, module in (("o", "W_o"), ("ffn_out", "W_f2")):
@@ -241,8 +245,8 @@ def shift_table(evidence: StudyEvidence, arm: str, reference: str, seed: int) ->
 _MODEL_RANKS = 352_256  # of the neurons of one projection of LLaMA-2 7B
 _ROLE_RANKS = 384  # of the decoder
 _UTILIZATION = (
-    "Utilization: largest absolute correlation of a neuron's weights with the hidden states of its block or a later "
-    "one."
+    "Small decoders whose planted teacher changes 108 neurons. Utilization: largest absolute correlation of a "
+    "neuron's weights with the hidden states of its block or a later one."
 )
 
 

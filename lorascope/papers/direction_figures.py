@@ -78,10 +78,10 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
     first = ranks.query("i == 1 and j == 1")["phi"]
     seeds = len(evidence.seeds(variants.OTHER_HIGH))
     caption = (
-        "φ(i, j): overlap of the first i directions of one A with the first j of another one, mean of "
-        f"{seeds} pairs of runs that share neither seed nor initial A, minus that of random directions; text. "
-        f"φ(1, 1) of both ranks is {first.min():.2f} to {first.max():.2f} in layers 0, 2 and 5; at random "
-        f"{1 / WIDTH:.3f}. The paper has φ(1, 1) > 0.5."
+        f"φ(i, j): overlap of the first i directions of one A with the first j of another one, mean of {seeds} pairs "
+        "of runs that share neither seed nor initial A, minus that of random directions; MiniLM, sentiment. φ(1, 1) "
+        f"of both ranks is {first.min():.2f} to {first.max():.2f} in layers 0, 2 and 5; at random {1 / WIDTH:.3f}. "
+        "The paper has φ(1, 1) > 0.5."
     )
     rows = []
     for cells, label in ((ranks[ranks["layer"] == 2], "r = 8, i"), (starts, "r = 64, i")):
@@ -114,8 +114,9 @@ def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
     cells = pd.concat(means)
     excess = (cells["phi"] - at_random(cells)).groupby(level=0).mean()
     caption = (
-        f"Overlap of the first i input directions of W of q, of {WIDTH}, with the first j of its update, layer 2, mean "
-        "over seeds. Title: mean over i and j. The paper finds that the update avoids the top directions of W."
+        f"Overlap of the first i input directions of W of q, of {WIDTH}, with the first j of its update, layer 2 of "
+        "MiniLM, sentiment, mean over seeds. Title: mean over i and j. The paper finds that the update avoids the "
+        "top directions of W."
     )
     charts = []
     for name, of_panel in means.items():
@@ -143,10 +144,10 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     names = {"its own top": "W's own"}
     printed = printed.assign(name=printed["kind"].replace(names), rank="rank " + printed["rank"])
     caption = (
-        "Norm of W of q between the left and right directions of the update, as many of W's, and random ones; dots "
-        "are layers, means over seeds. Amplification: norm of the update over that of W along it, "
-        f"{factors['rank 8']:.1f} for rank 8, {factors['rank 64']:.1f} for rank 64; printed 21.5 for rank 4, "
-        "about 2 for rank 64."
+        "MiniLM, sentiment. Norm of W of q between the left and right directions of the update, as many of W's, and "
+        "random ones; dots are layers, means over seeds. Amplification: norm of the update over that of W along it, "
+        f"{factors['rank 8']:.1f} for rank 8, {factors['rank 64']:.1f} for rank 64; printed 21.5 for rank 4, about 2 "
+        "for rank 64."
     )
     y = Axis(order=kinds.values(), compact=True)
     x = Axis(label="norm of W along directions", log=True)
@@ -211,9 +212,9 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
         return None
     means = table.groupby(["quantity", "layer", "index"], dropna=False)["value"].mean().reset_index()
     caption = (
-        "Second moments of AdamW after 100 steps on text, mean over matrices and seeds. Shuffled: other entries with "
-        "the same row and column sums. S-RSI covers the line of the best rank k. Any matrix of positive entries has "
-        "one large singular value. Times are from the machine that trained the runs."
+        "Second moments of AdamW after 100 steps of MiniLM on sentiment, mean over matrices and seeds. Shuffled: "
+        "other entries with the same row and column sums. S-RSI covers the line of the best rank k. Any matrix of "
+        "positive entries has one large singular value. Times are from the machine that trained the runs."
     )
     sigma = means[means["quantity"].isin(["moment_sigma", "moment_sigma_dealt"])].dropna(subset="layer")
     layer = "layer " + sigma["layer"].astype(int).astype(str)
@@ -281,8 +282,9 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     if table.empty or not seeds:
         return None
     caption = (
-        "Left, center: 100 steps on text, mean over matrices and seeds. Right: final loss on quadratics with known "
-        "second moments, in percent of the first loss, at one rate, a dot per seed. The paper prints no values."
+        "Left, center: 100 steps of MiniLM on sentiment, mean over matrices and seeds. Right: final loss on "
+        "quadratics with known second moments, in percent of the first loss, at one rate, a dot per seed. The paper "
+        "prints no values."
     )
     by_step = table.groupby(["quantity", "role", "step"])["value"].mean().reset_index().assign(low=np.nan, high=np.nan)
     # Matrices of one group have one shape, and so one largest rank.

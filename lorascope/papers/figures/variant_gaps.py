@@ -12,6 +12,7 @@ from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Mark, Point, Rule
+from lorascope.papers.figures.study_marks import GAP
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import STUDY_FILE
 from lorascope.plots.builders import curves, dots, ticks_at
@@ -19,7 +20,7 @@ from lorascope.plots.run_groups import INTERVAL
 
 PUBLISHED = STUDY_FILE.with_name("published")
 CLOSED = "gap closed (points)"
-_GROUND = "Students of planted teachers"
+_GROUND = "Small decoders, trained on the text of planted teachers, whose updates are known"
 
 
 def common_seeds(evidence: StudyEvidence, arms: Iterable[str], table: str = "") -> list[int]:
@@ -82,7 +83,7 @@ def gaps_by_variant(
         title=title,
         x=Axis(label=x),
         y=Axis(order=arms, compact=True),
-        caption=f"{_GROUND}, {seeds} seeds with the same teachers in all rows. {caption}",
+        caption=f"{_GROUND}, {seeds} seeds with the same teachers in all rows. {GAP} {caption}",
     )
 
 
@@ -136,7 +137,7 @@ def gaps_by_number(
         (Axis(label=x, log=log, ticks=ticks_at(sorted(set(table["number"])))), CLOSED),
         *marks,
         title=title,
-        caption=f"{_GROUND}, {len(seeds)} seeds with the same teachers everywhere; bars: {INTERVAL}. {caption}",
+        caption=f"{_GROUND}, {len(seeds)} seeds with the same teachers everywhere; bars: {INTERVAL}. {GAP} {caption}",
         colors=series,
     )
 

@@ -244,6 +244,7 @@ def shift_table(evidence: StudyEvidence, arm: str, reference: str, seed: int) ->
 
 _MODEL_RANKS = 352_256  # of the neurons of one projection of LLaMA-2 7B
 _ROLE_RANKS = 384  # of the decoder
+_NEURONS = 3 * _ROLE_RANKS
 _UTILIZATION = (
     "Small decoders whose planted teacher changes 108 neurons. Utilization: largest absolute correlation of a "
     "neuron's weights with the hidden states of its block or a later one."
@@ -296,7 +297,9 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
     arms = {}
     for kind, of_kind in (("next", variants.NEXT[1:]), ("reversed", variants.REVERSED)):
         for number, arm in zip(variants.MORE_NEURONS, of_kind, strict=True):
-            arms[f"{number}, {kind}"] = arm
+            # As the paper names them: all neurons that train, or the reversed ones next to the first 3%.
+            count = number if kind == "reversed" else number + variants.NEURONS
+            arms[f"{100 * count / _NEURONS:.0f}% {kind.removeprefix('next')}".strip()] = arm
     seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values(), "utilization")
     if not seeds:
         return None
@@ -310,9 +313,9 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
                 counts.append((name, kind, 100 * numbers[kind] / (2 * _ROLE_RANKS)))
     caption = (
         f"{_UTILIZATION} Above: mean shift of utilization ranks of NeFT with 6% of the neurons from 3%, by percentile "
-        "of utilization, and as read off the paper's figure. Below: neurons of NeFT with further neurons whose rank "
-        f"shifts by at least 28% from NeFT with 3%, in percent, mean of {len(seeds)} seeds. Suppressed ones are used "
-        "less, indirect ones do not train."
+        "of utilization, and as read off the paper's figure. Below: neurons, in percent, whose rank shifts by at "
+        f"least 28% from NeFT with 3%, if more of the next neurons train, or also reversed ones; mean of {len(seeds)} "
+        "seeds. Suppressed ones are used less, indirect ones do not train."
     )
     moved = pd.concat(shifts).assign(source="measured")
     middle = (moved["low"] + moved["high"]) / 2
@@ -337,7 +340,7 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         marks=[Point("value", "name", "kind")],
         title="Affected neurons",
         x=Axis(label="neurons (%)"),
-        y=Axis(label="further neurons", order=arms),
+        y=Axis(label="", order=arms),
     )
     printed_counts = published("NeFT", "Figure 5")
     names = printed_counts["method"].str.replace("NeFT, ", "").str.replace("3 % and ", "").str.replace(" %", "%")
@@ -349,8 +352,10 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         panel, data=paper, marks=[Point("value", "name", "kind", hollow=True)], title="Affected neurons, printed",
         x=Axis(label="printed neurons (%)"), y=Axis(label="", order=dict.fromkeys(names)),
     )  # fmt: skip
-    strong = "up to {:.1f}% with the next ones, {:.1f}% with reversed ones (printed: {:.1f}%, {:.1f}%)"
-    title = "Neurons that shift strongly: " + strong.format(*_most_strong(table.reset_index()), *_most_strong(paper))
+    strong = (
+        "Up to {:.1f}% shift strongly with the next neurons, {:.1f}% with reversed ones (printed: {:.1f}%, {:.1f}%)"
+    )
+    title = strong.format(*_most_strong(table.reset_index()), *_most_strong(paper))
     return stack_vertically(set_side_by_side(left, left_printed), set_side_by_side(panel, right), title=title)
 
 

@@ -173,7 +173,14 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
     The norm of the weight, the paper's fourth reading, hardly changes in training.
     """
     titles = {"factors": "{model}: A and B", LEARNED: "{model}: A and B minus start"}
-    panels = _norm_panels(table, titles, "Norm of LoRA's factors by layer: the embedding's is its initial value")
+    panels = _norm_panels(table, titles, "")
+    norms = []
+    for (chart, *_), learned in zip(panels.grid, ("", " without the start"), strict=True):
+        embedding = chart.marks_of(Point)[0].data.set_index(["method", "place"])["value"]["LoRA", "embed"]
+        norms.append(f"{embedding:.2g} times a block's{learned}")
+    panels = replace(
+        panels, title=f"LoRA's factors of the embedding have {' and '.join(norms)} ({next(iter(_MODELS))})"
+    )
     return _with_caption(
         panels,
         f"Norm over that of the median block. {_mean_and_range(table, titles)} {_SMALL_START}Minus start: change of A "

@@ -252,7 +252,9 @@ def drawn(name: str, evidence: StudyEvidence) -> Drawable:
 def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: StudyEvidence) -> None:
     chart, paired = drawn("budgets-alora", evidence).panels
     gaps = [closed(f"ALoRA, rank {n}, {UNEVEN}", 201) - closed(f"LoRA, rank {n}, {UNEVEN}", 201) for n in (1, 2, 4, 8)]
-    assert paired.data.set_index("number")["value"].to_dict() == pytest.approx(dict(zip((1, 2, 4, 8), gaps, strict=True)))
+    assert paired.data.set_index("number")["value"].to_dict() == pytest.approx(
+        dict(zip((1, 2, 4, 8), gaps, strict=True))
+    )
     differences = ", ".join(f"{gap:+.1f}".replace("-", "−") for gap in gaps)
     assert drawn("budgets-alora", evidence).title == f"ALoRA minus LoRA from budget 1 to 8: {differences} points"
     cells = chart.data.set_index(["recipe", "number"])["value"]

@@ -29,7 +29,7 @@ from lorascope.training.output_folder import StateRemoved, finished_run, prepare
 from lorascope.training.progress import progress_bar
 from lorascope.training.run_spec import RunSpec, phase_rows
 from lorascope.training.session import Session, clip_gradients, nonfinite_reason
-from lorascope.training.settings import Settings, require_length
+from lorascope.training.settings import Settings, require_length, require_smoothing
 from lorascope.training.start_adapter import open_start
 from lorascope.training.state import seed_generators
 from lorascope.training.trackers import tracker_names
@@ -60,6 +60,9 @@ def train(
     max_length: int = 128,
     metric: str | Metric | Sequence[str | Metric] | None = None,
     model_options: Mapping[str, Any] | None = None,
+    label_smoothing: float = 0.0,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-8,
     start: Run | str | Path | None = None,
     start_head: bool = False,
     observe: Sequence[Observer] | None = None,
@@ -130,6 +133,13 @@ def train(
     model_options : mapping, optional
         Fields of the configuration of a model that is loaded by name, such as ``{"hidden_dropout_prob": 0.0}``; see
         ``models.load``.
+    label_smoothing : float
+        Label smoothing of the training loss, as in ``torch.nn.functional.cross_entropy``, without terms that a model
+        adds to its own loss. Evaluations are not smoothed.
+    betas : (float, float)
+        Decay rates of AdamW's moments, as in torch. Other optimizers have their own, such as those of ``Adapprox``.
+    eps : float
+        Term in AdamW's denominator, as in torch.
     start : Run or path, optional
         Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI.
         Figures subtract the initial update, as for PiSSA.
@@ -206,6 +216,7 @@ def train(
     if task.kind == "regression" and not settings.metrics:
         settings = replace(settings, metric="mse")
     require_fit(settings.metrics, task)
+    require_smoothing(settings.label_smoothing, task)
     model.to(device)
     marker = prepare_model(model, task, seed)
     resolved = settings.resolve(phase_rows(task, Phase(method)))

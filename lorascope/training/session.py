@@ -14,13 +14,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from lorascope.files.printable import printable
 from lorascope.files.whole_files import write_bytes
 from lorascope.inputs.metrics import Metric
 from lorascope.inputs.models import processor, require_positions
 from lorascope.inputs.tasks import Task
-from lorascope.inputs.tokenization import EncodedRows
+from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets
 from lorascope.methods.method import Batch, HeldOut, Method, Step, copy_method, trained_parameters
 from lorascope.observe.trainable import are_finite
 from lorascope.runs.manifest import State, Test
@@ -137,10 +138,19 @@ class Session(Recording):
     def _batch_loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
         with self._autocast():
             if params is None:
-                return model(**batch).loss.float()
+                return self._loss(model(**batch), batch["labels"])
             # A forward pass may write to buffers, such as the running means of batch normalization.
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            return functional_call(model, {**buffers, **params}, (), batch).loss.float()
+            return self._loss(functional_call(model, {**buffers, **params}, (), batch), batch["labels"])
+
+    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+        """Return the model's own loss, or the cross-entropy of its logits with smoothed labels."""
+        smoothing = self.settings.label_smoothing
+        if not smoothing:
+            return output.loss.float()
+        logits, labels = align_targets(output.logits, labels, self.train.shifted)
+        logits = logits.flatten(0, -2).float()
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
 
     def backward(self) -> float:
         """Compute the gradients of the step's batch, in ``accumulate`` micro-batches, and return its loss."""

@@ -315,7 +315,7 @@ def hypergradient(
             if "is not implemented" not in str(error):
                 raise
             problem = "this attention has no second derivatives"
-            fix = 'Load the model with attn_implementation="eager", or set hypergradient="finite_difference"'
+            fix = 'Set attention="eager" in train, or hypergradient="finite_difference"'
             raise ValueError(f"cannot use hypergradient 'exact': {problem}. {fix}") from error
     elif form == "betty":  # the library of the authors' code
         mixed = _mixed_difference(train, ahead, v, beta)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lorascope.inputs.attention import ATTENTIONS
 from lorascope.inputs.metrics import Metric, resolve
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
@@ -29,6 +30,7 @@ _ADDED_LATER = {
     "label_smoothing": 0.0,
     "betas": [0.9, 0.999],
     "eps": 1e-8,
+    "attention": None,
 }
 _NUMBERS = ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs", "label_smoothing", "eps")
 
@@ -67,6 +69,7 @@ class Settings:
     label_smoothing: float = 0.0
     betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "test_size", "max_length")
@@ -97,6 +100,8 @@ class Settings:
         require_choice(self, "test_state", TEST_STATES)
         require_choice(self, "warmup_start", WARMUP_STARTS)
         self._require_torch_values()
+        allowed = f"one of {', '.join(map(repr, ATTENTIONS))} or None"
+        require(self, "attention", allowed, self.attention in (*ATTENTIONS, None))
         _ = self.metrics  # an unknown one raises
 
     def _require_torch_values(self) -> None:

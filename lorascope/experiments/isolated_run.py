@@ -12,7 +12,6 @@ from joblib.externals.loky import ProcessPoolExecutor
 from torch import nn
 
 from lorascope.inputs import models, tasks
-from lorascope.inputs.attention import set_attention
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, from_config, target_parts
 from lorascope.observe.observer import Observer
@@ -75,7 +74,7 @@ class IsolatedRun:
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
         _own_tensors(living, self.device)
         task = task.fit(living)
-        set_attention(living, self.settings.attention, self.settings.precision)
+        self.settings.set_computation(living)
         mark = prepare_model(living, task, self.seed)
         base = LiveWeights(living)
         phase = replace(next(self.method.phases(base)), name=name)

@@ -21,7 +21,6 @@ from lorascope.adapters.delta import attached_deltas, resize
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.inputs import tasks
-from lorascope.inputs.attention import set_attention
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import is_integer
 from lorascope.methods.lora import LoRA, LoRADelta
@@ -115,7 +114,7 @@ def fork(
     model.to(device)
     marker = prepare_model(model, task, run.seed)
     trunk = _rebuild_spec(run, marker, task, method)
-    set_attention(model, trunk.settings.attention, trunk.settings.precision)
+    trunk.settings.set_computation(model)
     spec = _change_spec(trunk, run, step, change, model)
     if marker.recipe not in ("", spec.id):
         raise ValueError(f"cannot fork on a model that was trained as recipe {marker.recipe}; load a fresh model")

@@ -15,7 +15,6 @@ from torch import nn
 from lorascope.adapters import delta
 from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
-from lorascope.inputs.attention import set_attention
 from lorascope.inputs.metrics import Metric, require_fit
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import default_if_none, is_integer
@@ -65,6 +64,7 @@ def train(
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
     attention: str | None = None,
+    gradient_checkpointing: bool = False,
     start: Run | str | Path | None = None,
     start_head: bool = False,
     observe: Sequence[Observer] | None = None,
@@ -143,8 +143,11 @@ def train(
     eps : float
         Term in AdamW's denominator, as in torch.
     attention : {"eager", "sdpa", "flash_attention_2"}, optional
-        Implementation of attention in transformers; by default that of the model, "sdpa" if its class has it. AutoLoRA's
-        exact hypergradient requires "eager"; "flash_attention_2" requires the package flash-attn and ``precision="bf16"``.
+        Implementation of attention in transformers; by default that of the model, "sdpa" if its class has it.
+        AutoLoRA's exact hypergradient requires "eager". "flash_attention_2" requires the package flash-attn and
+        ``precision="bf16"``.
+    gradient_checkpointing : bool
+        Compute the activations of each block again in the backward pass, to save memory. The gradients are the same.
     start : Run or path, optional
         Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI.
         Figures subtract the initial update, as for PiSSA.
@@ -223,7 +226,7 @@ def train(
     require_fit(settings.metrics, task)
     require_smoothing(settings.label_smoothing, task)
     model.to(device)
-    set_attention(model, settings.attention, settings.precision)
+    settings.set_computation(model)
     marker = prepare_model(model, task, seed)
     resolved = settings.resolve(phase_rows(task, Phase(method)))
     _require_steps(keep_checkpoints, resolved.steps)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from lorascope.inputs.attention import ATTENTIONS
+from lorascope.inputs.computation import ATTENTIONS, enable_checkpointing, set_attention
 from lorascope.inputs.metrics import Metric, resolve
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
@@ -31,6 +32,7 @@ _ADDED_LATER = {
     "betas": [0.9, 0.999],
     "eps": 1e-8,
     "attention": None,
+    "gradient_checkpointing": False,
 }
 _NUMBERS = ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs", "label_smoothing", "eps")
 
@@ -70,6 +72,7 @@ class Settings:
     betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
     attention: str | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "test_size", "max_length")
@@ -102,6 +105,8 @@ class Settings:
         self._require_torch_values()
         allowed = f"one of {', '.join(map(repr, ATTENTIONS))} or None"
         require(self, "attention", allowed, self.attention in (*ATTENTIONS, None))
+        checkpointing = self.gradient_checkpointing
+        require(self, "gradient_checkpointing", "True or False", isinstance(checkpointing, bool))
         _ = self.metrics  # an unknown one raises
 
     def _require_torch_values(self) -> None:
@@ -114,6 +119,12 @@ class Settings:
         require(self, "betas", "two numbers in [0, 1)", are_betas)
         # With 0, an entry whose gradient is zero, as all of A have in the first step, would become NaN.
         require(self, "eps", "a finite number > 0", is_number(eps) and 0 < eps < math.inf)
+
+    def set_computation(self, model: nn.Module) -> None:
+        """Set how a model computes its attention and the gradients of its blocks, unless by default."""
+        set_attention(model, self.attention, self.precision)
+        if self.gradient_checkpointing:
+            enable_checkpointing(model)
 
     def set_adam(self, optimizer: torch.optim.Optimizer, method: str) -> None:
         """Set betas and eps of a new optimizer; without their defaults, raise a ValueError if it is not AdamW."""

@@ -1,4 +1,4 @@
-"""Implementations of attention that a model of transformers can use."""
+"""Attention and gradient checkpointing of models of transformers."""
 
 from __future__ import annotations
 
@@ -43,3 +43,22 @@ def set_attention(model: nn.Module, name: str | None, precision: str) -> None:
         raise ValueError(f"cannot set attention {name!r}: {reason}") from error
     if living.config._attn_implementation != name:
         raise ValueError(f"cannot set attention {name!r}: {type(model).__name__} has its own implementation")
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Enable gradient checkpointing: backward passes compute the activations of each block again.
+
+    Raises
+    ------
+    ValueError
+        The model cannot do this.
+    """
+    living: Any = model
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(f"cannot checkpoint the gradients of {type(model).__name__}: transformers does not support it")
+    # The old name warns since transformers 5.24.
+    name = "activation_checkpointing_enable"
+    if not hasattr(model, name):
+        name = "gradient_checkpointing_enable"
+    # A reentrant checkpoint has no gradients unless the input of the block requires one.
+    getattr(living, name)({"use_reentrant": False})

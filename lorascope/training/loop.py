@@ -149,8 +149,9 @@ def train(
     gradient_checkpointing : bool
         Compute the activations of each block again in the backward pass, to save memory. The gradients are the same.
     start : Run or path, optional
-        Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI.
-        Figures subtract the initial update, as for PiSSA.
+        Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI;
+        or, for ``LoRA``, a folder of PEFT with the same ranks, scales and modules. Figures subtract the initial update,
+        as for PiSSA.
     start_head : bool
         Whether to start from the task head of that run as well.
     observe : sequence of Observer, optional

@@ -147,7 +147,7 @@ def test_another_method_of_peft_and_a_head_are_rejected(folder, bert, task, tmp_
 
 
 def test_an_adapter_without_a_configuration_of_peft_is_rejected(folder, bert, task, tmp_path):
-    source = ls.export.convert(ls.load(folder), tmp_path / "converted.safetensors", "kohya")
+    source = ls.export.convert(ls.load(folder), tmp_path / "converted.safetensors", "kohya", component="text_encoder")
     with pytest.raises(ValueError, match="it is not a folder of PEFT"):
         ls.train(bert, task, LoRA(rank=2, alpha=8), start=source, root=tmp_path, **SETTINGS)
 

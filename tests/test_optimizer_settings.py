@@ -20,6 +20,7 @@ from lorascope.inputs.classifier_head import draw_new_weights
 from lorascope.methods import Adapprox, Full
 from lorascope.training.settings import Settings
 
+unchecked = pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types are checked at every call")
 STEPS = 5
 PLAIN = {"steps": STEPS, "batch_size": 8, "warmup": 0, "schedule": "constant", "clip": None, "progress": False}
 SETTINGS = PLAIN | {"device": "cpu", "eval_size": 64, "test_size": 64}
@@ -119,12 +120,14 @@ def test_defaults_do_not_change_the_identity_of_a_run():
     ("change", "message"),
     [
         ({"label_smoothing": 1.1}, "label_smoothing must be a number from 0 to 1, got 1.1"),
-        ({"label_smoothing": "a"}, "label_smoothing must be a number from 0 to 1, got 'a'"),
         ({"betas": (0.9, 1.0)}, "betas must be two numbers in [0, 1), got (0.9, 1.0)"),
         ({"betas": (0.9,)}, "betas must be two numbers in [0, 1), got (0.9,)"),
-        ({"betas": 0.9}, "betas must be two numbers in [0, 1), got 0.9"),
         ({"eps": 0}, "eps must be a finite number > 0, got 0"),
-        ({"eps": "1e-8"}, "eps must be a finite number > 0, got '1e-8'"),
+        pytest.param({"eps": "1e-8"}, "eps must be a finite number > 0, got '1e-8'", marks=unchecked),
+        pytest.param({"betas": 0.9}, "betas must be two numbers in [0, 1), got 0.9", marks=unchecked),
+        pytest.param(
+            {"label_smoothing": "a"}, "label_smoothing must be a number from 0 to 1, got 'a'", marks=unchecked
+        ),
     ],
 )
 def test_invalid_values_raise_one_line(change, message):

@@ -151,7 +151,9 @@ class Session(Recording):
         smoothing = self.settings.label_smoothing
         if not smoothing:
             return output.loss.float()
-        logits, labels = align_targets(output.logits, labels, self.train.shifted)
+        logits = output.logits
+        if not self.task.classifies:
+            logits, labels = align_targets(logits, labels, self.train.shifted)
         logits = logits.flatten(0, -2).float()
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 import pytest
 import torch
+from tiny import tiny
 from torch.nn import functional as F
 from trainers import without_dropout
 
@@ -75,6 +76,17 @@ def test_label_smoothing_of_classes_equals_a_plain_loop(fresh_bert, task, tmp_pa
 def test_label_smoothing_of_tokens_equals_a_plain_loop(architecture, request, task, tmp_path):
     model = models.load(request.getfixturevalue(architecture), task=task)
     train_and_compare(model, task, smooth_tokens, tmp_path, label_smoothing=0.1)
+
+
+def test_label_smoothing_of_an_encoder_decoder_equals_a_plain_loop(gpt2, task, tmp_path):
+    folder = tmp_path / "t5"
+    tiny("t5").save_pretrained(folder)
+    models.tokenizer(models.load(gpt2)).save_pretrained(folder)
+
+    def smooth(model, batch):
+        return F.cross_entropy(model(**batch).logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1)
+
+    train_and_compare(models.load(folder, task=task), task, smooth, tmp_path, label_smoothing=0.1)
 
 
 def test_betas_and_eps_equal_a_plain_loop(fresh_bert, task, tmp_path):

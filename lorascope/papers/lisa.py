@@ -176,7 +176,7 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
     panels = _norm_panels(table, titles, "")
     norms = []
     for (chart, *_), learned in zip(panels.grid, ("", " without the start"), strict=True):
-        embedding = chart.marks_of(Point)[0].data.set_index(["method", "place"])["value"]["LoRA", "embed"]
+        embedding = chart.table(chart.marks_of(Point)[0]).set_index(["method", "place"])["value"]["LoRA", "embed"]
         norms.append(f"{embedding:.2g} times a block's{learned}")
     panels = replace(
         panels, title=f"LoRA's factors of the embedding have {' and '.join(norms)} ({next(iter(_MODELS))})"

@@ -74,7 +74,9 @@ def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
     if chart is None:
         return None
     above = number_above(chart.data, "ALoRA", "LoRA")
-    paired = paired_gaps(evidence, {n: (arm, series["LoRA"][n]) for n, arm in series["ALoRA"].items()}, tuple(series))
+    paired = paired_gaps(
+        evidence, {n: (arm, series["LoRA"][n]) for n, arm in series["ALoRA"].items()}, ("ALoRA", "LoRA")
+    )
     differences = ", ".join(drawn_number(value, "+.1f") for value in paired.data["value"])
     return set_side_by_side(
         replace(chart, title="By budget", caption=f"{chart.caption}; here its mean is at {above}."),

@@ -802,7 +802,7 @@ def test_gradient_checkpointing_raises(is_reentrant):
     """Recomputed passes use other weights than the look-ahead, so that the hypergradient would be wrong."""
     model = tiny("bert")
     model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
-    with pytest.raises(ValueError, match=r"gradient checkpointing: .*gradient_checkpointing_disable\(\) first$"):
+    with pytest.raises(ValueError, match=r"^cannot checkpoint the search of AutoLoRA: it differentiates at other"):
         AutoLoRA().attach(model)
     assert not attached_deltas(model)
     model.gradient_checkpointing_disable()

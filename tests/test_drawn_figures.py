@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,10 @@ def test_figures_of_the_study_are_readable() -> None:
     lines = []
     for name, figure in read_figures(Path(__file__).parents[1] / "data").items():
         lines += faults(name, figure.chart, width="page", theme="light")
+        for title in {figure.chart.title, *(panel.title for panel in figure.chart.panels)}:
+            # Words may have a hyphen, and negative numbers have a minus sign.
+            if re.search(r"(?<!\w)-\d", title):
+                lines.append(f"{name}: {title}")
     assert lines == []
 
 

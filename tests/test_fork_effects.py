@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 
 import numpy as np
@@ -65,14 +64,12 @@ def test_one_pair_has_an_interval_over_rows_and_no_verdict(forks):
     assert "no verdict below 5 pairs" in repr(effects)
     assert "do not cover the seed" in repr(effects)
     assert "(40% of the training)" in repr(effects)
-    assert html.escape(repr(effects)) in effects._repr_html_()
 
 
 def test_effects_are_json_and_have_a_receipt(forks):
     content = ls.fork_effects(forks, margin=0.5).to_json()
     assert content["changes"][0]["margin"] == 0.5
     assert content["table"][0]["fork"] == forks[0].id
-    assert content["receipt"]["call"]["seeds"] == [pair.meta.seed for pair in forks]
     assert content["receipt"]["rows"] == {"test": f"8 rows {forks[0].meta.data_hash[:12]}"}
     assert "receipt" in repr(ls.fork_effects(forks)).splitlines()[-1]
 

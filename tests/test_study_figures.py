@@ -272,8 +272,8 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
     assert " 8 of 11 pairs are not finished." in figure.panels[0].caption
     below = results.assign(effect=results["effect"].mask(results["claim"] == "pair.adalora", 1.9))
     titles = [chart.title for chart in pair_effects(replace(REGISTERED, claims=judged), below).panels]
-    assert titles[0] == "AdaLoRA vs LoRA\n16 seeds: as claimed, mean < m"
-    assert not any("mean < m" in chart.title for chart in figure.panels)
+    assert titles[0] == "AdaLoRA vs LoRA\n16 seeds: as claimed, mean below the bound"
+    assert not any("mean below" in chart.title for chart in figure.panels)
     assert "The positive control of Adapprox vs AdamW is a known worse method." in figure.panels[0].caption
     figure.mpl()
 
@@ -289,20 +289,20 @@ def test_titles_of_pairs_have_the_effects_of_the_results() -> None:
     def title_of(*names: str, shown: pd.DataFrame = results) -> str:
         return pair_gaps(named(*names), EMPTY, shown).title
 
-    assert title_of("adalora") == "AdaLoRA at its truth: +8.0 points against LoRA"
+    assert title_of("adalora") == "Where the truth favors AdaLoRA: +8.0 points against LoRA"
     # exp(0.2) is 1.221, exp(-0.2) is 0.819.
     against = "loss 22.1% above AdamW's; loss 18.1% below Adafactor's"
-    assert title_of("adapprox", "factored") == f"Adapprox at its truth, on a quadratic: {against}"
+    assert title_of("adapprox", "factored") == f"Where the truth favors Adapprox, on a quadratic: {against}"
     lower = results.assign(effect=results["effect"].mask(results["claim"] == "pair.adalora", -3.51))
-    assert title_of("adalora", shown=lower) == "AdaLoRA at its truth: −3.5 points against LoRA"
+    assert title_of("adalora", shown=lower) == "Where the truth favors AdaLoRA: −3.5 points against LoRA"
     idle = results.assign(word=results["word"].mask(results["claim"] == "pair.adalora", NOT_LEARNED))
-    assert title_of("adalora", shown=idle) == f"AdaLoRA at its truth: {NOT_LEARNED} against LoRA"
+    assert title_of("adalora", shown=idle) == f"Where the truth favors AdaLoRA: {NOT_LEARNED} against LoRA"
     assert title_of("fourierft", "basis") == (
-        "FourierFT at its truth: not finished against LoRA, rank 2; not finished against random basis"
+        "Where the truth favors FourierFT: not finished against LoRA, rank 2; not finished against random basis"
     )
-    assert title_of("adalora", "adapprox") == "Pairs of planted truths: 1 as claimed, 1 not even there"
+    assert title_of("adalora", "adapprox") == "Pairs of planted truths: 1 as claimed, 1 failed even where favored"
     figure = pair_effects(named("hydralora", "adapprox", "factored"), results)
-    assert figure.title == "Pairs of planted truths: 2 as claimed, 1 not even there"
+    assert figure.title == "Pairs of planted truths: 2 as claimed, 1 failed even where favored"
     assert "Adapprox vs AdamW and Adapprox vs Adafactor: a quadratic with planted" in figure.panels[0].caption
     assert "quadratic" not in pair_effects(named("hydralora"), results).panels[0].caption
 
@@ -312,8 +312,10 @@ def test_title_of_all_pairs_counts_the_words_of_the_kept_results() -> None:
     results = results.assign(word=results["word"].fillna(""), pair=results["pair"].fillna(""))
     title = pair_effects(registered_study.read(DATA / "registered-2.toml"), results).title
     finished = results[results["claim"].str.startswith("pair.") & (results["n"] > 0)]
+    phrases = {"not even there": "failed even where favored", "gain below m": "gain below the bound",
+               "cost below d": "cost below the bound"}  # fmt: skip
     for word, number in finished["pair"].value_counts().items():
-        assert f"{number} {word}" in title
+        assert f"{number} {phrases.get(word, word)}" in title
 
 
 def test_pair_that_is_not_finished_says_how_many_seeds_are() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from drawn_figures import figure_faults
+from scipy.stats import kendalltau
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.marks import Band, Bar, Heat, Point, Rule
@@ -89,12 +91,15 @@ def validation(label: str, rng: Any) -> pd.DataFrame:
     return pd.DataFrame({"step": steps, "loss": 3.2 + np.exp(-steps / 60) + 0.05 * rng.random(21)})
 
 
+END_DISTANCES = {"o": 0.01, "ffn_out": 0.04}  # with the penalty
+
+
 def penalties(label: str, rng: Any) -> pd.DataFrame:
     tables = []
     for role in ("o", "ffn_out"):
         for factor in "PQ":
             steps = np.arange(0, 400, 4)
-            value = (4 if "no penalty" in label else 0.01) + 4 * np.exp(-steps / 30)
+            value = (4 if "no penalty" in label else END_DISTANCES[role]) + 4 * np.exp(-steps / 30)
             tables.append(pd.DataFrame({"role": role, "factor": factor, "step": steps, "value": value}))
     return pd.concat(tables, ignore_index=True)
 
@@ -116,7 +121,7 @@ def overlaps(label: str, rng: Any) -> pd.DataFrame:
         for layer in layers:
             for role in "qv":
                 i, j = np.meshgrid(np.arange(1, 9 if "8" in pair else 65), np.arange(1, 65), indexing="ij")
-                phi = np.maximum(i, j) / 384 + 0.2 / (i * j) ** 0.5
+                phi = np.maximum(i, j) / 384 + (0.2 + 0.1 * (layer == 5)) / (i * j) ** 0.5
                 cells = pd.DataFrame({"i": i.ravel(), "j": j.ravel(), "phi": phi.ravel()})
                 tables.append(cells.assign(pair=pair, layer=layer, role=role))
     return pd.concat(tables, ignore_index=True)
@@ -125,13 +130,14 @@ def overlaps(label: str, rng: Any) -> pd.DataFrame:
 def weight_overlaps(label: str, rng: Any) -> pd.DataFrame:
     rank = 64 if "64" in label else 8
     i, j = np.meshgrid(np.array(variants.W_DIRECTIONS), np.arange(1, rank + 1), indexing="ij")
-    phi = np.maximum(i, j) / 384 - 0.02
+    phi = np.maximum(i, j) / 384 + (0.03 if rank == 64 else -0.02)
     return pd.DataFrame({"i": i.ravel(), "j": j.ravel(), "phi": phi.ravel()})
 
 
 def amplification(label: str, rng: Any) -> pd.DataFrame:
     layers = pd.DataFrame({"layer": np.repeat(np.arange(6), 2), "role": ["q", "v"] * 6})
-    return layers.assign(update=2.0, weight=60.0, along_update=0.5, along_weight=20.0, along_random=0.1)
+    update = 1.2 if "64" in label else 2.0
+    return layers.assign(update=update, weight=60.0, along_update=0.5, along_weight=20.0, along_random=0.1)
 
 
 def moments(label: str, rng: Any) -> pd.DataFrame:
@@ -150,7 +156,7 @@ def moments(label: str, rng: Any) -> pd.DataFrame:
         steps = np.arange(0, 101, 10)
         for quantity in ("factor_rank", "factor_error", "factor_drift", "factor_drift_least", "factor_drift_rank_one"):
             for role in ("q", "ffn_in"):
-                value = 0.1 + steps / 100 + (quantity == "factor_rank")
+                value = 0.1 + steps / 100 + (quantity == "factor_rank") * (1 + 2 * (role == "q"))
                 tables.append(pd.DataFrame({"quantity": quantity, "layer": 0, "role": role, "step": steps,
                                             "index": np.nan, "value": value}))  # fmt: skip
     return pd.concat(tables, ignore_index=True)
@@ -244,7 +250,13 @@ def drawn(name: str, evidence: StudyEvidence) -> Drawable:
 
 
 def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: StudyEvidence) -> None:
-    (chart,) = drawn("budgets-alora", evidence).panels
+    chart, paired = drawn("budgets-alora", evidence).panels
+    gaps = [closed(f"ALoRA, rank {n}, {UNEVEN}", 201) - closed(f"LoRA, rank {n}, {UNEVEN}", 201) for n in (1, 2, 4, 8)]
+    assert paired.data.set_index("number")["value"].to_dict() == pytest.approx(
+        dict(zip((1, 2, 4, 8), gaps, strict=True))
+    )
+    differences = ", ".join(f"{gap:+.1f}".replace("-", "−") for gap in gaps)
+    assert drawn("budgets-alora", evidence).title == f"ALoRA minus LoRA from budget 1 to 8: {differences} points"
     cells = chart.data.set_index(["recipe", "number"])["value"]
     assert cells["ALoRA", 2] == pytest.approx(closed(f"ALoRA, rank 2, {UNEVEN}", 201))
     assert cells["LoRA", 8] == pytest.approx(closed(f"LoRA, rank 8, {UNEVEN}", 201))
@@ -253,10 +265,12 @@ def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: 
 
 
 def test_heterogeneity_prints_full_fine_tuning_minus_lora(evidence: StudyEvidence) -> None:
-    (chart,) = drawn("heterogeneity", evidence).panels
+    figure = drawn("heterogeneity", evidence)
     truths = (names.ONE_UPDATE, names.SHARED_A, names.UNRELATED)
     gaps = [closed(f"full fine-tuning, {truth}", 201) - closed(f"LoRA, rank 12, {truth}", 201) for truth in truths]
-    assert ", ".join(f"{gap:.1f}" for gap in gaps) in chart.title
+    assert figure.panels[1].data["value"].tolist() == pytest.approx(gaps)
+    differences = ", ".join(f"{gap:.1f}".replace("-", "−") for gap in gaps)
+    assert figure.title == f"Full fine-tuning closes {differences} points more than LoRA as the tasks differ more"
 
 
 def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
@@ -283,8 +297,8 @@ def test_captions_say_whether_the_order_is_the_printed_one(evidence: StudyEviden
     best = max(arms, key=lambda name: closed(f"{arms[name]}, {UNEVEN}", 201))
     assert f"Best of the rows in both panels: {best}; printed: AdaLoRA." in caption
     gaps = [closed(f"ALoRA, rank {n}, {UNEVEN}", 201) > closed(f"LoRA, rank {n}, {UNEVEN}", 201) for n in (1, 2, 4, 8)]
-    (budgets,) = drawn("budgets-alora", evidence).panels
-    assert f"here it is at {sum(gaps)} of 4." in budgets.caption
+    budgets, _ = drawn("budgets-alora", evidence).panels
+    assert f"here its mean is at {sum(gaps)} of 4." in budgets.caption
 
 
 def test_titles_say_what_the_runs_show(evidence: StudyEvidence) -> None:
@@ -311,7 +325,91 @@ def test_titles_say_what_the_runs_show(evidence: StudyEvidence) -> None:
     }
     most = max(differences, key=lambda name: abs(differences[name]))
     assert drawn("parts-adalora", evidence).title == (
-        f"4 of 4 differ from AdaLoRA, most: {most} ({differences[most]:+.1f} points)"
+        f"4 of 4 differ from AdaLoRA in gap closed: {most} most, by {differences[most]:+.1f} points"
+    )
+
+
+def last_means(evidence: StudyEvidence, table: str, arms: dict[str, str], rows: int) -> dict[str, float]:
+    """Return the mean over seeds of the last rows of a loss, by the name of the arm, the lowest first."""
+    means = {}
+    for name, arm in arms.items():
+        means[name] = np.mean([evidence.table(table, arm, seed)["loss"].iloc[-rows:].mean() for seed in SEEDS])
+    return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def test_titles_of_losses_say_how_far_the_last_ones_are_apart(evidence: StudyEvidence) -> None:
+    by_blocks = {f"γ = {n}": f"LISA, {n} of 8 blocks, {names.ALL_BLOCKS}" for n in variants.BLOCKS}
+    by_blocks["γ = 8 (full)"] = f"full fine-tuning, {names.ALL_BLOCKS}"
+    by_steps = {str(n): f"LISA, 2 of 8 blocks, {n} steps, {names.ALL_BLOCKS}" for n in variants.INTERVALS}
+    by_steps["10"] = f"LISA, 2 of 8 blocks, {names.ALL_BLOCKS}"
+    of_blocks, of_steps = (last_means(evidence, "losses", arms, 10) for arms in (by_blocks, by_steps))
+    spreads = [max(losses.values()) - min(losses.values()) for losses in (of_blocks, of_steps)]
+    assert drawn("losses-lisa", evidence).title == (
+        "Last losses differ by {:.2f} nats over γ, by {:.2f} over K; lowest: {}".format(*spreads, next(iter(of_blocks)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("figure", "truth", "arms"),
+    [
+        ("validation-lisa", names.ALL_BLOCKS,
+         {"full fine-tuning": "full fine-tuning, one teacher", "LoRA, rank 8": "LoRA, rank 8, one teacher",
+          "LISA, 2 of 8 blocks": "LISA, 2 of 8 blocks, one teacher"}),
+        ("validation-neft", FEW,
+         {"full fine-tuning": "full fine-tuning, evaluated", "NeFT, 108": "NeFT, 36 neurons and 72 more",
+          "LoRA, rank 3": "LoRA, rank 3, feed-forward"}),
+    ],
+)  # fmt: skip
+def test_titles_of_validation_losses_name_the_lowest(
+    figure: str, truth: str, arms: dict[str, str], evidence: StudyEvidence
+) -> None:
+    of_truth = {name: f"{arm}, {truth}" for name, arm in arms.items()}
+    (lowest, loss), *others = last_means(evidence, "validation", of_truth, 1).items()
+    above = [f"{name}: +{other - loss:.3f}" for name, other in others]
+    assert drawn(figure, evidence).title == f"Last validation loss: {lowest} is lowest; {'; '.join(above)} nats"
+
+
+def test_titles_of_directions_and_distances_have_the_planted_numbers(evidence: StudyEvidence) -> None:
+    # φ(1, 1) is 1/384 + 0.2, in layer 5 + 0.3; the overlaps with W are 0.02 below and 0.03 above random ones.
+    assert drawn("subspaces", evidence).title == (
+        "The first directions of ranks 8 and 64 overlap by 0.20 to 0.30, at random 0.003"
+    )
+    assert drawn("weight-directions", evidence).title.endswith("minus random: −0.020 for rank 8, +0.030 for 64")
+    assert drawn("amplification-factor", evidence).title == (
+        "The update amplifies its directions of W 4.0 times at rank 8, 2.4 at 64 (printed: 22 at rank 4, 1.9 at 64)"
+    )
+    # 4 over 0.04 and over 0.01, since the start has decayed.
+    assert drawn("penalties", evidence).title == (
+        "With the penalty, factors end 100 to 400 times closer to orthogonal ones"
+    )
+
+
+def test_titles_of_moments_and_factors_have_the_planted_numbers(evidence: StudyEvidence) -> None:
+    error = 100 * np.exp(-8 / 9)
+    assert drawn("moments", evidence).title == (
+        f"AdamW's second moments: rank 8 has an error of {error:.0f}% ({error + 5:.0f}% if shuffled), Adafactor's "
+        "product 50%"
+    )
+    runs = evidence.runs.copy()
+    for truth, ratio in ((names.MOMENTS_RANK_4, 0.5), (names.MOMENTS_UNSTRUCTURED, 1.25)):
+        runs.loc[runs["arm"] == variants.guided(truth), "loss"] *= ratio
+    # Ranks end at 0.1 + 1 + 1 of feed-forward and at 0.1 + 1 + 3 of q.
+    assert drawn("factor-course", StudyEvidence(runs, evidence.tables)).title == (
+        "Adapprox needs rank 2 to 4 after 100 steps; with guidance, losses are 0.50 to 1.25 times those without"
+    )
+
+
+def test_title_of_ranks_by_teacher_has_the_mean_agreement_of_pairs(evidence: StudyEvidence) -> None:
+    of_teacher = []
+    for number in (1, 2):
+        arm = f"AutoLoRA, from rank 4, teacher {number}, {UNEVEN}"
+        by_seed = [evidence.table("ranks", arm, seed).sort_values("module")["rank"] for seed in SEEDS]
+        of_teacher.append(by_seed)
+    same = [kendalltau(*pair).statistic for by_seed in of_teacher for pair in combinations(by_seed, 2)]
+    different = [kendalltau(*pair).statistic for pair in product(*of_teacher)]
+    means = [f"{np.mean(taus):.2f}".replace("-", "−") for taus in (same, different)]
+    assert drawn("ranks-by-teacher", evidence).title == (
+        "Ranks agree by {} on one teacher, by {} on two (Kendall's τ)".format(*means)
     )
 
 
@@ -343,10 +441,10 @@ def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvid
     assert not affected.marks_of(Bar)
     assert set(affected.data["kind"]) == {"strong", "suppressed", "indirect"}
     strong = affected.data[affected.data["kind"] == "strong"].set_index("name")["value"]
-    largest = [strong[strong.index.str.contains(kind)].max() for kind in ("next", "reversed")]
-    title = (
-        "Neurons that shift strongly: up to {:.1f}% with the next ones, {:.1f}% with reversed ones (printed: {}%, {}%)"
-    )
+    is_reversed = strong.index.str.contains("reversed")
+    largest = [strong[~is_reversed].max(), strong[is_reversed].max()]
+    assert set(strong.index) == {"6%", "9%", "12%", "3% reversed", "6% reversed", "9% reversed"}
+    title = "Up to {:.1f}% shift strongly with the next neurons, {:.1f}% with reversed ones (printed: {}%, {}%)"
     printed = pd.read_csv(DATA / "published" / "neft_figures.csv").query("table == 'Figure 5'")
     printed = printed[printed["metric"].str.startswith("strong")]
     by_kind = printed.groupby(printed["method"].str.contains("reversed"))["value"].max() / (2 * 352_256)
@@ -371,9 +469,13 @@ def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
     assert cell["phi"][2, 8] == pytest.approx(8 / 384 + 0.05)
     assert cell["excess"][2, 8] == pytest.approx(0.05)
     assert q.marks[0].scale == "diverging"
-    chart, *_ = drawn("amplification-factor", evidence).panels
-    assert "4.0 for rank 8" in chart.caption
-    assert set(chart.data["name"]) == {"the update's", "W's own", "random"}
+    factors, printed, norms, _ = drawn("amplification-factor", evidence).panels
+    assert factors.data.groupby("rank")["factor"].unique().to_dict() == {"rank 64": [2.4], "rank 8": [4.0]}
+    # The paper prints the norms, and 21.5 for the first ratio.
+    assert printed.data.set_index("rank")["factor"].to_dict() == pytest.approx(
+        {"rank 4": 21.6, "rank 64": 1.9}, abs=0.1
+    )
+    assert set(norms.data["name"]) == {"the update's", "W's own", "random"}
 
 
 def test_losses_of_fourierft_have_a_title_and_the_truth_of_each_panel(evidence: StudyEvidence) -> None:

@@ -153,6 +153,8 @@ def _flag_type(hint: Any) -> Any:
             item = get_args(kind)[0]
             if item is int:
                 kinds.append(tuple[int, ...])
+            elif item is float:
+                kinds.append(tuple[float, ...])
             elif item is str or str in get_args(item):
                 kinds.append(tuple[str, ...])
     if str in kinds and Path in kinds:

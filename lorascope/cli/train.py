@@ -32,10 +32,11 @@ def main(argv: Sequence[str]) -> int:
     if name not in METHODS:
         raise ValueError(unknown_name("method", name, METHODS))
     method = METHODS[name]
+    # The learning rates of a method are settings of ``train``; betas and eps of Adapprox are its own.
+    fields = options_of(method, skip=("lr", "head_lr"))
     # ``run`` has these arguments, or a flag cannot express them.
-    settings = options_of(train, skip=("model", "data", "method", "observe", "out"))
-    # The learning rates of a method are settings of ``train``.
-    fields = options_of(method, skip=[setting.name for setting in settings])
+    skip = ("model", "data", "method", "observe", "out", *(field.name for field in fields))
+    settings = options_of(train, skip=skip)
 
     def run(
         *,

@@ -28,7 +28,7 @@ from lorascope.methods.method import Method, config, from_config
 from lorascope.observe import OBSERVERS, Observer
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
-from lorascope.training.settings import Settings, require_length
+from lorascope.training.settings import Settings, require_length, require_smoothing
 from lorascope.training.trackers import tracker_names
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
@@ -176,6 +176,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
         for combination in settings:
             if combination.get("metric") is not None:
                 require_fit(resolve(combination["metric"]), task)
+            require_smoothing(combination.get("label_smoothing", 0), task)
     for model in grid.models:
         if isinstance(model, str):
             models.locate_model(model)

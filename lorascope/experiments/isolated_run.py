@@ -74,6 +74,7 @@ class IsolatedRun:
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
         _own_tensors(living, self.device)
         task = task.fit(living)
+        self.settings.set_computation(living)
         mark = prepare_model(living, task, self.seed)
         base = LiveWeights(living)
         phase = replace(next(self.method.phases(base)), name=name)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
 from lorascope.inputs import models, package_assets, tasks
+from lorascope.inputs.splits import sources_by_split
 from lorascope.inputs.tasks import Task
 
 STEPS, ROWS = 4, 20
@@ -77,7 +78,7 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         # The column split has the words of the source, not of the task.
         if isinstance(splits, Mapping):
             # A part such as "train[10%:]" is taken from the generated split later.
-            sources = sorted({re.split(r"\W", source)[0] for source in splits.values()})
+            sources = sorted({re.split(r"\W", source)[0] for source in sources_by_split(splits).values()})
         generator = np.random.default_rng(0)
         rows = []
         for source, number in itertools.product(sources, range(ROWS)):

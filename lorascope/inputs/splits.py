@@ -6,6 +6,7 @@ The column ``split`` of a table gives the splits of its rows; a mapping names a 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -73,12 +74,19 @@ def complete(stated: pd.Series, assigned: pd.Series) -> pd.Series:
 class Selection:
     """Rows that a mapping selects: their positions in the table, in any order, and the split of each.
 
-    ``selected_on_test`` is whether validation and test are the same rows.
+    ``selected_on_test`` is whether validation and test are the same rows. ``test_sets`` are the names of several test
+    sets, of which the first is the split test.
     """
 
     positions: list[int]
     splits: list[str]
     selected_on_test: bool
+    test_sets: tuple[str, ...] = ()
+
+
+def split_of_test_set(name: str) -> str:
+    """Return the split of a test set after the first."""
+    return f"test:{name}"
 
 
 def require_rule(rule: object) -> None:
@@ -89,9 +97,21 @@ def require_rule(rule: object) -> None:
         raise ValueError(f"splits must be 'given', 'hash' or a mapping of {', '.join(SPLITS)}, got {rule!r}")
     if rule.keys() != SPLITS.keys():
         raise ValueError(f"splits must name {', '.join(SPLITS)}, got {', '.join(map(repr, rule)) or 'nothing'}")
-    for split, source in rule.items():
+    for split, source in sources_by_split(rule).items():
         if not isinstance(source, str) or not _PART.fullmatch(source.strip()):
             raise ValueError(f"splits: {split} must be a split, or a part such as 'train[10%:]', got {source!r}")
+
+
+def sources_by_split(rule: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the source of each split of a mapping, with one split per test set."""
+    test = rule.get("test")
+    if not isinstance(test, Mapping) or not test:
+        return dict(rule)
+    sources = dict(rule)
+    first = next(iter(test))
+    for name, source in test.items():
+        sources["test" if name == first else split_of_test_set(name)] = source
+    return sources
 
 
 def select(rule: Mapping[str, Any], sources: pd.Series, digests: pd.Series, name: str) -> Selection:
@@ -100,8 +120,8 @@ def select(rule: Mapping[str, Any], sources: pd.Series, digests: pd.Series, name
     Parameters
     ----------
     rule : mapping of str to str
-        Source of train, validation and test, such as ``"train[10%:]"``. A percentage is one of the rows in the order of
-        their digests, which is random; rows of one digest stay together.
+        Source of train, validation and test, such as ``"train[10%:]"``, or of each test set. A percentage is one of the
+        rows in the order of their digests, which is random; rows of one digest stay together.
     sources : Series
         The split of each row in the source, with the same index as ``digests``: 0 to the number of rows.
     digests : Series
@@ -115,8 +135,8 @@ def select(rule: Mapping[str, Any], sources: pd.Series, digests: pd.Series, name
         A source does not exist, or train has rows of another split.
     """
     rows_of: dict[str, set[int]] = {}
-    for split in SPLITS:
-        match = _PART.fullmatch(rule[split].strip())
+    for split, source in sources_by_split(rule).items():
+        match = _PART.fullmatch(source.strip())
         assert match is not None
         members = digests[sources == match["source"]]
         if members.empty:
@@ -128,9 +148,11 @@ def select(rule: Mapping[str, Any], sources: pd.Series, digests: pd.Series, name
         is_inside = (ranks >= low * len(members)) & (ranks < high * len(members))
         rows_of[split] = set(members.index[is_inside])
     selected_on_test = rows_of["validation"] == rows_of["test"]
-    for split, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+    # In the order of the mapping, which may name the splits in any.
+    ordered = sorted(rows_of, key=[*SPLITS, *rows_of].index)
+    for split, other in itertools.combinations(ordered, 2):
         shared = rows_of[split] & rows_of[other]
-        if shared and not (selected_on_test and split == "validation"):
+        if shared and not (selected_on_test and (split, other) == ("validation", "test")):
             count = count_phrase(len(shared), "row")
             verb = "is" if len(shared) == 1 else "are"
             first = f"the first is row {1 + min(shared)}"
@@ -139,7 +161,10 @@ def select(rule: Mapping[str, Any], sources: pd.Series, digests: pd.Series, name
     for split, members_of_split in rows_of.items():
         positions += sorted(members_of_split)
         assigned += [split] * len(members_of_split)
-    return Selection(positions, assigned, selected_on_test)
+    test_sets: tuple[str, ...] = ()
+    if isinstance(rule["test"], Mapping):
+        test_sets = tuple(map(str, rule["test"]))
+    return Selection(positions, assigned, selected_on_test, test_sets)
 
 
 def _unit_number(digits: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import reprlib
 from collections.abc import Mapping
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 from torch import Tensor, nn
 
-from lorascope.files.safe_csv import is_numeric_text
 from lorascope.inputs import images, questions, sources
+from lorascope.inputs import labels as label_values
 from lorascope.inputs import splits as split_rules
 from lorascope.inputs.splits import SPLITS
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text, encode_values
@@ -62,6 +61,8 @@ class Task:
         Arguments of :func:`load` other than the name that have another value than by default.
     selected_on_test : bool
         Whether validation and test are the same rows, so that the best state is selected on the reported split.
+    test_sets : tuple of str
+        Names of several test sets, of which the first is the split test, and another one the split ``"test:NAME"``.
     hashed : HashedTable, optional
         Table that ``hash`` is of. ``dataclasses.replace`` with another table, but no other hash, derives a hash from
         it. None: ``hash`` is of ``table``.
@@ -74,6 +75,7 @@ class Task:
     hash: str
     options: Mapping[str, Any] = field(default_factory=dict)
     selected_on_test: bool = False
+    test_sets: tuple[str, ...] = ()
     hashed: HashedTable | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -117,13 +119,19 @@ class Task:
         """Rows of train, validation and test."""
         return {name: self.split(name) for name in SPLITS}
 
+    @property
+    def other_tests(self) -> dict[str, str]:
+        """Splits of the test sets after the first, by their names."""
+        return {name: split_rules.split_of_test_set(name) for name in self.test_sets[1:]}
+
     def split(self, name: str, search_share: float = 0.0) -> pd.DataFrame:
         """Return the rows of one split.
 
         Parameters
         ----------
         name : str
-            train, validation, test, or search, the part of train for outer problems and scoring.
+            train, validation, test, ``"test:NAME"`` for further test sets, or search, the part of train for outer
+            problems and scoring.
         search_share : float
             Fraction of train that is split off as search. Another part of the hash selects it, so that equal texts are
             never in both.
@@ -133,8 +141,9 @@ class Task:
         ValueError
             The name is unknown, ``search_share`` is not in [0, 1), or the split has no rows.
         """
-        if name not in (*SPLITS, "search"):
-            raise ValueError(f"unknown split {name!r}; expected one of {', '.join(SPLITS)}, search")
+        allowed = (*SPLITS, *self.other_tests.values(), "search")
+        if name not in allowed:
+            raise ValueError(f"unknown split {name!r}; expected one of {', '.join(allowed)}")
         if not 0 <= search_share < 1:
             raise ValueError(f"search_share must be in [0, 1), got {search_share}")
         detail = ""
@@ -230,7 +239,7 @@ class Task:
 def load(
     name: str | os.PathLike[str],
     *,
-    splits: str | Mapping[str, str] | None = None,
+    splits: str | Mapping[str, str | Mapping[str, str]] | None = None,
     kind: str | None = None,
     columns: Mapping[str, str] | None = None,
     revision: str | None = None,
@@ -251,7 +260,9 @@ def load(
         validation (or dev, valid) or test in each row. Rows of train are shuffled into a split without rows.
         ``"hash"`` shuffles all rows. A mapping names the split of the source for train, validation and test, or a part
         of it, such as ``{"train": "train[10%:]", "validation": "train[:10%]", "test": "validation"}``; validation and
-        test may be the same. By default ``"given"`` with a column split, otherwise ``"hash"``.
+        test may be the same. Several test sets are a mapping, ``{"m": "validation_matched", "mm":
+        "validation_mismatched"}``: the first is the split test, and the others only have a metric. By default
+        ``"given"`` with a column split, otherwise ``"hash"``.
     kind : {"classification", "regression"}, optional
         Whether labels are names of classes or numbers. By default numbers if any has a fraction.
     columns : mapping, optional
@@ -286,7 +297,7 @@ def from_frame(
     rows: pd.DataFrame,
     name: str = "table",
     *,
-    splits: str | Mapping[str, str] | None = None,
+    splits: str | Mapping[str, str | Mapping[str, str]] | None = None,
     kind: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Task:
@@ -328,9 +339,9 @@ def from_frame(
                     raise ValueError(f"{cell} must be a non-empty string, got {reprlib.repr(text)}")
         digests = table[texts[0]].map(split_rules.digest_text).to_list()
     if kind in ("classification", "image"):
-        table["label"] = _label_names(rows, name)
+        table["label"] = label_values.read_names(rows, name)
     if kind == "regression":
-        table["label"] = _label_numbers(rows, name)
+        table["label"] = label_values.read_numbers(rows, name)
     for column in ("group", "cluster"):
         if column in rows and rows[column].isna().any():
             number = 1 + int(rows[column].isna().to_numpy().argmax())
@@ -338,12 +349,16 @@ def from_frame(
     if "group" in rows:
         table["group"] = rows["group"].astype(str).to_list()
     rule, selected_on_test = split_rules.RULE, False
+    test_sets: tuple[str, ...] = ()
     if splits is not None and splits != "hash" and "split" not in rows:
         raise ValueError(f"cannot use splits={splits!r} of {name}: it has no column split")
     if isinstance(splits, Mapping):
         words = rows["split"].astype(str).str.strip().reset_index(drop=True)
         # Rows are shared, shuffled or left out, so everything below refers to the selected ones.
         selection = split_rules.select(splits, words, pd.Series(digests), name)
+        test_sets = selection.test_sets
+        if test_sets and "group" in rows:
+            raise ValueError(f"splits: test must be one split, because {name} has groups")
         table, rows = table.iloc[selection.positions], rows.iloc[selection.positions]
         table = table.assign(split=selection.splits).reset_index(drop=True)
         digests = [digests[position] for position in selection.positions]
@@ -354,7 +369,7 @@ def from_frame(
     if "label" in table:
         _require_known_labels(table, name)
     if kind in ("classification", "image"):
-        labels = tuple(sorted(table["label"].unique(), key=_label_order))
+        labels = tuple(sorted(table["label"].unique(), key=label_values.sort_key))
         if len(labels) < 2:
             raise ValueError(f"column label of {name} must have at least 2 classes, got {len(labels)}")
     column_names = list(map(str, table))
@@ -377,7 +392,7 @@ def from_frame(
         if split not in set(table["split"]):
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")
     hash = _hash(rule, hashed[column_names])
-    return Task(name, kind, table, labels, hash, selected_on_test=selected_on_test)
+    return Task(name, kind, table, labels, hash, selected_on_test=selected_on_test, test_sets=test_sets)
 
 
 def _require_known_labels(table: pd.DataFrame, name: str) -> None:
@@ -413,7 +428,7 @@ def _kind(rows: pd.DataFrame, name: str, requested: str | None) -> tuple[str, li
     if {"prompt", "response"} <= columns:
         return "prompt", ["prompt", "response"]
     if {"text", "label"} <= columns:
-        if requested is None and _has_fractions(rows["label"]):
+        if requested is None and label_values.has_fractions(rows["label"]):
             requested = "regression"
         return requested or "classification", ["text", "pair"] if "pair" in columns else ["text"]
     if {"image", "label"} <= columns:
@@ -433,52 +448,6 @@ def _image_digests(rows: pd.DataFrame, name: str) -> list[str]:
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"row {number} of {name}: {error}") from None
     return digests
-
-
-def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
-    """Return labels as class names: strings, whole numbers or booleans. A fraction is a rating, not a class."""
-    names = []
-    for number, label in enumerate(rows["label"].to_list(), start=1):
-        if isinstance(label, float) and label.is_integer():
-            label = int(label)
-        text = str(label).strip() if isinstance(label, str | int) else ""
-        if not text or (is_numeric_text(text) and not _is_whole_number(text)):
-            raise ValueError(
-                f"label in row {number} of {name} must be a class name or whole number, got {reprlib.repr(label)}"
-            )
-        names.append(text)
-    return names
-
-
-def _has_fractions(labels: pd.Series) -> bool:
-    """Return whether all labels are numbers, and some are not whole; hidden ones are neither."""
-    texts = labels[labels != sources.HIDDEN_LABEL].astype(str).str.strip()
-    return bool(texts.map(is_numeric_text).all()) and bool((pd.to_numeric(texts, errors="coerce") % 1 > 0).any())
-
-
-def _label_numbers(rows: pd.DataFrame, name: str) -> list[float]:
-    """Return labels as numbers, NaN for hidden ones."""
-    numbers = []
-    for number, label in enumerate(rows["label"].to_list(), start=1):
-        value = math.nan
-        if label != sources.HIDDEN_LABEL:
-            try:
-                value = float(label)
-            except (TypeError, ValueError):
-                value = math.inf
-            if not math.isfinite(value):
-                raise ValueError(f"label in row {number} of {name} must be a finite number, got {reprlib.repr(label)}")
-        numbers.append(value)
-    return numbers
-
-
-def _is_whole_number(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
-
-
-def _label_order(label: str) -> tuple[int, str]:
-    """Return the sort key of a label: numbers by value, all others by name."""
-    return int(label) if _is_whole_number(label) else 0, label
 
 
 def _head_kind(model: nn.Module) -> str:

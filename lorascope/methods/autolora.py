@@ -163,8 +163,8 @@ class AutoLoRA(AdapterMethod, name="autolora"):
         # the checkpoints are reentrant.
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError(
-                "cannot search ranks with gradient checkpointing: AutoLoRA differentiates at other weights than the "
-                "model's. Call model.gradient_checkpointing_disable() first"
+                "cannot checkpoint the search of AutoLoRA: it differentiates at other weights; disable gradient "
+                "checkpointing, or set it for a LoRA with the ranks of a search"
             )
         super().attach(model)
         zeros = torch.zeros_like(torch.stack([delta.logits for delta in self._deltas.values()]))
@@ -315,7 +315,7 @@ def hypergradient(
             if "is not implemented" not in str(error):
                 raise
             problem = "this attention has no second derivatives"
-            fix = 'Load the model with attn_implementation="eager", or set hypergradient="finite_difference"'
+            fix = 'Set attention="eager" in train, or hypergradient="finite_difference"'
             raise ValueError(f"cannot use hypergradient 'exact': {problem}. {fix}") from error
     elif form == "betty":  # the library of the authors' code
         mixed = _mixed_difference(train, ahead, v, beta)

@@ -111,9 +111,9 @@ def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
     by_interval = numbered(f"{lisa.SAMPLED}, {{}} steps, {ALL_BLOCKS}", variants.INTERVALS, "K = {}")
     by_interval["K = 10"] = f"{lisa.SAMPLED}, {ALL_BLOCKS}"  # the arm of a claim
     caption = (
-        "Planted teachers change all eight blocks. Left: K = 10 steps between draws. Center: γ = 2 blocks; K = 400 is "
-        "a single draw. Right: one teacher, so that only data order and draws differ. The paper's lines end at about "
-        "the same loss for all K and all seeds, and lowest for the largest γ."
+        "Planted teachers change all eight blocks of a small decoder. Left: K = 10 steps between draws. Center: γ = "
+        "2 blocks; K = 400 is a single draw. Right: one teacher, so that only data order and draws differ. The "
+        "paper's lines end at about the same loss for all K and all seeds, and lowest for the largest γ."
     )
     label, on_one = "training loss (nats)", of_truth(ALL_BLOCKS, variants.ON_ONE[-1])
     left = loss_course(evidence, "losses", by_number | full, label, "Number of blocks", caption)
@@ -133,7 +133,10 @@ def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
 def draw_lisa_validation(evidence: StudyEvidence) -> Drawable | None:
     """Draw LISA's figure 11: validation loss."""
     arms = dict(zip(("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"), variants.ON_ONE, strict=True))
-    caption = "All seeds learn the text of one planted teacher. The paper shows no sign of overfitting by LISA."
+    caption = (
+        "All seeds learn the text of one planted teacher, a small decoder. The paper shows no sign of overfitting by "
+        "LISA."
+    )
     chart = loss_course(evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss (nats)", "", caption)
     if chart is None:
         return None
@@ -156,9 +159,9 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
     best = logs.pivot(index="pair", columns="method", values="best_loss")
     gains = ", ".join(drawn_number(gain, ".2f") for gain in best["full fine-tuning"] - best["NeFT"])
     caption = (
-        "The teacher changes 108 of 1,152 neurons. NeFT starts again after a full fine-tuning of 400 steps, which is "
-        "not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as 36. The authors' logs have full "
-        f"fine-tuning {gains} above NeFT at the best step of two language pairs."
+        "The planted teacher changes 108 of the 1,152 neurons of a small decoder. NeFT starts again after a full "
+        "fine-tuning of 400 steps, which is not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as "
+        f"36. The authors' logs have full fine-tuning {gains} above NeFT at the best step of two language pairs."
     )
     label = "validation loss (nats)"
     all_arms = of_truth(FEW, **full, **{"NeFT, 108": many, "LoRA, rank 3": large})
@@ -214,9 +217,10 @@ def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
     )
     ends, ratio = at_end["AdaLoRA"], at_end["no penalty"] / at_end["AdaLoRA"]
     caption = (
-        f"First block of planted students, mean and range over {len(tables) // len(arms)} seeds, from before the first "
-        "step on. The paper's distance falls to about 1e-3 during the warm-up and stays there, with γ = 0.1 as here; "
-        f"here it ends between {ends.min():.2g} and {ends.max():.2g}. The control has γ = 0."
+        "First block of small decoders, trained on the text of planted teachers, mean and range over "
+        f"{len(tables) // len(arms)} seeds, from before the first step on. The paper's distance falls to about 1e-3 "
+        f"during the warm-up and stays there, with γ = 0.1 as here; here it ends between {ends.min():.2g} and "
+        f"{ends.max():.2g}. The control has γ = 0."
     )
     charts = []
     for role, module in (("o", "W_o"), ("ffn_out", "W_f2")):
@@ -240,9 +244,10 @@ def shift_table(evidence: StudyEvidence, arm: str, reference: str, seed: int) ->
 
 _MODEL_RANKS = 352_256  # of the neurons of one projection of LLaMA-2 7B
 _ROLE_RANKS = 384  # of the decoder
+_NEURONS = 3 * _ROLE_RANKS
 _UTILIZATION = (
-    "Utilization: largest absolute correlation of a neuron's weights with the hidden states of its block or a later "
-    "one."
+    "Small decoders whose planted teacher changes 108 neurons. Utilization: largest absolute correlation of a "
+    "neuron's weights with the hidden states of its block or a later one."
 )
 
 
@@ -292,7 +297,9 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
     arms = {}
     for kind, of_kind in (("next", variants.NEXT[1:]), ("reversed", variants.REVERSED)):
         for number, arm in zip(variants.MORE_NEURONS, of_kind, strict=True):
-            arms[f"{number}, {kind}"] = arm
+            # As the paper names them: all neurons that train, or the reversed ones next to the first 3%.
+            count = number if kind == "reversed" else number + variants.NEURONS
+            arms[f"{100 * count / _NEURONS:.0f}% {kind.removeprefix('next')}".strip()] = arm
     seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values(), "utilization")
     if not seeds:
         return None
@@ -306,9 +313,9 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
                 counts.append((name, kind, 100 * numbers[kind] / (2 * _ROLE_RANKS)))
     caption = (
         f"{_UTILIZATION} Above: mean shift of utilization ranks of NeFT with 6% of the neurons from 3%, by percentile "
-        "of utilization, and as read off the paper's figure. Below: neurons of NeFT with further neurons whose rank "
-        f"shifts by at least 28% from NeFT with 3%, in percent, mean of {len(seeds)} seeds. Suppressed ones are used "
-        "less, indirect ones do not train."
+        "of utilization, and as read off the paper's figure. Below: neurons, in percent, whose rank shifts by at "
+        f"least 28% from NeFT with 3%, if more of the next neurons train, or also reversed ones; mean of {len(seeds)} "
+        "seeds. Suppressed ones are used less, indirect ones do not train."
     )
     moved = pd.concat(shifts).assign(source="measured")
     middle = (moved["low"] + moved["high"]) / 2
@@ -333,7 +340,7 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         marks=[Point("value", "name", "kind")],
         title="Affected neurons",
         x=Axis(label="neurons (%)"),
-        y=Axis(label="further neurons", order=arms),
+        y=Axis(label="", order=arms),
     )
     printed_counts = published("NeFT", "Figure 5")
     names = printed_counts["method"].str.replace("NeFT, ", "").str.replace("3 % and ", "").str.replace(" %", "%")
@@ -345,8 +352,10 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         panel, data=paper, marks=[Point("value", "name", "kind", hollow=True)], title="Affected neurons, printed",
         x=Axis(label="printed neurons (%)"), y=Axis(label="", order=dict.fromkeys(names)),
     )  # fmt: skip
-    strong = "up to {:.1f}% with the next ones, {:.1f}% with reversed ones (printed: {:.1f}%, {:.1f}%)"
-    title = "Neurons that shift strongly: " + strong.format(*_most_strong(table.reset_index()), *_most_strong(paper))
+    strong = (
+        "Up to {:.1f}% shift strongly with the next neurons, {:.1f}% with reversed ones (printed: {:.1f}%, {:.1f}%)"
+    )
+    title = strong.format(*_most_strong(table.reset_index()), *_most_strong(paper))
     return stack_vertically(set_side_by_side(left, left_printed), set_side_by_side(panel, right), title=title)
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from lorascope import plots
 from lorascope.analysis.rank_allocations import kendall_tau
 from lorascope.array_types import Float
-from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Heat, Line, Point, Text
 from lorascope.papers import adapprox, hydralora_factors, variants
@@ -78,10 +78,10 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
     first = ranks.query("i == 1 and j == 1")["phi"]
     seeds = len(evidence.seeds(variants.OTHER_HIGH))
     caption = (
-        "φ(i, j): overlap of the first i directions of one A with the first j of another one, mean of "
-        f"{seeds} pairs of runs that share neither seed nor initial A, minus that of random directions; text. "
-        f"φ(1, 1) of both ranks is {first.min():.2f} to {first.max():.2f} in layers 0, 2 and 5; at random "
-        f"{1 / WIDTH:.3f}. The paper has φ(1, 1) > 0.5."
+        f"φ(i, j): overlap of the first i directions of one A with the first j of another one, mean of {seeds} pairs "
+        "of runs that share neither seed nor initial A, minus that of random directions; MiniLM, sentiment. φ(1, 1) "
+        f"of both ranks is {first.min():.2f} to {first.max():.2f} in layers 0, 2 and 5; at random {1 / WIDTH:.3f}. "
+        "The paper has φ(1, 1) > 0.5."
     )
     rows = []
     for cells, label in ((ranks[ranks["layer"] == 2], "r = 8, i"), (starts, "r = 64, i")):
@@ -114,8 +114,9 @@ def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
     cells = pd.concat(means)
     excess = (cells["phi"] - at_random(cells)).groupby(level=0).mean()
     caption = (
-        f"Overlap of the first i input directions of W of q, of {WIDTH}, with the first j of its update, layer 2, mean "
-        "over seeds. Title: mean over i and j. The paper finds that the update avoids the top directions of W."
+        f"Overlap of the first i input directions of W of q, of {WIDTH}, with the first j of its update, layer 2 of "
+        "MiniLM, sentiment, mean over seeds. Title: mean over i and j. The paper finds that the update avoids the "
+        "top directions of W."
     )
     charts = []
     for name, of_panel in means.items():
@@ -128,7 +129,7 @@ def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
 
 
 def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
-    """Draw LoRA's table 7: norm of W along the update's, its own and random directions, and the amplification."""
+    """Draw LoRA's table 7: amplification, and norm of W along the update's, its own and random directions."""
     tables = of_ranks(evidence, "amplification")
     if not tables:
         return None
@@ -136,28 +137,49 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     queries = pd.concat(tables, names=["rank"]).query("role == 'q'").rename(columns=kinds)
     by_layer = queries.groupby(["rank", "layer"])[[*kinds.values()]].mean()
     measured = by_layer.melt(var_name="name", ignore_index=False).reset_index()
-    factors = (queries["update"] / queries[kinds["along_update"]]).groupby("rank").mean()
+    queries = queries.assign(factor=queries["update"] / queries[kinds["along_update"]])
+    factors, factors_by_layer = queries.groupby("rank")["factor"].mean(), queries.groupby(["rank", "layer"])["factor"]
     numbers = published("LoRA", "Table 7")
     pattern = r"W_q on (?P<kind>the update's|its own top|random) directions, rank (?P<rank>\d+)"
     printed = numbers["method"].str.extract(pattern).assign(value=numbers["value"]).dropna()
     names = {"its own top": "W's own"}
     printed = printed.assign(name=printed["kind"].replace(names), rank="rank " + printed["rank"])
+    updates = numbers["method"].str.extract(r"norm of the update, (?P<rank>rank \d+)").assign(value=numbers["value"])
+    along = printed[printed["name"] == "the update's"].set_index("rank")["value"]
+    printed_factors = (updates.dropna().set_index("rank")["value"] / along).rename("factor")
     caption = (
-        "Norm of W of q between the left and right directions of the update, as many of W's, and random ones; dots "
-        "are layers, means over seeds. Amplification: norm of the update over that of W along it, "
-        f"{factors['rank 8']:.1f} for rank 8, {factors['rank 64']:.1f} for rank 64; printed 21.5 for rank 4, "
-        "about 2 for rank 64."
+        "MiniLM, sentiment. Norm of W of q between the left and right directions of the update, as many of W's, and "
+        "random ones; dots are layers, means over seeds. Amplification: norm of the update over that of W along it. "
+        "Printed numbers are of layer 48 of GPT-3."
     )
     y = Axis(order=kinds.values(), compact=True)
     x = Axis(label="norm of W along directions", log=True)
-    left = Chart(measured, [Point("value", "name", "rank")], title="Measured", x=x, y=y, caption=caption)
+    left = Chart(measured, [Point("value", "name", "rank")], title="Norm of W", x=x, y=y, caption=caption)
     marks = [Point("value", "name", "rank", hollow=True)]
-    right = replace(left, data=printed, marks=marks, title="LoRA, table 7", x=replace(x, label="printed norm"))
-    title = (
-        f"The update amplifies its directions of W {factors['rank 8']:.1f} times at rank 8, "
-        f"{factors['rank 64']:.1f} at 64"
+    right = replace(left, data=printed, marks=marks, title="Norm of W, printed", x=replace(x, label="printed norm"))
+    y = Axis(order=[*factors.index, *printed_factors.index], compact=True)
+    # Rank 64 occurs in both.
+    measured_factors = factors_by_layer.mean().reset_index()
+    above = replace(
+        left,
+        data=measured_factors,
+        marks=[Point("factor", "rank", "rank")],
+        title="Amplification",
+        x=replace(x, label="norm of update / norm of W along it"),
+        y=y,
     )
-    return set_side_by_side(left, right, title=title)
+    above_right = replace(
+        above,
+        data=printed_factors.reset_index(),
+        marks=[Point("factor", "rank", "rank", hollow=True)],
+        title="Amplification, printed",
+        x=replace(x, label="printed ratio"),
+    )
+    title = (
+        f"The update amplifies its directions of W {factors['rank 8']:.1f} times at rank 8, {factors['rank 64']:.1f} "
+        f"at 64 (printed: {printed_factors['rank 4']:.0f} at rank 4, {printed_factors['rank 64']:.1f} at 64)"
+    )
+    return stack_vertically(set_side_by_side(above, above_right), set_side_by_side(left, right), title=title)
 
 
 def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
@@ -211,9 +233,9 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
         return None
     means = table.groupby(["quantity", "layer", "index"], dropna=False)["value"].mean().reset_index()
     caption = (
-        "Second moments of AdamW after 100 steps on text, mean over matrices and seeds. Shuffled: other entries with "
-        "the same row and column sums. S-RSI covers the line of the best rank k. Any matrix of positive entries has "
-        "one large singular value. Times are from the machine that trained the runs."
+        "Second moments of AdamW after 100 steps of MiniLM on sentiment, mean over matrices and seeds. Shuffled: "
+        "other entries with the same row and column sums. S-RSI covers the line of the best rank k. Any matrix of "
+        "positive entries has one large singular value. Times are from the machine that trained the runs."
     )
     sigma = means[means["quantity"].isin(["moment_sigma", "moment_sigma_dealt"])].dropna(subset="layer")
     layer = "layer " + sigma["layer"].astype(int).astype(str)
@@ -233,8 +255,8 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
     errors = pd.concat([errors, ends.assign(recipe="row-column product (Adafactor)")])
     at_rank = errors[errors["index"] == _TITLED_RANK].set_index("recipe")["value"]
     title = (
-        f"Error at rank {_TITLED_RANK}: {at_rank[_ERRORS['moment_error']]:.0%}, of shuffled entries "
-        f"{at_rank[_ERRORS['moment_error_dealt']]:.0%}; of a row-column product {rank_one:.0%}"
+        f"AdamW's second moments: rank {_TITLED_RANK} has an error of {at_rank[_ERRORS['moment_error']]:.0%} "
+        f"({at_rank[_ERRORS['moment_error_dealt']]:.0%} if shuffled), Adafactor's product {rank_one:.0%}"
     )
     return in_row(
         spectra,
@@ -281,8 +303,10 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     if table.empty or not seeds:
         return None
     caption = (
-        "Left, center: 100 steps on text, mean over matrices and seeds. Right: final loss on quadratics with known "
-        "second moments, in percent of the first loss, at one rate, a dot per seed. The paper prints no values."
+        "Left, center: 100 steps of MiniLM on sentiment, mean over matrices and seeds; product of row and "
+        "column sums as in Adafactor. Right: quadratics whose second moments have rank 4 or no structure, at one rate, "
+        "a dot per seed; guided: the average step is divided by one minus its cosine with the last one. The paper "
+        "prints no values."
     )
     by_step = table.groupby(["quantity", "role", "step"])["value"].mean().reset_index().assign(low=np.nan, high=np.nan)
     # Matrices of one group have one shape, and so one largest rank.
@@ -320,8 +344,8 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     by_arm = losses.groupby("name", sort=False)["value"].mean()
     ratios = by_arm[[f"{name}, guided" for name in by_arm.index[::2]]].to_numpy() / by_arm.iloc[::2].to_numpy()
     title = (
-        f"Adapprox ends with rank {at_end.min():.0f} to {at_end.max():.0f} by group; guidance ends at "
-        f"{ratios.min():.2f} to {ratios.max():.2f} times the loss"
+        f"Adapprox needs rank {at_end.min():.0f} to {at_end.max():.0f} after 100 steps; with guidance, losses are "
+        f"{ratios.min():.2f} to {ratios.max():.2f} times those without"
     )
     return in_row(left, center, Chart(losses, [Point("value", "name")], title="Guidance", **axes), title=title)
 

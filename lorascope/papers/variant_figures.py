@@ -17,8 +17,10 @@ from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Line, Point, Rule
 from lorascope.papers import adalora, alora, autolora, fourierft, hydralora, neft, variants
+from lorascope.papers.figures.study_marks import GAP
 from lorascope.papers.figures.variant_gaps import (
     CLOSED,
+    GROUND,
     beside_differences,
     beside_printed,
     best_number,
@@ -28,6 +30,7 @@ from lorascope.papers.figures.variant_gaps import (
     gaps_by_variant,
     number_above,
     numbered,
+    paired_gaps,
     printed,
     published,
     variant_gap_table,
@@ -36,6 +39,7 @@ from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.rank_tables import ORACLE, UNIFORM_STUDENT
 from lorascope.plots.builders import curves, ticks_at
+from lorascope.plots.run_groups import INTERVAL
 
 UNEVEN, EVEN = truth_names.UNEVEN, truth_names.RANK_2
 SHARED_A, ONE_UPDATE = truth_names.SHARED_A, truth_names.ONE_UPDATE
@@ -57,13 +61,11 @@ def of_truth(truth: str, *names: str, **by_name: str) -> dict[str, str]:
 
 
 def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
-    """Draw ALoRA's figure 2: ALoRA and LoRA by budget."""
+    """Draw ALoRA's figure 2: ALoRA and LoRA by budget, and their difference."""
+    series = {name: numbered(f"{name}, rank {{}}, {UNEVEN}", variants.BUDGETS) for name in ("ALoRA", "LoRA")}
     chart = gaps_by_number(
         evidence,
-        {
-            "ALoRA": numbered(f"ALoRA, rank {{}}, {UNEVEN}", variants.BUDGETS),
-            "LoRA": numbered(f"LoRA, rank {{}}, {UNEVEN}", variants.BUDGETS),
-        },
+        series,
         "budget: ranks per module",
         "ALoRA and LoRA by budget",
         "Modules need ranks of 0, 1, 3 and 4. The paper finds ALoRA above LoRA at every budget",
@@ -72,8 +74,16 @@ def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
     if chart is None:
         return None
     above = number_above(chart.data, "ALoRA", "LoRA")
-    title = f"ALoRA's mean is above LoRA's at {above} budgets"
-    return replace(chart, title=title, caption=f"{chart.caption}; here it is at {above}.")
+    paired = paired_gaps(
+        evidence, {n: (arm, series["LoRA"][n]) for n, arm in series["ALoRA"].items()}, ("ALoRA", "LoRA")
+    )
+    differences = ", ".join(drawn_number(value, "+.1f") for value in paired.data["value"])
+    return set_side_by_side(
+        replace(chart, title="By budget", caption=f"{chart.caption}; here its mean is at {above}."),
+        replace(paired, x=chart.x),
+        title=f"ALoRA minus LoRA from budget {chart.data['number'].min()} to {chart.data['number'].max()}: "
+        f"{differences} points",
+    )
 
 
 def draw_alora_scores(evidence: StudyEvidence) -> Drawable | None:
@@ -106,19 +116,23 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
     if table["updates"].nunique() < len(truths):
         return None
     means = table.groupby(["updates", "name"], sort=False)["value"].mean().reset_index()
-    gap = means.pivot(index="updates", columns="name", values="value").loc[list(truths)]
-    differences = ", ".join(drawn_number(difference, ".1f") for difference in gap["full fine-tuning"] - gap["LoRA"])
-    return Chart(
+    pairs = {updates: (f"{FULL}, {truth}", f"{hydralora.EQUAL}, {truth}") for updates, truth in truths.items()}
+    paired = paired_gaps(evidence, pairs, ("full fine-tuning", "LoRA"))
+    differences = ", ".join(drawn_number(difference, ".1f") for difference in paired.data["value"])
+    x = Axis(label="updates of the tasks", order=truths)
+    chart = Chart(
         table,
         [Line("updates", "value", "name", data=means), Point("updates", "value", "name")],
-        title=f"Full fine-tuning minus LoRA, from one update to unrelated ones: {differences} points",
-        x=Axis(label="updates of the tasks", order=truths),
+        title="By heterogeneity",
+        x=x,
         y=Axis(label=CLOSED),
-        caption="Students of planted teachers, one dot per seed. LoRA of rank 12 and HydraLoRA have equal size. "
-        "The paper's drawing has no numbers; its "
-        "gap increases to the right.",
+        caption=f"{GROUND}, one dot per seed; four tasks. {GAP} LoRA of rank 12 and HydraLoRA have equal size. Right: "
+        f"bars are a {INTERVAL}. The paper's drawing has no numbers; its gap between full fine-tuning and LoRA "
+        "increases to the right.",
         colors=names,
     )
+    title = f"Full fine-tuning closes {differences} points more than LoRA as the tasks differ more"
+    return set_side_by_side(chart, replace(paired, x=x), title=title)
 
 
 def draw_hydralora_parts(evidence: StudyEvidence) -> Drawable | None:
@@ -150,8 +164,8 @@ def draw_experts(evidence: StudyEvidence) -> Drawable | None:
         series,
         "number of experts of rank 4",
         "HydraLoRA by number of experts",
-        "Four tasks: with different updates that share A, or with one update, where experts cannot help. The paper "
-        "finds 4 best and 3 0.42% lower.",
+        "Four tasks: with different updates that share A, or with one update, where experts help only by their "
+        "parameters. The paper finds 4 experts best, and 3 lower by 0.42%.",
         {f"LoRA of rank 12, {SHARED_A}": f"{hydralora.EQUAL}, {SHARED_A}"},
     )
     if chart is None:

@@ -60,7 +60,7 @@ class Parameters:
 
 @dataclass
 class Start:
-    """Start of a run from the adapter of another one, in its manifest: id of that run, and whether with its head."""
+    """Start of a run from another adapter, in its manifest: id of that run or folder, and whether with head."""
 
     run: str
     head: bool
@@ -161,7 +161,7 @@ class Manifest:
     fork : Fork or None
         Run and step from which ``ls.fork`` continued, and the change.
     start : Start or None
-        Run from whose adapter the training started.
+        Run or adapter from which the training started.
     task_options : dict or None
         Arguments of ``tasks.load`` other than the name, such as ``splits``.
     selected_on_test : bool or None

@@ -96,6 +96,7 @@ def begin_training(
     # After it, because adapted parts of fused weights have rows as well.
     modules = module_table.describe(model)
     optimizer = method.optimizer(model, settings.lr, settings.head_lr, settings.weight_decay)
+    settings.set_adam(optimizer, type(method).__name__)
     base.capture(optimizer)
     return optimizer, modules
 

@@ -114,6 +114,7 @@ def fork(
     model.to(device)
     marker = prepare_model(model, task, run.seed)
     trunk = _rebuild_spec(run, marker, task, method)
+    trunk.settings.set_computation(model)
     spec = _change_spec(trunk, run, step, change, model)
     if marker.recipe not in ("", spec.id):
         raise ValueError(f"cannot fork on a model that was trained as recipe {marker.recipe}; load a fresh model")

@@ -29,7 +29,7 @@ from lorascope.training.output_folder import StateRemoved, finished_run, prepare
 from lorascope.training.progress import progress_bar
 from lorascope.training.run_spec import RunSpec, phase_rows
 from lorascope.training.session import Session, clip_gradients, nonfinite_reason
-from lorascope.training.settings import Settings, require_length
+from lorascope.training.settings import Settings, require_length, require_smoothing
 from lorascope.training.start_adapter import open_start
 from lorascope.training.state import seed_generators
 from lorascope.training.trackers import tracker_names
@@ -60,6 +60,11 @@ def train(
     max_length: int = 128,
     metric: str | Metric | Sequence[str | Metric] | None = None,
     model_options: Mapping[str, Any] | None = None,
+    label_smoothing: float = 0.0,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    attention: str | None = None,
+    gradient_checkpointing: bool = False,
     start: Run | str | Path | None = None,
     start_head: bool = False,
     observe: Sequence[Observer] | None = None,
@@ -130,9 +135,23 @@ def train(
     model_options : mapping, optional
         Fields of the configuration of a model that is loaded by name, such as ``{"hidden_dropout_prob": 0.0}``; see
         ``models.load``.
+    label_smoothing : float
+        Label smoothing of the training loss, as in ``torch.nn.functional.cross_entropy``, without terms that a model
+        adds to its own loss. Evaluations are not smoothed.
+    betas : (float, float)
+        Decay rates of AdamW's moments, as in torch. Other optimizers have their own, such as those of ``Adapprox``.
+    eps : float
+        Term in AdamW's denominator, as in torch.
+    attention : {"eager", "sdpa", "flash_attention_2"}, optional
+        Implementation of attention in transformers; by default that of the model, "sdpa" if its class has it.
+        AutoLoRA's exact hypergradient requires "eager". "flash_attention_2" requires the package flash-attn and
+        ``precision="bf16"``.
+    gradient_checkpointing : bool
+        Compute the activations of each block again in the backward pass, to save memory. The gradients are the same.
     start : Run or path, optional
-        Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI.
-        Figures subtract the initial update, as for PiSSA.
+        Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI;
+        or, for ``LoRA``, a folder of PEFT with the same ranks, scales and modules. Figures subtract the initial update,
+        as for PiSSA.
     start_head : bool
         Whether to start from the task head of that run as well.
     observe : sequence of Observer, optional
@@ -206,7 +225,9 @@ def train(
     if task.kind == "regression" and not settings.metrics:
         settings = replace(settings, metric="mse")
     require_fit(settings.metrics, task)
+    require_smoothing(settings.label_smoothing, task)
     model.to(device)
+    settings.set_computation(model)
     marker = prepare_model(model, task, seed)
     resolved = settings.resolve(phase_rows(task, Phase(method)))
     _require_steps(keep_checkpoints, resolved.steps)

@@ -14,13 +14,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from lorascope.files.printable import printable
 from lorascope.files.whole_files import write_bytes
 from lorascope.inputs.metrics import Metric
 from lorascope.inputs.models import processor, require_positions
 from lorascope.inputs.tasks import Task
-from lorascope.inputs.tokenization import EncodedRows
+from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets
 from lorascope.methods.method import Batch, HeldOut, Method, Step, copy_method, trained_parameters
 from lorascope.observe.trainable import are_finite
 from lorascope.runs.manifest import State, Test
@@ -75,6 +76,9 @@ class Session(Recording):
         self.search = self._encode(reader, plan.task, "search") if self.method.search_share else None
         self.validation = self._encode(reader, plan.task, "validation", plan.settings.eval_size)
         self.test = self._encode(reader, plan.task, "test", plan.settings.test_size)
+        self.other_tests: dict[str, EncodedRows] = {}
+        for name, split in plan.task.other_tests.items():
+            self.other_tests[name] = self._encode(reader, plan.task, split, plan.settings.test_size)
         self._search_generator = torch.Generator().manual_seed(plan.seed)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.best: Best | None = None
@@ -137,10 +141,21 @@ class Session(Recording):
     def _batch_loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
         with self._autocast():
             if params is None:
-                return model(**batch).loss.float()
+                return self._loss(model(**batch), batch["labels"])
             # A forward pass may write to buffers, such as the running means of batch normalization.
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            return functional_call(model, {**buffers, **params}, (), batch).loss.float()
+            return self._loss(functional_call(model, {**buffers, **params}, (), batch), batch["labels"])
+
+    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+        """Return the model's own loss, or the cross-entropy of its logits with smoothed labels."""
+        smoothing = self.settings.label_smoothing
+        if not smoothing:
+            return output.loss.float()
+        logits = output.logits
+        if not self.task.classifies:
+            logits, labels = align_targets(logits, labels, self.train.shifted)
+        logits = logits.flatten(0, -2).float()
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
 
     def backward(self) -> float:
         """Compute the gradients of the step's batch, in ``accumulate`` micro-batches, and return its loss."""
@@ -251,11 +266,11 @@ class Session(Recording):
 
     def finish(self) -> Run:
         """Evaluate a state on the test split, save the last and the best one and close the run folder."""
-        score = self._score_tested_state()
+        score, groups = self._score_tested_state()
         self.model.eval()
         tested = [Record("test_loss", score.loss), Record("test_metric", score.metric)]
-        if score.groups:
-            tested.append(Record("test_metric_group", np.array(list(score.groups.values()))))
+        if groups:
+            tested.append(Record("test_metric_group", np.array(list(groups.values()))))
         self.add([*tested, *(Record(f"test_{name}", value) for name, value in score.values.items())])
         states = {"last": self.save_state(self.path / "state/last.safetensors")}
         if self.best is not None:
@@ -265,7 +280,7 @@ class Session(Recording):
                 write_bytes(self.path / "state/best.safetensors", best.read_bytes())
             states["best"] = State(self.best.step, self.best.ranks)
         self.writer.meta.states = states
-        self.writer.meta.test = Test(score.name, score.metric, score.loss, score.groups)
+        self.writer.meta.test = Test(score.name, score.metric, score.loss, groups)
         if score.values:
             self.writer.meta.test.values = score.values
             self.writer.meta.test.higher_is_better = score.higher_is_better
@@ -274,16 +289,26 @@ class Session(Recording):
         self.checkpoints.remove()
         return run
 
-    def _score_tested_state(self) -> Score:
+    def _score_tests(self) -> tuple[Score, dict[str, float]]:
+        """Evaluate the model on the test split; return the score, and the metric of each group or test set."""
+        score = self._score(self.test)
+        groups = score.groups
+        if self.task.test_sets:
+            groups[self.task.test_sets[0]] = score.metric
+        for name, rows in self.other_tests.items():
+            groups[name] = self._score(rows).metric
+        return score, groups
+
+    def _score_tested_state(self) -> tuple[Score, dict[str, float]]:
         """Evaluate the state that ``test_state`` names on the test split, and leave the model in its last state."""
         if self.settings.test_state == "last" or self.best is None or self.best.step == self.step.finished:
-            return self._score(self.test)
+            return self._score_tests()
         # A copy, because both share the memory of the live tensors.
         last = copy.deepcopy((trained_tensors(self.model, self.optimizer), self.method.state()))
         load_state(self.model, self.method, *read_state(self.checkpoints.best_file(self.best.step)))
-        score = self._score(self.test)
+        scores = self._score_tests()
         load_state(self.model, self.method, *last)
-        return score
+        return scores
 
 
 def register_metrics(metrics: Sequence[Metric]) -> None:

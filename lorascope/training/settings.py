@@ -8,7 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
+from lorascope.inputs.computation import ATTENTIONS, enable_checkpointing, set_attention
 from lorascope.inputs.metrics import Metric, resolve
+from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
 from lorascope.methods.method import python_number
 
@@ -17,7 +22,19 @@ PRECISIONS = ("fp32", "bf16")
 TEST_STATES = ("last", "best")
 WARMUP_STARTS = ("nonzero", "zero")
 # By default not stored, because runs keep the ids that they had before there was a choice.
-_ADDED_LATER = {"metric": None, "epochs": None, "test_state": "last", "warmup_start": "nonzero", "model_options": None}
+_ADDED_LATER = {
+    "metric": None,
+    "epochs": None,
+    "test_state": "last",
+    "warmup_start": "nonzero",
+    "model_options": None,
+    "label_smoothing": 0.0,
+    "betas": [0.9, 0.999],
+    "eps": 1e-8,
+    "attention": None,
+    "gradient_checkpointing": False,
+}
+_NUMBERS = ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs", "label_smoothing", "eps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +68,11 @@ class Settings:
     test_state: str = "last"
     warmup_start: str = "nonzero"
     model_options: Mapping[str, Any] | None = None
+    label_smoothing: float = 0.0
+    betas: Sequence[float] = (0.9, 0.999)
+    eps: float = 1e-8
+    attention: str | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "test_size", "max_length")
@@ -80,7 +102,40 @@ class Settings:
         require_choice(self, "precision", PRECISIONS)
         require_choice(self, "test_state", TEST_STATES)
         require_choice(self, "warmup_start", WARMUP_STARTS)
+        self._require_torch_values()
+        allowed = f"one of {', '.join(map(repr, ATTENTIONS))} or None"
+        require(self, "attention", allowed, self.attention in (*ATTENTIONS, None))
+        checkpointing = self.gradient_checkpointing
+        require(self, "gradient_checkpointing", "True or False", isinstance(checkpointing, bool))
         _ = self.metrics  # an unknown one raises
+
+    def _require_torch_values(self) -> None:
+        """Raise a ValueError unless the settings of loss and optimizer are valid in torch."""
+        smoothing, eps = self.label_smoothing, self.eps
+        is_fraction = is_number(smoothing) and 0 <= smoothing <= 1
+        require(self, "label_smoothing", "a number from 0 to 1", is_fraction)
+        is_pair = isinstance(self.betas, Sequence) and len(self.betas) == 2
+        are_betas = is_pair and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        require(self, "betas", "two numbers in [0, 1)", are_betas)
+        # With 0, an entry whose gradient is zero, as all of A have in the first step, would become NaN.
+        require(self, "eps", "a finite number > 0", is_number(eps) and 0 < eps < math.inf)
+
+    def set_computation(self, model: nn.Module) -> None:
+        """Set how a model computes its attention and the gradients of its blocks, unless by default."""
+        set_attention(model, self.attention, self.precision)
+        if self.gradient_checkpointing:
+            enable_checkpointing(model)
+
+    def set_adam(self, optimizer: torch.optim.Optimizer, method: str) -> None:
+        """Set betas and eps of a new optimizer; without their defaults, raise a ValueError if it is not AdamW."""
+        stored = self.to_dict()
+        if "betas" not in stored and "eps" not in stored:
+            return
+        if not isinstance(optimizer, torch.optim.AdamW):
+            kind = type(optimizer).__name__
+            raise ValueError(f"cannot set betas or eps of {method}: its optimizer is {kind}, not AdamW")
+        for group in (optimizer.defaults, *optimizer.param_groups):
+            group["betas"], group["eps"] = tuple(map(float, self.betas)), float(self.eps)
 
     def resolve(self, rows: int) -> Settings:
         """Return the settings of a phase that trains on a number of rows, with steps instead of epochs."""
@@ -144,8 +199,9 @@ class Settings:
         values = dataclasses.asdict(dataclasses.replace(self, metric=None))
         for name, value in values.items():
             values[name] = python_number(value)
-            if name in ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs") and value is not None:
+            if name in _NUMBERS and value is not None:
                 values[name] = float(value)
+        values["betas"] = list(map(float, self.betas))
         for name, default in _ADDED_LATER.items():
             if values[name] == default:
                 del values[name]
@@ -160,3 +216,10 @@ def require_length(steps: object, epochs: object) -> None:
         raise ValueError("pass steps or epochs, got both")
     if steps is None and epochs is None:
         raise ValueError("pass steps or epochs, such as steps=300, got neither")
+
+
+def require_smoothing(label_smoothing: float, task: Task) -> None:
+    """Raise a ValueError if the labels of a task cannot be smoothed."""
+    if label_smoothing and task.kind == "regression":
+        name = task.name
+        raise ValueError(f"label_smoothing must be 0 for {name}, whose labels are numbers, got {label_smoothing}")

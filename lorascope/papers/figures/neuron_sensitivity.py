@@ -14,6 +14,7 @@ from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.files.printable import count_phrase
 from lorascope.papers.figures.neuron_hits import SCORES
 from lorascope.papers.figures.study_marks import write_word
+from lorascope.plots.builders import ticks_at
 from lorascope.schema.module_table import parse
 
 CHANGED, OTHER, NULL = "changed neurons", "other neurons", "random neurons, 95%"
@@ -78,11 +79,13 @@ def sensitivity_of_changed_neurons(neurons: pd.DataFrame, hits: Chart) -> Panels
         Chart of ``neuron_hits``.
     """
     caption = (
-        "Full fine-tuning; the teacher changes as many neurons of every module, but other ones in every seed. Above: "
-        "geometric mean over neurons and seeds, bars: range over seeds, band: as many neurons at random. Below: rank "
-        "correlation of a score between two seeds within a module, mean over modules and pairs, bars: range over "
-        "pairs; and percentage of the neurons with the highest scores that the teacher changed, one dot per seed. "
-        f"{count_phrase(neurons['seed'].nunique(), 'seed')}, {count_phrase(neurons['module'].nunique(), 'module')}."
+        "Full fine-tuning of a small decoder on the text of a planted teacher. Displacement: norm of the change of a "
+        "neuron's weights; rotation: their angle with the initial ones. The teacher changes as many neurons of every "
+        "module, but other ones in every seed. Above: geometric mean over neurons and seeds, bars: range over seeds, "
+        "band: as many neurons at random. Below: rank correlation of a score between two seeds within a module, mean "
+        "over modules and pairs, bars: range over pairs; and percentage of the neurons with the highest scores that "
+        f"the teacher changed, one dot per seed. {count_phrase(neurons['seed'].nunique(), 'seed')}, "
+        f"{count_phrase(neurons['module'].nunique(), 'module')}."
     )
     charts = []
     for score, title in _PANELS.items():
@@ -98,7 +101,7 @@ def sensitivity_of_changed_neurons(neurons: pd.DataFrame, hits: Chart) -> Panels
                 marks,
                 title=title,
                 x=Axis(label="block", order=sorted(set(table["block"]))),
-                y=Axis(label="|w ∂L/∂w|", log=True),
+                y=Axis(label="|w ∂L/∂w|", log=True, ticks=ticks_at([0.01, 0.015, 0.02, 0.03])),
                 colors=(CHANGED, OTHER, NULL),
                 caption=caption,
             )

@@ -45,6 +45,12 @@ _PAIRS = "Pairs of planted truths"
 _NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name and of its font
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", DIFFERENCE: "difference_", POSITIVE: "positive_"}
 _EFFECT = f"method minus control by seed, with 95% intervals; right of 0 (dashed), the method is better. {SMALL}"
+_PHRASES = {
+    "not even there": "failed even where favored",
+    "gain below m": "gain below the bound",
+    "cost below d": "cost below the bound",
+}
+"""What a reader who has only the figure understands instead of some words."""
 _MEANINGS = {
     "as claimed": "where the truth favors the method, an interval above 0 that is not all below the bound (of a cost, "
     "above the bound and not all below 0), and less at the other truth",
@@ -83,12 +89,14 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
     panel of effects.
     """
     judged = set(results["claim"]) if "claim" in results else set()
-    caption = "Each hollow symbol is one seed, or one of several tasks of a seed."
+    caption = (
+        "Small decoders, trained on the text of planted teachers; each hollow symbol is one seed, or a task of a seed."
+    )
     pairs = [claim for claim in registration.claims.values() if claim.id.startswith("pair.")]
     if _POINTS in map(_unit_of, pairs):
         caption += f" {GAP}"
     if judged:
-        caption += f" Right: {_EFFECT}{_explain_words(registration, results)}"
+        caption += f" Right, with the names of the truths: {_EFFECT}{_explain_words(registration, results)}"
     caption += name_quadratics(pairs)
     rows: list[tuple[Chart, ...]] = []
     for claim in pairs:
@@ -136,7 +144,7 @@ def _title(claims: Sequence[StudyClaim], results: pd.DataFrame) -> str:
             ground = ", on a quadratic"
     if results.empty or len(methods) > 1:
         return _count_words(claims, results)
-    return f"{methods.pop()} at its truth{ground}: {'; '.join(effects)}"
+    return f"Where the truth favors {methods.pop()}{ground}: {'; '.join(effects)}"
 
 
 def _describe_effect(claim: StudyClaim, results: pd.DataFrame, control: str) -> str:
@@ -165,7 +173,11 @@ def _count_words(claims: Sequence[StudyClaim], results: pd.DataFrame) -> str:
 def _word_of(claim: StudyClaim, results: pd.DataFrame) -> str:
     """Return the word of a pair, or that it is not finished."""
     result: dict[Any, Any] = results.set_index("claim").loc[claim.id].to_dict()
-    return shown_word(result) if result["n"] else "not finished"
+    return _phrase(shown_word(result)) if result["n"] else "not finished"
+
+
+def _phrase(word: str) -> str:
+    return _PHRASES.get(word, word)
 
 
 def _explain_words(registration: StudyRegistration, results: pd.DataFrame) -> str:
@@ -175,7 +187,7 @@ def _explain_words(registration: StudyRegistration, results: pd.DataFrame) -> st
         words.add(row["pair"] or row["word"])
     for word, meaning in _MEANINGS.items():
         if word in words:
-            sentences.append(f" {word.capitalize()}: {meaning}.")
+            sentences.append(f" {_phrase(word).capitalize()}: {meaning}.")
     worse = []
     for claim in registration.claims.values():
         # A pair that claims a small cost needs a method whose cost is visible.
@@ -218,10 +230,10 @@ def _draw_effects(claim: StudyClaim, results: pd.DataFrame, title: str, names: M
         # Separate limits, because an effect of a few points would be invisible next to one of fifty.
         ends = np.append(table[["effect", "low", "high"]].to_numpy().ravel(), [0.0, bound])
         x = replace(x, limits=padded_limits(ends))
-        title += f"\n{count_phrase(int(result['n']), 'seed')}: {shown_word(result)}"
+        title += f"\n{count_phrase(int(result['n']), 'seed')}: {_phrase(shown_word(result))}"
         # A gain below the bound is judged by its interval, which the dot would seem to contradict.
         if result["pair"] == "as claimed" and result["effect"] < bound:
-            title += ", mean < m"
+            title += ", mean below the bound"
     ticks = {side: names.get(side, side.partition(" between")[0]) for side in order}
     table, y = table.assign(row=table["side"], kind=table["side"]), Axis(order=order, ticks=ticks, compact=True)
     return Chart(table, marks, title=title, x=x, y=y, colors=_COLORS)

@@ -79,10 +79,10 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
         truth.assign(recipe=_TRUTH, value=truth["planted"]), truth.assign(recipe=_UNIFORM, value=uniform)
     ])  # fmt: skip
     caption = (
-        "Left: final rank. Scores: percentile of a component among those of the run, at the first and at the last "
-        "selection. Means over the modules with the same planted rank, then over "
-        f"{count_phrase(int(cells['n'].max()), 'seed')}; bands and bars: {INTERVAL}. The figure of edition 1 has other "
-        "teachers, so its ranks differ."
+        "Small decoders, trained on the text of planted teachers with known ranks. Left: final rank. Scores: "
+        "percentile of a component among those of the run, at the first and at the last selection. Means over the "
+        f"modules with the same planted rank, then over {count_phrase(int(cells['n'].max()), 'seed')}; bands and "
+        f"bars: {INTERVAL}."
     )
     # A sentence on an arm that is not drawn would raise a question.
     if "AutoLoRA" in set(cells["recipe"]):

@@ -14,7 +14,7 @@ from lorascope.papers.judging.registered_study import StudyClaim
 
 _ROW = 3  # panels
 FAVORABLE, OTHER, POSITIVE = "truth that favors the method", "other truth", "positive control"
-BOUND = "bound: gain m or cost −d"
+BOUND = "bound: gain or cost that matters"
 SMALL = "An interval smaller than its dot is inside it."
 """Sentence of captions on intervals."""
 GAP = "Gap closed: 0 is the base model, 100 its teacher."

@@ -12,6 +12,7 @@ from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Mark, Point, Rule
+from lorascope.papers.figures.study_marks import GAP
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import STUDY_FILE
 from lorascope.plots.builders import curves, dots, ticks_at
@@ -19,7 +20,7 @@ from lorascope.plots.run_groups import INTERVAL
 
 PUBLISHED = STUDY_FILE.with_name("published")
 CLOSED = "gap closed (points)"
-_GROUND = "Students of planted teachers"
+GROUND = "Small decoders, trained on the text of planted teachers, whose updates are known"
 
 
 def common_seeds(evidence: StudyEvidence, arms: Iterable[str], table: str = "") -> list[int]:
@@ -82,7 +83,7 @@ def gaps_by_variant(
         title=title,
         x=Axis(label=x),
         y=Axis(order=arms, compact=True),
-        caption=f"{_GROUND}, {seeds} seeds with the same teachers in all rows. {caption}",
+        caption=f"{GROUND}, {seeds} seeds with the same teachers in all rows. {GAP} {caption}",
     )
 
 
@@ -136,7 +137,7 @@ def gaps_by_number(
         (Axis(label=x, log=log, ticks=ticks_at(sorted(set(table["number"])))), CLOSED),
         *marks,
         title=title,
-        caption=f"{_GROUND}, {len(seeds)} seeds with the same teachers everywhere; bars: {INTERVAL}. {caption}",
+        caption=f"{GROUND}, {len(seeds)} seeds with the same teachers everywhere; bars: {INTERVAL}. {GAP} {caption}",
         colors=series,
     )
 
@@ -196,9 +197,30 @@ def difference_finding(paired: Chart, base: str) -> str:
         return f"No difference from {base} is seen"
     farthest = int(differing["value"].abs().to_numpy().argmax())
     name, difference = differing[["name", "value"]].iloc[farthest]
-    return (
-        f"{len(differing)} of {len(cells)} differ from {base}, most: {name} ({drawn_number(difference, '+.1f')} points)"
-    )
+    points = drawn_number(difference, "+.1f")
+    return f"{len(differing)} of {len(cells)} differ from {base} in gap closed: {name} most, by {points} points"
+
+
+def paired_gaps(evidence: StudyEvidence, pairs: Mapping[Any, tuple[str, str]], names: tuple[str, str]) -> Chart:
+    """Draw the gap that one arm closes more than another, over the numbers or names that the pairs are of.
+
+    Parameters
+    ----------
+    evidence : StudyEvidence
+        Kept runs.
+    pairs : mapping number or name -> two labels
+        Arms; the second one is subtracted.
+    names : two str
+        Names of the arms in all pairs.
+    """
+    rows = []
+    for number, arms in pairs.items():
+        for seed in common_seeds(evidence, arms):
+            first, second = (evidence.closed(arm, seed) for arm in arms)
+            rows.append((number, first - second))
+    cells = seed_cells(pd.DataFrame(rows, columns=["number", "value"]), ["number"])
+    label = f"{names[0]} − {names[1]} (points)"
+    return Chart(cells, [Rule(y=0), *dots(cells, "number")], title="Difference, paired by seed", y=Axis(label=label))
 
 
 def beside_differences(chart: Chart) -> tuple[Chart, Chart]:
@@ -209,7 +231,7 @@ def beside_differences(chart: Chart) -> tuple[Chart, Chart]:
     by_seed = chart.data.pivot(index="seed", columns="name", values="value")
     differences = by_seed.sub(by_seed[base], axis=0).drop(columns=base).melt().dropna()
     cells = seed_cells(differences, ["name"])
-    marks, x = [Rule(x=0), *dots(cells, "value", "name")], Axis(label=f"points − {base}")
+    marks, x = [Rule(x=0), *dots(cells, "value", "name")], Axis(label=f"minus {base} (points)")
     caption = f"{chart.caption} Center: difference from {base}, paired by seed; bars: {INTERVAL}."
     chart = replace(chart, y=y, caption=caption)
     return chart, Chart(cells, marks, title="Difference", x=x, y=y, caption=caption)

@@ -232,4 +232,4 @@ def format_with_interval(result: Mapping[str, Any], unit: str, prefix: str = "")
     if math.isnan(effect):
         return ""
     digits, suffix = _FORMATS.get(unit, (1, ""))
-    return f"{effect:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{suffix}"
+    return f"{effect:+z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]{suffix}"

@@ -236,10 +236,11 @@ def test_chrf_equals_its_definition():
 def test_metric_without_its_extra_names_what_to_install(name: str, package: str) -> None:
     module = package.replace("-", "_")
     code = f"{installation.hide([module])}\nfrom lorascope.inputs import metrics\n"
-    code += f"metrics.get({name!r}).compute(['a'], [['a']])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = f"ModuleNotFoundError: metric {name!r} requires {package}: pip install 'lorascope[text]'"
-    assert done.stderr.splitlines()[-1] == last
+    # The second is called before a training.
+    for call in (f"metrics.get({name!r}).compute(['a'], [['a']])", f"metrics.require_fit([metrics.get({name!r})], 0, True)"):
+        done = subprocess.run([sys.executable, "-c", code + call], capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1] == last
 
 
 # -- registry -----------------------------------------------------------------------------------------------------
@@ -317,10 +318,22 @@ def test_metric_that_does_not_fit_the_task_names_those_that_fit():
         fit("f1", labeled(3))
 
 
-@pytest.mark.parametrize("columns", [["text"], ["prompt", "response"]])
-def test_task_without_classes_fits_no_metric(columns):
+def unlabeled(*columns: str) -> tasks.Task:
     rows = pd.DataFrame({column: [f"{column} {number}" for number in range(60)] for column in columns})
-    task = tasks.from_frame(rows, "x.csv")
+    return tasks.from_frame(rows, "x.csv")
+
+
+def test_task_without_classes_fits_no_metric():
     line = "cannot compute bleu of x.csv: it has no classes; omit metric to record the perplexity"
     with pytest.raises(ValueError, match=f"^{line}$"):
+        fit("bleu", unlabeled("text"))
+
+
+def test_metric_of_texts_requires_that_they_are_generated():
+    task = unlabeled("prompt", "response")
+    with pytest.raises(ValueError, match=r"^metric bleu requires generation: pass Generation\(\)$"):
         fit("bleu", task)
+    metrics.require_fit([metrics.get("bleu")], task, generates=True)
+    line = "cannot compute accuracy of x.csv: its labels are texts; use exact_match, f1_words, .* or chrf"
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        metrics.require_fit([metrics.get("accuracy")], task, generates=True)

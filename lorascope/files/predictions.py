@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from lorascope.files.lazy_pandas import pandas as pd
 
 from lorascope.array_types import Float, Int, Int8, Int16
 
@@ -26,6 +30,12 @@ def predict_classes(logits: Float[np.ndarray, "row class"], labels: Int[np.ndarr
     right_logits, other_logits = _separate(logits, labels)
     is_right = right_logits > other_logits.max(axis=1)
     return np.where(is_right, labels, other_logits.argmax(axis=1)).astype(np.int16)
+
+
+def collect_references(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per prompt, in their order, with the list of its ``references`` and its first group, if any."""
+    columns: dict[str, Any] = dict.fromkeys(rows.columns.drop("prompt"), "first")
+    return rows.groupby("prompt", sort=False).agg(columns | {"references": list}).reset_index()
 
 
 def _separate(

@@ -6,6 +6,7 @@ Other packages add metrics through the entry point group ``lorascope.metrics``, 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import re
@@ -137,18 +138,24 @@ def resolve(metric: object) -> tuple[Metric, ...]:
     return tuple(metrics.values())
 
 
-def require_fit(metrics: Iterable[Metric], task: Task) -> None:
-    """Raise a ValueError if a task has other predictions than a metric needs."""
-    fitting = [metric.name for metric in METRICS.values() if metric.needs in task.predicts]
+def require_fit(metrics: Iterable[Metric], task: Task, generates: bool = False) -> None:
+    """Raise a ValueError if a task has other predictions than a metric needs; ``generates`` is whether it has texts."""
+    predicts = ("texts",) if generates else task.predicts
+    fitting = [metric.name for metric in METRICS.values() if metric.needs in predicts]
     for metric in metrics:
-        if metric.needs in task.predicts:
+        if metric.needs in predicts:
+            _require_package(metric)
             continue
+        if metric.needs == "texts" and task.kind in ("prompt", "seq2seq") and not task.labels:
+            raise ValueError(f"metric {metric.name} requires generation: pass Generation()")
         cannot = f"cannot compute {metric.name} of {task.name}"
         if not fitting:
             raise ValueError(f"{cannot}: it has no classes; omit metric to record the perplexity")
         labels = f"{len(task.labels)} classes"
-        if "values" in task.predicts:
+        if "values" in predicts:
             labels = "numbers"
+        if generates:
+            labels = "texts"
         names = f"{', '.join(fitting[:-1])} or {fitting[-1]}"
         raise ValueError(f"{cannot}: its labels are {labels}; use {names}")
 
@@ -210,7 +217,7 @@ References = Sequence[Sequence[str]]
 
 
 @contextmanager
-def _requires_package(name: str) -> Iterator[None]:
+def _naming_metric(name: str) -> Iterator[None]:
     """Name the extra to install for a metric if an import within the context fails."""
     try:
         yield
@@ -218,6 +225,14 @@ def _requires_package(name: str) -> Iterator[None]:
         if (required := requirement(error)) is None:
             raise
         raise ModuleNotFoundError(f"metric {name!r} {required}", name=error.name) from None
+
+
+def _require_package(metric: Metric) -> None:
+    """Import the package of a metric of texts, so that a missing one is reported before the training."""
+    package = {_rouge: "rouge_score", _sacrebleu: "sacrebleu"}.get(getattr(metric.compute, "func", None))
+    if package is not None:
+        with _naming_metric(metric.name):
+            importlib.import_module(package)
 
 
 def _best_of_references(score: Callable[[str, str], float], predicted: Texts, answers: References) -> float:
@@ -257,7 +272,7 @@ def f1_words(predicted: Texts, answers: References) -> float:
 
 def _rouge(kind: str, predicted: Texts, answers: References) -> float:
     """Compute the mean F-measure of a kind of ROUGE of rouge-score, with stemmer and the best reference of a text."""
-    with _requires_package(kind):
+    with _naming_metric(kind):
         from rouge_score.rouge_scorer import RougeScorer
     scorer = RougeScorer([kind], use_stemmer=True)
 
@@ -269,7 +284,7 @@ def _rouge(kind: str, predicted: Texts, answers: References) -> float:
 
 def _sacrebleu(name: str, predicted: Texts, answers: References, **options: Any) -> float:
     """Compute a score of sacrebleu, from 0 to 100, for any number of references per text."""
-    with _requires_package(name):
+    with _naming_metric(name):
         import sacrebleu
     scorer: Any = sacrebleu.CHRF if name == "chrf" else sacrebleu.BLEU
     # A list per number of the reference, in which None stands for a missing one.

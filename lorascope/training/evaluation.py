@@ -28,6 +28,8 @@ class Score:
     prefers the correct class or response, None without a closed set of answers; ``margins`` is by how much, see
     ``quantize_margins``; ``predicted`` and ``answers`` are the numbers of the preferred and the right class or
     response, or the predicted and the right number; ``metrics`` replace the accuracy, the first one as ``metric``.
+    ``texts`` are generated ones with the columns ``prompt, text, references``, and ``group`` if there are groups; with
+    them, the metrics are of texts.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Score:
     predicted: Int16[np.ndarray, "rows"] | Float32[np.ndarray, "rows"] | None = None
     answers: Int[np.ndarray, "rows"] | Float32[np.ndarray, "rows"] | None = None
     metrics: tuple[Metric, ...] = ()
+    texts: pd.DataFrame | None = None
 
     @property
     def loss(self) -> float:
@@ -55,7 +58,7 @@ class Score:
     @cached_property
     def values(self) -> dict[str, float]:
         """All metrics by name, in the order in which they were requested; empty without any."""
-        rows = np.ones(len(self.nll), dtype=bool)
+        rows = np.ones(len(self.nll if self.texts is None else self.texts), dtype=bool)
         return {metric.name: self._compute(metric, rows) for metric in self.metrics}
 
     @property
@@ -80,15 +83,20 @@ class Score:
     def groups(self) -> dict[str, float]:
         """Metric of each group by name; empty without groups."""
         names = np.array(self.row_groups or [])
+        if self.row_groups and self.metrics and self.texts is not None:
+            names = self.texts["group"].to_numpy()
         return {str(name): self._metric(names == name) for name in np.unique(names)}
 
-    def _compute(self, metric: Metric, rows: Bool[np.ndarray, "rows"]) -> float:
+    def _compute(self, metric: Metric, rows: Bool[np.ndarray, "units"]) -> float:
+        if self.texts is not None:
+            texts = self.texts[rows]
+            return float(metric.compute(texts["text"].to_list(), texts["references"].to_list()))
         assert self.predicted is not None
         assert self.answers is not None
         dtype = np.result_type(self.answers, np.int64)  # int64 of classes, float64 of values
         return float(metric.compute(self.predicted[rows].astype(dtype), self.answers[rows].astype(dtype)))
 
-    def _metric(self, rows: Bool[np.ndarray, "rows"]) -> float:
+    def _metric(self, rows: Bool[np.ndarray, "units"]) -> float:
         if self.metrics:
             return self._compute(self.metrics[0], rows)
         if self.correct is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ import transformers
 from torch import Tensor, nn
 
 from lorascope.array_types import Float, Int
+from lorascope.files.predictions import collect_references
 from lorascope.inputs import models
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import prompt_ids
 from lorascope.methods.field_checks import is_integer, is_number, require, require_at_least, require_choice
+from lorascope.schema.suggestions import unknown_name
 
 SCOPES = ("generated", "all")
 
@@ -44,7 +46,8 @@ class Generation:
     batch_size : int
         Prompts per batch. It does not change the run's id.
     every : int
-        Evaluations between two that generate, counted from the first; 0 generates on the test split only.
+        Every how many evaluations texts are generated and the metrics computed, from the first one, and in the last
+        one; 0 for the test only.
 
     Raises
     ------
@@ -79,6 +82,29 @@ class Generation:
         is_valid = is_sequence and all(isinstance(text, str) and text for text in self.stop)
         require(self, "stop", "a tuple of non-empty strings", is_valid)
         object.__setattr__(self, "stop", tuple(self.stop))
+
+    def is_due(self, evaluation: int, last: bool) -> bool:
+        """Return whether an evaluation on the validation split, counted from 0, generates texts."""
+        return self.every > 0 and (last or evaluation % self.every == 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form, without the batch size, on which texts do not depend."""
+        values = asdict(self)
+        del values["batch_size"]
+        return values | {"length_penalty": float(self.length_penalty), "stop": list(self.stop)}
+
+
+def read_generation(value: object) -> Generation:
+    """Return the settings of a Generation, or of a table of its fields, as a sweep file or a run has it."""
+    if isinstance(value, Generation):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"generation must be a Generation, a table of its fields or None, got {value!r}")
+    names = [field.name for field in fields(Generation)]
+    for name in value:
+        if name not in names:
+            raise ValueError(unknown_name("field of generation", name, names))
+    return Generation(**value)
 
 
 class NoRepeats(transformers.LogitsProcessor):
@@ -118,10 +144,7 @@ def require_generation(model: nn.Module, task: Task) -> None:
 def group_references(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the items of a task's rows: ``prompt``, the list ``references`` of its responses, and ``group`` if any."""
     items = rows.assign(references=rows["response"].str.strip())
-    columns: dict[str, Any] = {"references": list}
-    if "group" in rows:
-        columns["group"] = "first"
-    return items.groupby("prompt", sort=False).agg(columns).reset_index()
+    return collect_references(items.drop(columns=set(rows) - {"prompt", "group"}))
 
 
 def generate_texts(

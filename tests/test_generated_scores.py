@@ -124,7 +124,9 @@ def test_the_loss_selects_the_best_state_of_a_run_that_generates_for_the_test_on
 
 def test_evaluations_that_generate_select_the_best_state(writer, task, tmp_path):
     generation = {"max_new_tokens": 12, "num_beams": 2, "every": 3}
-    run = ls.train(writer, task, "full", metric=NAMED, generation=generation, root=tmp_path, **SETTINGS | {"lr": 0.1, "seed": 0})
+    run = ls.train(
+        writer, task, "full", metric=NAMED, generation=generation, root=tmp_path, **SETTINGS | {"lr": 0.1, "seed": 0}
+    )
     course = run.table[run.table["quantity"] == "eval_bleu_lower"].set_index("step")["value"]
     # Evaluations 0 and 3 of 0 to 5, and the last.
     assert course.index.tolist() == [0, 24, 40]
@@ -164,7 +166,9 @@ def test_the_best_state_writes_the_texts_if_it_is_tested(writer, task, tmp_path)
     assert run.texts["text"].tolist() == write_rows(restored(run, writer, "best"), run.texts["prompt"])
 
 
-@pytest.mark.parametrize("method", [ls.HydraLoRA(rank=2), ls.FourierFT(coefficients=8), ls.LISA(n_active=1, interval=3)])
+@pytest.mark.parametrize(
+    "method", [ls.HydraLoRA(rank=2), ls.FourierFT(coefficients=8), ls.LISA(n_active=1, interval=3)]
+)
 def test_every_kind_of_method_generates(method, writer, task, tmp_path):
     run = ls.train(writer, task, method, metric="nist", generation=TEXTS, root=tmp_path, **SETTINGS)
     assert run.texts["text"].tolist() == write_rows(restored(run, writer), run.texts["prompt"])
@@ -213,5 +217,5 @@ def test_a_run_without_texts_or_with_changed_ones_is_one_line(run, writer, task,
         _ = other.texts
     copy = run.save(tmp_path / "copy")
     copy.texts.to_csv(copy.path / "texts.parquet")
-    with pytest.raises(ValueError, match="checksum differs from run.json"):
+    with pytest.raises(ValueError, match=r"checksum differs from run\.json"):
         _ = ls.Run.read(copy.path).texts

@@ -238,7 +238,8 @@ def test_metric_without_its_extra_names_what_to_install(name: str, package: str)
     code = f"{installation.hide([module])}\nfrom lorascope.inputs import metrics\n"
     last = f"ModuleNotFoundError: metric {name!r} requires {package}: pip install 'lorascope[text]'"
     # The second is called before a training.
-    for call in (f"metrics.get({name!r}).compute(['a'], [['a']])", f"metrics.require_fit([metrics.get({name!r})], 0, True)"):
+    metric = f"metrics.get({name!r})"
+    for call in (f"{metric}.compute(['a'], [['a']])", f"metrics.require_fit([{metric}], 0, True)"):
         done = subprocess.run([sys.executable, "-c", code + call], capture_output=True, text=True)
         assert done.stderr.splitlines()[-1] == last
 

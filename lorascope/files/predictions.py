@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.files.lazy_pandas import pandas as pd
-
 from lorascope.array_types import Float, Int, Int8, Int16
+from lorascope.files.lazy_pandas import pandas as pd
 
 _STEPS_OF_MARGIN = 32
 

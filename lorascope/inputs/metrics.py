@@ -229,7 +229,8 @@ def _naming_metric(name: str) -> Iterator[None]:
 
 def _require_package(metric: Metric) -> None:
     """Import the package of a metric of texts, so that a missing one is reported before the training."""
-    package = {_rouge: "rouge_score", _sacrebleu: "sacrebleu"}.get(getattr(metric.compute, "func", None))
+    packages: dict[Any, str] = {_rouge: "rouge_score", _sacrebleu: "sacrebleu"}
+    package = packages.get(getattr(metric.compute, "func", None))
     if package is not None:
         with _naming_metric(metric.name):
             importlib.import_module(package)

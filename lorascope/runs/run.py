@@ -145,7 +145,7 @@ class Run(Result):
         names = printable(", ".join(map(str, table)))
         if set(table) - {"group"} != {"prompt", "text", "references"}:
             raise unreadable(file, f"columns must be prompt, text and references, and group if any, got {names}")
-        if not table.map(type).eq(str).all(axis=None):
+        if not table.map(lambda cell: isinstance(cell, str)).to_numpy().all():
             raise unreadable(file, f"{names} must be texts in each row")
         return collect_references(table)
 

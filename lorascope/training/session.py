@@ -187,7 +187,9 @@ class Session(Recording):
         if step.finished % self.settings.evaluation_steps and not step.last:
             return None
         score, generation = self._score(self.validation), self.settings.text_generation
-        is_due = generation is not None and generation.is_due(step.finished // self.settings.evaluation_steps, step.last)
+        is_due = generation is not None and generation.is_due(
+            step.finished // self.settings.evaluation_steps, step.last
+        )
         if is_due:
             score = self._generate(score, "validation", self.settings.eval_size)
         self.add([Record("eval_loss", score.loss)])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +18,7 @@ from test_generation import word_tokenizer
 from tiny import tiny
 
 import lorascope as ls
+from lorascope.cli.main import main
 from lorascope.inputs import metrics, models, tasks
 from lorascope.training.evaluation import evaluate
 from lorascope.training.settings import Settings
@@ -219,3 +223,94 @@ def test_a_run_without_texts_or_with_changed_ones_is_one_line(run, writer, task,
     copy.texts.to_csv(copy.path / "texts.parquet")
     with pytest.raises(ValueError, match=r"checksum differs from run\.json"):
         _ = ls.Run.read(copy.path).texts
+
+
+# -- files for other scorers ---------------------------------------------------------------------------------------
+
+
+def read_as_e2e_metrics(folder: Path) -> tuple[list[str], list[list[str]]]:
+    """Read texts and references as ``read_lines`` of e2e-metrics does, which breaks lines at any line boundary."""
+    with codecs.open(str(folder / "texts.txt"), "rb", "UTF-8") as file:
+        texts = [line.strip() for line in file]
+    references: list[list[str]] = [[]]
+    with codecs.open(str(folder / "references.txt"), "rb", "UTF-8") as file:
+        for line in map(str.strip, file):
+            if line:
+                references[-1].append(line)
+            else:
+                references.append([])
+    return texts, references
+
+
+def test_written_texts_are_those_that_e2e_metrics_reads(run, tmp_path, capsys):
+    assert main(["texts", str(run.path), "-o", str(tmp_path / "scored")]) == 0
+    assert "10 texts and 20 references in prompts.txt, texts.txt and references.txt" in capsys.readouterr().out
+    texts, references = read_as_e2e_metrics(tmp_path / "scored")
+    assert texts == run.texts["text"].tolist()
+    assert references == run.texts["references"].tolist()
+    prompts = (tmp_path / "scored" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert prompts == run.texts["prompt"].tolist()
+    assert main(["texts", str(run.path), "-o", str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "again"), "texts": 10, "references": 20}
+
+
+def test_written_texts_have_one_line_each(run, tmp_path):
+    changed = ls.Run.read(run.path)
+    texts = ["", "first\nsecond", " a\r\x85b\u2028c ", "é £20"]
+    references = [["one\n\ntwo"], ["x"], ["y\x0bz", "z"], ["é"]]
+    vars(changed)["texts"] = pd.DataFrame({"prompt": list("abcd"), "text": texts, "references": references})
+    folder = ls.export.to_texts(changed, tmp_path / "scored")
+    assert read_as_e2e_metrics(folder) == (
+        ["", "first second", "a b c", "é £20"],
+        [["one two"], ["x"], ["y z", "z"], ["é"]],
+    )
+
+
+def test_texts_that_cannot_be_written_are_one_line(run, writer, task, tmp_path, capsys):
+    other = ls.train(writer, task, "full", root=tmp_path, **SETTINGS)
+    (tmp_path / "old").mkdir()
+    for words, message in [
+        ([], "RUN is required: lorascope texts runs/lora -o scored"),
+        ([str(run.path)], "-o DIR is required: lorascope texts runs/lora -o scored"),
+        ([str(run.path), "-o", str(tmp_path / "old")], "it exists, pass a new path"),
+        ([str(other.path), "-o", str(tmp_path / "new")], "it was trained without generation=Generation()"),
+    ]:
+        assert main(["texts", *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+# -- settings on the command line and in sweeps ---------------------------------------------------------------------
+
+
+def test_fields_of_generation_on_the_command_line_and_in_a_sweep_are_those_of_python(writer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table().drop(columns="group").to_csv("meanings.csv", index=False)
+    words = ["--model", writer, "--task", "meanings.csv", "--steps", "1", "--device", "cpu", "--no-progress"]
+    fields = ["max_new_tokens=5", "num_beams=2", "length_penalty=0.9", "no_repeat_scope=all", "stop=|", "stop=food"]
+    assert main(["train", "lora", *words, "--metric", "nist", "--generation", *fields, "-o", "typed"]) == 0
+    generation = ls.Generation(
+        max_new_tokens=5, num_beams=2, length_penalty=0.9, no_repeat_scope="all", stop=("|", "food")
+    )
+    typed = ls.load("typed")
+    assert typed.meta.settings["generation"] == generation.to_dict()
+    settings = {"steps": 1, "device": "cpu", "metric": "nist", "generation": {"max_new_tokens": 5, "num_beams": 2}}
+    grid = {"model": writer, "task": "meanings.csv", "method": "lora", "settings": settings, "seeds": 1}
+    (swept,) = ls.sweep(grid, jobs=1, progress=False)
+    assert swept.meta.settings["generation"] == ls.Generation(max_new_tokens=5, num_beams=2).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["num_beams"], "--generation requires NAME=VALUE, such as num_beams=10, got num_beams"),
+        (["beams=3"], "unknown field of generation 'beams'; did you mean 'num_beams'?"),
+        (["num_beams=ten"], "num_beams must be an integer, got 'ten'"),
+        (["num_beams=1", "num_beams=2"], "duplicate field of generation 'num_beams'"),
+    ],
+)
+def test_an_invalid_field_of_generation_on_the_command_line_is_one_line(words, message, capsys):
+    assert main(["train", "lora", "--steps", "1", "--generation", *words]) == 2
+    assert capsys.readouterr().err == f"lorascope: {message}\n"

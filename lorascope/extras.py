@@ -10,6 +10,7 @@ _IMPORTED = {
     "cluster": "dask distributed dask_jobqueue ray",
     "hub": "datasets",
     "text": "sacrebleu rouge_score",
+    "e2e": "pycocoevalcap",
     "peft": "peft",
     "lightning": "lightning",
     "dev": "psutil",

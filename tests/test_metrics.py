@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from types import ModuleType
 
 import installation
 import numpy as np
@@ -174,26 +176,28 @@ def test_nist_equals_worked_numbers():
     assert compute("nist", [""], [["a b c"]]) == 0.0
 
 
+E2E_REFERENCES = [
+    [
+        "Zizzi is a pub near The Avalon. It is rated 3.5 out of 5.",
+        "Near the Avalon, there is a cheap pub: Zizzi, which has 3.5 out of 5 stars and is very popular.",
+    ],
+    [
+        "The Mill isn't family-friendly and serves Chinese food for £20-25.",
+        "Chinese food for less than £20-25 is what The Mill, which isn't family friendly, serves near the river.",
+        ' "The Mill" & co. serves Chinese food, but it isn\'t for families.',
+    ],
+]
+E2E_TEXTS = [
+    "Zizzi is a cheap pub, rated 3.5 out of 5 (near the Avalon).",
+    "The Mill serves Chinese food for £20-25; it isn't family-friendly.",
+]
+
+
 def test_nist_equals_that_of_e2e_metrics():
-    references = [
-        [
-            "Zizzi is a pub near The Avalon. It is rated 3.5 out of 5.",
-            "Near the Avalon, there is a cheap pub: Zizzi, which has 3.5 out of 5 stars and is very popular.",
-        ],
-        [
-            "The Mill isn't family-friendly and serves Chinese food for £20-25.",
-            "Chinese food for less than £20-25 is what The Mill, which isn't family friendly, serves near the river.",
-            ' "The Mill" & co. serves Chinese food, but it isn\'t for families.',
-        ],
-    ]
-    texts = [
-        "Zizzi is a cheap pub, rated 3.5 out of 5 (near the Avalon).",
-        "The Mill serves Chinese food for £20-25; it isn't family-friendly.",
-    ]
     # NISTScore of its pymteval.py, at commit 1b9c4d8.
-    assert compute("nist", texts, references) == pytest.approx(4.47292127703913, rel=1e-12)
+    assert compute("nist", E2E_TEXTS, E2E_REFERENCES) == pytest.approx(4.47292127703913, rel=1e-12)
     short = ["Zizzi is a cheap pub.", "The Mill serves Chinese food."]
-    assert compute("nist", short, references) == pytest.approx(0.022106248962292976, rel=1e-12)
+    assert compute("nist", short, E2E_REFERENCES) == pytest.approx(0.022106248962292976, rel=1e-12)
 
 
 def test_tokens_of_nist_are_those_of_sacrebleu():
@@ -232,11 +236,54 @@ def test_chrf_equals_its_definition():
     assert compute("chrf", [predicted], [[answer]]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("name", "package"), [("bleu", "sacrebleu"), ("rougeL", "rouge-score")])
-def test_metric_without_its_extra_names_what_to_install(name: str, package: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected", "empty"),
+    [
+        ("meteor", 0.5092153528977639, 0.08417658763222688),
+        ("cider", 3.7389988667645238, 0.23302121974043616),
+        ("rougeL_coco", 0.6456200227531286, 0.19395866454689983),
+    ],
+)
+def test_metrics_of_captions_equal_those_of_e2e_metrics(name, expected, empty):
+    pytest.importorskip("pycocoevalcap")
+    if shutil.which("java") is None:
+        pytest.skip("requires Java")
+    # run_coco_eval of its measure_scores.py, at commit 1b9c4d8.
+    assert compute(name, E2E_TEXTS, E2E_REFERENCES) == pytest.approx(expected, rel=1e-12)
+    assert compute(name, ["Zizzi is a cheap pub.", ""], E2E_REFERENCES) == pytest.approx(empty, rel=1e-12)
+    # A line separator within a text does not shift the texts after it.
+    broken = [E2E_TEXTS[0].replace(" cheap ", "\r\u2028cheap\x0b"), E2E_TEXTS[1]]
+    assert compute(name, broken, E2E_REFERENCES) == pytest.approx(expected, rel=1e-12)
+    assert compute(name, ["", ""], E2E_REFERENCES) == 0.0
+
+
+@pytest.mark.parametrize("name", ["meteor", "cider", "rougeL_coco"])
+def test_metrics_of_captions_without_java_are_one_line(name, monkeypatch):
+    # As if the package were installed.
+    for module in ("", ".cider", ".cider.cider", ".meteor", ".meteor.meteor", ".rouge", ".rouge.rouge"):
+        monkeypatch.setitem(sys.modules, f"pycocoevalcap{module}", ModuleType(f"pycocoevalcap{module}"))
+    monkeypatch.setenv("PATH", "")
+    line = f"^metric '{name}' requires Java: install a runtime whose command java is on the PATH$"
+    with pytest.raises(FileNotFoundError, match=line):
+        metrics.require_fit([metrics.get(name)], unlabeled("prompt", "response"), generates=True)
+    with pytest.raises(FileNotFoundError, match=line):
+        compute(name, ["a"], [["a"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("bleu", "sacrebleu", "text"),
+        ("rougeL", "rouge-score", "text"),
+        ("meteor", "pycocoevalcap", "e2e"),
+        ("cider", "pycocoevalcap", "e2e"),
+        ("rougeL_coco", "pycocoevalcap", "e2e"),
+    ],
+)
+def test_metric_without_its_extra_names_what_to_install(name: str, package: str, extra: str) -> None:
     module = package.replace("-", "_")
     code = f"{installation.hide([module])}\nfrom lorascope.inputs import metrics\n"
-    last = f"ModuleNotFoundError: metric {name!r} requires {package}: pip install 'lorascope[text]'"
+    last = f"ModuleNotFoundError: metric {name!r} requires {package}: pip install 'lorascope[{extra}]'"
     # The second is called before a training.
     metric = f"metrics.get({name!r})"
     for call in (f"{metric}.compute(['a'], [['a']])", f"metrics.require_fit([{metric}], 0, True)"):

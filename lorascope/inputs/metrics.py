@@ -23,6 +23,7 @@ import numpy as np
 
 from lorascope.array_types import Float, Int
 from lorascope.extras import requirement
+from lorascope.inputs import caption_metrics
 from lorascope.schema.plugins import load_entry_points
 from lorascope.schema.suggestions import unknown_name
 
@@ -229,11 +230,13 @@ def _naming_metric(name: str) -> Iterator[None]:
 
 def _require_package(metric: Metric) -> None:
     """Import the package of a metric of texts, so that a missing one is reported before the training."""
-    packages: dict[Any, str] = {_rouge: "rouge_score", _sacrebleu: "sacrebleu"}
+    packages: dict[Any, str] = {_rouge: "rouge_score", _sacrebleu: "sacrebleu", _caption: "pycocoevalcap"}
     package = packages.get(getattr(metric.compute, "func", None))
     if package is not None:
         with _naming_metric(metric.name):
             importlib.import_module(package)
+    if package == "pycocoevalcap":
+        caption_metrics.require_java(metric.name)
 
 
 def _best_of_references(score: Callable[[str, str], float], predicted: Texts, answers: References) -> float:
@@ -291,6 +294,12 @@ def _sacrebleu(name: str, predicted: Texts, answers: References, **options: Any)
     # A list per number of the reference, in which None stands for a missing one.
     references = list(itertools.zip_longest(*answers))
     return float(scorer(**options).corpus_score(list(predicted), references).score)
+
+
+def _caption(name: str, predicted: Texts, answers: References) -> float:
+    """Compute a metric of pycocoevalcap."""
+    with _naming_metric(name):
+        return caption_metrics.caption_score(name, predicted, answers)
 
 
 _MAX_NGRAM = 5
@@ -373,6 +382,8 @@ add(Metric("bleu_lower", "texts", True, partial(_sacrebleu, "bleu_lower", lowerc
 # As NeFT's command, sacrebleu -l en-zh --lowercase.
 add(Metric("bleu_zh", "texts", True, partial(_sacrebleu, "bleu_zh", lowercase=True, tokenize="zh")))
 add(Metric("nist", "texts", True, nist))
+for _kind in ("meteor", "cider", "rougeL_coco"):
+    add(Metric(_kind, "texts", True, partial(_caption, _kind)))
 add(Metric("chrf", "texts", True, partial(_sacrebleu, "chrf")))
 
 load_entry_points("lorascope.metrics")

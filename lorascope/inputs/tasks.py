@@ -243,6 +243,7 @@ def load(
     kind: str | None = None,
     columns: Mapping[str, str] | None = None,
     revision: str | None = None,
+    prompt_end: str | None = None,
 ) -> Task:
     """Load a task by name.
 
@@ -251,10 +252,11 @@ def load(
     name : str or path
         ``"sentiment"`` or one domain of it (``"sentiment/tweets"``, ``movies``, ``products``, ``news``); its sentences
         with the domain as label (``"sentiment/domains"``) or with four questions (``"sentiment/mixture"``); a CSV,
-        JSONL or Parquet file; a folder with one subfolder of images per label, or one that ``datasets`` reads; or a
-        dataset on the Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label
-        (and optionally pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and
-        response, or only text; also group or domain, cluster, and split, optionally.
+        JSONL or Parquet file; a folder with one subfolder of images per label, one that ``datasets`` reads, or one with
+        train.txt, valid.txt and test.txt, whose lines have ``||`` between prompt and response; or a dataset on the
+        Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally
+        pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and response, or
+        only text; also group or domain, cluster, and split, optionally.
     splits : {"given", "hash"} or mapping, optional
         ``"given"`` takes the splits of the source: those of a dataset, or the column split, which has train,
         validation (or dev, valid) or test in each row. Rows of train are shuffled into a split without rows.
@@ -270,6 +272,8 @@ def load(
         other names are not read then.
     revision : str, optional
         Commit, branch or tag of a dataset on the Hugging Face Hub.
+    prompt_end : str, optional
+        Text to append to each prompt, such as ``"<|endoftext|>"``, which separates it from the response.
 
     Raises
     ------
@@ -280,7 +284,7 @@ def load(
         empty.
     """
     name = str(name)
-    arguments = {"splits": splits, "kind": kind, "columns": columns, "revision": revision}
+    arguments = {"splits": splits, "kind": kind, "columns": columns, "revision": revision, "prompt_end": prompt_end}
     options = {option: value for option, value in arguments.items() if value is not None}
     if name == sources.MIXTURE:
         if options:
@@ -290,6 +294,8 @@ def load(
         return Task(name, "classification", table, labels, _hash(questions.RULE, table.drop(columns="cluster")))
     split_rules.require_rule(splits)
     rows = sources.read(name, columns, revision, with_splits=splits not in (None, "hash"))
+    if prompt_end is not None:
+        rows = _end_prompts(rows, prompt_end, name)
     return replace(from_frame(rows, name, splits=splits, kind=kind), options=options)
 
 
@@ -393,6 +399,17 @@ def from_frame(
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")
     hash = _hash(rule, hashed[column_names])
     return Task(name, kind, table, labels, hash, selected_on_test=selected_on_test, test_sets=test_sets)
+
+
+def _end_prompts(rows: pd.DataFrame, ending: str, name: str) -> pd.DataFrame:
+    """Return rows with a text appended to each prompt; a prompt that is not a text stays, and raises later."""
+    if "prompt" not in rows:
+        raise ValueError(f"prompt_end must be None for {name}, which has no column prompt, got {ending!r}")
+    prompts = rows["prompt"].to_list()
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            prompts[number] = f"{prompt}{ending}"
+    return rows.assign(prompt=prompts)
 
 
 def _require_known_labels(table: pd.DataFrame, name: str) -> None:

@@ -145,7 +145,7 @@ def require_fit(metrics: Iterable[Metric], task: Task, generates: bool = False) 
     fitting = [metric.name for metric in METRICS.values() if metric.needs in predicts]
     for metric in metrics:
         if metric.needs in predicts:
-            _require_package(metric)
+            require_package(metric)
             continue
         if metric.needs == "texts" and task.kind in ("prompt", "seq2seq") and not task.labels:
             raise ValueError(f"metric {metric.name} requires generation: pass Generation()")
@@ -228,8 +228,16 @@ def _naming_metric(name: str) -> Iterator[None]:
         raise ModuleNotFoundError(f"metric {name!r} {required}", name=error.name) from None
 
 
-def _require_package(metric: Metric) -> None:
-    """Import the package of a metric of texts, so that a missing one is reported before the training."""
+def require_package(metric: Metric) -> None:
+    """Import the package of a metric of texts, so that a missing one, or Java, is reported before the training.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        The package is not installed.
+    FileNotFoundError
+        The metric requires Java, and there is no command java.
+    """
     packages: dict[Any, str] = {_rouge: "rouge_score", _sacrebleu: "sacrebleu", _caption: "pycocoevalcap"}
     package = packages.get(getattr(metric.compute, "func", None))
     if package is not None:

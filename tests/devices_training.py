@@ -1,4 +1,4 @@
-"""Train with every method: ``python devices_training.py MODEL TABLE OUT`` uses two processes, ``train`` one.
+"""Train with every method: ``python devices_training.py ROOT OUT`` uses two processes, ``train`` one.
 
 The two are forks of one process with the environment of ``torchrun``, so that the imports run once. Models compute in
 float64 and have no dropout, so that both trainings differ by the order of sums only.
@@ -12,6 +12,8 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from transformers import logging
 
 import lorascope as ls
 from lorascope.inputs import models
+from lorascope.methods.method import Step
+from lorascope.observe.observer import Observer
 
 ROWS = 8  # per batch
 # The train split has 45 rows: five batches of 8 and one of 5, which gives one process 2 rows and the other 3.
+# In batches of 44 the last one has a single row, so that one process has none.
 COMMON: dict[str, Any] = {"epochs": 1, "batch_size": ROWS, "eval_every": 2, "progress": False, "device": "cpu"}
-IN, OUT = "bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.1.output.dense"
 STEPS = 6
 
 
@@ -39,6 +43,8 @@ def _lora(**fields: Any) -> ls.LoRA:
 JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora": (_lora(), {"accumulate": 2, "weight_decay": 0.1}),
     "best": (_lora(), {"test_state": "best", "label_smoothing": 0.1}),
+    "one row": (_lora(), {"batch_size": 44, "epochs": 3}),
+    "autolora one row": (ls.AutoLoRA(rank=3, selection_lr=0.1, lr=1e-2), {"batch_size": 20, "epochs": 2}),
     "dora": (ls.DoRA(rank=2, lr=1e-2), {}),
     "vera": (ls.VeRA(rank=4, lr=1e-2), {}),
     "pissa": (ls.PiSSA(rank=2, lr=1e-2), {}),
@@ -66,26 +72,66 @@ JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def train(folder: str, table: str, out: Path, rank: int = 0) -> None:
+@dataclass(kw_only=True)
+class At(Observer):
+    """Observer that presses Ctrl-C or stops the training after a step; it runs in the first process only."""
+
+    step: int
+    does: str
+
+    def __call__(self, step: Step) -> tuple[()]:
+        if step.finished == self.step and self.does == "stop":
+            step.stop = "enough"
+        elif step.finished == self.step and step.index not in _PRESSED:
+            _PRESSED.append(step.index)
+            os.kill(os.getpid(), signal.SIGINT)
+        return ()
+
+
+_PRESSED: list[int] = []
+
+
+def train(root: Path, out: Path, rank: int = 0, interrupted: bool = False) -> None:
     """Train all methods in this process, and save the weights of each."""
     logging.set_verbosity_error()
-    task = ls.tasks.load(table)
-    for name, (method, settings) in JOBS.items():
-        model = without_dropout(models.load(folder, task)).double()
-        run = ls.train(model, task, method, out=out / name, **(COMMON | settings))
+    tasks = {name: ls.tasks.load(str(root / f"{name}.csv")) for name in ("bert", "gpt2")}
+
+    def job(name: str, method: ls.Method, settings: dict[str, Any], family: str = "bert", dropout: bool = False) -> Any:
+        task = tasks[family]
+        model = models.load(str(root / family), task).double()
+        if not dropout:
+            without_dropout(model)
+        ls.train(model, task, method, out=out / name, **(COMMON | settings))
         state = {key: parameter.detach().contiguous() for key, parameter in model.named_parameters()}
-        save_file(state, out / f"{name}-{rank}.safetensors", {"id": run.id})
+        save_file(state, out / f"{name}-{rank}.safetensors")
+
+    for name, (method, settings) in JOBS.items():
+        job(name, method, settings)
+    # The rows of plain text have different numbers of targets. Smoothing avoids the model's loss in float32.
+    job("text", ls.LoRA(rank=2, lr=1e-2), {"accumulate": 2, "label_smoothing": 0.1}, "gpt2")
+    # New components are drawn between steps with dropout. The adapters of one process have other masks.
+    alora = ls.ALoRA(init_rank=2, prune=5, score_rows=4, dropout=0.3, lr=1e-2)
+    job("dropout", alora, {"steps": STEPS, "epochs": None}, dropout=True)
+    pressing = {"observe": [ls.observe.norms(), At(step=3, does="press")]}
+    if interrupted:
+        with suppress(KeyboardInterrupt):
+            job("resumed", _lora(), pressing)
+            raise AssertionError("Ctrl-C had no effect")
+        assert not (out / f"resumed-{rank}.safetensors").exists()
+    else:
+        _PRESSED.append(2)
+    job("resumed", _lora(), pressing)
 
 
-def faults(folder: str, table: str, out: Path, rank: int) -> None:
-    """Check that errors of several processes are raised in all of them, before anything is written."""
-    task = ls.tasks.load(table)
+def faults(root: Path, out: Path, rank: int) -> None:
+    """Write the errors of several processes, which all of them raise before anything is written."""
+    task = ls.tasks.load(str(root / "bert.csv"))
 
     def problem(method: ls.Method, **settings: Any) -> str:
-        model = models.load(folder, task)
+        model = models.load(str(root / "bert"), task)
         try:
-            ls.train(model, task, method, out=out / "faulty", **(COMMON | settings))
-        except ValueError as error:
+            ls.train(model, task, method, **({"out": out / "faulty"} | COMMON | settings))
+        except (ValueError, RuntimeError) as error:
             return str(error)
         return "none"
 
@@ -93,6 +139,7 @@ def faults(folder: str, table: str, out: Path, rank: int) -> None:
         problem(_lora(), batch_size=12, accumulate=4),
         problem(_lora(), seed=rank),
         problem(_lora(), out=out / "lora"),
+        problem(_lora(), out=out / "stopped", observe=[At(step=2, does="stop")]),
     ]
     (out / f"faults-{rank}.txt").write_text("\n".join(lines))
 
@@ -130,12 +177,13 @@ def run_processes(world: int, work: Callable[[int], None]) -> None:
 
 
 def main() -> None:
-    folder, table, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    root, out = map(Path, sys.argv[1:])
     out.mkdir()
 
     def work(rank: int) -> None:
-        train(folder, table, out, rank)
-        faults(folder, table, out, rank)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job of a shell
+        train(root, out, rank, interrupted=True)
+        faults(root, out, rank)
 
     run_processes(2, work)
 

@@ -301,17 +301,17 @@ def hypergradient(
 ) -> Hypergradient:
     """Compute the gradient of AutoLoRA's search loss after the look-ahead for the logits, changing no argument.
 
-    ``rates`` is eta of each weight, and ``form`` ``AutoLoRA.hypergradient``. With several processes, the losses are of the
-    rows of this one, and ``total`` sums gradients over all. Raise a ValueError if the attention of the model does not
-    support the second derivatives of "exact".
+    ``rates`` is eta of each weight, and ``form`` ``AutoLoRA.hypergradient``. With several processes, the losses are those
+    of the rows of this one, and ``total`` sums gradients over all. Raise a ValueError if the attention of the model does
+    not support the second derivatives of "exact".
     """
     w, beta = _leaves(weights), _leaves(logits)
     if form == "first_order":
         return Hypergradient(total(_gradient(search(w, beta), beta)), _map(torch.zeros_like, beta), None)
     # Equation 4, the look-ahead: only "exact" differentiates its gradient again.
     slope = _gradient(train(w, beta), w, create_graph=form == "exact")
-    # The look-ahead is nonlinear in the gradient, so the sum over processes comes before it: a mean of hypergradients of
-    # processes would be that of other look-aheads.
+    # The sum over processes comes first: the search loss is nonlinear in the look-ahead, so the mean of the processes'
+    # hypergradients would be another one.
     total_slope = total(slope)
     ahead = _leaves({name: w[name] - rates[name] * total_slope[name] for name in w})
     # One backward pass gives both v and the direct term.

@@ -17,7 +17,7 @@ from lorascope.array_types import Bool, Float, Float32, Int, Int8, Int16
 from lorascope.files.predictions import predict_classes, quantize_margins
 from lorascope.inputs.metrics import Metric, get
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
-from lorascope.training.processes import ALONE, Processes
+from lorascope.training.processes import SINGLE_PROCESS, Processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     metrics: tuple[Metric, ...] = (),
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Score:
     """Evaluate a model without gradients or dropout, and restore its train or eval mode.
 

@@ -226,7 +226,7 @@ def train(
     values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
     settings = Settings(**values | _rates(method, lr, head_lr))
     processes.require_rows(settings.batch_size, settings.accumulate)
-    reject_sharded_weights(model)
+    reject_sharded_weights(model, fix="each process needs all weights; pass the model without fully_shard")
     task = data.fit(model)
     if task.kind == "regression" and not settings.metrics:
         settings = replace(settings, metric="mse")

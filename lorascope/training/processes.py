@@ -152,8 +152,8 @@ class Processes:
         distributed.all_gather_object(ids, run_id)
         if len(set(ids)) > 1:
             raise ValueError(
-                f"all {self.size} processes must train one run, got {', '.join(sorted(set(ids)))}: pass the same model, "
-                "data, method and settings in each, or start each training by itself"
+                f"the {self.size} processes must train one run, got {', '.join(sorted(set(ids)))}: pass the same "
+                "model, data, method and settings in each, or start them without accelerate launch and torchrun"
             )
 
     def require_rows(self, batch_size: int, accumulate: int) -> None:
@@ -187,7 +187,7 @@ class Processes:
             yield
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 def _is_trained(parameter: nn.Parameter) -> bool:

@@ -32,7 +32,7 @@ from lorascope.schema.records import Quantity, Record, register
 from lorascope.training.base_weights import Base, begin_training
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
 from lorascope.training.evaluation import Score, evaluate, to_device
-from lorascope.training.processes import ALONE, Processes, SilentWriter
+from lorascope.training.processes import SINGLE_PROCESS, Processes, SilentWriter
 from lorascope.training.recording import Recording
 from lorascope.training.run_spec import RunSpec
 from lorascope.training.state import (
@@ -67,7 +67,7 @@ class Session(Recording):
         parents: list[Run],
         device: str,
         trackers: Sequence[str] = (),
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.processes = processes
         self.model, self.plan, self.device = model, plan, device
@@ -180,7 +180,7 @@ class Session(Recording):
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
 
     def backward(self) -> float:
-        """Compute the gradients of the step's batch, in ``accumulate`` micro-batches per process, and return its loss."""
+        """Compute the gradients of the step's batch and return its loss; ``accumulate`` is per process."""
         count, loss = self.settings.accumulate, 0.0
         pieces = count * self.processes.size
         total, rows = self.task.count_targets(self.step.batch), self.settings.batch_size // pieces
@@ -221,9 +221,7 @@ class Session(Recording):
 
     def _score(self, rows: Any) -> Score:
         with self._autocast():
-            return evaluate(
-                self.model, rows, self.device, metrics=self.settings.metrics, processes=self.processes
-            )
+            return evaluate(self.model, rows, self.device, metrics=self.settings.metrics, processes=self.processes)
 
     # -- saving and resuming ------------------------------------------------------------------------------------
 

@@ -35,15 +35,16 @@ COMMON: dict[str, Any] = {"epochs": 1, "batch_size": ROWS, "eval_every": 2, "pro
 STEPS = 6
 
 
-def _lora(**fields: Any) -> ls.LoRA:
+def lora(**fields: Any) -> ls.LoRA:
+    """Return LoRA with rates at which six steps change the weights."""
     return ls.LoRA(rank=4, lr=1e-2, head_lr=1e-2, **fields)
 
 
 # Job -> method and settings. All adapters start from random factors, and all schedules act within six steps.
 JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "lora": (_lora(), {"accumulate": 2, "weight_decay": 0.1}),
-    "best": (_lora(), {"test_state": "best", "label_smoothing": 0.1}),
-    "one row": (_lora(), {"batch_size": 44, "epochs": 3}),
+    "lora": (lora(), {"accumulate": 2, "weight_decay": 0.1}),
+    "best": (lora(), {"test_state": "best", "label_smoothing": 0.1}),
+    "one row": (lora(), {"batch_size": 44, "epochs": 3}),
     "autolora one row": (ls.AutoLoRA(rank=3, selection_lr=0.1, lr=1e-2), {"batch_size": 20, "epochs": 2}),
     "dora": (ls.DoRA(rank=2, lr=1e-2), {}),
     "vera": (ls.VeRA(rank=4, lr=1e-2), {}),
@@ -78,32 +79,26 @@ class At(Observer):
 
     step: int
     does: str
+    job: str = ""
 
     def __call__(self, step: Step) -> tuple[()]:
         if step.finished == self.step and self.does == "stop":
             step.stop = "enough"
-        elif step.finished == self.step and step.index not in _PRESSED:
-            _PRESSED.append(step.index)
+        elif step.finished == self.step and self.job not in _PRESSED:
+            _PRESSED.append(self.job)
             os.kill(os.getpid(), signal.SIGINT)
         return ()
 
 
-_PRESSED: list[int] = []
+_PRESSED: list[str] = []  # jobs that were interrupted
 
 
 def train(root: Path, out: Path, rank: int = 0, interrupted: bool = False) -> None:
     """Train all methods in this process, and save the weights of each."""
     logging.set_verbosity_error()
-    tasks = {name: ls.tasks.load(str(root / f"{name}.csv")) for name in ("bert", "gpt2")}
 
-    def job(name: str, method: ls.Method, settings: dict[str, Any], family: str = "bert", dropout: bool = False) -> Any:
-        task = tasks[family]
-        model = models.load(str(root / family), task).double()
-        if not dropout:
-            without_dropout(model)
-        ls.train(model, task, method, out=out / name, **(COMMON | settings))
-        state = {key: parameter.detach().contiguous() for key, parameter in model.named_parameters()}
-        save_file(state, out / f"{name}-{rank}.safetensors")
+    def job(name: str, *details: Any, **options: Any) -> None:
+        train_job(root, out / name, rank, *details, **options)
 
     for name, (method, settings) in JOBS.items():
         job(name, method, settings)
@@ -112,15 +107,40 @@ def train(root: Path, out: Path, rank: int = 0, interrupted: bool = False) -> No
     # New components are drawn between steps with dropout. The adapters of one process have other masks.
     alora = ls.ALoRA(init_rank=2, prune=5, score_rows=4, dropout=0.3, lr=1e-2)
     job("dropout", alora, {"steps": STEPS, "epochs": None}, dropout=True)
-    pressing = {"observe": [ls.observe.norms(), At(step=3, does="press")]}
-    if interrupted:
+    if not interrupted:
+        _PRESSED.append("resumed")
+        _PRESSED.append("handed over")
+    for name in ("resumed", "handed over"):
         with suppress(KeyboardInterrupt):
-            job("resumed", _lora(), pressing)
-            raise AssertionError("Ctrl-C had no effect")
+            job(name, lora(), pressing(name))
+            assert not interrupted, "Ctrl-C had no effect"
+    if interrupted:  # a single process will finish the other one
         assert not (out / f"resumed-{rank}.safetensors").exists()
-    else:
-        _PRESSED.append(2)
-    job("resumed", _lora(), pressing)
+        job("resumed", lora(), pressing("resumed"))
+
+
+def train_job(
+    root: Path,
+    out: Path,
+    rank: int,
+    method: ls.Method,
+    settings: dict[str, Any],
+    family: str = "bert",
+    dropout: bool = False,
+) -> None:
+    """Train with one method, and save the weights next to the run."""
+    task = ls.tasks.load(str(root / f"{family}.csv"))
+    model = models.load(str(root / family), task).double()
+    if not dropout:
+        without_dropout(model)
+    ls.train(model, task, method, out=out, **(COMMON | settings))
+    state = {key: parameter.detach().contiguous() for key, parameter in model.named_parameters()}
+    save_file(state, f"{out}-{rank}.safetensors")
+
+
+def pressing(job: str) -> dict[str, Any]:
+    """Return the settings of a job whose first process presses Ctrl-C at step 3, once."""
+    return {"observe": [ls.observe.norms(), At(step=3, does="press", job=job)]}
 
 
 def faults(root: Path, out: Path, rank: int) -> None:
@@ -136,10 +156,10 @@ def faults(root: Path, out: Path, rank: int) -> None:
         return "none"
 
     lines = [
-        problem(_lora(), batch_size=12, accumulate=4),
-        problem(_lora(), seed=rank),
-        problem(_lora(), out=out / "lora"),
-        problem(_lora(), out=out / "stopped", observe=[At(step=2, does="stop")]),
+        problem(lora(), batch_size=12, accumulate=4),
+        problem(lora(), seed=rank),
+        problem(lora(), out=out / "lora"),
+        problem(lora(), out=out / "stopped", observe=[At(step=2, does="stop")]),
     ]
     (out / f"faults-{rank}.txt").write_text("\n".join(lines))
 

@@ -22,7 +22,7 @@ import lorascope as ls
 from lorascope.inputs import models
 from lorascope.training.processes import Processes, launched_processes, require_single
 
-EXACT = [*JOBS, "text", "resumed"]
+EXACT = [*JOBS, "text", "resumed", "handed over"]
 
 
 def write_rows(root: Path, bert: str, gpt2: str) -> None:
@@ -52,6 +52,10 @@ def trained(bert, gpt2, tmp_path_factory) -> tuple[Path, Path]:
     assert done.returncode == 0, done.stderr[-3000:]
     (root / "one").mkdir()
     devices_training.train(root, root / "one")
+    assert ls.load(root / "two/handed over").meta.status == "running"
+    for rank in (0, 1):  # a single process resumes it, and then restores the finished run
+        settings = devices_training.pressing("handed over")
+        devices_training.train_job(root, root / "two/handed over", rank, devices_training.lora(), settings)
     return root / "two", root / "one"
 
 

@@ -301,8 +301,8 @@ def hypergradient(
 ) -> Hypergradient:
     """Compute the gradient of AutoLoRA's search loss after the look-ahead for the logits, changing no argument.
 
-    ``rates`` is eta of each weight, and ``form`` ``AutoLoRA.hypergradient``. With several processes, the losses are those
-    of the rows of this one, and ``total`` sums gradients over all. Raise a ValueError if the attention of the model does
+    ``rates`` is eta of each weight, and ``form`` ``AutoLoRA.hypergradient``. With several processes, the losses are of
+    the rows of this one, and ``total`` sums gradients over all. Raise a ValueError if the attention of the model does
     not support the second derivatives of "exact".
     """
     w, beta = _leaves(weights), _leaves(logits)

@@ -81,6 +81,8 @@ def train(
 ) -> Run:
     """Train a model with a method in the training loop of lorascope, and record what happens inside the model.
 
+    Several processes, started by ``accelerate launch`` or ``torchrun``, train one run together if each makes this call.
+
     Parameters
     ----------
     model : Module or str
@@ -102,7 +104,7 @@ def train(
     head_lr : float, optional
         Learning rate of the head, by default that of the method.
     batch_size : int
-        Rows per optimizer step.
+        Rows per optimizer step, over all processes.
     schedule : {"linear", "cosine", "constant"}
         Learning rate schedule after the linear warm-up: linear or cosine decay to zero, or constant.
     warmup : float
@@ -114,7 +116,7 @@ def train(
     weight_decay : float
         Decoupled weight decay, not applied to biases and norms.
     accumulate : int
-        Number of equal micro-batches per batch, to save memory.
+        Number of equal micro-batches per batch, to save memory; per process if there are several.
     precision : {"fp32", "bf16"}
         Precision of the forward pass: fp32, or bf16 by autocast, in which the weights keep their dtype.
     eval_every : int or "epoch", optional
@@ -171,7 +173,7 @@ def train(
         Steps of each phase whose checkpoints stay in the run folder, so that ``ls.fork`` can continue from them. They
         do not change the run's id.
     device : str, optional
-        Device; by default an accelerator if available, else the CPU.
+        Device; by default an accelerator if available (of several processes, one each), else the CPU.
     progress : bool
         Show a progress bar.
     report_to : str or sequence of str, optional

@@ -102,7 +102,7 @@ class Processes:
         return sums
 
     def _sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sum tensors over the processes by one flat all-reduce, in their widest dtype and at least float32."""
+        """Sum tensors over the processes by one flat all-reduce, in float32 or their widest dtype."""
         dtype = torch.float32
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
@@ -124,7 +124,7 @@ class Processes:
         return bool(count.item())
 
     def call_first(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a function in the first process only, and return its result in all; all raise the error that it raises.
+        """Call a function in the first process only, and return its result in every one, or raise its error there.
 
         The other processes wait for it.
         """
@@ -166,7 +166,7 @@ class Processes:
     def local_draws(self, seed: int, index: int) -> Iterator[None]:
         """Draw the dropout of a step from a generator of this process, and leave the common generator as it was.
 
-        Rows of different processes have different masks, and the method draws the same numbers in all processes.
+        Rows of different processes have different masks, and the method draws the same numbers in every process.
         """
         with self.unchanged_draws():
             if self.size > 1:

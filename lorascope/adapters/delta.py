@@ -37,6 +37,9 @@ from lorascope.array_types import Float, Int
 from lorascope.schema.fused_parts import split_part_name
 from lorascope.updates import Dense, Update
 
+# Attribute of an optimizer in the loop of ``ls.train``, which sums gradients over processes without DDP's buckets.
+SUMMED = "_lorascope_summed"
+
 
 class Delta(nn.Module):
     """Delta: update of one module, with the shape (out, in) regardless of the layout that the host stores.
@@ -371,9 +374,10 @@ def resize(
     Raises
     ------
     RuntimeError
-        Training is distributed, and the gradient buckets have the old shape.
+        DDP may have gradient buckets with the old shape: training is distributed, and not in the loop of ``ls.train``.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_distributed and not hasattr(optimizer, SUMMED):
         raise RuntimeError("cannot resize a parameter in a distributed run: train in one process")
     old = param.shape
     indices = torch.as_tensor(keep, dtype=torch.long, device=param.device)

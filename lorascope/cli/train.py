@@ -14,6 +14,7 @@ from lorascope.experiments.grid import load_task
 from lorascope.methods import METHODS
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
+from lorascope.training.sharded_weights import is_first_process
 
 _USAGE = """usage: lorascope train METHOD --steps N [--task TASK] [--model MODEL] [-o RUN] [options]
 
@@ -72,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
         configured = method(**{field.name: options.pop(field.name) for field in fields})
         data = load_task({"name": task, "splits": splits})
         result = train(model, data, configured, out=out, **options)
+        if not is_first_process():
+            return 0
         if json:
             values = {"id": result.id, "path": str(result.path), "label": result.label}
             print(dumps(values | {"status": result.meta.status, "test": result.meta.to_json()["test"]}))

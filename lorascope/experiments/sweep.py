@@ -40,6 +40,7 @@ from lorascope.schema.labels import to_words
 from lorascope.schema.records import QUANTITIES, Quantity, adopt
 from lorascope.training.loop import train
 from lorascope.training.output_folder import StateRemoved
+from lorascope.training.processes import require_single
 from lorascope.training.progress import ProgressFile, read_progress, writing_progress
 
 # A run fails after its worker was killed this many times.
@@ -195,6 +196,7 @@ def run_jobs(
 
     ``ended`` is called in this process with each run when it finishes.
     """
+    require_single("train a sweep")
     swept = SweepResult(jobs)
     if not jobs:
         return swept

@@ -190,14 +190,18 @@ class AutoLoRA(AdapterMethod, name="autolora"):
         logits = {module: delta.logits for module, delta in self._deltas.items()}
 
         def loss_of(batch: Batch) -> Loss:
+            rows, weight = step.local_rows(batch)
+
             def loss(w: Tensors, beta: Tensors) -> Tensor:
                 buffers = {f"{module}.delta.logits": value for module, value in beta.items()}
-                return step.loss(batch, {**w, **buffers})
+                return step.loss(rows, {**w, **buffers}) * weight
 
             return loss
 
         train, search = loss_of(step.batch), loss_of(step.validation())
-        self._terms = terms = hypergradient(train, search, weights, logits, rates, self.hypergradient)
+        self._terms = terms = hypergradient(
+            train, search, weights, logits, rates, self.hypergradient, step.sum_processes
+        )
         gradient = torch.stack([terms.direct[module] + terms.indirect[module] for module in logits])
         moves, self.moments_ = adam(gradient, self.moments_, self.selection_lr)
         for delta, move in zip(self._deltas.values(), moves, strict=True):
@@ -287,21 +291,31 @@ class Hypergradient(NamedTuple):
 
 
 def hypergradient(
-    train: Loss, search: Loss, weights: Tensors, logits: Tensors, rates: Mapping[str, float], form: str
+    train: Loss,
+    search: Loss,
+    weights: Tensors,
+    logits: Tensors,
+    rates: Mapping[str, float],
+    form: str,
+    total: Callable[[Tensors], Tensors] = lambda tensors: tensors,
 ) -> Hypergradient:
     """Compute the gradient of AutoLoRA's search loss after the look-ahead for the logits, changing no argument.
 
-    ``rates`` is eta of each weight, and ``form`` ``AutoLoRA.hypergradient``. Raise a ValueError if the attention of the
-    model does not support the second derivatives of "exact".
+    ``rates`` is eta of each weight, and ``form`` ``AutoLoRA.hypergradient``. With several processes, the losses are of
+    the rows of this one, and ``total`` sums gradients over all. Raise a ValueError if the attention of the model does
+    not support the second derivatives of "exact".
     """
     w, beta = _leaves(weights), _leaves(logits)
     if form == "first_order":
-        return Hypergradient(_gradient(search(w, beta), beta), _map(torch.zeros_like, beta), None)
+        return Hypergradient(total(_gradient(search(w, beta), beta)), _map(torch.zeros_like, beta), None)
     # Equation 4, the look-ahead: only "exact" differentiates its gradient again.
     slope = _gradient(train(w, beta), w, create_graph=form == "exact")
-    ahead = _leaves({name: w[name] - rates[name] * slope[name] for name in w})
+    # The sum over processes comes first: the search loss is nonlinear in the look-ahead, so the mean of the processes'
+    # hypergradients would be another one.
+    total_slope = total(slope)
+    ahead = _leaves({name: w[name] - rates[name] * total_slope[name] for name in w})
     # One backward pass gives both v and the direct term.
-    gradient = _gradient(search(ahead, beta), {**ahead, **beta})
+    gradient = dict(total(_gradient(search(ahead, beta), {**ahead, **beta})))
     direct = {name: gradient.pop(name) for name in beta}
     v = gradient
     eta_v = {name: rates[name] * v[name] for name in w}
@@ -322,7 +336,7 @@ def hypergradient(
     else:
         mixed = _mixed_difference(train, w, eta_v, beta)
     # Equation 5 subtracts the mixed term.
-    return Hypergradient(direct, _map(torch.neg, mixed), _norm(v))
+    return Hypergradient(direct, _map(torch.neg, total(mixed)), _norm(v))
 
 
 def _map(function: Callable[[Tensor], Tensor], tensors: Tensors) -> dict[str, Tensor]:

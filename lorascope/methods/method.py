@@ -227,6 +227,14 @@ class HeldOut:
     groups: list[str] | None
 
 
+def _all_rows(batch: Batch) -> tuple[Batch, float]:
+    return batch, 1.0
+
+
+def _same_tensors(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return tensors
+
+
 @dataclass
 class Step:
     """One optimizer step, as the hooks of a method and the observers receive it.
@@ -257,6 +265,10 @@ class Step:
         Task of the training; None in the training of another program.
     max_length : int, optional
         Maximum number of tokens per text of the task.
+    local_rows : callable
+        Returns the rows of a batch that this process computes, and the weight of their mean loss in that of the batch.
+    sum_processes : callable
+        Returns the sums over all processes of tensors by name, such as gradients of weighted losses.
     """
 
     index: int
@@ -276,6 +288,8 @@ class Step:
     adapter_names: tuple[str, ...] | None = None
     task: Task | None = field(default=None, repr=False)
     max_length: int | None = None
+    local_rows: Callable[[Batch], tuple[Batch, float]] = field(default=_all_rows, repr=False)
+    sum_processes: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = field(default=_same_tensors, repr=False)
 
     @property
     def finished(self) -> int:

@@ -17,6 +17,7 @@ from lorascope.array_types import Bool, Float, Float32, Int, Int8, Int16
 from lorascope.files.predictions import predict_classes, quantize_margins
 from lorascope.inputs.metrics import Metric, get
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
+from lorascope.training.processes import SINGLE_PROCESS, Processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     metrics: tuple[Metric, ...] = (),
+    processes: Processes = SINGLE_PROCESS,
 ) -> Score:
     """Evaluate a model without gradients or dropout, and restore its train or eval mode.
 
@@ -123,21 +125,22 @@ def evaluate(
     all differ in the token at one position. A row is correct if the token of its response has the largest logit among
     these; a tie is an error. This takes one forward pass and, for one-token responses, equals comparing their
     probabilities. Rows of similar length are batched together. ``metrics`` are of classes or, if these are numbers to
-    predict, of values.
+    predict, of values. Several ``processes`` share the batches, and all return the scores of all rows.
     """
     if encoded.values is not None:
-        return _score_values(model, encoded, device, batch_size, metrics)
+        return _score_values(model, encoded, device, batch_size, metrics, processes)
     total = len(encoded)
     # Stable, so that rows of one length are in the same batches on every machine.
     order = np.argsort(encoded.lengths, kind="stable")
-    nll, counts = np.zeros(total), np.ones(total, dtype=np.int64)
+    nll, counts = np.zeros(total), np.zeros(total, dtype=np.int64)
     margins, predicted = np.zeros(total, dtype=np.int8), np.zeros(total, dtype=np.int16)
     training = model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, total, batch_size):
+        for start in processes.local_starts(total, batch_size):
             rows = order[start : start + batch_size]
             batch = to_device(encoded.batch(rows), device)
+            counts[rows] = 1
             if encoded.classes is not None:
                 labels = batch.pop("labels")
                 logits = model(**batch).logits.float()
@@ -151,6 +154,7 @@ def evaluate(
             margins[rows] = quantize_margins(class_logits, answers)
             predicted[rows] = predict_classes(class_logits, answers)
     model.train(training)
+    nll, counts, margins, predicted = processes.sum_arrays([nll, counts, margins, predicted])
     if encoded.classes is None and encoded.choices is None:
         return Score("perplexity", nll, counts, None, encoded.groups)
     right_classes = encoded.classes
@@ -161,7 +165,12 @@ def evaluate(
 
 
 def _score_values(
-    model: nn.Module, encoded: EncodedRows, device: str | torch.device, batch_size: int, metrics: tuple[Metric, ...]
+    model: nn.Module,
+    encoded: EncodedRows,
+    device: str | torch.device,
+    batch_size: int,
+    metrics: tuple[Metric, ...],
+    processes: Processes,
 ) -> Score:
     """Evaluate the numbers that a model predicts; the loss is the mean squared error, as is the default metric."""
     assert encoded.values is not None
@@ -170,12 +179,13 @@ def _score_values(
     training = model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(order), batch_size):
+        for start in processes.local_starts(len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = to_device(encoded.batch(rows), device)
             del batch["labels"]
             predicted[rows] = model(**batch).logits[:, 0].float().cpu().numpy()
     model.train(training)
+    (predicted,) = processes.sum_arrays([predicted])
     errors = (predicted.astype(np.float64) - encoded.values) ** 2
     metrics = metrics or (get("mse"),)
     counts = np.ones(len(encoded), dtype=np.int64)

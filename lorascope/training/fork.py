@@ -36,6 +36,7 @@ from lorascope.training.base_weights import TrainingMarker, begin_training, prep
 from lorascope.training.checkpoints import Checkpoint, Checkpoints
 from lorascope.training.loop import fit, reset_model, usable_device
 from lorascope.training.output_folder import finished_run, prepare_folder
+from lorascope.training.processes import require_single
 from lorascope.training.run_spec import RunSpec, reload_model, reload_task
 from lorascope.training.session import Session
 from lorascope.training.settings import Settings
@@ -106,6 +107,7 @@ def fork(
     >>> ls.fork(run, step=50, lr=1e-4)  # doctest: +SKIP
     """
     # Before the model is loaded, which takes longest.
+    require_single("fork a run")
     run = _require_step(run, step)
     device = usable_device(device)
     opened_task = _open_task(run, task)

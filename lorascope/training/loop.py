@@ -27,10 +27,12 @@ from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.generation import Generation, require_generation
 from lorascope.training.keyboard_interrupt import catch_interrupt
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
+from lorascope.training.processes import join
 from lorascope.training.progress import progress_bar
 from lorascope.training.run_spec import RunSpec, phase_rows
 from lorascope.training.session import Session, clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings, require_length, require_smoothing
+from lorascope.training.sharded_weights import reject_sharded_weights
 from lorascope.training.start_adapter import open_start
 from lorascope.training.state import seed_generators
 from lorascope.training.trackers import tracker_names
@@ -81,6 +83,8 @@ def train(
 ) -> Run:
     """Train a model with a method in the training loop of lorascope, and record what happens inside the model.
 
+    Several processes, started by ``accelerate launch`` or ``torchrun``, train one run together if each makes this call.
+
     Parameters
     ----------
     model : Module or str
@@ -102,7 +106,7 @@ def train(
     head_lr : float, optional
         Learning rate of the head, by default that of the method.
     batch_size : int
-        Rows per optimizer step.
+        Rows per optimizer step, over all processes.
     schedule : {"linear", "cosine", "constant"}
         Learning rate schedule after the linear warm-up: linear or cosine decay to zero, or constant.
     warmup : float
@@ -114,7 +118,7 @@ def train(
     weight_decay : float
         Decoupled weight decay, not applied to biases and norms.
     accumulate : int
-        Number of equal micro-batches per batch, to save memory.
+        Number of equal micro-batches per batch, to save memory; per process if there are several.
     precision : {"fp32", "bf16"}
         Precision of the forward pass: fp32, or bf16 by autocast, in which the weights keep their dtype.
     eval_every : int or "epoch", optional
@@ -175,7 +179,7 @@ def train(
         Steps of each phase whose checkpoints stay in the run folder, so that ``ls.fork`` can continue from them. They
         do not change the run's id.
     device : str, optional
-        Device; by default an accelerator if available, else the CPU.
+        Device; by default an accelerator if available (of several processes, one each), else the CPU.
     progress : bool
         Show a progress bar.
     report_to : str or sequence of str, optional
@@ -209,7 +213,9 @@ def train(
     if not is_integer(seed) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r}")
     seed = int(seed)  # random.seed accepts no integers of numpy
-    trackers, device = tracker_names(report_to), usable_device(device)
+    trackers = tracker_names(report_to)
+    processes = join(usable_device(device))
+    device, progress = processes.device, progress and processes.first
     if isinstance(method, str):
         method = from_config({"name": method})
     if not isinstance(method, Method):
@@ -227,6 +233,8 @@ def train(
         raise ValueError("model_options requires the name of a model: set fields of model.config before you train it")
     values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
     settings = Settings(**values | _rates(method, lr, head_lr))
+    processes.require_rows(settings.batch_size, settings.accumulate)
+    reject_sharded_weights(model, fix="each process needs all weights; pass the model without fully_shard")
     task = data.fit(model)
     if task.kind == "regression" and not settings.metrics:
         settings = replace(settings, metric="mse")
@@ -254,7 +262,8 @@ def train(
         data_name = Path(data_name).stem
     slug = re.sub(r"[^\w.]+", "-", data_name).strip("-")
     folder = Path(out or Path(root) / f"{method.name}-{slug}-{plan.id}")
-    prepare_folder(folder, plan.id, overwrite)
+    processes.require_same(plan.id)
+    processes.call_first(prepare_folder, folder, plan.id, overwrite)
     runs: list[Run] = []
     started: list[str] = []
     stored = None
@@ -268,29 +277,30 @@ def train(
             rates = _rates(phase.method, default_if_none(phase.lr, lr), head_lr)
             resolved = settings.resolve(phase_rows(task, phase))
             spec = replace(plan, phase=phase, settings=replace(resolved, steps=phase.steps or resolved.steps, **rates))
-            stored = finished_run(path, spec)
+            stored = processes.call_first(finished_run, path, spec)
             if stored is None and not locked:
-                # Hold this lock until the end, so that no other process trains in the folder between two phases.
-                locks.enter_context(lock_run(folder))
+                # Hold this lock until the end, so that no other program trains in the folder between two phases.
+                processes.call_first(locks.enter_context, lock_run(folder))
                 locked = True
-                stored = finished_run(path, spec)  # another process may just have finished the phase
+                # Another program may just have finished the phase.
+                stored = processes.call_first(finished_run, path, spec)
             if stored is None:
                 if phase.name:
-                    write_phases(folder, plan, started, "running")
+                    processes.call_first(write_phases, folder, plan, started, "running")
                     # This creates the folder, which would look foreign without recipe.json.
-                    locks.enter_context(lock_run(path))
+                    processes.call_first(locks.enter_context, lock_run(path))
                 reset_model(model, marker.base)
                 # Each phase has the random numbers that it would have as the only one.
                 with seed_generators(seed):
-                    session = Session(model, spec, marker.base, path, runs, device, trackers)
+                    session = Session(model, spec, marker.base, path, runs, device, trackers, processes)
                     if source is not None:
                         source.copy_to(model)
                     marker.attach(model, plan.id)  # now the model has changed
                     runs.append(fit(session, checkpoint_every, progress, keep_checkpoints))
             else:
                 runs.append(stored)
-        if phase.name and (locked or identify_folder(folder).status != "done"):
-            write_phases(folder, plan, started, "done")
+        if phase.name:
+            processes.call_first(_finish_phases, folder, plan, started, locked)
     if stored is not None:
         if not stored.restorable:
             raise StateRemoved(stored)
@@ -299,6 +309,12 @@ def train(
         # Training would have changed the model of the caller, so it gets the trained weights.
         stored.restore(model, method=replace(phase.method))
     return runs[-1]
+
+
+def _finish_phases(folder: Path, plan: RunSpec, names: Sequence[str], trained: bool) -> None:
+    """Mark the recipe in a folder as done, unless it was before this call, which trained no phase."""
+    if trained or identify_folder(folder).status != "done":
+        write_phases(folder, plan, names, "done")
 
 
 def _require_steps(keep_checkpoints: Any, steps: int) -> None:
@@ -345,6 +361,9 @@ def _train_steps(
             values = advance(session, index)
             score = session.evaluate()
             session.record(*values)
+            is_ending = session.processes.any(bool(step.stop) or interrupted.is_set())
+            if is_ending:  # only the first process has observers
+                step.stop = session.processes.call_first(getattr, step, "stop")
             if step.stop or not step.last:  # after the last step, the test follows
                 session.flush_report()
             if step.stop:
@@ -352,7 +371,7 @@ def _train_steps(
             bar.show(values[0], score)
             if step.finished in keep_checkpoints and not step.last:
                 session.keep_checkpoint()
-            if interrupted.is_set():
+            if is_ending:
                 session.checkpoint()
                 raise KeyboardInterrupt(
                     f"stopped after step {step.finished} of {step.total}; repeat the same call to resume"
@@ -386,7 +405,8 @@ def advance(session: Session, index: int) -> tuple[float, float | None, float]:
 def _end_broken(session: Session, kind: type[Exception], reason: str) -> Exception:
     """Close the run folder of a training that stops early, and return the error."""
     session.writer.meta.error = reason
-    session.writer.finish("broken")
+    # The launcher stops all processes when the first error leaves one, so each waits until this is written.
+    session.processes.call_first(session.writer.finish, "broken")
     error = kind(f"{reason}; the records up to this step are in {session.path}")
     error.run_path = str(session.path)  # type: ignore[attr-defined]  # a sweep reads the broken runs, too
     return error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lorascope.adapters.delta import SUMMED
 from lorascope.files.printable import printable
 from lorascope.files.whole_files import write_bytes
 from lorascope.inputs.metrics import Metric
@@ -24,6 +25,7 @@ from lorascope.inputs.models import processor, require_positions
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets
 from lorascope.methods.method import Batch, HeldOut, Method, Step, copy_method, trained_parameters
+from lorascope.methods.precision import wide_dtype
 from lorascope.observe.trainable import are_finite
 from lorascope.runs.layout import PREDICTIONS, TEXTS
 from lorascope.runs.manifest import State, Test
@@ -33,6 +35,7 @@ from lorascope.training.base_weights import Base, begin_training
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
 from lorascope.training.evaluation import Score, evaluate, to_device
 from lorascope.training.generation import generate_texts, group_references
+from lorascope.training.processes import SINGLE_PROCESS, Processes, SilentWriter
 from lorascope.training.recording import Recording
 from lorascope.training.run_spec import RunSpec
 from lorascope.training.state import (
@@ -67,12 +70,15 @@ class Session(Recording):
         parents: list[Run],
         device: str,
         trackers: Sequence[str] = (),
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
+        self.processes = processes
         self.model, self.plan, self.device = model, plan, device
         self.settings, self.task = plan.settings, plan.task
         register_metrics(self.settings.metrics)
         self.method = copy_method(plan.phase.method)
         self.optimizer, modules = begin_training(self.method, model, base, plan.settings)
+        setattr(self.optimizer, SUMMED, True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, plan.settings.rate())
         self._reader = reader = processor(model)
         self.train = self._encode(reader, plan.rows or plan.task, plan.phase.split)
@@ -85,12 +91,19 @@ class Session(Recording):
         self._search_generator = torch.Generator().manual_seed(plan.seed)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.best: Best | None = None
+        self._result: Run | None = None  # of the first process
         self.checkpoints = Checkpoints(path)
         sources = self._batch_loss, self._draw_validation, self._held_out_batch
         step = Step(-1, plan.settings.steps, model, self.optimizer, base, modules, *sources)
         step.task, step.max_length = plan.task, plan.settings.max_length
+        step.local_rows, step.sum_processes = self._local_rows, processes.sum_tensors
         meta = plan.meta(step, self.method, parents, device)
-        super().__init__(path, meta, step, self.method, plan.observers, tracker_report(trackers))
+        report = None
+        if processes.first:
+            report = tracker_report(trackers)
+        super().__init__(path, meta, step, self.method, plan.observers, report)
+        if not processes.first:
+            self.writer = SilentWriter(path, meta)
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -120,6 +133,15 @@ class Session(Recording):
                 self._permutation = (epoch, np.random.default_rng([self.plan.seed, epoch]).permutation(total))
             rows.append(int(self._permutation[1][row]))
         return to_device(self.train.batch(rows), self.device)
+
+    def _local_rows(self, batch: Batch) -> tuple[Batch, float]:
+        """Return the rows of a batch that this process computes, and their fraction of the targets."""
+        rows = self.processes.local_rows(batch)
+        if rows is batch:
+            return batch, 1.0
+        if not len(rows["labels"]):  # all processes compute a loss, so that their sums have the same terms
+            return {key: value[:1] for key, value in batch.items()}, 0.0
+        return rows, self.task.count_targets(rows) / self.task.count_targets(batch)
 
     def _draw_validation(self, size: int | None, fixed: bool) -> Batch:
         if self.search is None:
@@ -155,27 +177,30 @@ class Session(Recording):
         """Return the model's own loss, or the cross-entropy of its logits with smoothed labels."""
         smoothing = self.settings.label_smoothing
         if not smoothing:
-            return output.loss.float()
+            return output.loss.to(wide_dtype(output.loss))
         logits = output.logits
         if not self.task.classifies:
             logits, labels = align_targets(logits, labels, self.train.shifted)
-        logits = logits.flatten(0, -2).float()
+        logits = logits.flatten(0, -2).to(wide_dtype(logits))
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
 
     def backward(self) -> float:
-        """Compute the gradients of the step's batch, in ``accumulate`` micro-batches, and return its loss."""
+        """Compute the gradients of the step's batch and return its loss; ``accumulate`` is per process."""
         count, loss = self.settings.accumulate, 0.0
-        total, rows = self.task.count_targets(self.step.batch), self.settings.batch_size // count
-        for number in range(count):
-            piece = {key: value[number * rows : (number + 1) * rows] for key, value in self.step.batch.items()}
-            if not len(piece["labels"]):
-                break  # the last batch of an epoch may be shorter
-            # The loss of a piece is a mean over its own targets, whose number differs in a language model.
-            share = self.task.count_targets(piece) / total if count > 1 else 1.0
-            value = self._batch_loss(self.model, piece, None) * share
-            value.backward()
-            loss += float(value.detach())
-        return loss
+        pieces = count * self.processes.size
+        total, rows = self.task.count_targets(self.step.batch), self.settings.batch_size // pieces
+        local_batch = self.processes.local_rows(self.step.batch)
+        with self.processes.local_draws(self.plan.seed, self.step.index):
+            for number in range(count):
+                piece = {key: value[number * rows : (number + 1) * rows] for key, value in local_batch.items()}
+                if not len(piece["labels"]):
+                    break  # the last batch of an epoch may be shorter
+                # The loss of a piece is a mean over its own targets, whose number differs in a language model.
+                share = self.task.count_targets(piece) / total if pieces > 1 else 1.0
+                value = self._batch_loss(self.model, piece, None) * share
+                value.backward()
+                loss += float(value.detach())
+        return self.processes.sum_gradients(trained_parameters(self.optimizer), loss)
 
     def evaluate(self) -> Score | None:
         """Evaluate on the validation split if the step is due; mark the best step so far and save its state.
@@ -211,7 +236,7 @@ class Session(Recording):
 
     def _score(self, rows: Any) -> Score:
         with self._autocast():
-            return evaluate(self.model, rows, self.device, metrics=self.settings.metrics)
+            return evaluate(self.model, rows, self.device, metrics=self.settings.metrics, processes=self.processes)
 
     def _generate(self, score: Score, split: str, rows: int | None) -> Score:
         """Return the score of rows with the metrics of texts that are generated from their prompts."""
@@ -226,6 +251,18 @@ class Session(Recording):
         return replace(score, name=name, metrics=metrics, texts=items)
 
     # -- saving and resuming ------------------------------------------------------------------------------------
+
+    def record(self, loss: float | None = None, grad_norm: float | None = None, lr: float | None = None) -> None:
+        """Record the values of this step, in the first process."""
+        if self.processes.first:
+            with self.processes.unchanged_draws():
+                super().record(loss, grad_norm, lr)
+
+    def save_state(self, file: Path) -> State:
+        """Write what training changed, in the first process, and return the entry of the state for ``run.json``."""
+        if self.processes.first:
+            return super().save_state(file)
+        return self.state_entry()
 
     def begin(self) -> int:
         """Start, or resume from the newest intact checkpoint; return the 0-based step to run next."""
@@ -269,13 +306,15 @@ class Session(Recording):
 
     def checkpoint(self) -> None:
         """Save everything that is needed to resume from here bit for bit."""
-        self.writer.require_folder()
-        self.checkpoints.save(self._describe(), self.writer.table())
+        self.processes.call_first(self._write_checkpoint, self.checkpoints.save)
 
     def keep_checkpoint(self) -> None:
         """Save a checkpoint for forks, which stays when the run finishes."""
+        self.processes.call_first(self._write_checkpoint, self.checkpoints.keep)
+
+    def _write_checkpoint(self, write: Callable[[Checkpoint, pd.DataFrame], None]) -> None:
         self.writer.require_folder()
-        self.checkpoints.keep(self._describe(), self.writer.table())
+        write(self._describe(), self.writer.table())
 
     def _describe(self) -> Checkpoint:
         return Checkpoint(
@@ -295,6 +334,12 @@ class Session(Recording):
         """Evaluate a state on the test split, save the last and the best one and close the run folder."""
         score, groups = self._score_tested_state()
         self.model.eval()
+        self.processes.call_first(self._write_result, score, groups)
+        if self._result is None:
+            return Run.read(self.path)
+        return self._result
+
+    def _write_result(self, score: Score, groups: dict[str, float]) -> None:
         tested = [Record("test_loss", score.loss), Record("test_metric", score.metric)]
         if groups:
             tested.append(Record("test_metric_group", np.array(list(groups.values()))))
@@ -315,9 +360,8 @@ class Session(Recording):
         if score.texts is not None:
             # Nested columns are not read again.
             self.writer.write_rows(TEXTS, score.texts.explode("references"))
-        run = self.close("done")
+        self._result = self.close("done")
         self.checkpoints.remove()
-        return run
 
     def _score_tests(self) -> tuple[Score, dict[str, float]]:
         """Evaluate the model on the test split; return the score, and the metric of each group or test set."""

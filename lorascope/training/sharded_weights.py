@@ -45,16 +45,17 @@ def whole_number(name: str, value: float | Tensor | None) -> float | None:
         raise ValueError(f"{name} must be a number or a tensor with one value, got {text}") from None
 
 
-def reject_sharded_weights(model: nn.Module, gathered: bool = False) -> None:
+def reject_sharded_weights(model: nn.Module, gathered: bool = False, fix: str = SHARDED) -> None:
     """Raise a ValueError if a weight is sharded, so that no process has all of it.
 
-    With ``gathered``, the sharded parameters of FSDP2 and tensor parallelism are accepted.
+    With ``gathered``, the sharded parameters of FSDP2 and tensor parallelism are accepted. ``fix`` ends the message.
     """
     for name, parameter in model.named_parameters():
         # ZeRO-3 and the first version of FSDP leave ordinary parameters that only an attribute identifies.
         flattened = hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
         if flattened or (isinstance(parameter, DTensor) and not gathered):
-            fix = "shard it with fully_shard (FSDP2), or use DDP or a single process" if gathered else SHARDED
+            if gathered:
+                fix = "shard it with fully_shard (FSDP2), or use DDP or a single process"
             raise ValueError(f"cannot use sharded {printable(name)} (FSDP, tensor parallelism or ZeRO-3): {fix}")
 
 

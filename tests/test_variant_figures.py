@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn_figures import figure_faults
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, t
 
 from lorascope.charts.chart import Drawable
-from lorascope.charts.marks import Band, Bar, Heat, Point, Rule
+from lorascope.charts.marks import Band, Bar, Heat, Point, Rule, Text
 from lorascope.papers import (
     course_figures,
     direction_figures,
@@ -280,7 +280,7 @@ def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
     assert cells["scores-alora"]["sensitivity", "BoolQ"] == 87.5
     assert cells["parts-hydralora"]["uniform gates", "MMLU"] == 42.81
     assert cells["splits"]["4 of rank 4", "MMLU"] == 46.94
-    assert cells["scores-adalora"]["size of lambda", "SST-2"] == 95.41
+    assert cells["scores-adalora"]["size of λ", "SST-2"] == 95.41
     assert cells["parts-adalora"]["no penalty", "SST-2"] == 95.41
     neft = drawn("further-neurons", evidence).panels[1].data.set_index(["recipe", "x"])["value"]
     assert (neft["next", 6], neft["reversed", 9]) == (82.27, 80.82)
@@ -317,15 +317,66 @@ def test_titles_say_what_the_runs_show(evidence: StudyEvidence) -> None:
     assert drawn("experts", evidence).title == f"Best number of experts: {', '.join(best_numbers)}"
     blocks = [gap(f"LoRA, block {n} only, {names.RANK_2}") for n in range(4)]
     assert f"block {np.argmax(blocks)} ({max(blocks):.0f} points)" in drawn("placements", evidence).title
-    # All differences of the made-up gaps are the same for all seeds, so their intervals have no width.
-    names_of_arms = {"no penalty": "AdaLoRA, rank 4 to 2, no penalty", "no allocation": "AdaLoRA, rank 2 to 2",
-                     "neither part": "AdaLoRA, rank 2 to 2, no penalty", "LoRA": "LoRA, rank 2"}  # fmt: skip
-    differences = {
-        name: gap(f"{arm}, {UNEVEN}") - gap(f"AdaLoRA, rank 4 to 2, {UNEVEN}") for name, arm in names_of_arms.items()
-    }
-    most = max(differences, key=lambda name: abs(differences[name]))
-    assert drawn("parts-adalora", evidence).title == (
-        f"4 of 4 differ from AdaLoRA in gap closed: {most} most, by {differences[most]:+.1f} points"
+
+
+def difference_words(arm: str, base: str) -> str:
+    """Return how much more an arm closes; the differences of the made-up gaps are the same for all seeds."""
+    difference = closed(arm, 201) - closed(base, 201)
+    size = f"{abs(difference):.1f}"
+    return f"{size} [{size}, {size}] points {'more' if difference > 0 else 'less'}"
+
+
+TITLES_OF_VARIANTS = {
+    "scores-alora": (
+        f"ALoRA, rank 2, {UNEVEN}",
+        "Against ALoRA, random scores close {}, LoRA without rounds {}, and the planted ranks {}",
+        [f"ALoRA, rank 2, random scores, {UNEVEN}", f"LoRA, rank 2, {UNEVEN}", f"LoRA, planted ranks, {UNEVEN}"],
+    ),
+    "parts-hydralora": (
+        f"HydraLoRA, 4 experts of rank 4, {names.SHARED_A}",
+        "HydraLoRA closes {} with uniform gates, and {} with separate A's; one LoRA closes {}",
+        [f"HydraLoRA, 4 experts of rank 4, uniform gates, {names.SHARED_A}",
+         f"HydraLoRA, separate A's of rank 3, {names.SHARED_A}", f"LoRA, rank 12, {names.SHARED_A}"],
+    ),
+    "splits": (
+        f"LoRA, rank 16, {names.SHARED_A}",
+        "Against one LoRA of rank 16, 8 LoRAs of rank 2 close {}, and 2 of rank 8 close {} (best printed: 4 of rank 4)",
+        [f"HydraLoRA, {number} separate A's of rank {rank}, {names.SHARED_A}" for number, rank in ((8, 2), (2, 8))],
+    ),
+    "searches": (
+        f"AutoLoRA, from rank 4, {UNEVEN}",
+        "Against the ranks that AutoLoRA finds, rank 2 everywhere closes {}, random ranks {}, the planted ranks {}",
+        [f"LoRA, rank 2, {UNEVEN}", f"LoRA, ranks from random logits, {UNEVEN}", f"LoRA, planted ranks, {UNEVEN}"],
+    ),
+    "scores-adalora": (
+        f"AdaLoRA, rank 4 to 2, {UNEVEN}",
+        "Against AdaLoRA's score, sensitivity closes {}, the size of λ {}; without allocation it is {}",
+        [f"AdaLoRA, rank 4 to 2, sensitivity, {UNEVEN}", f"AdaLoRA, rank 4 to 2, size of lambda, {UNEVEN}",
+         f"AdaLoRA, rank 2 to 2, {UNEVEN}"],
+    ),
+    "parts-adalora": (
+        f"AdaLoRA, rank 4 to 2, {UNEVEN}",
+        "AdaLoRA closes {} without allocation, and {} without the penalty; LoRA closes {}",
+        [f"AdaLoRA, rank 2 to 2, {UNEVEN}", f"AdaLoRA, rank 4 to 2, no penalty, {UNEVEN}", f"LoRA, rank 2, {UNEVEN}"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TITLES_OF_VARIANTS)
+def test_titles_of_variants_have_the_differences_of_the_runs(name: str, evidence: StudyEvidence) -> None:
+    base, title, arms = TITLES_OF_VARIANTS[name]
+    assert drawn(name, evidence).title == title.format(*(difference_words(arm, base) for arm in arms))
+
+
+def test_title_of_matrices_has_the_gaps_of_all_types_and_of_one(evidence: StudyEvidence) -> None:
+    gaps = {
+        name: closed(f"LoRA, {name} only, {names.RANK_2}", 201) for name in ("q", "k", "v", "o", "attention")
+    }  # fmt: skip
+    everywhere, attention = closed(f"LoRA, rank 2, {names.RANK_2}", 201), gaps.pop("attention")
+    first, *_, last = sorted(gaps, key=gaps.__getitem__)
+    assert drawn("matrices", evidence).title == (
+        f"At equal size, LoRA in all types of weight closes {everywhere:.0f} points, in attention {attention:.0f}, in "
+        f"one type of attention weight {gaps[first]:.0f} ({first}) to {gaps[last]:.0f} ({last})"
     )
 
 
@@ -413,11 +464,36 @@ def test_title_of_ranks_by_teacher_has_the_mean_agreement_of_pairs(evidence: Stu
     )
 
 
-def test_no_difference_is_titled_where_seeds_disagree(evidence: StudyEvidence) -> None:
-    runs, arm = evidence.runs.copy(), f"AdaLoRA, rank 4 to 2, {UNEVEN}"
-    runs.loc[runs["arm"] == arm, "gap"] = [-5.0, 0.5, 6.0]
-    other = StudyEvidence(runs, evidence.tables)
-    assert drawn("scores-adalora", other).title == "No difference from AdaLoRA is seen"
+def test_differences_have_all_seeds_of_their_pair_and_its_interval(evidence: StudyEvidence) -> None:
+    # The arms of claims have two more seeds than the others.
+    registered = [f"{arm}, {UNEVEN}" for arm in ("AdaLoRA, rank 4 to 2", "AdaLoRA, rank 2 to 2")]
+    runs = evidence.runs[evidence.runs["arm"].isin(registered) & (evidence.runs["seed"] < 202)]
+    runs = pd.concat([evidence.runs, runs.assign(seed=runs["seed"] + 3, run=runs["run"] + "+")], ignore_index=True)
+    # Points that are closed without allocation, and with it, by seed.
+    gaps = {registered[1]: (10.0, 11, 12, 13, 14), registered[0]: (20.0, 20, 20, 20, 20)}
+    for arm, points in gaps.items():
+        of_arm = runs.loc[runs["arm"] == arm].sort_values("seed")
+        runs.loc[of_arm.index, "gap"] = 1 - np.array(points) / 100
+    chart = drawn("scores-adalora", StudyEvidence(runs, evidence.tables))
+    measured, paired, _ = chart.panels
+    assert measured.data.groupby("name")["seed"].nunique().unique().tolist() == [3]
+    assert paired.data.set_index("name")["n"].to_dict() == {"sensitivity": 3, "size of λ": 3, "no allocation": 5}
+    assert "of all seeds that both have (3 or 5)" in measured.caption
+    # The differences are -10 to -6, whose mean is -8, and whose standard error is 0.707.
+    half = t.ppf(0.975, 4) * np.sqrt(2.5 / 5)
+    assert chart.title.endswith(f"without allocation it is 8.0 [{8 - half:.1f}, {8 + half:.1f}] points less")
+
+
+def test_rows_without_a_number_say_so(evidence: StudyEvidence) -> None:
+    measured, _, printed = drawn("scores-alora", evidence).panels
+    words = [(mark.data["y"].item(), mark.data["word"].item()) for panel in (measured, printed)
+             for mark in panel.marks_of(Text)]  # fmt: skip
+    assert words == [("learned gates", "not run"), ("random scores", "not printed"), ("planted ranks", "not printed")]
+    scores = printed.data.set_index(["name", "data"])
+    assert scores["difference"]["sensitivity", "BoolQ"] == pytest.approx(87.5 - scores["value"]["ALoRA", "BoolQ"])
+    by_type = drawn("matrices", evidence).panels[-1].data.set_index(["name", "data"])["difference"]
+    assert by_type["k", "LoRA, table 5, MNLI-m"] == pytest.approx(90.8 - 91.3)
+    assert (by_type["all types"] > 0).all()
 
 
 def test_searches_show_the_mean_rank_they_find(evidence: StudyEvidence) -> None:
@@ -425,6 +501,15 @@ def test_searches_show_the_mean_rank_they_find(evidence: StudyEvidence) -> None:
     arm = f"AutoLoRA, from rank 4, sigmoid, {UNEVEN}"
     expected = [evidence.table("ranks", arm, seed)["rank"].mean() for seed in SEEDS]
     assert panel.loc[panel["name"] == "sigmoid", "value"].tolist() == pytest.approx(expected)
+    sentence = "First order finds the same ranks as AutoLoRA"
+    assert sentence not in drawn("searches", evidence).panels[0].caption
+    tables, label = evidence.tables["ranks"], f"AutoLoRA, from rank 4, {UNEVEN}"
+    of_search = tables.loc[tables["arm"] == label].sort_values(["seed", "module"])["rank"].to_numpy()
+    first_order = tables[tables["arm"] == f"AutoLoRA, from rank 4, first order, {UNEVEN}"].sort_values(
+        ["seed", "module"]
+    )
+    equal = pd.concat([tables.drop(first_order.index), first_order.assign(rank=of_search)])
+    assert sentence in drawn("searches", StudyEvidence(evidence.runs, {"ranks": equal})).panels[0].caption
 
 
 def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvidence) -> None:

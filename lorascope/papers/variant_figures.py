@@ -25,7 +25,7 @@ from lorascope.papers.figures.variant_gaps import (
     beside_printed,
     best_number,
     common_seeds,
-    difference_finding,
+    describe_differences,
     gaps_by_number,
     gaps_by_variant,
     number_above,
@@ -34,6 +34,7 @@ from lorascope.papers.figures.variant_gaps import (
     printed,
     published,
     variant_gap_table,
+    write_missing,
 )
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
@@ -100,9 +101,13 @@ def draw_alora_scores(evidence: StudyEvidence) -> Drawable | None:
     # The table of scores does not repeat LoRA.
     numbers = pd.concat([numbers, printed("ALoRA", "Table 1", {"LoRA": "LoRA, no rounds"})])
     numbers = numbers[numbers["data"].isin(["BoolQ", "ReCoRD", "SQuAD"])]
-    caption = "Modules need ranks of 0, 1, 3 and 4. ALoRA's scores help if it is above random scores."
-    chart = gaps_by_variant(evidence, arms, "ALoRA by score", caption)
-    return beside_printed(chart, numbers, "ALoRA, tables 6 and 1", "score of the task")
+    title = (
+        "Against ALoRA, random scores close {random scores}, LoRA without rounds {LoRA, no rounds}, and the planted "
+        "ranks {planted ranks}"
+    )
+    caption = "Modules need ranks of 0, 1, 3 and 4. A score helps only if it is above random scores."
+    texts = title, "ALoRA by score", caption
+    return beside_printed(evidence, arms, texts, (numbers, "Printed, ALoRA's tables 6 and 1"))
 
 
 def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
@@ -150,8 +155,12 @@ def draw_hydralora_parts(evidence: StudyEvidence) -> Drawable | None:
         "without mixture (LoRA, rank 8)": "LoRA",
     }
     caption = "Four tasks whose updates share A; all have about the same number of parameters."
-    chart = gaps_by_variant(evidence, arms, "HydraLoRA without its parts", caption)
-    return beside_printed(chart, printed("HydraLoRA", "Figure 6", names), "HydraLoRA, figure 6", "score of the task")
+    title = (
+        "HydraLoRA closes {uniform gates} with uniform gates, and {separate A's} with separate A's; one LoRA closes "
+        "{LoRA}"
+    )
+    numbers = printed("HydraLoRA", "Figure 6", names), "Printed, HydraLoRA's figure 6"
+    return beside_printed(evidence, arms, (title, "HydraLoRA without its parts", caption), numbers)
 
 
 def draw_experts(evidence: StudyEvidence) -> Drawable | None:
@@ -189,8 +198,12 @@ def draw_splits(evidence: StudyEvidence) -> Drawable | None:
         "Four tasks whose updates share A. Except for 1 of ranks 4 and 8, rows have a total rank of 16; several LoRAs "
         "have routers. Printed ranks are twice as large as the labels."
     )
-    chart = gaps_by_variant(evidence, arms, "LoRAs by rank and number", caption)
-    return beside_printed(chart, printed("HydraLoRA", "Table 1", names), "HydraLoRA, table 1, MMLU", "accuracy")
+    title = (
+        "Against one LoRA of rank 16, 8 LoRAs of rank 2 close {8 of rank 2}, and 2 of rank 8 close {2 of rank 8} (best "
+        "printed: {printed})"
+    )
+    numbers = printed("HydraLoRA", "Table 1", names), "Printed, HydraLoRA's table 1"
+    return beside_printed(evidence, arms, (title, "LoRAs by rank and number", caption), numbers)
 
 
 def draw_searches(evidence: StudyEvidence) -> Drawable | None:
@@ -204,25 +217,36 @@ def draw_searches(evidence: StudyEvidence) -> Drawable | None:
         "planted ranks": f"{ORACLE}, {UNEVEN}",
     }
     caption = (
-        "Modules need ranks of 0, 1, 3 and 4. Retraining with the ranks that each search finds; right: their mean. The "
-        "paper prints only the order: AutoLoRA is best."
+        "Modules need ranks of 0, 1, 3 and 4. Retraining with the ranks that each search finds; right: their mean. "
+        "AutoLoRA weights components by a softmax; sigmoid and no constraint replace it. First order has no "
+        "look-ahead step in their gradient. The paper prints only the order: AutoLoRA is best."
     )
     chart = gaps_by_variant(evidence, arms, "AutoLoRA and its ablations", caption)
     if chart is None:
         return None
-    rows = []
+    rows, ranks_found = [], []
     for name, arm in zip(arms, searched, strict=False):
+        ranks_found.append([])
         for seed in common_seeds(evidence, searched, "ranks"):
+            ranks_found[-1] += evidence.table("ranks", arm, seed).sort_values("module")["rank"].tolist()
             rows.append((name, evidence.table("ranks", arm, seed)["rank"].mean()))
+    # Otherwise, equal rows would look like an error.
+    if ranks_found[0] == ranks_found[1]:
+        chart = replace(chart, caption=f"{chart.caption} First order finds the same ranks as AutoLoRA.")
+    ranks = pd.DataFrame(rows, columns=["name", "value"])
     panel = replace(
         chart,
-        data=pd.DataFrame(rows, columns=["name", "value"]),
-        marks=[Point("value", "name")],
+        data=ranks,
+        marks=[Point("value", "name"), *write_missing(arms, ranks["name"], ranks["value"], "no search")],
         title="Ranks that the search finds",
         x=Axis(label="ranks per module"),
     )
-    chart, paired = beside_differences(chart)
-    title = difference_finding(paired, "AutoLoRA")
+    chart, paired = beside_differences(chart, evidence, arms)
+    differences = describe_differences(paired)
+    title = (
+        f"Against the ranks that AutoLoRA finds, rank 2 everywhere closes {differences['LoRA of rank 2']}, random "
+        f"ranks {differences['ranks from random logits']}, the planted ranks {differences['planted ranks']}"
+    )
     return set_side_by_side(chart, paired, replace(panel, y=chart.y, caption=chart.caption), title=title)
 
 
@@ -269,8 +293,18 @@ def draw_matrices(evidence: StudyEvidence) -> Drawable | None:
         "LoRA with as many parameters in some types of weight as in all of rank 2; several types have 6% fewer. "
         "The teacher changes all modules at rank 2."
     )
-    chart = gaps_by_variant(evidence, arms, "LoRA in some matrices", caption)
-    return beside_printed(chart, numbers, "Printed", "score")
+    gaps = variant_gap_table(evidence, arms).groupby("name")["value"].mean()
+    if gaps.empty:
+        return None
+    single = gaps[[*"qkvo"]]
+    title = (
+        f"At equal size, LoRA in all types of weight closes {gaps['all types']:.0f} points, in attention "
+        f"{gaps['attention']:.0f}, in one type of attention weight {single.min():.0f} ({single.idxmin()}) to "
+        f"{single.max():.0f} ({single.idxmax()})"
+    )
+    # Only this row is in both tables.
+    texts = title, "LoRA in some types of weight", caption
+    return beside_printed(evidence, arms, texts, (numbers, "Printed"), printed_base="q and v")
 
 
 def draw_adalora_scores(evidence: StudyEvidence) -> Drawable | None:
@@ -278,17 +312,25 @@ def draw_adalora_scores(evidence: StudyEvidence) -> Drawable | None:
     arms = {
         "AdaLoRA": f"{adalora.ALLOCATED}, {UNEVEN}",
         "sensitivity": f"{adalora.ALLOCATED}, sensitivity, {UNEVEN}",
-        "size of lambda": f"{adalora.ALLOCATED}, size of lambda, {UNEVEN}",
+        "size of λ": f"{adalora.ALLOCATED}, size of lambda, {UNEVEN}",
         "no allocation": f"AdaLoRA, rank 2 to 2, {UNEVEN}",
     }
     names = {
         "AdaLoRA": "AdaLoRA",
         "AdaLoRA, importance by sensitivity only": "sensitivity",
-        "AdaLoRA, importance by size of lambda": "size of lambda",
+        "AdaLoRA, importance by size of lambda": "size of λ",
     }
     numbers = printed("AdaLoRA", "Table 4", names, "0.08 %")
-    chart = gaps_by_variant(evidence, arms, "AdaLoRA by importance", "Modules need ranks of 0, 1, 3 and 4.")
-    return beside_printed(chart, numbers[numbers["data"] == "SST-2"], "AdaLoRA, table 4, SST-2, 0.08%", "accuracy")
+    title = (
+        "Against AdaLoRA's score, sensitivity closes {sensitivity}, the size of λ {size of λ}; without allocation it "
+        "is {no allocation}"
+    )
+    caption = (
+        "Modules need ranks of 0, 1, 3 and 4. AdaLoRA's score is sensitivity (weight times gradient), smoothed, times "
+        "its uncertainty. A component is a column of P, its λ and a row of Q."
+    )
+    texts = title, "AdaLoRA by score", caption
+    return beside_printed(evidence, arms, texts, (numbers, "Printed, AdaLoRA's table 4"))
 
 
 def draw_adalora_parts(evidence: StudyEvidence) -> Drawable | None:
@@ -307,9 +349,11 @@ def draw_adalora_parts(evidence: StudyEvidence) -> Drawable | None:
         "LoRA": "LoRA",
     }
     caption = "Modules need ranks of 0, 1, 3 and 4; the mean rank is 2 in all rows."
-    chart = gaps_by_variant(evidence, arms, "AdaLoRA without its parts", caption)
-    numbers = printed("AdaLoRA", "Table 5", names, "0.08 %")
-    return beside_printed(chart, numbers, "AdaLoRA, table 5, 0.08%", "accuracy")
+    title = (
+        "AdaLoRA closes {no allocation} without allocation, and {no penalty} without the penalty; LoRA closes {LoRA}"
+    )
+    numbers = printed("AdaLoRA", "Table 5", names, "0.08 %"), "Printed, AdaLoRA's table 5"
+    return beside_printed(evidence, arms, (title, "AdaLoRA without its parts", caption), numbers)
 
 
 def draw_blocks(evidence: StudyEvidence) -> Drawable | None:

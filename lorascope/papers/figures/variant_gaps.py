@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Mark, Point, Rule
-from lorascope.papers.figures.study_marks import GAP
+from lorascope.papers.figures.study_marks import GAP, SMALL, write_word
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import STUDY_FILE
 from lorascope.plots.builders import curves, dots, ticks_at
@@ -188,17 +189,17 @@ def best_number(cells: pd.DataFrame, recipe: str) -> Any:
     return line.idxmax()
 
 
-def difference_finding(paired: Chart, base: str) -> str:
-    """Say how many variants differ from the first one, by their paired intervals, and which one differs most."""
-    cells = paired.data
-    # Fewer than three seeds have no interval, and are on neither side.
-    differing = cells[(cells["low"] > 0) | (cells["high"] < 0)]
-    if differing.empty:
-        return f"No difference from {base} is seen"
-    farthest = int(differing["value"].abs().to_numpy().argmax())
-    name, difference = differing[["name", "value"]].iloc[farthest]
-    points = drawn_number(difference, "+.1f")
-    return f"{len(differing)} of {len(cells)} differ from {base} in gap closed: {name} most, by {points} points"
+def paired_cells(evidence: StudyEvidence, pairs: Mapping[Any, tuple[str, str]]) -> pd.DataFrame:
+    """Tabulate ``number, value, low, high, n``: the gap that the first arm of a pair closes minus that of the second.
+
+    Every pair has all seeds that both of its arms have.
+    """
+    rows = []
+    for number, arms in pairs.items():
+        for seed in common_seeds(evidence, arms):
+            first, second = (evidence.closed(arm, seed) for arm in arms)
+            rows.append((number, first - second))
+    return seed_cells(pd.DataFrame(rows, columns=["number", "value"]), ["number"])
 
 
 def paired_gaps(evidence: StudyEvidence, pairs: Mapping[Any, tuple[str, str]], names: tuple[str, str]) -> Chart:
@@ -213,48 +214,98 @@ def paired_gaps(evidence: StudyEvidence, pairs: Mapping[Any, tuple[str, str]], n
     names : two str
         Names of the arms in all pairs.
     """
-    rows = []
-    for number, arms in pairs.items():
-        for seed in common_seeds(evidence, arms):
-            first, second = (evidence.closed(arm, seed) for arm in arms)
-            rows.append((number, first - second))
-    cells = seed_cells(pd.DataFrame(rows, columns=["number", "value"]), ["number"])
+    cells = paired_cells(evidence, pairs)
     label = f"{names[0]} − {names[1]} (points)"
     return Chart(cells, [Rule(y=0), *dots(cells, "number")], title="Difference, paired by seed", y=Axis(label=label))
 
 
-def beside_differences(chart: Chart) -> tuple[Chart, Chart]:
+def beside_differences(chart: Chart, evidence: StudyEvidence, arms: Mapping[str, str]) -> tuple[Chart, Chart]:
     """Sort a chart of variants, the largest gap on top, and draw the differences from its first arm by seed."""
     base = chart.data["name"].iloc[0]
     means = chart.data.groupby("name", sort=False)["value"].mean()
     y = replace(chart.y, order=means.sort_values(ascending=False, kind="stable").index)
-    by_seed = chart.data.pivot(index="seed", columns="name", values="value")
-    differences = by_seed.sub(by_seed[base], axis=0).drop(columns=base).melt().dropna()
-    cells = seed_cells(differences, ["name"])
+    pairs = {name: (arm, arms[base]) for name, arm in arms.items() if name != base}
+    cells = paired_cells(evidence, pairs).rename(columns={"number": "name"})
     marks, x = [Rule(x=0), *dots(cells, "value", "name")], Axis(label=f"minus {base} (points)")
-    caption = f"{chart.caption} Center: difference from {base}, paired by seed; bars: {INTERVAL}."
+    counts = " or ".join(map(str, sorted(set(cells["n"]))))
+    caption = (
+        f"{chart.caption} Center: difference from {base}, paired by seed, of all seeds that both have ({counts}); "
+        f"bars: {INTERVAL}. {SMALL}"
+    )
     chart = replace(chart, y=y, caption=caption)
     return chart, Chart(cells, marks, title="Difference", x=x, y=y, caption=caption)
 
 
-def beside_printed(chart: Chart | None, numbers: pd.DataFrame, title: str, x: str) -> Drawable | None:
-    """Set a chart of variants next to a panel of the paper's numbers for the same rows; None without a chart."""
+def describe_differences(paired: Chart) -> dict[str, str]:
+    """Return the difference of every row, with its interval, by name: ``7.9 [6.5, 9.3] points less``."""
+    words = {}
+    for name, value, low, high in paired.data[["name", "value", "low", "high"]].itertuples(index=False):
+        sign, word = 1, "more"
+        if value < 0:
+            sign, word = -1, "less"
+        text = drawn_number(abs(value), ".1f")
+        # Two seeds have no interval.
+        if not np.isnan(low):
+            lower, upper = sorted([sign * low, sign * high])
+            text += f" [{drawn_number(lower, '.1f')}, {drawn_number(upper, '.1f')}]"
+        words[name] = f"{text} points {word}"
+    return words
+
+
+def beside_printed(
+    evidence: StudyEvidence,
+    arms: Mapping[str, str],
+    texts: tuple[str, str, str],
+    printed_numbers: tuple[pd.DataFrame, str],
+    printed_base: str = "",
+) -> Drawable | None:
+    """Draw variants, their differences from the first one, and the paper's differences; None if an arm has no runs.
+
+    Parameters
+    ----------
+    evidence, arms
+        See ``variant_gap_table``.
+    texts : (title, left, caption)
+        The title may have fields with the names of rows, which become the measured differences, and ``{best}`` and
+        ``{printed}``, the best rows; ``left`` is the title of the left panel.
+    printed_numbers : (table, title)
+        Printed scores, see ``printed``, and the title of their panel.
+    printed_base : str
+        Row whose printed scores are subtracted, if the paper does not have the first one.
+    """
+    title, left, caption = texts
+    chart = gaps_by_variant(evidence, arms, left, caption)
     if chart is None:
         return None
+    numbers, right = printed_numbers
+    printed_base = printed_base or chart.data["name"].iloc[0]
     measured = chart.data[chart.data["name"].isin(numbers["name"])].groupby("name")["value"].mean()
-    # Levels of different tasks are not comparable, so a task with fewer rows does not count.
+    # Scores of different tasks are not comparable, but differences from one row are.
+    base_scores = numbers[numbers["name"] == printed_base].set_index("data")["value"]
+    numbers = numbers.assign(difference=numbers["value"] - numbers["data"].map(base_scores))
     rows = numbers[numbers["name"].isin(measured.index)]
+    # A task with fewer rows does not count.
     counts = rows.groupby("data")["name"].transform("size")
     of_paper = rows[counts == counts.max()].groupby("name")["value"].mean().idxmax()
     best = measured.idxmax()
     caption = (
-        f"{chart.caption} Hollow dots are printed, of another model and task, so only the order is comparable. Best of "
-        f"the rows in both panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")
+        f"{chart.caption} Right: printed scores, of another model, so only the order is comparable. Best of the rows in both "
+        f"panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")
     )
-    measured_chart, paired = beside_differences(replace(chart, caption=caption))
-    # A row that only one panel has stays empty in the other one.
+    measured_chart, paired = beside_differences(replace(chart, caption=caption), evidence, arms)
     y = replace(chart.y, order=dict.fromkeys([*(measured_chart.y.order or ()), *numbers["name"]]))
-    marks = [Point("value", "name", shape="data", hollow=True)]
-    panel = replace(measured_chart, data=numbers, marks=marks, title=title, x=Axis(label=x))
-    finding = difference_finding(paired, chart.data["name"].iloc[0])
+    # A row that only one panel has would look like a missing result in the other one.
+    missing = write_missing(numbers["name"], chart.data["name"], chart.data["value"], "not run")
+    measured_chart = replace(measured_chart, marks=[*measured_chart.marks, *missing])
+    marks: list[Mark] = [Rule(x=0), Point("difference", "name", shape="data", hollow=True)]
+    marks += write_missing(chart.data["name"], numbers["name"], numbers["difference"], "not printed")
+    x = Axis(label=f"printed, minus {printed_base}")
+    panel = replace(measured_chart, data=numbers, marks=marks, title=right, x=x)
+    finding = title.format_map(describe_differences(paired) | {"best": best, "printed": of_paper})
     return set_side_by_side(*(replace(part, y=y) for part in (measured_chart, paired, panel)), title=finding)
+
+
+def write_missing(names: Iterable[str], drawn: pd.Series, values: pd.Series, word: str) -> list[Mark]:
+    """Return the marks of a word in the rows that a panel lacks, in the middle of its values."""
+    middle = (values.min() + values.max()) / 2
+    return [write_word(middle, name, word) for name in dict.fromkeys(names) if name not in set(drawn)]

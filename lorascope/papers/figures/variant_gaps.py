@@ -289,8 +289,8 @@ def beside_printed(
     of_paper = rows[counts == counts.max()].groupby("name")["value"].mean().idxmax()
     best = measured.idxmax()
     caption = (
-        f"{chart.caption} Right: printed scores, of another model, so only the order is comparable. Best of the rows in both "
-        f"panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")
+        f"{chart.caption} Right: printed scores, of another model, so only the order is comparable. Best of the rows "
+        f"in both panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")
     )
     measured_chart, paired = beside_differences(replace(chart, caption=caption), evidence, arms)
     y = replace(chart.y, order=dict.fromkeys([*(measured_chart.y.order or ()), *numbers["name"]]))

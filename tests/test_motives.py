@@ -339,6 +339,10 @@ def test_the_figure_of_norms_has_means_and_ranges_over_seeds() -> None:
     panels = lisa.norms_figure(table)
     others = lisa.factor_norms_figure(pd.concat([updates.assign(reading=name) for name in ("factors", lisa.LEARNED)]))
     assert [[len(row) for row in drawn.rows()] for drawn in (panels, others)] == [[2], [2, 2]]
+    # The mean of 1, 2 and 6 times 2, over blocks of 2; the learned norms are half as large.
+    learned = updates.assign(reading=lisa.LEARNED, value=updates["value"] / np.where(updates["block"], 1, 2))
+    title = lisa.factor_norms_figure(pd.concat([updates.assign(reading="factors"), learned])).title
+    assert title == "LoRA's factors of SmolLM2's embedding: norm 3 times a block's, 1.5 without the start"
     assert "range over seeds: SmolLM2 3, MiniLM 3." in panels.panels[0].caption
     fewer = table[(table["arm"] != lisa.DECODER_NORMS["LISA"]) | (table["seed"] < 6)]
     assert "range over seeds: SmolLM2 3 (LISA: 2), MiniLM 3." in lisa.norms_figure(fewer).panels[0].caption

@@ -156,12 +156,13 @@ class StudyPages:
         return (self.images / f"{name}.png").exists()
 
     def first_screen(self, root: str) -> str:
-        """Return the forest plot, or another figure until it is drawn, and below it the two motives."""
+        """Return the forest plot, or another figure until it is drawn, and the two motives: first in the README."""
         images = [self.image("forest", root) or self.image("update-norm-heat", root)]
         motives = [self.image(name, root) for name in MOTIVES]
         # The README is wide enough for both.
         if not root and any(motives):
-            motives = [format_table(list(MOTIVES.values()), [motives])]
+            images.insert(0, format_table(list(MOTIVES.values()), [motives]))
+            motives = []
         return "\n\n".join(filter(None, images + motives))
 
     def headline(self, pages: str) -> str:

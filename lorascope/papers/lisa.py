@@ -175,12 +175,13 @@ def factor_norms_figure(table: pd.DataFrame) -> Panels:
     titles = {"factors": "{model}: A and B", LEARNED: "{model}: A and B minus start"}
     panels = _norm_panels(table, titles, "")
     norms = []
-    for (chart, *_), learned in zip(panels.grid, ("", " without the start"), strict=True):
-        embedding = chart.table(chart.marks_of(Point)[0]).set_index(["method", "place"])["value"]["LoRA", "embed"]
-        norms.append(f"{embedding:.2g} times a block's{learned}")
-    panels = replace(
-        panels, title=f"LoRA's factors of the embedding have {' and '.join(norms)} ({next(iter(_MODELS))})"
-    )
+    for chart, *_ in panels.grid:
+        dots = chart.table(chart.marks_of(Point)[0]).set_index(["method", "place"])["value"]
+        norms.append(dots["LoRA", "embed"])
+    # A small version has no decoder, so its first panel is of the encoder.
+    model, (drawn, learned) = panels.panels[0].title.partition(":")[0], norms
+    title = f"LoRA's factors of {model}'s embedding: norm {drawn:.2g} times a block's, {learned:.2g} without the start"
+    panels = replace(panels, title=title)
     return _with_caption(
         panels,
         f"Norm over that of the median block. {_mean_and_range(table, titles)} {_SMALL_START}Minus start: change of A "

@@ -174,7 +174,7 @@ def draw_experts(evidence: StudyEvidence) -> Drawable | None:
         "number of experts of rank 4",
         "HydraLoRA by number of experts",
         "Four tasks: with different updates that share A, or with one update, where experts help only by their "
-        "parameters. The paper finds 4 best and 3 0.42% lower.",
+        "parameters. The paper finds 4 experts best, and 3 lower by 0.42%.",
         {f"LoRA of rank 12, {SHARED_A}": f"{hydralora.EQUAL}, {SHARED_A}"},
     )
     if chart is None:

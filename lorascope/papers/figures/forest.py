@@ -42,7 +42,8 @@ _COLORS = (*SIDES, EDITION_1, BOUND, PRINTED, EDITION_2)
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", POSITIVE: "positive_"}
 _TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30, 100)
 _NUMBERS_SHARE = 0.36  # of the width of a panel, for the column of numbers
-_X_LABEL = f"effect / bound (linear from {MINUS}1 to 1, logarithmic beyond)"
+# Short enough for one line in both renderers.
+_X_LABEL = "effect / bound (log beyond ±1)"
 _CAPTION = (
     "Effect of each method minus its control, with 95% intervals, divided by the bound of its claim: the smallest gain "
     f"that matters, m, or the largest acceptable cost, d. {SMALL} Numbers are in points unless they have a unit: of "

@@ -155,7 +155,7 @@ def _facts() -> dict[str, str]:
 def _sections(
     result: Reproduction, trained: StudyEvidence, registration: StudyRegistration, data: Path
 ) -> Iterator[Section]:
-    """Yield the sections of the report: results, motives, scores and ranks, the trained pair, a section per paper."""
+    """Yield the sections of the report: motives, scores and ranks, results, the trained pair, a section per paper."""
     figures: dict[str, StudyFigure] = {}
     tables, notes = {}, [result.summary.note]
     if not result.summary.note:
@@ -164,15 +164,15 @@ def _sections(
         tables["Nine papers"] = result.summary.table.rename(columns={**COLUMNS, "belief": SENTENCE})
         notes = [format_words(result.summary)]
     small = draw(trained, [PAIR], registration)
-    if forest := _take(figures, "forest"):
-        yield Section("results", "Results", figures=forest)
-    yield Section("papers", "What we now believe", tables=tables, notes=notes)
     motives = []
     for name in MOTIVE_FIGURES:
         motives += [*_take(figures, name), *_take(small, name)]
     yield Section("motives", "Two motives", _MOTIVES, figures=motives)
     if scores := _take(figures, *_SCORES):
         yield Section("scores", "Neurons and ranks", figures=scores)
+    if forest := _take(figures, "forest"):
+        yield Section("results", "Results", figures=forest)
+    yield Section("papers", "What we now believe", tables=tables, notes=notes)
     pairs = [name for name in small if name.startswith("pairs-")]
     yield Section(
         "again",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from drawn_figures import figure_faults
 from scipy.stats import kendalltau, t
 
+from lorascope.analysis.planted_ranks import chance_agreement
 from lorascope.charts.chart import Drawable
 from lorascope.charts.marks import Band, Bar, Heat, Point, Rule, Text
 from lorascope.papers import (
@@ -305,10 +306,24 @@ def test_titles_say_what_the_runs_show(evidence: StudyEvidence) -> None:
     def gap(arm: str) -> float:
         return closed(arm, 201)
 
-    all_blocks = {n: gap(f"LISA, {n} of 8 blocks, {names.ALL_BLOCKS}") for n in variants.BLOCKS}
-    best, full = max(all_blocks, key=all_blocks.__getitem__), gap(f"full fine-tuning, {names.ALL_BLOCKS}")
+    full = f"full fine-tuning, {names.ALL_BLOCKS}"
+    largest, none = (difference_words(f"LISA, {n} of 8 blocks, {names.ALL_BLOCKS}", full) for n in (4, 0))
     assert drawn("blocks", evidence).title == (
-        f"LISA closes most with γ = {best}: {all_blocks[best]:.0f} points; full fine-tuning: {full:.0f}"
+        f"LISA closes {largest} than full fine-tuning with 4 of 8 blocks at a time, {none} with 0"
+    )
+    sparse, factored = "FourierFT, 192 coefficients from zero", "LoRA, rank 2, attention"
+    entries, rank_2 = (
+        difference_words(f"{sparse}, {truth}", f"{factored}, {truth}")
+        for truth in (names.OWN_ENTRIES, names.ATTENTION_RANK_2)
+    )
+    assert drawn("sizes-fourierft", evidence).title == (
+        f"At 192 parameters per matrix, FourierFT closes {entries} than LoRA if the teacher changes its coefficients, "
+        f"{rank_2} if the teacher has rank 2"
+    )
+    following, least = (f"NeFT, 36 neurons and 108 {kind}, {FEW}" for kind in ("more", "reversed"))
+    assert drawn("further-neurons", evidence).title == (
+        f"With 9% more neurons, the next close {difference_words(following, least)} than those that rotate least "
+        "(printed: 1.3 COMET more)"
     )
     best_numbers = []
     for truth in (names.SHARED_A, names.ONE_UPDATE):
@@ -316,7 +331,12 @@ def test_titles_say_what_the_runs_show(evidence: StudyEvidence) -> None:
         best_numbers.append(f"{max(by_number, key=by_number.__getitem__)} ({truth})")
     assert drawn("experts", evidence).title == f"Best number of experts: {', '.join(best_numbers)}"
     blocks = [gap(f"LoRA, block {n} only, {names.RANK_2}") for n in range(4)]
-    assert f"block {np.argmax(blocks)} ({max(blocks):.0f} points)" in drawn("placements", evidence).title
+    assert (
+        f"in one block at most {max(blocks):.0f} (block {np.argmax(blocks)}); " in drawn("placements", evidence).title
+    )
+    _, by_block = drawn("placements", evidence).panels
+    order = [f"block {n}" for n in np.argsort(blocks)[::-1]]
+    assert [name for name in by_block.y.order if name.startswith("block")] == order
 
 
 def difference_words(arm: str, base: str) -> str:
@@ -329,7 +349,7 @@ def difference_words(arm: str, base: str) -> str:
 TITLES_OF_VARIANTS = {
     "scores-alora": (
         f"ALoRA, rank 2, {UNEVEN}",
-        "Against ALoRA, random scores close {}, LoRA without rounds {}, and the planted ranks {}",
+        "Random scores close {} than ALoRA's, LoRA without rounds {}, and the planted ranks {}",
         [f"ALoRA, rank 2, random scores, {UNEVEN}", f"LoRA, rank 2, {UNEVEN}", f"LoRA, planted ranks, {UNEVEN}"],
     ),
     "parts-hydralora": (
@@ -340,17 +360,17 @@ TITLES_OF_VARIANTS = {
     ),
     "splits": (
         f"LoRA, rank 16, {names.SHARED_A}",
-        "Against one LoRA of rank 16, 8 LoRAs of rank 2 close {}, and 2 of rank 8 close {} (best printed: 4 of rank 4)",
+        "8 LoRAs of rank 2 close {} than one of rank 16, and 2 of rank 8 close {} (best printed: 4 of rank 4)",
         [f"HydraLoRA, {number} separate A's of rank {rank}, {names.SHARED_A}" for number, rank in ((8, 2), (2, 8))],
     ),
     "searches": (
         f"AutoLoRA, from rank 4, {UNEVEN}",
-        "Against the ranks that AutoLoRA finds, rank 2 everywhere closes {}, random ranks {}, the planted ranks {}",
+        "Rank 2 everywhere closes {} than the ranks that AutoLoRA finds, random ranks {}, the planted ranks {}",
         [f"LoRA, rank 2, {UNEVEN}", f"LoRA, ranks from random logits, {UNEVEN}", f"LoRA, planted ranks, {UNEVEN}"],
     ),
     "scores-adalora": (
         f"AdaLoRA, rank 4 to 2, {UNEVEN}",
-        "Against AdaLoRA's score, sensitivity closes {}, the size of λ {}; without allocation it is {}",
+        "Allocation by sensitivity closes {} than by AdaLoRA's score, by the size of λ {}; without allocation it is {}",
         [f"AdaLoRA, rank 4 to 2, sensitivity, {UNEVEN}", f"AdaLoRA, rank 4 to 2, size of lambda, {UNEVEN}",
          f"AdaLoRA, rank 2 to 2, {UNEVEN}"],
     ),
@@ -450,18 +470,40 @@ def test_titles_of_moments_and_factors_have_the_planted_numbers(evidence: StudyE
     )
 
 
-def test_title_of_ranks_by_teacher_has_the_mean_agreement_of_pairs(evidence: StudyEvidence) -> None:
-    of_teacher = []
+def test_title_of_ranks_by_teacher_has_the_mean_agreement_of_pairs_and_chance(evidence: StudyEvidence) -> None:
+    allocations, planted = [], []
     for number in (1, 2):
         arm = f"AutoLoRA, from rank 4, teacher {number}, {UNEVEN}"
-        by_seed = [evidence.table("ranks", arm, seed).sort_values("module")["rank"] for seed in SEEDS]
-        of_teacher.append(by_seed)
-    same = [kendalltau(*pair).statistic for by_seed in of_teacher for pair in combinations(by_seed, 2)]
-    different = [kendalltau(*pair).statistic for pair in product(*of_teacher)]
-    means = [f"{np.mean(taus):.2f}".replace("-", "−") for taus in (same, different)]
+        tables = [evidence.table("ranks", arm, seed).sort_values("module") for seed in SEEDS]
+        allocations.append(np.array([table["rank"] for table in tables], np.float64))
+        planted.append(tables[0]["planted"].to_numpy(np.float64))
+    same = [kendalltau(*pair).statistic for by_seed in allocations for pair in combinations(by_seed, 2)]
+    different = [kendalltau(*pair).statistic for pair in product(*allocations)]
+    with_planted = [kendalltau(ranks, truth).statistic for by_seed, truth in zip(allocations, planted, strict=True)
+                    for ranks in by_seed]  # fmt: skip
+    means = [np.mean(with_planted), np.mean(same), np.mean(different)]
+    chance = chance_agreement(allocations, planted)
+    numbers = zip(means, (chance.planted, chance.same, chance.different), strict=True)
+    words = [f"{mean:.2f} (chance: up to {bound:.2f})".replace("-", "−") for mean, bound in numbers]
     assert drawn("ranks-by-teacher", evidence).title == (
-        "Ranks agree by {} on one teacher, by {} on two (Kendall's τ)".format(*means)
-    )
+        "AutoLoRA's ranks agree with planted ones by τ = {}, between runs on one teacher by {}, on two by {}"
+    ).format(*words)
+
+
+def test_chance_of_ranks_is_the_percentile_over_all_orders() -> None:
+    ranks, planted = [1.0, 2.0, 4.0], [np.array([0.0, 1.0, 3.0]), np.array([4.0, 0.0, 1.0])]
+    orders = list(permutations(ranks))
+    tau = {pair: kendalltau(*pair).statistic for pair in product([*orders, *map(tuple, planted)], repeat=2)}
+    same, different, with_planted = [], [], []
+    # Two runs on each of two teachers have 6^4 orders.
+    for a, b, c, d in product(orders, repeat=4):
+        same.append((tau[a, b] + tau[c, d]) / 2)
+        different.append(np.mean([tau[pair] for pair in product((a, b), (c, d))]))
+        first, second = map(tuple, planted)
+        with_planted.append(np.mean([tau[a, first], tau[b, first], tau[c, second], tau[d, second]]))
+    exact = [np.quantile(values, 0.95, method="inverted_cdf") for values in (same, different, with_planted)]
+    allocations = [np.array([ranks, ranks])] * 2
+    assert chance_agreement(allocations, planted) == pytest.approx(exact)
 
 
 def test_differences_have_all_seeds_of_their_pair_and_its_interval(evidence: StudyEvidence) -> None:

@@ -196,7 +196,7 @@ def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
     caption = (
         f"AutoLoRA on the text of two planted teachers, each a small decoder with known ranks; mean of "
         f"{len(allocations[0])} runs per teacher, which differ in data order and initial values. Title: mean of "
-        "Kendall's τ over pairs of runs, or of a run and its teacher, and the 95th percentile after shuffling the "
+        "Kendall's τ over pairs of runs, or of a run and its teacher; chance: 95th percentile after shuffling the "
         "ranks of every run. The paper finds that ranks differ between layers, projections and tasks, without a "
         "control."
     )
@@ -205,18 +205,18 @@ def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
         by_module = table.groupby("module")[["rank", "planted"]].mean()
         cells = by_module.reset_index().join(_parsed(by_module.index))
         row = []
-        for column, name in (("rank", "ranks that AutoLoRA finds"), ("planted", "planted ranks")):
-            heat = Heat("layer", "role", column, "rank", ".1f", limits=(0.0, 4.0))
+        for column, name, digits in (("rank", "ranks that AutoLoRA finds", ".1f"), ("planted", "planted ranks", ".0f")):
+            heat = Heat("layer", "role", column, "rank", digits, limits=(0.0, 4.0))
             axes: dict[str, Any] = {"x": Axis(label="block"), "y": Axis(order=list(variants.TYPES))}
             row.append(Chart(cells, [heat], title=f"Teacher {number + 1}: {name}", caption=caption, **axes))
         rows.append(tuple(row))
     same, different, with_planted = (
-        f"{drawn_number(tau, '.2f')} (chance {drawn_number(bound, '.2f')})"
+        f"{drawn_number(tau, '.2f')} (chance: up to {drawn_number(bound, '.2f')})"
         for tau, bound in zip(agreement, chance, strict=True)
     )
     title = (
-        f"AutoLoRA's ranks agree with the planted ones by τ = {with_planted}, between runs on one teacher by {same}, "
-        f"on two by {different}"
+        f"AutoLoRA's ranks agree with planted ones by τ = {with_planted}, between runs on one teacher by {same}, on "
+        f"two by {different}"
     )
     return Panels(tuple(rows), title=title)
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.geometry import drawn_number
-from lorascope.charts.marks import Axis, Line, Point, Rule
+from lorascope.charts.marks import Axis, Line, Point
 from lorascope.papers import adalora, alora, autolora, fourierft, hydralora, neft, variants
 from lorascope.papers.figures.study_marks import GAP
 from lorascope.papers.figures.variant_gaps import (
@@ -33,6 +33,7 @@ from lorascope.papers.figures.variant_gaps import (
     paired_gaps,
     printed,
     published,
+    sort_rows,
     variant_gap_table,
     write_missing,
 )
@@ -45,6 +46,9 @@ from lorascope.plots.run_groups import INTERVAL
 UNEVEN, EVEN = truth_names.UNEVEN, truth_names.RANK_2
 SHARED_A, ONE_UPDATE = truth_names.SHARED_A, truth_names.ONE_UPDATE
 FULL = neft.FULL
+_SHARED_SIZE = 192
+"""Parameters per matrix that suffice for either of FourierFT's truths."""
+_NEURONS = 1152  # of the decoder
 
 
 class VariantFigure(NamedTuple):
@@ -102,7 +106,7 @@ def draw_alora_scores(evidence: StudyEvidence) -> Drawable | None:
     numbers = pd.concat([numbers, printed("ALoRA", "Table 1", {"LoRA": "LoRA, no rounds"})])
     numbers = numbers[numbers["data"].isin(["BoolQ", "ReCoRD", "SQuAD"])]
     title = (
-        "Against ALoRA, random scores close {random scores}, LoRA without rounds {LoRA, no rounds}, and the planted "
+        "Random scores close {random scores} than ALoRA's, LoRA without rounds {LoRA, no rounds}, and the planted "
         "ranks {planted ranks}"
     )
     caption = "Modules need ranks of 0, 1, 3 and 4. A score helps only if it is above random scores."
@@ -199,8 +203,8 @@ def draw_splits(evidence: StudyEvidence) -> Drawable | None:
         "have routers. Printed ranks are twice as large as the labels."
     )
     title = (
-        "Against one LoRA of rank 16, 8 LoRAs of rank 2 close {8 of rank 2}, and 2 of rank 8 close {2 of rank 8} (best "
-        "printed: {printed})"
+        "8 LoRAs of rank 2 close {8 of rank 2} than one of rank 16, and 2 of rank 8 close {2 of rank 8} (best printed: "
+        "{printed})"
     )
     numbers = printed("HydraLoRA", "Table 1", names), "Printed, HydraLoRA's table 1"
     return beside_printed(evidence, arms, (title, "LoRAs by rank and number", caption), numbers)
@@ -244,8 +248,8 @@ def draw_searches(evidence: StudyEvidence) -> Drawable | None:
     chart, paired = beside_differences(chart, evidence, arms)
     differences = describe_differences(paired)
     title = (
-        f"Against the ranks that AutoLoRA finds, rank 2 everywhere closes {differences['LoRA of rank 2']}, random "
-        f"ranks {differences['ranks from random logits']}, the planted ranks {differences['planted ranks']}"
+        f"Rank 2 everywhere closes {differences['LoRA of rank 2']} than the ranks that AutoLoRA finds, random ranks "
+        f"{differences['ranks from random logits']}, the planted ranks {differences['planted ranks']}"
     )
     return set_side_by_side(chart, paired, replace(panel, y=chart.y, caption=chart.caption), title=title)
 
@@ -259,7 +263,7 @@ def draw_placements(evidence: StudyEvidence) -> Drawable | None:
     caption = (
         "LoRA with as many parameters in one type of weight (left), in one block (right), or everywhere; "
         "feed-forward types have 3% fewer. The teacher changes all modules at rank 2. AdaLoRA's figure 1 has no "
-        "readable values; in it, feed-forward types and upper layers are best."
+        "readable values, only the order."
     )
     left = gaps_by_variant(evidence, reference | types, "In one type of weight", caption)
     right = gaps_by_variant(evidence, reference | blocks, "In one block", caption)
@@ -269,10 +273,13 @@ def draw_placements(evidence: StudyEvidence) -> Drawable | None:
     for chart in (left, right):
         # The reference is in no single place.
         means = chart.data.groupby("name")["value"].mean().drop([*reference])
-        best.append(f"{means.idxmax()} ({means.max():.0f} points)")
+        best.append(f"{means.max():.0f} ({means.idxmax()})")
     everywhere = left.data.loc[left.data["name"].isin(reference), "value"].mean()
-    title = f"Best in one place: {' and '.join(best)}; everywhere: {everywhere:.0f}"
-    return set_side_by_side(left, replace(right, caption=left.caption), title=title)
+    title = (
+        f"LoRA everywhere closes {everywhere:.0f} points, in one type of weight at most {best[0]}, in one block at "
+        f"most {best[1]}; best printed: feed-forward types, upper layers"
+    )
+    return set_side_by_side(*map(sort_rows, (left, replace(right, caption=left.caption))), title=title)
 
 
 def draw_matrices(evidence: StudyEvidence) -> Drawable | None:
@@ -322,8 +329,8 @@ def draw_adalora_scores(evidence: StudyEvidence) -> Drawable | None:
     }
     numbers = printed("AdaLoRA", "Table 4", names, "0.08 %")
     title = (
-        "Against AdaLoRA's score, sensitivity closes {sensitivity}, the size of λ {size of λ}; without allocation it "
-        "is {no allocation}"
+        "Allocation by sensitivity closes {sensitivity} than by AdaLoRA's score, by the size of λ {size of λ}; without "
+        "allocation it is {no allocation}"
     )
     caption = (
         "Modules need ranks of 0, 1, 3 and 4. AdaLoRA's score is sensitivity (weight times gradient), smoothed, times "
@@ -359,30 +366,37 @@ def draw_adalora_parts(evidence: StudyEvidence) -> Drawable | None:
 def draw_blocks(evidence: StudyEvidence) -> Drawable | None:
     """Draw LISA's figure 7: number of blocks that train at a time."""
     truth = truth_names.ALL_BLOCKS
+    arms, full = numbered(f"LISA, {{}} of 8 blocks, {truth}", variants.BLOCKS), f"{FULL}, {truth}"
     chart = gaps_by_number(
         evidence,
-        {"LISA": numbered(f"LISA, {{}} of 8 blocks, {truth}", variants.BLOCKS)},
+        {"LISA": arms},
         "blocks that train at a time (γ), of 8",
         "LISA by number of blocks",
-        "All blocks change at rank 2. With γ = 0, only embedding, final norm and head train. The paper finds that γ = "
-        "8 of 32 equals full fine-tuning, and that γ = 16 exceeds it.",
+        "All blocks change at rank 2. With γ = 0, only embedding, final norm and head train. Right: all seeds that "
+        "both have. The paper finds that γ = 8 of 32 equals full fine-tuning, and that γ = 16 exceeds it.",
         # LoRA closes as much, so its line would cover this one.
-        {"full fine-tuning (γ = 8)": f"{FULL}, {truth}"},
+        {"full fine-tuning (γ = 8)": full},
         log=False,
     )
     if chart is None:
         return None
-    (full,) = chart.marks_of(Rule)
-    closed = chart.data["value"].max()
-    best = best_number(chart.data, "LISA")
-    title = f"LISA closes most with γ = {best}: {closed:.0f} points; full fine-tuning: {full.y:.0f}"
-    return replace(chart, title=title)
+    pairs = {}
+    for number, arm in arms.items():
+        pairs[number] = arm, full
+    paired = paired_gaps(evidence, pairs, ("LISA", "full fine-tuning"))
+    words, (fewest, *_, largest) = describe_differences(paired, "number"), sorted(arms)
+    title = (
+        f"LISA closes {words[largest]} than full fine-tuning with {largest} of 8 blocks at a time, {words[fewest]} "
+        f"with {fewest}"
+    )
+    return set_side_by_side(replace(chart, title="By blocks"), replace(paired, x=chart.x), title=title)
 
 
 def draw_sizes(evidence: StudyEvidence) -> Drawable | None:
     """Draw FourierFT's figure 1: FourierFT and LoRA by parameters."""
-    charts = []
-    for truth, title in zip(fourierft.SUFFICIENT, ("its coefficients suffice", "rank 2 suffices"), strict=True):
+    charts, pairs = [], {}
+    teachers = f"Teacher changes {_SHARED_SIZE} of FourierFT's coefficients", "Teacher changes modules at rank 2"
+    for truth, title in zip(fourierft.SUFFICIENT, teachers, strict=True):
         sparse = numbered(f"FourierFT, {{}} coefficients from zero, {truth}", variants.COEFFICIENTS)
         ranks = numbered(f"LoRA, rank {{}}, attention, {truth}", variants.COEFFICIENTS.values())
         # No rank is as small as the fewest coefficients.
@@ -391,15 +405,21 @@ def draw_sizes(evidence: StudyEvidence) -> Drawable | None:
             evidence,
             {"FourierFT": sparse, "LoRA": factored},
             "parameters per matrix",
-            f"Teacher: {title}",
-            "LoRA has ranks 1, 2, 4 and 8. Left: the teacher changes 192 coefficients at FourierFT's entries. The "
-            "paper finds that FourierFT reaches LoRA's score with a hundredth of its parameters.",
+            title,
+            f"LoRA has ranks 1, 2, 4 and 8. Left: the teacher's coefficients are at the {_SHARED_SIZE} entries that "
+            "FourierFT trains, which favors it. Title: difference, paired by all seeds that both have. The paper finds "
+            "that FourierFT reaches LoRA's score with a hundredth of its parameters.",
         )
         if chart is None:
             return None
         charts.append(chart)
-    above = [number_above(chart.data, "FourierFT", "LoRA") for chart in charts]
-    title = "FourierFT is above LoRA at {} sizes if its coefficients suffice, at {} if rank 2 does".format(*above)
+        pairs[title] = sparse[_SHARED_SIZE], factored[_SHARED_SIZE]
+    words = describe_differences(paired_gaps(evidence, pairs, ("FourierFT", "LoRA")), "number")
+    entries, rank = map(words.__getitem__, teachers)
+    title = (
+        f"At {_SHARED_SIZE} parameters per matrix, FourierFT closes {entries} than LoRA if the teacher changes its "
+        f"coefficients, {rank} if the teacher has rank 2"
+    )
     return set_side_by_side(*charts, title=title)
 
 
@@ -413,26 +433,33 @@ def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
     chart = gaps_by_number(
         evidence,
         series,
-        "further neurons, of 1,152",
+        f"further neurons (% of {_NEURONS:,})",
         "NeFT with further neurons",
-        f"NeFT trains the {variants.NEURONS} neurons (3%) that rotate most, and the next or those that rotate least. "
-        "The teacher changes 108.",
-        {"108 planted neurons": f"{neft.PLANTED_NEURONS}, {truth}", "108 random": f"{neft.RANDOM_NEURONS}, {truth}"},
+        f"NeFT trains the {variants.NEURONS} neurons (3%) that rotate most, and further ones: the next, or, reversed, "
+        "those that rotate least. The teacher changes 108 (9%).",
+        {"9%, the planted ones": f"{neft.PLANTED_NEURONS}, {truth}", "9%, random": f"{neft.RANDOM_NEURONS}, {truth}"},
         log=False,
     )
     if chart is None:
         return None
+    ticks, pairs = {0: "0"}, {}
+    for number, *arms in zip(variants.MORE_NEURONS, variants.NEXT[1:], variants.REVERSED, strict=True):
+        ticks[number] = f"{100 * number / _NEURONS:.0f}"
+        following, reverse = of_truth(truth, *arms).values()
+        pairs[number] = following, reverse
+    words = describe_differences(paired_gaps(evidence, pairs, ("next", "reversed")), "number")
     numbers = printed_by_fraction("Figure 3", r"x = (\d+)")
-    above = number_above(chart.data, "next", "reversed")
-    caption = (
-        f"{chart.caption} Right: printed, another model and task; there the next neurons are better at all fractions, "
-        f"here at {above}."
-    )
+    largest = numbers[numbers["x"] == numbers["x"].max()].set_index("recipe")["value"]
+    caption = f"{chart.caption} Right: printed scores of another model, on translation."
     x = Axis(label="further neurons (% of parameters)", ticks=ticks_at(numbers["x"]))
-    axes = x, Axis(label="COMET of a translation")
-    panel = printed_curves(numbers, axes, "NeFT, figure 3", caption, ["next", "reversed"])
-    title = f"The next neurons close more than those that rotate least at {above} numbers"
-    return set_side_by_side(replace(chart, caption=caption), panel, title=title)
+    axes = x, Axis(label="printed COMET")
+    panel = printed_curves(numbers, axes, "Printed, NeFT's figure 3", caption, ["next", "reversed"])
+    title = (
+        f"With {ticks[number]}% more neurons, the next close {words[number]} than those that rotate least (printed: "
+        f"{drawn_number(largest['next'] - largest['reversed'], '.1f')} COMET more)"
+    )
+    x = replace(chart.x, ticks=ticks)
+    return set_side_by_side(replace(chart, x=x, caption=caption), panel, title=title)
 
 
 def printed_curves(

@@ -219,27 +219,31 @@ def paired_gaps(evidence: StudyEvidence, pairs: Mapping[Any, tuple[str, str]], n
     return Chart(cells, [Rule(y=0), *dots(cells, "number")], title="Difference, paired by seed", y=Axis(label=label))
 
 
+def sort_rows(chart: Chart) -> Chart:
+    """Sort the rows of a chart of variants, the largest mean on top."""
+    means = chart.data.groupby("name", sort=False)["value"].mean()
+    return replace(chart, y=replace(chart.y, order=means.sort_values(ascending=False, kind="stable").index))
+
+
 def beside_differences(chart: Chart, evidence: StudyEvidence, arms: Mapping[str, str]) -> tuple[Chart, Chart]:
     """Sort a chart of variants, the largest gap on top, and draw the differences from its first arm by seed."""
-    base = chart.data["name"].iloc[0]
-    means = chart.data.groupby("name", sort=False)["value"].mean()
-    y = replace(chart.y, order=means.sort_values(ascending=False, kind="stable").index)
+    base, chart = chart.data["name"].iloc[0], sort_rows(chart)
     pairs = {name: (arm, arms[base]) for name, arm in arms.items() if name != base}
     cells = paired_cells(evidence, pairs).rename(columns={"number": "name"})
     marks, x = [Rule(x=0), *dots(cells, "value", "name")], Axis(label=f"minus {base} (points)")
     counts = " or ".join(map(str, sorted(set(cells["n"]))))
     caption = (
         f"{chart.caption} Center: difference from {base}, paired by seed, of all seeds that both have ({counts}); "
-        f"bars: {INTERVAL}. {SMALL}"
+        f"bars: {INTERVAL}; if it includes 0, no difference is seen. {SMALL}"
     )
-    chart = replace(chart, y=y, caption=caption)
-    return chart, Chart(cells, marks, title="Difference", x=x, y=y, caption=caption)
+    chart = replace(chart, caption=caption)
+    return chart, Chart(cells, marks, title="Difference", x=x, y=chart.y, caption=caption)
 
 
-def describe_differences(paired: Chart) -> dict[str, str]:
-    """Return the difference of every row, with its interval, by name: ``7.9 [6.5, 9.3] points less``."""
+def describe_differences(paired: Chart, key: str = "name") -> dict[Any, str]:
+    """Return the difference of every row, with its interval, by ``key``: ``7.9 [6.5, 9.3] points less``."""
     words = {}
-    for name, value, low, high in paired.data[["name", "value", "low", "high"]].itertuples(index=False):
+    for name, value, low, high in paired.data[[key, "value", "low", "high"]].itertuples(index=False):
         sign, word = 1, "more"
         if value < 0:
             sign, word = -1, "less"
@@ -302,10 +306,10 @@ def beside_printed(
     x = Axis(label=f"printed, minus {printed_base}")
     panel = replace(measured_chart, data=numbers, marks=marks, title=right, x=x)
     finding = title.format_map(describe_differences(paired) | {"best": best, "printed": of_paper})
-    return set_side_by_side(*(replace(part, y=y) for part in (measured_chart, paired, panel)), title=finding)
+    return set_side_by_side(*(replace(chart, y=y) for chart in (measured_chart, paired, panel)), title=finding)
 
 
-def write_missing(names: Iterable[str], drawn: pd.Series, values: pd.Series, word: str) -> list[Mark]:
+def write_missing(names: Iterable[str], drawn_names: pd.Series, values: pd.Series, word: str) -> list[Mark]:
     """Return the marks of a word in the rows that a panel lacks, in the middle of its values."""
     middle = (values.min() + values.max()) / 2
-    return [write_word(middle, name, word) for name in dict.fromkeys(names) if name not in set(drawn)]
+    return [write_word(middle, name, word) for name in dict.fromkeys(names) if name not in set(drawn_names)]

@@ -14,7 +14,7 @@ from scipy.stats import kendalltau, t
 
 from lorascope.analysis.planted_ranks import chance_agreement
 from lorascope.charts.chart import Drawable
-from lorascope.charts.marks import Band, Bar, Heat, Point, Rule, Text
+from lorascope.charts.marks import Bar, Heat, Line, Point, Rule, Text
 from lorascope.papers import (
     course_figures,
     direction_figures,
@@ -408,36 +408,52 @@ def last_means(evidence: StudyEvidence, table: str, arms: dict[str, str], rows: 
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
-def test_titles_of_losses_say_how_far_the_last_ones_are_apart(evidence: StudyEvidence) -> None:
-    by_blocks = {f"γ = {n}": f"LISA, {n} of 8 blocks, {names.ALL_BLOCKS}" for n in variants.BLOCKS}
-    by_blocks["γ = 8 (full)"] = f"full fine-tuning, {names.ALL_BLOCKS}"
-    by_steps = {str(n): f"LISA, 2 of 8 blocks, {n} steps, {names.ALL_BLOCKS}" for n in variants.INTERVALS}
-    by_steps["10"] = f"LISA, 2 of 8 blocks, {names.ALL_BLOCKS}"
-    of_blocks, of_steps = (last_means(evidence, "losses", arms, 10) for arms in (by_blocks, by_steps))
-    spreads = [max(losses.values()) - min(losses.values()) for losses in (of_blocks, of_steps)]
+def loss_words(evidence: StudyEvidence, table: str, arms: tuple[str, str], rows: int) -> str:
+    """Return the paired difference of the mean of the last rows of a loss, with its interval over three seeds."""
+    differences = []
+    for seed in SEEDS:
+        last = [evidence.table(table, arm, seed)["loss"].iloc[-rows:].mean() for arm in arms]
+        differences.append(last[0] - last[1])
+    mean, half = np.mean(differences), t.ppf(0.975, 2) * np.std(differences, ddof=1) / np.sqrt(3)
+    sign, word = (1, "above") if mean > 0 else (-1, "below")
+    low, high = sign * mean - half, sign * mean + half
+    return f"{sign * mean:.3f} [{low:.3f}, {high:.3f}] nats {word}".replace("-", "−")
+
+
+def test_title_of_lisas_losses_has_paired_differences(evidence: StudyEvidence) -> None:
+    sampled = f"LISA, 2 of 8 blocks, {names.ALL_BLOCKS}"
+    none, full = (
+        loss_words(evidence, "losses", (f"{arm}, {names.ALL_BLOCKS}", sampled), 10)
+        for arm in ("LISA, 0 of 8 blocks", "full fine-tuning")
+    )
+    by_steps = {"10": sampled}
+    for n in (5, 40, 400):
+        by_steps[str(n)] = f"LISA, 2 of 8 blocks, {n} steps, {names.ALL_BLOCKS}"
+    means = last_means(evidence, "losses", by_steps, 10)
+    largest = max(abs(loss - means["10"]) for loss in means.values())
     assert drawn("losses-lisa", evidence).title == (
-        "Last losses differ by {:.2f} nats over γ, by {:.2f} over K; lowest: {}".format(*spreads, next(iter(of_blocks)))
+        f"Against LISA with γ = 2 blocks, training loss ends {none} with γ = 0, {full} with all 8; steps between draws "
+        f"change it by up to {largest:.3f}"
     )
 
 
-@pytest.mark.parametrize(
-    ("figure", "truth", "arms"),
-    [
-        ("validation-lisa", names.ALL_BLOCKS,
-         {"full fine-tuning": "full fine-tuning, one teacher", "LoRA, rank 8": "LoRA, rank 8, one teacher",
-          "LISA, 2 of 8 blocks": "LISA, 2 of 8 blocks, one teacher"}),
-        ("validation-neft", FEW,
-         {"full fine-tuning": "full fine-tuning, evaluated", "NeFT, 108": "NeFT, 36 neurons and 72 more",
-          "LoRA, rank 3": "LoRA, rank 3, feed-forward"}),
-    ],
-)  # fmt: skip
-def test_titles_of_validation_losses_name_the_lowest(
-    figure: str, truth: str, arms: dict[str, str], evidence: StudyEvidence
-) -> None:
-    of_truth = {name: f"{arm}, {truth}" for name, arm in arms.items()}
-    (lowest, loss), *others = last_means(evidence, "validation", of_truth, 1).items()
-    above = [f"{name}: +{other - loss:.3f}" for name, other in others]
-    assert drawn(figure, evidence).title == f"Last validation loss: {lowest} is lowest; {'; '.join(above)} nats"
+def test_titles_of_validation_losses_have_paired_differences(evidence: StudyEvidence) -> None:
+    full, lora, sampled = (f"{arm}, one teacher, {names.ALL_BLOCKS}" for arm in
+                           ("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"))  # fmt: skip
+    of_lisa, of_lora = (loss_words(evidence, "validation", (arm, full), 1) for arm in (sampled, lora))
+    assert drawn("validation-lisa", evidence).title == (
+        f"LISA's validation loss ends {of_lisa} that of full fine-tuning, LoRA's {of_lora}"
+    )
+    labels = "NeFT, 36 neurons and 72 more", "full fine-tuning, evaluated", "LoRA, rank 3, feed-forward"
+    neft, full, lora = (f"{label}, {FEW}" for label in labels)
+    of_full, of_lora = (loss_words(evidence, "validation", (neft, arm), 1) for arm in (full, lora))
+    assert drawn("validation-neft", evidence).title == (
+        f"Validation loss of NeFT ends {of_full} full fine-tuning, and {of_lora} LoRA of equal size"
+    )
+    paired = drawn("validation-neft", evidence).panels[-1].data.set_index("name")
+    last = [evidence.table("validation", arm, 201)["loss"].iloc[-1] for arm in (neft, full)]
+    assert paired["n"].to_dict() == dict.fromkeys(paired.index, 3)
+    assert paired["low"].iloc[0] < last[0] - last[1] < paired["high"].iloc[0]
 
 
 def test_titles_of_directions_and_distances_have_the_planted_numbers(evidence: StudyEvidence) -> None:
@@ -451,7 +467,8 @@ def test_titles_of_directions_and_distances_have_the_planted_numbers(evidence: S
     )
     # 4 over 0.04 and over 0.01, since the start has decayed.
     assert drawn("penalties", evidence).title == (
-        "With the penalty, factors end 100 to 400 times closer to orthogonal ones"
+        "With the penalty, P and Q end 0.01 to 0.04 from orthogonal ones (printed: 0.001), 100 to 400 times closer "
+        "than without"
     )
 
 
@@ -571,6 +588,11 @@ def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvid
     is_reversed = strong.index.str.contains("reversed")
     largest = [strong[~is_reversed].max(), strong[is_reversed].max()]
     assert set(strong.index) == {"6%", "9%", "12%", "3% reversed", "6% reversed", "9% reversed"}
+    shift = chart.data.set_index(["recipe", "number"])["value"]
+    assert drawn("shift-by-neurons", evidence).title == (
+        f"With 9% reversed neurons, utilization ranks shift by {shift['reversed', 108]:.1f}%, with the next ones by "
+        f"{shift['next', 108]:.1f}% (printed: 11.3%, 7.4%)"
+    )
     title = "Up to {:.1f}% shift strongly with the next neurons, {:.1f}% with reversed ones (printed: {}%, {}%)"
     printed = pd.read_csv(DATA / "published" / "neft_figures.csv").query("table == 'Figure 5'")
     printed = printed[printed["metric"].str.startswith("strong")]
@@ -607,27 +629,29 @@ def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
 
 def test_losses_of_fourierft_have_a_title_and_the_truth_of_each_panel(evidence: StudyEvidence) -> None:
     chart = drawn("losses-fourierft", evidence)
-    first, second = (panel.title.split(": ")[-1].removesuffix(" is lower") for panel in chart.panels)
-    findings = f"{first} lower if 192 coefficients suffice, {second} if rank 2 does"
-    assert chart.title == f"Training loss at equal size: {findings}"
-    truths = "Truth: 192 coefficients suffice", "Truth: rank 2 suffices"
-    for panel, truth in zip(chart.panels, truths, strict=True):
-        of_arms = panel.data[panel.data["step"] == panel.data["step"].max()].sort_values("value")
-        assert panel.title == f"{truth}: {of_arms['recipe'].iloc[0]} is lower"
-        # Bars at the right are apart from the lines and from each other, with the same numbers.
-        bars = panel.marks_of(Point)[0].data.set_index("recipe")
-        assert bars["step"].is_unique
-        assert bars["step"].min() > panel.data["step"].max()
-        assert bars["value"].to_dict() == of_arms.set_index("recipe")["value"].to_dict()
+    sparse, factored = "FourierFT, 192 coefficients from zero", "LoRA, rank 2, attention"
+    entries, rank_2 = (
+        loss_words(evidence, "losses", (f"{sparse}, {truth}", f"{factored}, {truth}"), 10)
+        for truth in (names.OWN_ENTRIES, names.ATTENTION_RANK_2)
+    )
+    assert chart.title == (
+        f"At equal size, FourierFT's training loss ends {entries} LoRA's if the teacher changes its entries, {rank_2} "
+        "if the teacher has rank 2"
+    )
+    assert [panel.title for panel in chart.panels[:2]] == ["Teacher: FourierFT's entries", "Teacher: rank 2"]
 
 
 def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
-    left, _, right = drawn("losses-lisa", evidence).panels
+    left, center, _, right = drawn("losses-lisa", evidence).panels
     arm = f"LISA, 1 of 8 blocks, {names.ALL_BLOCKS}"
     first = np.mean([evidence.table("losses", arm, seed)["loss"].iloc[:10].mean() for seed in SEEDS])
     cells = left.data.set_index(["recipe", "step"])["value"]
     assert cells["γ = 1", 5.0] == pytest.approx(first)
     assert set(right.data["recipe"]) == {"seed 200", "seed 201", "seed 202"}
+    # Lines that coincide are gray, so that colors of the legend are those of the first panel.
+    for chart in (center, right):
+        (line,) = chart.marks_of(Line)
+        assert (line.stretch, line.color, line.muted) == ("recipe", None, True)
 
 
 def test_titles_of_planes_have_the_fractions_of_the_kept_table() -> None:
@@ -717,14 +741,13 @@ def test_printed_numbers_have_hollow_dots_and_separate_axes(evidence: StudyEvide
             )  # fmt: skip
 
 
-def test_losses_have_the_range_of_seeds_at_the_last_step_only(evidence: StudyEvidence) -> None:
-    left, _, right = drawn("losses-lisa", evidence).panels
-    assert not left.marks_of(Band)
-    (ends,) = left.marks_of(Point)
-    at_end = left.data[left.data["step"] == 395.0].set_index("recipe")[["value", "low", "high"]]
-    pd.testing.assert_frame_equal(left.table(ends).set_index("recipe")[["value", "low", "high"]], at_end)
-    assert (ends.low, ends.high) == ("low", "high")
-    assert not right.marks_of(Point)
+def test_last_losses_of_lisa_are_minus_that_of_two_blocks(evidence: StudyEvidence) -> None:
+    left, _, paired, _ = drawn("losses-lisa", evidence).panels
+    at_end = left.data[left.data["step"] == 395.0].set_index("recipe")["value"]
+    differences = paired.data.set_index("name")["value"]
+    assert list(paired.y.order) == ["γ = 0", "γ = 1", "γ = 4", "γ = 8 (full)", "K = 5", "K = 40", "K = 400"]
+    for name in ("γ = 0", "γ = 1", "γ = 4", "γ = 8 (full)"):
+        assert differences[name] == pytest.approx(at_end[name] - at_end["γ = 2"])
 
 
 def test_listed_figures_of_papers_exist() -> None:

@@ -240,20 +240,25 @@ def beside_differences(chart: Chart, evidence: StudyEvidence, arms: Mapping[str,
     return chart, Chart(cells, marks, title="Difference", x=x, y=chart.y, caption=caption)
 
 
-def describe_differences(paired: Chart, key: str = "name") -> dict[Any, str]:
-    """Return the difference of every row, with its interval, by ``key``: ``7.9 [6.5, 9.3] points less``."""
-    words = {}
+def describe_differences(
+    paired: Chart, key: str = "name", digits: str = ".1f", words: tuple[str, str] = ("points less", "points more")
+) -> dict[Any, str]:
+    """Return the difference of every row, with its interval, by ``key``: ``7.9 [6.5, 9.3] points less``.
+
+    ``words`` follow negative and positive differences, whose numbers have the format ``digits``.
+    """
+    described = {}
     for name, value, low, high in paired.data[[key, "value", "low", "high"]].itertuples(index=False):
-        sign, word = 1, "more"
+        sign, word = 1, words[1]
         if value < 0:
-            sign, word = -1, "less"
-        text = drawn_number(abs(value), ".1f")
+            sign, word = -1, words[0]
+        text = drawn_number(abs(value), digits)
         # Two seeds have no interval.
         if not np.isnan(low):
             lower, upper = sorted([sign * low, sign * high])
-            text += f" [{drawn_number(lower, '.1f')}, {drawn_number(upper, '.1f')}]"
-        words[name] = f"{text} points {word}"
-    return words
+            text += f" [{drawn_number(lower, digits)}, {drawn_number(upper, digits)}]"
+        described[name] = f"{text} {word}"
+    return described
 
 
 def beside_printed(

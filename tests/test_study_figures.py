@@ -403,7 +403,7 @@ def test_losses_are_compared_with_the_control_of_their_seed() -> None:
 def test_title_of_losses_counts_the_pairs_that_end_below_their_controls() -> None:
     registered, evidence = registered_study.read(DATA / "registered-2.toml"), kept_study.read(DATA / "evidence-2")
     claims = {id: registered.claims[id] for id in ("pair.lisa", "pair.fourierft", "pair.basis")}
-    lower = []
+    lower, means = [], {}
     for claim in claims.values():
         # The mean of the last ten steps: each run has 400.
         last, runs = {}, evidence.runs.query("role == 'judged'")
@@ -414,8 +414,21 @@ def test_title_of_losses_counts_the_pairs_that_end_below_their_controls() -> Non
         method, control = claim.for_arms
         test = ttest_1samp(last[method] / last[control] - 1, 0)
         lower.append(test.confidence_interval().high < 0)
-    title = pair_losses(replace(registered, claims=claims), evidence).title
-    assert title.endswith(f": lower at the end in {sum(lower)} of 3 pairs")
+        means[claim.id] = 100 * (last[method] / last[control] - 1).mean()
+    figure = pair_losses(replace(registered, claims=claims), evidence)
+    assert figure.title.endswith(
+        f": lower at the end in {sum(lower)} of 3 pairs, from −{-means['pair.basis']:.1f}% (FourierFT vs random basis) "
+        f"to +{means['pair.lisa']:.1f}% (LISA vs LoRA)"
+    )
+    # The smallest difference is first.
+    names = {
+        "pair.basis": "FourierFT vs random basis",
+        "pair.fourierft": "FourierFT vs LoRA",
+        "pair.lisa": "LISA vs LoRA",
+    }
+    assert sorted(means, key=means.__getitem__) == list(names)
+    for chart, name in zip(figure.panels, names.values(), strict=True):
+        assert chart.title.startswith(name)
     assert lower == [False, True, True]
 
 

@@ -459,9 +459,14 @@ def test_titles_of_validation_losses_have_paired_differences(evidence: StudyEvid
 def test_titles_of_directions_and_distances_have_the_planted_numbers(evidence: StudyEvidence) -> None:
     # φ(1, 1) is 1/384 + 0.2, in layer 5 + 0.3; the overlaps with W are 0.02 below and 0.03 above random ones.
     assert drawn("subspaces", evidence).title == (
-        "The first directions of ranks 8 and 64 overlap by 0.20 to 0.30, at random 0.003"
+        "The first input directions of LoRA of ranks 8 and 64 overlap by 0.20 to 0.30 (at random 0.003; paper: more "
+        "than 0.5)"
     )
-    assert drawn("weight-directions", evidence).title.endswith("minus random: −0.020 for rank 8, +0.030 for 64")
+    # φ(64, 1) is 64/384, minus and plus these.
+    assert drawn("weight-directions", evidence).title == (
+        "The first 64 of W's 384 input directions hold 15% of the update's first direction at rank 8, 20% at rank 64 "
+        "(at random 17%)"
+    )
     assert drawn("amplification-factor", evidence).title == (
         "The update amplifies its directions of W 4.0 times at rank 8, 2.4 at 64 (printed: 22 at rank 4, 1.9 at 64)"
     )
@@ -617,7 +622,8 @@ def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
     cell = q.data.set_index(["i", "j"])
     assert cell["phi"][2, 8] == pytest.approx(8 / 384 + 0.05)
     assert cell["excess"][2, 8] == pytest.approx(0.05)
-    assert q.marks[0].scale == "diverging"
+    assert q.marks[0].limits == (0.0, None)
+    assert q.title == "Ranks 8 and 64: q, layer 2"
     factors, printed, norms, _ = drawn("amplification-factor", evidence).panels
     assert factors.data.groupby("rank")["factor"].unique().to_dict() == {"rank 64": [2.4], "rank 8": [4.0]}
     # The paper prints the norms, and 21.5 for the first ratio.
@@ -658,29 +664,34 @@ def test_titles_of_planes_have_the_fractions_of_the_kept_table() -> None:
     title = drawn("thirds", kept_study.read(DATA / "evidence-2")).title
     table = pd.read_parquet(DATA / "evidence-2" / "nearest.parquet").query("view == 'module' and factor == 'B'")
     same = 100 * (table["task"] == table["other_task"]).groupby(table["set"]).mean()
-    assert f" {same['domains, shared start']:.0f}% are of the same domain" in title
-    assert f" {same['thirds, shared start']:.0f}% of the same random third" in title
+    assert f"same domain in {same['domains, shared start']:.0f}%, " in title
+    assert f"same random third in {same['thirds, shared start']:.0f}% " in title
     chart = drawn("sub-modules", kept_study.read(DATA / "evidence-2"))
     few = "|".join([r"layer\.0\..*query", r"layer\.1\..*value", r"layer\.3\..*query", r"layer\.5\..*value"])
     table = pd.read_parquet(DATA / "evidence-2" / "nearest.parquet").query("view == 'raw' and factor == 'A'")
     table = table[table["module"].str.contains(few)]
     same = 100 * (table["module"] == table["other_module"]).groupby(table["set"]).mean()
     shared, separate = same["domains, shared start"], same["domains, separate starts"]
-    assert chart.title.endswith(f"in {shared:.0f}% with a shared start, else {separate:.0f}%")
+    assert f"in {shared:.0f}% with a shared start, in {separate:.0f}% with separate ones (chance 8%)" in chart.title
     figure = chart.mpl(width="page")
     assert not [line for line in figure_faults(figure) if "overlap" in line]
 
 
 def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots(evidence: StudyEvidence) -> None:
     thirds = drawn("thirds", evidence)
-    assert [chart.title for chart in thirds.panels] == [
-        f"{factor}, {name}\nsame {name[:-1]}: {own}%\n(chance 20%)"
-        for factor, own in (("A", 67), ("B", 33))
-        for name in ("domains", "thirds")
-    ]
-    assert thirds.title == "Nearest B of a module: 33% are of the same domain, 33% of the same random third"
+    by_domain, by_third, same = thirds.panels
+    assert [chart.title for chart in (by_domain, by_third)] == ["B, domains", "B, thirds"]
+    assert set(by_domain.data["task"]) == set(hydralora_factors.DOMAINS)
+    cells = same.data.set_index("row")
+    # The made-up table is the same for all seeds.
+    assert cells[["low", "high"]].to_numpy() == pytest.approx(np.repeat(cells[["value"]].to_numpy(), 2, axis=1))
+    assert cells["value"].round().to_dict() == {"A, domains": 67, "A, thirds": 67, "B, domains": 33, "B, thirds": 33}
+    assert list(same.y.order) == list(cells.index)
+    (chance,) = same.marks_of(Rule)
+    assert chance.x == 20
+    assert thirds.title == "Nearest B of a module: same domain in 33%, same random third in 33% (chance 20%)"
     assert "A 67% and 67%, B 0% and 0% (chance 8%)" in thirds.panels[0].caption
-    assert "first of 3 seeds" in thirds.panels[0].caption
+    assert "3 seeds" in thirds.panels[0].caption
     panels = drawn("sub-modules", evidence).panels
     assert [chart.title for chart in panels] == [
         f"{factor}, {start}\nsame module: {shared}%\n(chance 8%)"
@@ -688,8 +699,10 @@ def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots
         for start in ("shared start", "separate starts")
     ]
     assert drawn("sub-modules", evidence).title == (
-        "Nearest A of another text: same module in 67% with a shared start, else 67%"
+        "The nearest A of another domain is of the same module in 67% with a shared start, in 67% with separate ones "
+        "(chance 8%)"
     )
+    assert "over all modules 67%, 67%, 0%, 0%." in panels[0].caption
     for chart in panels:
         assert chart.square
         assert set(chart.data["series"]) == {"q0", "v1", "q3", "v5"}

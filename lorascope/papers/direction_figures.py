@@ -15,7 +15,7 @@ from lorascope.analysis.planted_ranks import chance_agreement, teacher_agreement
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.geometry import drawn_number
-from lorascope.charts.marks import Axis, Heat, Line, Point, Text
+from lorascope.charts.marks import Axis, Heat, Line, Point, Rule, Text
 from lorascope.papers import adapprox, hydralora_factors, variants
 from lorascope.papers.course_figures import in_row
 from lorascope.papers.figures.variant_gaps import common_seeds, published
@@ -27,6 +27,7 @@ from lorascope.schema import module_table
 
 WIDTH = 384
 """Number of inputs of the text model's queries and values."""
+_TOP = 64  # directions of W in a title
 _LABEL_LIMIT = 0.55  # of the planes, whose dots are within 0.5
 _NEXT_TO = ((0.0, 0.08), (0.0, -0.08), (0.09, 0.0), (-0.09, 0.0))
 FEW_MODULES = ("q0", "v1", "q3", "v5")
@@ -61,9 +62,9 @@ def similarity_heat(cells: pd.DataFrame, title: str, caption: str, y: str, x: st
         # Few enough ticks to be read.
         axes[letter] = Axis(label=label, order=order, ticks={n: str(n) for n in order if n == 1 or n % 8 == 0})
     cells = cells.assign(excess=cells["phi"] - at_random(cells))
-    return Chart(
-        cells, [Heat("j", "i", "excess", "φ − random", scale="diverging")], title=title, caption=caption, **axes
-    )
+    # No overlap is far below that of random directions.
+    heat = Heat("j", "i", "excess", "φ − random", limits=(0.0, None))
+    return Chart(cells, [heat], title=title, caption=caption, **axes)
 
 
 def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
@@ -78,27 +79,30 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
     first = ranks.query("i == 1 and j == 1")["phi"]
     seeds = len(evidence.seeds(variants.OTHER_HIGH))
     caption = (
-        f"φ(i, j): overlap of the first i directions of one A with the first j of another one, mean of {seeds} pairs "
-        "of runs that share neither seed nor initial A, minus that of random directions; MiniLM, sentiment. φ(1, 1) "
-        f"of both ranks is {first.min():.2f} to {first.max():.2f} in layers 0, 2 and 5; at random {1 / WIDTH:.3f}. "
-        "The paper has φ(1, 1) > 0.5."
+        "LoRA of MiniLM on sentiment. φ(i, j): overlap of the first i right singular vectors of one A with the first j "
+        f"of another one (0: orthogonal, 1: the same), mean of {seeds} pairs of runs that share neither seed nor "
+        "initial A, minus that of random directions. Title: φ(1, 1) of q and v in layers 0, 2 and 5."
     )
     rows = []
-    for cells, label in ((ranks[ranks["layer"] == 2], "r = 8, i"), (starts, "r = 64, i")):
+    other = "rank 64, first j"
+    for cells, pair, label in (
+        (ranks[ranks["layer"] == 2], "Ranks 8 and 64", "rank 8, first i"),
+        (starts, "Two runs of rank 64", "rank 64, first i"),
+    ):
         row = []
         for name, of_panel in cells.groupby("role"):
-            row.append(similarity_heat(of_panel, f"{name}, layer 2", caption, label, "r = 64, j"))
+            row.append(similarity_heat(of_panel, f"{pair}: {name}, layer 2", caption, label, other))
         rows.append(tuple(row))
     # Between these rows, the upper left corner of the first one, in other layers as well.
     for role, near in ranks[ranks["j"] <= 8].groupby("role"):
         row = []
         for layer, cells in near.groupby("layer"):
-            title = f"{role}, layer {layer}"
-            row.append(similarity_heat(cells, title, caption, "r = 8, i", "r = 64, j ≤ 8"))
+            title = f"First 8: {role}, layer {layer}"
+            row.append(similarity_heat(cells, title, caption, "rank 8, first i", "rank 64, first j ≤ 8"))
         rows.insert(-1, tuple(row))
     title = (
-        f"The first directions of ranks 8 and 64 overlap by {first.min():.2f} to {first.max():.2f}, at random "
-        f"{1 / WIDTH:.3f}"
+        f"The first input directions of LoRA of ranks 8 and 64 overlap by {first.min():.2f} to {first.max():.2f} (at "
+        f"random {1 / WIDTH:.3f}; paper: more than 0.5)"
     )
     return Panels(tuple(rows), title=title)
 
@@ -111,19 +115,24 @@ def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
     means = {}
     for name, table in tables.items():
         means[name] = table.astype({"phi": "float64"}).groupby(["i", "j"])["phi"].mean().reset_index()
-    cells = pd.concat(means)
-    excess = (cells["phi"] - at_random(cells)).groupby(level=0).mean()
+    shares = {}
+    for name, cells in means.items():
+        of_first = cells[cells["j"] == 1]
+        shares[name] = of_first.set_index("i")["phi"][_TOP]
+    counts = {len(evidence.seeds(arm)) for arm in (variants.LOW, variants.HIGH)}
     caption = (
-        f"Overlap of the first i input directions of W of q, of {WIDTH}, with the first j of its update, layer 2 of "
-        "MiniLM, sentiment, mean over seeds. Title: mean over i and j. The paper finds that the update avoids the "
-        "top directions of W."
+        f"LoRA of MiniLM on sentiment, q of layer 2, mean of {' or '.join(map(str, sorted(counts)))} seeds. φ(i, j): "
+        f"overlap of the first i of {WIDTH} right singular vectors of W with the first j of the update, minus that of "
+        "random directions. The paper finds that the update avoids the top directions of W."
     )
     charts = []
     for name, of_panel in means.items():
-        charts.append(similarity_heat(of_panel, name, caption, "W, i", "update, j"))
+        charts.append(
+            similarity_heat(of_panel, f"LoRA of {name}", caption, "first i directions of W", "first j of the update")
+        )
     title = (
-        "Overlap of the update with directions of W, minus random: "
-        f"{drawn_number(excess['rank 8'], '+.3f')} for rank 8, {drawn_number(excess['rank 64'], '+.3f')} for 64"
+        f"The first {_TOP} of W's {WIDTH} input directions hold {shares['rank 8']:.0%} of the update's first direction "
+        f"at rank 8, {shares['rank 64']:.0%} at rank 64 (at random {_TOP / WIDTH:.0%})"
     )
     return set_side_by_side(*charts, title=title)
 
@@ -375,33 +384,47 @@ def draw_thirds(evidence: StudyEvidence) -> Drawable | None:
               "thirds": read_factors(evidence, hydralora_factors.TEXT_THIRDS)}  # fmt: skip
     if tables["domains"].empty or tables["thirds"].empty:
         return None
-    groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS)
-    charts, fractions, shared = [], {}, []
+    groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS, hydralora_factors.MEAN)
+    rows, fractions, shared = [], {}, []
     for factor, (name, table) in product("AB", tables.items()):
-        fractions[factor, name] = same_task_fraction(table, factor)
+        row = f"{factor}, {name}"
+        for _, of_seed in table.groupby("seed"):
+            rows.append((row, hydralora_factors.MEAN, same_task_fraction(of_seed, factor)))
+        fractions[row] = same_task_fraction(table, factor)
         shared.append(hydralora_factors.shared_fraction(table, factor, "raw"))
-        same = f"same {name.removesuffix('s')}: {fractions[factor, name]:.0f}%"
-        title = f"{factor}, {name}\n{same}\n(chance {hydralora_factors.CHANCE.value:.0f}%)"
-        charts.append(hydralora_factors.factor_plane(table[table["factor"] == factor], title, groups))
+    by_seed = pd.DataFrame(rows, columns=["row", "series", "value"])
+    cells = by_seed.groupby(["row", "series"])["value"].agg(value="mean", low="min", high="max").reset_index()
+    chance = hydralora_factors.CHANCE.value
+    same = Chart(
+        cells,
+        [Rule(x=chance, label="chance"), Point("value", "row", "series", low="low", high="high")],
+        title="Nearest factor",
+        x=Axis(label="same domain or third (%)", limits=(0, 100)),
+        y=Axis(order=fractions),
+        colors=groups,
+    )
+    charts = []
+    for name, table in tables.items():
+        charts.append(hydralora_factors.factor_plane(table[table["factor"] == "B"], f"B, {name}", groups))
     seeds, modules = tables["domains"]["seed"].nunique(), tables["domains"]["module"].nunique()
     caption = (
-        "A's and B's of all modules of LoRAs on three domains, and on three random thirds of all text, two orders of "
-        "the data each, with a shared initial A. A dot per run and module, placed by t-SNE; lines join a module's dots "
-        f"with their mean. Dots: first of {seeds} seeds; percentages: mean over seeds. Titles: factors whose nearest "
-        "factor of the same module is of the same domain or third. Nearest factor of another text is of the same "
-        "module: A {:.0f}% and {:.0f}%, B {:.0f}% and {:.0f}% ".format(*shared)
+        "LoRAs of MiniLM for sentiment, with a shared initial A: on three domains of text, and on three random thirds "
+        "of all text, two orders of the data each. Left: the B of one module in one run, placed by t-SNE, first seed; "
+        "lines join a module's dots with their mean. Right: factors whose nearest factor of the same module is of the "
+        f"same domain or third, {seeds} seeds; chance: one of the five other runs. Nearest factor of another text is "
+        "of the same module: A {:.0f}% and {:.0f}%, B {:.0f}% and {:.0f}% ".format(*shared)
         + f"(chance {100 / modules:.0f}%)."
     )
     title = (
-        f"Nearest B of a module: {fractions['B', 'domains']:.0f}% are of the same domain, "
-        f"{fractions['B', 'thirds']:.0f}% of the same random third"
+        f"Nearest B of a module: same domain in {fractions['B, domains']:.0f}%, same random third in "
+        f"{fractions['B, thirds']:.0f}% (chance {chance:.0f}%)"
     )
-    return in_row(replace(charts[0], caption=caption), *charts[1:], title=title)
+    return in_row(replace(charts[0], caption=caption), charts[1], same, title=title)
 
 
 def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's figure 10: the A's and B's of four modules of LoRAs on several texts."""
-    charts, fractions = [], {}
+    charts, fractions, of_all = [], {}, []
     sets = {"shared start": hydralora_factors.TEXT_SHARED, "separate starts": hydralora_factors.TEXT}
     for factor, (start, name) in product("AB", sets.items()):
         rows = read_factors(evidence, name)
@@ -409,20 +432,22 @@ def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
             return None
         cells = rows[(rows["factor"] == factor) & rows["label"].isin(FEW_MODULES)]
         fractions[factor, start] = hydralora_factors.shared_fraction(cells, factor, "raw")
+        of_all.append(f"{hydralora_factors.shared_fraction(rows, factor, 'raw'):.0f}%")
         chance = 100 / rows["module"].nunique()  # all modules have one shape
         title = f"{factor}, {start}\nsame module: {fractions[factor, start]:.0f}%\n(chance {chance:.0f}%)"
-        chart = hydralora_factors.factor_plane(
-            cells, title, FEW_MODULES, "label", shape="task", label="color: module, as labeled"
-        )
+        chart = hydralora_factors.factor_plane(cells, title, FEW_MODULES, "label", shape="task")
         charts.append(replace(chart, marks=[*chart.marks, place_labels(chart.data)]))
     caption = (
-        "A's and B's of four modules (role and layer) of LoRAs on three texts, two orders each. A dot per run, placed "
-        "by t-SNE; lines join a module's dots with their mean. Titles: factors whose nearest factor of another text, "
-        f"among all modules, is from the same module. Dots: first of {rows['seed'].nunique()} seeds; percentages: mean "
-        "over seeds."
+        "A's and B's of four modules (role and layer) of LoRAs of MiniLM for sentiment on three domains, two orders of "
+        "the data each. A dot per run, placed by t-SNE; lines join a module's dots with their mean. Titles: factors "
+        "whose nearest factor of another domain, among all modules, is from the same module. Dots: first of "
+        f"{rows['seed'].nunique()} seeds; percentages: mean over seeds, over all modules {', '.join(of_all)}."
     )
     shared, separate = (fractions["A", start] for start in sets)
-    title = f"Nearest A of another text: same module in {shared:.0f}% with a shared start, else {separate:.0f}%"
+    title = (
+        f"The nearest A of another domain is of the same module in {shared:.0f}% with a shared start, in "
+        f"{separate:.0f}% with separate ones (chance {chance:.0f}%)"
+    )
     return in_row(replace(charts[0], caption=caption), *charts[1:], title=title)
 
 

@@ -35,8 +35,8 @@ _OF_ROUNDS = "pair.alora"
 _CAPTION = (
     f"Training loss on planted teachers, of the judged runs of every pair, mean of {WINDOW} steps, minus that of the "
     f"control of the same seed, in percent of the latter. Lines: means over the seeds in the titles; bands: "
-    f"{INTERVAL}, often narrower than a line. Titles: difference at the end where the truth favors the method; lower: an interval "
-    "below 0. Panels are sorted by it; their scales differ."
+    f"{INTERVAL}, often narrower than a line. Titles: difference at the end where the truth favors the method; lower: "
+    "an interval below 0. Panels are sorted by it; their scales differ."
 )
 _REPEATS = "Jumps near steps 190 and 380, and for ALoRA near 170 and 340, are where texts repeat."
 """ALoRA trains on nine tenths of the 3,000 texts, in batches of 16 like all students."""

@@ -110,7 +110,7 @@ def test_forest_shows_the_numbers_of_the_results() -> None:
     assert truth.y.ticks == {
         "pair.lora": "LoRA vs full fine-tuning, update of rank 2", "pair.lora, other": "update of rank 24",
         "pair.adalora": "AdaLoRA vs LoRA, uneven ranks", "pair.adalora, other": "update of rank 2",
-        "pair.basis": "FourierFT vs random basis, its entries", "pair.basis, other": "other entries",
+        "pair.basis": "FourierFT vs random basis, FourierFT's entries", "pair.basis, other": "other entries",
     }  # fmt: skip
     assert truth.title == f"{forest_plot.TRUTH} (16 seeds)"
     # This edition replaces the estimate of the first one, and a cost has its bound below 0.

@@ -256,8 +256,17 @@ def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: 
     assert paired.data.set_index("number")["value"].to_dict() == pytest.approx(
         dict(zip((1, 2, 4, 8), gaps, strict=True))
     )
-    differences = ", ".join(f"{gap:+.1f}".replace("-", "−") for gap in gaps)
-    assert drawn("budgets-alora", evidence).title == f"ALoRA minus LoRA from budget 1 to 8: {differences} points"
+    words = []
+    for row in paired.data.itertuples():
+        low, high = sorted((np.sign(row.value) * row.low, np.sign(row.value) * row.high))
+        words.append(
+            f"{abs(row.value):.1f} [{low:.1f}, {high:.1f}] points {'more' if row.value > 0 else 'less'}".replace(
+                "-", "−"
+            )
+        )
+    assert drawn("budgets-alora", evidence).title == (
+        "ALoRA closes {} than LoRA at budget 1, {} at 2, {} at 4, {} at 8".format(*words)
+    )
     cells = chart.data.set_index(["recipe", "number"])["value"]
     assert cells["ALoRA", 2] == pytest.approx(closed(f"ALoRA, rank 2, {UNEVEN}", 201))
     assert cells["LoRA", 8] == pytest.approx(closed(f"LoRA, rank 8, {UNEVEN}", 201))
@@ -270,8 +279,10 @@ def test_heterogeneity_prints_full_fine_tuning_minus_lora(evidence: StudyEvidenc
     truths = (names.ONE_UPDATE, names.SHARED_A, names.UNRELATED)
     gaps = [closed(f"full fine-tuning, {truth}", 201) - closed(f"LoRA, rank 12, {truth}", 201) for truth in truths]
     assert figure.panels[1].data["value"].tolist() == pytest.approx(gaps)
-    differences = ", ".join(f"{gap:.1f}".replace("-", "−") for gap in gaps)
-    assert figure.title == f"Full fine-tuning closes {differences} points more than LoRA as the tasks differ more"
+    words = [difference_words(f"full fine-tuning, {truth}", f"LoRA, rank 12, {truth}") for truth in truths]
+    assert figure.title == (
+        "Full fine-tuning closes {} than LoRA with one update for all tasks, {} if tasks share A, {} if unrelated"
+    ).format(*words)
 
 
 def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
@@ -325,11 +336,18 @@ def test_titles_say_what_the_runs_show(evidence: StudyEvidence) -> None:
         f"With 9% more neurons, the next close {difference_words(following, least)} than those that rotate least "
         "(printed: 1.3 COMET more)"
     )
-    best_numbers = []
+    of_truths = []
     for truth in (names.SHARED_A, names.ONE_UPDATE):
-        by_number = {n: gap(f"{variants.experts_of_rank_4(n)}, {truth}") for n in variants.EXPERTS}
-        best_numbers.append(f"{max(by_number, key=by_number.__getitem__)} ({truth})")
-    assert drawn("experts", evidence).title == f"Best number of experts: {', '.join(best_numbers)}"
+        arms = [f"{variants.experts_of_rank_4(n)}, {truth}" for n in (8, 1)]
+        of_truths.append(difference_words(*arms))
+    assert drawn("experts", evidence).title == (
+        "8 experts of rank 4 close {} than 1 if tasks share A, {} with one update for all tasks".format(*of_truths)
+    )
+    more = drawn("experts", evidence).panels[1].data.set_index(["recipe", "number"])["value"]
+    assert more[names.ONE_UPDATE, 4] == pytest.approx(
+        gap(f"{variants.experts_of_rank_4(4)}, {names.ONE_UPDATE}")
+        - gap(f"{variants.experts_of_rank_4(1)}, {names.ONE_UPDATE}")
+    )
     blocks = [gap(f"LoRA, block {n} only, {names.RANK_2}") for n in range(4)]
     assert (
         f"in one block at most {max(blocks):.0f} (block {np.argmax(blocks)}); " in drawn("placements", evidence).title
@@ -488,7 +506,7 @@ def test_titles_of_moments_and_factors_have_the_planted_numbers(evidence: StudyE
         runs.loc[runs["arm"] == variants.guided(truth), "loss"] *= ratio
     # Ranks end at 0.1 + 1 + 1 of feed-forward and at 0.1 + 1 + 3 of q.
     assert drawn("factor-course", StudyEvidence(runs, evidence.tables)).title == (
-        "Adapprox needs rank 2 to 4 after 100 steps; with guidance, losses are 0.50 to 1.25 times those without"
+        "Adapprox needs rank 2 to 4 after 100 steps; guidance multiplies losses by 0.50 to 1.25"
     )
 
 

@@ -20,11 +20,13 @@ from lorascope.papers.figures.variant_gaps import (
     common_seeds,
     describe_differences,
     numbered,
+    printed_by_fraction,
+    printed_curves,
     published,
 )
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
-from lorascope.papers.variant_figures import VariantFigure, of_truth, printed_by_fraction, printed_curves
+from lorascope.papers.variant_figures import VariantFigure, of_truth
 from lorascope.plots.builders import curves, dots, ticks_at
 from lorascope.plots.run_groups import INTERVAL
 

@@ -247,26 +247,34 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
         return None
     means = table.groupby(["quantity", "layer", "index"], dropna=False)["value"].mean().reset_index()
     caption = (
-        "Second moments of AdamW after 100 steps of MiniLM on sentiment, mean over matrices and seeds. Shuffled: "
-        "other entries with the same row and column sums. S-RSI covers the line of the best rank k. Any matrix of "
-        "positive entries has one large singular value. Times are from the machine that trained the runs."
+        "Second moments of AdamW after 100 steps of MiniLM on sentiment, mean over matrices and "
+        f"{len(evidence.seeds(variants.MOMENTS))} seeds; gray: a line per layer. Shuffled: other entries with the same "
+        "row and column sums. S-RSI, Adapprox's randomized factorization, covers the line of the best rank k (SVD). "
+        "Any matrix of positive entries has one large singular value. Times are from the machine that trained the runs."
     )
     sigma = means[means["quantity"].isin(["moment_sigma", "moment_sigma_dealt"])].dropna(subset="layer")
     layer = "layer " + sigma["layer"].astype(int).astype(str)
     sigma = sigma.assign(name=layer.where(sigma["quantity"] == "moment_sigma", "shuffled"))
+    sigma = sigma.groupby(["name", "index"])["value"].mean().reset_index()
+    # The legend has no room for the layers, whose colors would be those of other panels.
+    of_layers, shuffled = sigma[sigma["name"] != "shuffled"], sigma[sigma["name"] == "shuffled"]
     spectra = Chart(
-        sigma.groupby(["name", "index"])["value"].mean().reset_index(),
-        [Line("index", "value", "name")],
+        sigma,
+        [
+            Line("index", "value", stretch="name", muted=True, data=of_layers),
+            Line("index", "value", "name", data=shuffled),
+        ],
         title="Singular values",
         x=Axis(label="component", log=True),
         y=Axis(label="singular value / largest", log=True),
         caption=caption,
+        colors=dict.fromkeys([*_ERRORS.values(), _RANK_ONE, *_TIMES.values(), "shuffled"]),
     )
     errors = _by_rank(means, _ERRORS)
     # Adafactor has no rank, so its error is drawn at both ends.
     rank_one = means.loc[means["quantity"] == "moment_error_rank_one", "value"].mean()
     ends = pd.DataFrame({"index": [errors["index"].min(), errors["index"].max()], "value": rank_one})
-    errors = pd.concat([errors, ends.assign(recipe="row-column product (Adafactor)")])
+    errors = pd.concat([errors, ends.assign(recipe=_RANK_ONE)])
     at_rank = errors[errors["index"] == _TITLED_RANK].set_index("recipe")["value"]
     title = (
         f"AdamW's second moments: rank {_TITLED_RANK} has an error of {at_rank[_ERRORS['moment_error']]:.0%} "
@@ -280,7 +288,7 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
     )
 
 
-_TITLED_RANK = 8
+_TITLED_RANK, _RANK_ONE = 8, "row-column product (Adafactor)"
 _ERRORS = {
     "moment_error": "best rank k",
     "moment_error_s_rsi": "S-RSI",
@@ -317,10 +325,10 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     if table.empty or not seeds:
         return None
     caption = (
-        "Left, center: 100 steps of MiniLM on sentiment, mean over matrices and seeds; product of row and "
-        "column sums as in Adafactor. Right: quadratics whose second moments have rank 4 or no structure, at one rate, "
-        "a dot per seed; guided: the average step is divided by one minus its cosine with the last one. The paper "
-        "prints no values."
+        "Left, center: 100 steps of MiniLM on sentiment, mean over matrices and "
+        f"{len(evidence.seeds(variants.FACTORED))} seeds; product of row and column sums as in Adafactor. Right: "
+        "quadratics whose second moments have rank 4 or no structure, at one rate, a dot per seed; guided: the average "
+        "step is divided by one minus its cosine with the last one. The paper prints no values."
     )
     by_step = table.groupby(["quantity", "role", "step"])["value"].mean().reset_index().assign(low=np.nan, high=np.nan)
     # Matrices of one group have one shape, and so one largest rank.
@@ -358,8 +366,8 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     by_arm = losses.groupby("name", sort=False)["value"].mean()
     ratios = by_arm[[f"{name}, guided" for name in by_arm.index[::2]]].to_numpy() / by_arm.iloc[::2].to_numpy()
     title = (
-        f"Adapprox needs rank {at_end.min():.0f} to {at_end.max():.0f} after 100 steps; with guidance, losses are "
-        f"{ratios.min():.2f} to {ratios.max():.2f} times those without"
+        f"Adapprox needs rank {at_end.min():.0f} to {at_end.max():.0f} after 100 steps; guidance multiplies losses by "
+        f"{ratios.min():.2f} to {ratios.max():.2f}"
     )
     return in_row(left, center, Chart(losses, [Point("value", "name")], title="Guidance", **axes), title=title)
 

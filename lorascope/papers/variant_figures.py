@@ -6,16 +6,15 @@ Numbers that a paper prints are in a separate panel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.geometry import drawn_number
-from lorascope.charts.marks import Axis, Line, Point
+from lorascope.charts.marks import Axis, Line, Point, Rule
 from lorascope.papers import adalora, alora, autolora, fourierft, hydralora, neft, variants
 from lorascope.papers.figures.study_marks import GAP
 from lorascope.papers.figures.variant_gaps import (
@@ -23,7 +22,6 @@ from lorascope.papers.figures.variant_gaps import (
     GROUND,
     beside_differences,
     beside_printed,
-    best_number,
     common_seeds,
     describe_differences,
     gaps_by_number,
@@ -32,7 +30,8 @@ from lorascope.papers.figures.variant_gaps import (
     numbered,
     paired_gaps,
     printed,
-    published,
+    printed_by_fraction,
+    printed_curves,
     sort_rows,
     variant_gap_table,
     write_missing,
@@ -40,7 +39,7 @@ from lorascope.papers.figures.variant_gaps import (
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.rank_tables import ORACLE, UNIFORM_STUDENT
-from lorascope.plots.builders import curves, ticks_at
+from lorascope.plots.builders import dots, ticks_at
 from lorascope.plots.run_groups import INTERVAL
 
 UNEVEN, EVEN = truth_names.UNEVEN, truth_names.RANK_2
@@ -82,12 +81,12 @@ def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
     paired = paired_gaps(
         evidence, {n: (arm, series["LoRA"][n]) for n, arm in series["ALoRA"].items()}, ("ALoRA", "LoRA")
     )
-    differences = ", ".join(drawn_number(value, "+.1f") for value in paired.data["value"])
+    first, *further = describe_differences(paired, "number").items()
+    at_larger = ", ".join(f"{words} at {number}" for number, words in further)
     return set_side_by_side(
         replace(chart, title="By budget", caption=f"{chart.caption}; here its mean is at {above}."),
         replace(paired, x=chart.x),
-        title=f"ALoRA minus LoRA from budget {chart.data['number'].min()} to {chart.data['number'].max()}: "
-        f"{differences} points",
+        title=f"ALoRA closes {first[1]} than LoRA at budget {first[0]}, {at_larger}",
     )
 
 
@@ -127,7 +126,7 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
     means = table.groupby(["updates", "name"], sort=False)["value"].mean().reset_index()
     pairs = {updates: (f"{FULL}, {truth}", f"{hydralora.EQUAL}, {truth}") for updates, truth in truths.items()}
     paired = paired_gaps(evidence, pairs, ("full fine-tuning", "LoRA"))
-    differences = ", ".join(drawn_number(difference, ".1f") for difference in paired.data["value"])
+    words = describe_differences(paired, "number")
     x = Axis(label="updates of the tasks", order=truths)
     chart = Chart(
         table,
@@ -140,7 +139,10 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
         "increases to the right.",
         colors=names,
     )
-    title = f"Full fine-tuning closes {differences} points more than LoRA as the tasks differ more"
+    title = (
+        f"Full fine-tuning closes {words['one update']} than LoRA with one update for all tasks, {words['shared A']} "
+        f"if tasks share A, {words['unrelated']} if unrelated"
+    )
     return set_side_by_side(chart, replace(paired, x=x), title=title)
 
 
@@ -177,14 +179,27 @@ def draw_experts(evidence: StudyEvidence) -> Drawable | None:
         series,
         "number of experts of rank 4",
         "HydraLoRA by number of experts",
-        "Four tasks: with different updates that share A, or with one update, where experts help only by their "
-        "parameters. The paper finds 4 experts best, and 3 lower by 0.42%.",
+        "Four tasks, with different updates that share A, or with one update, where experts help only by their "
+        "parameters. Right: paired by seed. The paper finds 4 experts best, and 3 lower by 0.42%.",
         {f"LoRA of rank 12, {SHARED_A}": f"{hydralora.EQUAL}, {SHARED_A}"},
     )
     if chart is None:
         return None
-    best = ", ".join(f"{best_number(chart.data, truth)} ({truth})" for truth in series)
-    return replace(chart, title=f"Best number of experts: {best}")
+    words, tables = {}, []
+    for truth, (first, *further) in zip(series, map(dict.values, series.values()), strict=True):
+        pairs = {number: (arm, first) for number, arm in zip(variants.EXPERTS[1:], further, strict=True)}
+        paired = paired_gaps(evidence, pairs, ("HydraLoRA", "1 expert"))
+        words[truth] = describe_differences(paired, "number")[variants.EXPERTS[-1]]
+        tables.append(paired.data.assign(recipe=truth))
+    cells = pd.concat(tables, ignore_index=True)
+    title = (
+        f"{variants.EXPERTS[-1]} experts of rank 4 close {words[SHARED_A]} than 1 if tasks share A, "
+        f"{words[ONE_UPDATE]} with one update for all tasks"
+    )
+    more = replace(
+        paired, data=cells, marks=[Rule(y=0), *dots(cells, "number", color="recipe")], x=chart.x, colors=chart.colors
+    )
+    return set_side_by_side(replace(chart, title="By number of experts"), more, title=title)
 
 
 def draw_splits(evidence: StudyEvidence) -> Drawable | None:
@@ -460,26 +475,6 @@ def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
     )
     x = replace(chart.x, ticks=ticks)
     return set_side_by_side(replace(chart, x=x, caption=caption), panel, title=title)
-
-
-def printed_curves(
-    numbers: pd.DataFrame, axes: tuple[Axis, Axis], title: str, caption: str, colors: Iterable[str]
-) -> Chart:
-    """Draw printed numbers, which are of another model and task, with hollow dots in the colors of the methods."""
-    hollow = Point("x", "value", "recipe", hollow=True)
-    return curves(numbers, "x", axes, hollow, points=False, title=title, caption=caption, colors=colors)
-
-
-def printed_by_fraction(source: str, added: str) -> pd.DataFrame:
-    """Tabulate ``recipe, x, value, low, high`` of NeFT's printed numbers by fraction of further neurons, in percent.
-
-    ``added`` is the pattern of the number in the name of a method, with one group.
-    """
-    table = published("NeFT", source)
-    is_reversed = table["method"].str.contains("highest|reversed")
-    recipe = is_reversed.map({True: "reversed", False: "next"})
-    x = table["method"].str.extract(added)[0].astype("float64")
-    return pd.DataFrame({"recipe": recipe, "x": x, "value": table["value"], "low": np.nan, "high": np.nan})
 
 
 STUDY_FIGURES = {

@@ -176,17 +176,31 @@ def printed(paper: str, source: str, names: Mapping[str, str], size: str = "") -
     return rows.assign(name=rows["method"].map(names))[["name", "data", "value"]]
 
 
+def printed_curves(
+    numbers: pd.DataFrame, axes: tuple[Axis, Axis], title: str, caption: str, colors: Iterable[str]
+) -> Chart:
+    """Draw printed numbers, which are of another model and task, with hollow dots in the colors of the methods."""
+    hollow = Point("x", "value", "recipe", hollow=True)
+    return curves(numbers, "x", axes, hollow, points=False, title=title, caption=caption, colors=colors)
+
+
+def printed_by_fraction(source: str, added: str) -> pd.DataFrame:
+    """Tabulate ``recipe, x, value, low, high`` of NeFT's printed numbers by fraction of further neurons, in percent.
+
+    ``added`` is the pattern of the number in the name of a method, with one group.
+    """
+    table = published("NeFT", source)
+    is_reversed = table["method"].str.contains("highest|reversed")
+    recipe = is_reversed.map({True: "reversed", False: "next"})
+    x = table["method"].str.extract(added)[0].astype("float64")
+    return pd.DataFrame({"recipe": recipe, "x": x, "value": table["value"], "low": np.nan, "high": np.nan})
+
+
 def number_above(cells: pd.DataFrame, first: str, second: str) -> str:
     """Return at how many numbers, of all that both have, the line of a recipe is above that of another one."""
     means = cells.pivot(index="number", columns="recipe", values="value")[[first, second]].dropna()
     means = means[means[first] != means[second]]  # both lines may begin with the same arm
     return f"{(means[first] > means[second]).sum()} of {len(means)}"
-
-
-def best_number(cells: pd.DataFrame, recipe: str) -> Any:
-    """Return the number at which the line of a recipe is highest."""
-    line = cells[cells["recipe"] == recipe].set_index("number")["value"]
-    return line.idxmax()
 
 
 def paired_cells(evidence: StudyEvidence, pairs: Mapping[Any, tuple[str, str]]) -> pd.DataFrame:

@@ -117,7 +117,7 @@ def last_differences(
     pairs : mapping name -> two labels
         Arms of the rows; the second one is subtracted.
     minus : str
-        Name of what is subtracted, for the axis.
+        Name of the second arm, for the axis.
     """
     rows = []
     for name, arms in pairs.items():

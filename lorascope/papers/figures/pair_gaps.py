@@ -239,7 +239,7 @@ def _draw_effects(
 ) -> Chart:
     """Draw the effects of one pair with the bound, a row for each of ``names`` and one for their difference.
 
-    The word in the title is that of the truth ``ground``, by default of the number of seeds.
+    The title has the word of the pair after ``ground``, the name of a truth, by default after the number of seeds.
     """
     result: dict[Any, Any] = results.set_index("claim").loc[claim.id].to_dict()
     table = effect_table(result)

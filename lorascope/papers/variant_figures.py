@@ -243,7 +243,7 @@ def draw_searches(evidence: StudyEvidence) -> Drawable | None:
     chart = gaps_by_variant(evidence, arms, "AutoLoRA and its ablations", caption)
     if chart is None:
         return None
-    rows, ranks_found = [], []
+    rows, ranks_found = [], list[list[float]]()
     for name, arm in zip(arms, searched, strict=False):
         ranks_found.append([])
         for seed in common_seeds(evidence, searched, "ranks"):
@@ -458,10 +458,9 @@ def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
     if chart is None:
         return None
     ticks, pairs = {0: "0"}, {}
-    for number, *arms in zip(variants.MORE_NEURONS, variants.NEXT[1:], variants.REVERSED, strict=True):
+    for number in variants.MORE_NEURONS:
         ticks[number] = f"{100 * number / _NEURONS:.0f}"
-        following, reverse = of_truth(truth, *arms).values()
-        pairs[number] = following, reverse
+        pairs[number] = series["next"][number], series["reversed"][number]
     words = describe_differences(paired_gaps(evidence, pairs, ("next", "reversed")), "number")
     numbers = printed_by_fraction("Figure 3", r"x = (\d+)")
     largest = numbers[numbers["x"] == numbers["x"].max()].set_index("recipe")["value"]

@@ -175,10 +175,9 @@ def _describe_effect(claim: StudyClaim, results: pd.DataFrame, control: str) -> 
         effect, low, high, other = map(drawn_number, numbers, ("+.1f", ".1f", ".1f", "+.1f"))
         return f"{effect} [{low}, {high}] points against {control} (otherwise {other})"
     # A reader knows percent of a loss, not of its logarithm.
-    effect, high, low, other = (100 * math.expm1(-number / 100) for number in numbers)
-    low, high = (drawn_number(number, ".0f") for number in (low, high))
-    changes = drawn_number(effect, "+.1f"), drawn_number(other, "+.1f")
-    return f"loss {changes[0]}% [{low}, {high}] against {control} (otherwise {changes[1]}%)"
+    changes = [100 * math.expm1(-number / 100) for number in numbers]
+    effect, high, low, other = map(drawn_number, changes, ("+.1f", ".0f", ".0f", "+.1f"))
+    return f"loss {effect}% [{low}, {high}] against {control} (otherwise {other}%)"
 
 
 def _count_words(claims: Sequence[StudyClaim], results: pd.DataFrame) -> str:

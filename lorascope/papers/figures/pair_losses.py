@@ -110,9 +110,8 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
         at_end = pd.DataFrame(ends).sort_values("value", kind="stable")
         title += f": lower at the end in {(at_end['high'] < 0).sum()} of {len(at_end)} pairs"
         if len(at_end) > 1:
-            lowest, highest = (
-                f"{drawn_number(row.value, '+.1f')}% ({row.pair})" for row in at_end.iloc[[0, -1]].itertuples()
-            )
+            values, pairs = at_end["value"].to_list(), at_end["pair"].to_list()
+            lowest, highest = (f"{drawn_number(values[end], '+.1f')}% ({pairs[end]})" for end in (0, -1))
             title += f", from {lowest} to {highest}"
     return arrange(charts, title=title)
 

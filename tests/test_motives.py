@@ -303,7 +303,10 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
     panels = hydra.factors_figure(pd.concat([table, of_text]))
     planes, fractions = panels.rows()
     # One of two seeds, and one of three.
-    assert panels.title == "Nearest A in another domain: same module in 50% with a shared start, else 33%"
+    assert panels.title == (
+        "The nearest A in another domain is of the same module in 50% with a shared start, in 33% with separate ones "
+        "(chance 8%)"
+    )
     assert "Seeds, by row: 3, 2, 2, 2, 2, 2." in fractions[0].caption
     assert [chart.title for chart in planes] == [
         f"{factor}, {start}" for factor in "AB" for start in ("separate starts", "shared start")
@@ -318,7 +321,9 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
         assert len(chart.data) == 30
     # Two measures of a row would cover each other in one panel.
     assert [chart.title for chart in fractions] == [
-        f"nearest {factor}\nby {view}" for factor in "AB" for view in ("cosine", "spaces")
+        f"nearest {factor}\nby {view}"
+        for factor, space in (("A", "row"), ("B", "column"))
+        for view in ("cosine", f"{space} space")
     ]
     for chart in fractions:
         cells = chart.data[["value", "low", "high"]].drop_duplicates().to_numpy()
@@ -326,7 +331,7 @@ def test_the_figure_of_factors_has_the_planes_of_one_seed_and_the_fractions_of_a
         assert len(chart.data) == 6  # three grounds with two starts
         names = ["text", "tasks share A", "unrelated updates"]
         assert list(chart.y.ticks.values())[::2] == [f"{name}: separate starts" for name in names]
-        assert list(chart.y.ticks.values())[1::2] == ["shared start"] * 3
+        assert list(chart.y.ticks.values())[1::2] == [f"{name}: shared start" for name in names]
         chances = chart.table(chart.marks[0]).groupby("row", sort=False)["value"].first()
         assert chances.round().tolist() == [8, 8, 17, 17, 17, 17]
 

@@ -110,7 +110,7 @@ def test_forest_shows_the_numbers_of_the_results() -> None:
     assert truth.y.ticks == {
         "pair.lora": "LoRA vs full fine-tuning, update of rank 2", "pair.lora, other": "update of rank 24",
         "pair.adalora": "AdaLoRA vs LoRA, uneven ranks", "pair.adalora, other": "update of rank 2",
-        "pair.basis": "FourierFT vs random basis, its entries", "pair.basis, other": "other entries",
+        "pair.basis": "FourierFT vs random basis, FourierFT's entries", "pair.basis, other": "other entries",
     }  # fmt: skip
     assert truth.title == f"{forest_plot.TRUTH} (16 seeds)"
     # This edition replaces the estimate of the first one, and a cost has its bound below 0.
@@ -237,7 +237,12 @@ def test_pairs_have_a_dot_per_seed() -> None:
     assert panel.title == "AdaLoRA vs LoRA"
     # Compared arms are next to each other, at one truth after the other.
     assert list((panel.y.ticks or {}).values()) == [
-        "AdaLoRA, rank 4 to 2", "LoRA, rank 2", "LoRA, planted ranks", "AdaLoRA, rank 4 to 2", "LoRA, rank 2",
+        "uneven ranks: AdaLoRA", "uneven ranks: LoRA, rank 2", "uneven ranks: LoRA, planted ranks",
+        "update of rank 2: AdaLoRA", "update of rank 2: LoRA, rank 2",
+    ]  # fmt: skip
+    # The positive control has the name of its method.
+    assert list((effects.y.ticks or {}).values()) == [
+        "uneven ranks", "update of rank 2", "LoRA, planted ranks", "first minus second row",
     ]  # fmt: skip
     nothing = pd.DataFrame(columns=["word"])  # as in a small version
     assert len(pair_gaps(replace(REGISTERED, claims={id: claim}), evidence, nothing).panels) == 1
@@ -269,10 +274,11 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
         low, high = chart.x.limits or (0, 0)
         assert low < min(chart.data["low"]) < max(chart.data["high"]) < high
     assert "A pair without a positive control has none." in figure.panels[0].caption
+    assert "are known; 16 to 40 seeds. " in figure.panels[0].caption
     assert " 8 of 11 pairs are not finished." in figure.panels[0].caption
     below = results.assign(effect=results["effect"].mask(results["claim"] == "pair.adalora", 1.9))
     titles = [chart.title for chart in pair_effects(replace(REGISTERED, claims=judged), below).panels]
-    assert titles[0] == "AdaLoRA vs LoRA\n16 seeds: as claimed, mean below the bound"
+    assert titles[0] == "AdaLoRA vs LoRA\nuneven ranks: as claimed, mean below the bound"
     assert not any("mean below" in chart.title for chart in figure.panels)
     assert "The positive control of Adapprox vs AdamW is a known worse method." in figure.panels[0].caption
     figure.mpl()
@@ -289,20 +295,27 @@ def test_titles_of_pairs_have_the_effects_of_the_results() -> None:
     def title_of(*names: str, shown: pd.DataFrame = results) -> str:
         return pair_gaps(named(*names), EMPTY, shown).title
 
-    assert title_of("adalora") == "Where the truth favors AdaLoRA: +8.0 points against LoRA"
-    # exp(0.2) is 1.221, exp(-0.2) is 0.819.
-    against = "loss 22.1% above AdamW's; loss 18.1% below Adafactor's"
-    assert title_of("adapprox", "factored") == f"Where the truth favors Adapprox, on a quadratic: {against}"
-    lower = results.assign(effect=results["effect"].mask(results["claim"] == "pair.adalora", -3.51))
-    assert title_of("adalora", shown=lower) == "Where the truth favors AdaLoRA: −3.5 points against LoRA"
+    def changed(name: str, **values: float) -> pd.DataFrame:
+        return results.assign(**{column: results[column].mask(results["claim"] == f"pair.{name}", value)
+                                 for column, value in values.items()})  # fmt: skip
+
+    shown = changed("adalora", effect=8.04, low=7.26, high=8.81, against_effect=-2.7)
+    assert title_of("adalora", shown=shown) == (
+        "Where the truth favors AdaLoRA: +8.0 [7.3, 8.8] points against LoRA (otherwise −2.7)"
+    )
+    # exp(0.2) is 1.221, exp(0.1) 1.105, exp(0.3) 1.350, exp(-0.6) 0.549.
+    shown = changed("adapprox", effect=-20.0, low=-30.0, high=-10.0, against_effect=60.0)
+    assert title_of("adapprox", shown=shown) == (
+        "Where the truth favors Adapprox, on a quadratic: loss +22.1% [11, 35] against AdamW (otherwise −45.1%)"
+    )
     idle = results.assign(word=results["word"].mask(results["claim"] == "pair.adalora", NOT_LEARNED))
     assert title_of("adalora", shown=idle) == f"Where the truth favors AdaLoRA: {NOT_LEARNED} against LoRA"
     assert title_of("fourierft", "basis") == (
         "Where the truth favors FourierFT: not finished against LoRA, rank 2; not finished against random basis"
     )
-    assert title_of("adalora", "adapprox") == "Pairs of planted truths: 1 as claimed, 1 failed even where favored"
+    assert title_of("adalora", "adapprox") == "2 pairs of planted truths: 1 as claimed, 1 failed even where favored"
     figure = pair_effects(named("hydralora", "adapprox", "factored"), results)
-    assert figure.title == "Pairs of planted truths: 2 as claimed, 1 failed even where favored"
+    assert figure.title == "3 pairs of planted truths: 2 as claimed, 1 failed even where favored"
     assert "Adapprox vs AdamW and Adapprox vs Adafactor: a quadratic with planted" in figure.panels[0].caption
     assert "quadratic" not in pair_effects(named("hydralora"), results).panels[0].caption
 
@@ -403,7 +416,7 @@ def test_losses_are_compared_with_the_control_of_their_seed() -> None:
 def test_title_of_losses_counts_the_pairs_that_end_below_their_controls() -> None:
     registered, evidence = registered_study.read(DATA / "registered-2.toml"), kept_study.read(DATA / "evidence-2")
     claims = {id: registered.claims[id] for id in ("pair.lisa", "pair.fourierft", "pair.basis")}
-    lower = []
+    lower, means = [], {}
     for claim in claims.values():
         # The mean of the last ten steps: each run has 400.
         last, runs = {}, evidence.runs.query("role == 'judged'")
@@ -414,8 +427,21 @@ def test_title_of_losses_counts_the_pairs_that_end_below_their_controls() -> Non
         method, control = claim.for_arms
         test = ttest_1samp(last[method] / last[control] - 1, 0)
         lower.append(test.confidence_interval().high < 0)
-    title = pair_losses(replace(registered, claims=claims), evidence).title
-    assert title.endswith(f": lower at the end in {sum(lower)} of 3 pairs")
+        means[claim.id] = 100 * (last[method] / last[control] - 1).mean()
+    figure = pair_losses(replace(registered, claims=claims), evidence)
+    assert figure.title.endswith(
+        f": lower at the end in {sum(lower)} of 3 pairs, from −{-means['pair.basis']:.1f}% (FourierFT vs random basis) "
+        f"to +{means['pair.lisa']:.1f}% (LISA vs LoRA)"
+    )
+    # The smallest difference is first.
+    names = {
+        "pair.basis": "FourierFT vs random basis",
+        "pair.fourierft": "FourierFT vs LoRA",
+        "pair.lisa": "LISA vs LoRA",
+    }
+    assert sorted(means, key=means.__getitem__) == list(names)
+    for chart, name in zip(figure.panels, names.values(), strict=True):
+        assert chart.title.startswith(name)
     assert lower == [False, True, True]
 
 

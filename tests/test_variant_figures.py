@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from drawn_figures import figure_faults
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, t
 
+from lorascope.analysis.planted_ranks import chance_agreement
 from lorascope.charts.chart import Drawable
-from lorascope.charts.marks import Band, Bar, Heat, Point, Rule
+from lorascope.charts.marks import Bar, Heat, Line, Point, Rule, Text
 from lorascope.papers import (
     course_figures,
     direction_figures,
@@ -255,8 +256,17 @@ def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: 
     assert paired.data.set_index("number")["value"].to_dict() == pytest.approx(
         dict(zip((1, 2, 4, 8), gaps, strict=True))
     )
-    differences = ", ".join(f"{gap:+.1f}".replace("-", "−") for gap in gaps)
-    assert drawn("budgets-alora", evidence).title == f"ALoRA minus LoRA from budget 1 to 8: {differences} points"
+    words = []
+    for row in paired.data.itertuples():
+        low, high = sorted((np.sign(row.value) * row.low, np.sign(row.value) * row.high))
+        words.append(
+            f"{abs(row.value):.1f} [{low:.1f}, {high:.1f}] points {'more' if row.value > 0 else 'less'}".replace(
+                "-", "−"
+            )
+        )
+    assert drawn("budgets-alora", evidence).title == (
+        "ALoRA closes {} than LoRA at budget 1, {} at 2, {} at 4, {} at 8".format(*words)
+    )
     cells = chart.data.set_index(["recipe", "number"])["value"]
     assert cells["ALoRA", 2] == pytest.approx(closed(f"ALoRA, rank 2, {UNEVEN}", 201))
     assert cells["LoRA", 8] == pytest.approx(closed(f"LoRA, rank 8, {UNEVEN}", 201))
@@ -269,8 +279,10 @@ def test_heterogeneity_prints_full_fine_tuning_minus_lora(evidence: StudyEvidenc
     truths = (names.ONE_UPDATE, names.SHARED_A, names.UNRELATED)
     gaps = [closed(f"full fine-tuning, {truth}", 201) - closed(f"LoRA, rank 12, {truth}", 201) for truth in truths]
     assert figure.panels[1].data["value"].tolist() == pytest.approx(gaps)
-    differences = ", ".join(f"{gap:.1f}".replace("-", "−") for gap in gaps)
-    assert figure.title == f"Full fine-tuning closes {differences} points more than LoRA as the tasks differ more"
+    words = [difference_words(f"full fine-tuning, {truth}", f"LoRA, rank 12, {truth}") for truth in truths]
+    assert figure.title == (
+        "Full fine-tuning closes {} than LoRA with one update for all tasks, {} if tasks share A, {} if unrelated"
+    ).format(*words)
 
 
 def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
@@ -280,7 +292,7 @@ def test_printed_numbers_equal_the_papers(evidence: StudyEvidence) -> None:
     assert cells["scores-alora"]["sensitivity", "BoolQ"] == 87.5
     assert cells["parts-hydralora"]["uniform gates", "MMLU"] == 42.81
     assert cells["splits"]["4 of rank 4", "MMLU"] == 46.94
-    assert cells["scores-adalora"]["size of lambda", "SST-2"] == 95.41
+    assert cells["scores-adalora"]["size of λ", "SST-2"] == 95.41
     assert cells["parts-adalora"]["no penalty", "SST-2"] == 95.41
     neft = drawn("further-neurons", evidence).panels[1].data.set_index(["recipe", "x"])["value"]
     assert (neft["next", 6], neft["reversed", 9]) == (82.27, 80.82)
@@ -305,27 +317,104 @@ def test_titles_say_what_the_runs_show(evidence: StudyEvidence) -> None:
     def gap(arm: str) -> float:
         return closed(arm, 201)
 
-    all_blocks = {n: gap(f"LISA, {n} of 8 blocks, {names.ALL_BLOCKS}") for n in variants.BLOCKS}
-    best, full = max(all_blocks, key=all_blocks.__getitem__), gap(f"full fine-tuning, {names.ALL_BLOCKS}")
+    full = f"full fine-tuning, {names.ALL_BLOCKS}"
+    largest, none = (difference_words(f"LISA, {n} of 8 blocks, {names.ALL_BLOCKS}", full) for n in (4, 0))
     assert drawn("blocks", evidence).title == (
-        f"LISA closes most with γ = {best}: {all_blocks[best]:.0f} points; full fine-tuning: {full:.0f}"
+        f"LISA closes {largest} than full fine-tuning with 4 of 8 blocks at a time, {none} with 0"
     )
-    best_numbers = []
+    sparse, factored = "FourierFT, 192 coefficients from zero", "LoRA, rank 2, attention"
+    entries, rank_2 = (
+        difference_words(f"{sparse}, {truth}", f"{factored}, {truth}")
+        for truth in (names.OWN_ENTRIES, names.ATTENTION_RANK_2)
+    )
+    assert drawn("sizes-fourierft", evidence).title == (
+        f"At 192 parameters per matrix, FourierFT closes {entries} than LoRA if the teacher changes its coefficients, "
+        f"{rank_2} if the teacher has rank 2"
+    )
+    following, least = (f"NeFT, 36 neurons and 108 {kind}, {FEW}" for kind in ("more", "reversed"))
+    assert drawn("further-neurons", evidence).title == (
+        f"With 9% more neurons, the next close {difference_words(following, least)} than those that rotate least "
+        "(printed: 1.3 COMET more)"
+    )
+    of_truths = []
     for truth in (names.SHARED_A, names.ONE_UPDATE):
-        by_number = {n: gap(f"{variants.experts_of_rank_4(n)}, {truth}") for n in variants.EXPERTS}
-        best_numbers.append(f"{max(by_number, key=by_number.__getitem__)} ({truth})")
-    assert drawn("experts", evidence).title == f"Best number of experts: {', '.join(best_numbers)}"
+        arms = [f"{variants.experts_of_rank_4(n)}, {truth}" for n in (8, 1)]
+        of_truths.append(difference_words(*arms))
+    assert drawn("experts", evidence).title == (
+        "8 experts of rank 4 close {} than 1 if tasks share A, {} with one update for all tasks".format(*of_truths)
+    )
+    more = drawn("experts", evidence).panels[1].data.set_index(["recipe", "number"])["value"]
+    assert more[names.ONE_UPDATE, 4] == pytest.approx(
+        gap(f"{variants.experts_of_rank_4(4)}, {names.ONE_UPDATE}")
+        - gap(f"{variants.experts_of_rank_4(1)}, {names.ONE_UPDATE}")
+    )
     blocks = [gap(f"LoRA, block {n} only, {names.RANK_2}") for n in range(4)]
-    assert f"block {np.argmax(blocks)} ({max(blocks):.0f} points)" in drawn("placements", evidence).title
-    # All differences of the made-up gaps are the same for all seeds, so their intervals have no width.
-    names_of_arms = {"no penalty": "AdaLoRA, rank 4 to 2, no penalty", "no allocation": "AdaLoRA, rank 2 to 2",
-                     "neither part": "AdaLoRA, rank 2 to 2, no penalty", "LoRA": "LoRA, rank 2"}  # fmt: skip
-    differences = {
-        name: gap(f"{arm}, {UNEVEN}") - gap(f"AdaLoRA, rank 4 to 2, {UNEVEN}") for name, arm in names_of_arms.items()
-    }
-    most = max(differences, key=lambda name: abs(differences[name]))
-    assert drawn("parts-adalora", evidence).title == (
-        f"4 of 4 differ from AdaLoRA in gap closed: {most} most, by {differences[most]:+.1f} points"
+    assert (
+        f"in one block at most {max(blocks):.0f} (block {np.argmax(blocks)}); " in drawn("placements", evidence).title
+    )
+    _, by_block = drawn("placements", evidence).panels
+    order = [f"block {n}" for n in np.argsort(blocks)[::-1]]
+    assert [name for name in by_block.y.order if name.startswith("block")] == order
+
+
+def difference_words(arm: str, base: str) -> str:
+    """Return how much more an arm closes; the differences of the made-up gaps are the same for all seeds."""
+    difference = closed(arm, 201) - closed(base, 201)
+    size = f"{abs(difference):.1f}"
+    return f"{size} [{size}, {size}] points {'more' if difference > 0 else 'less'}"
+
+
+TITLES_OF_VARIANTS = {
+    "scores-alora": (
+        f"ALoRA, rank 2, {UNEVEN}",
+        "Random scores close {} than ALoRA's, LoRA without rounds {}, and the planted ranks {}",
+        [f"ALoRA, rank 2, random scores, {UNEVEN}", f"LoRA, rank 2, {UNEVEN}", f"LoRA, planted ranks, {UNEVEN}"],
+    ),
+    "parts-hydralora": (
+        f"HydraLoRA, 4 experts of rank 4, {names.SHARED_A}",
+        "HydraLoRA closes {} with uniform gates, and {} with separate A's; one LoRA closes {}",
+        [f"HydraLoRA, 4 experts of rank 4, uniform gates, {names.SHARED_A}",
+         f"HydraLoRA, separate A's of rank 3, {names.SHARED_A}", f"LoRA, rank 12, {names.SHARED_A}"],
+    ),
+    "splits": (
+        f"LoRA, rank 16, {names.SHARED_A}",
+        "8 LoRAs of rank 2 close {} than one of rank 16, and 2 of rank 8 close {} (best printed: 4 of rank 4)",
+        [f"HydraLoRA, {number} separate A's of rank {rank}, {names.SHARED_A}" for number, rank in ((8, 2), (2, 8))],
+    ),
+    "searches": (
+        f"AutoLoRA, from rank 4, {UNEVEN}",
+        "Rank 2 everywhere closes {} than the ranks that AutoLoRA finds, random ranks {}, the planted ranks {}",
+        [f"LoRA, rank 2, {UNEVEN}", f"LoRA, ranks from random logits, {UNEVEN}", f"LoRA, planted ranks, {UNEVEN}"],
+    ),
+    "scores-adalora": (
+        f"AdaLoRA, rank 4 to 2, {UNEVEN}",
+        "Allocation by sensitivity closes {} than by AdaLoRA's score, by the size of λ {}; without allocation it is {}",
+        [f"AdaLoRA, rank 4 to 2, sensitivity, {UNEVEN}", f"AdaLoRA, rank 4 to 2, size of lambda, {UNEVEN}",
+         f"AdaLoRA, rank 2 to 2, {UNEVEN}"],
+    ),
+    "parts-adalora": (
+        f"AdaLoRA, rank 4 to 2, {UNEVEN}",
+        "AdaLoRA closes {} without allocation, and {} without the penalty; LoRA closes {}",
+        [f"AdaLoRA, rank 2 to 2, {UNEVEN}", f"AdaLoRA, rank 4 to 2, no penalty, {UNEVEN}", f"LoRA, rank 2, {UNEVEN}"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TITLES_OF_VARIANTS)
+def test_titles_of_variants_have_the_differences_of_the_runs(name: str, evidence: StudyEvidence) -> None:
+    base, title, arms = TITLES_OF_VARIANTS[name]
+    assert drawn(name, evidence).title == title.format(*(difference_words(arm, base) for arm in arms))
+
+
+def test_title_of_matrices_has_the_gaps_of_all_types_and_of_one(evidence: StudyEvidence) -> None:
+    gaps = {
+        name: closed(f"LoRA, {name} only, {names.RANK_2}", 201) for name in ("q", "k", "v", "o", "attention")
+    }  # fmt: skip
+    everywhere, attention = closed(f"LoRA, rank 2, {names.RANK_2}", 201), gaps.pop("attention")
+    first, *_, last = sorted(gaps, key=gaps.__getitem__)
+    assert drawn("matrices", evidence).title == (
+        f"At equal size, LoRA in all types of weight closes {everywhere:.0f} points, in attention {attention:.0f}, in "
+        f"one type of attention weight {gaps[first]:.0f} ({first}) to {gaps[last]:.0f} ({last})"
     )
 
 
@@ -337,50 +426,72 @@ def last_means(evidence: StudyEvidence, table: str, arms: dict[str, str], rows: 
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
-def test_titles_of_losses_say_how_far_the_last_ones_are_apart(evidence: StudyEvidence) -> None:
-    by_blocks = {f"γ = {n}": f"LISA, {n} of 8 blocks, {names.ALL_BLOCKS}" for n in variants.BLOCKS}
-    by_blocks["γ = 8 (full)"] = f"full fine-tuning, {names.ALL_BLOCKS}"
-    by_steps = {str(n): f"LISA, 2 of 8 blocks, {n} steps, {names.ALL_BLOCKS}" for n in variants.INTERVALS}
-    by_steps["10"] = f"LISA, 2 of 8 blocks, {names.ALL_BLOCKS}"
-    of_blocks, of_steps = (last_means(evidence, "losses", arms, 10) for arms in (by_blocks, by_steps))
-    spreads = [max(losses.values()) - min(losses.values()) for losses in (of_blocks, of_steps)]
+def loss_words(evidence: StudyEvidence, table: str, arms: tuple[str, str], rows: int) -> str:
+    """Return the paired difference of the mean of the last rows of a loss, with its interval over three seeds."""
+    differences = []
+    for seed in SEEDS:
+        last = [evidence.table(table, arm, seed)["loss"].iloc[-rows:].mean() for arm in arms]
+        differences.append(last[0] - last[1])
+    mean, half = np.mean(differences), t.ppf(0.975, 2) * np.std(differences, ddof=1) / np.sqrt(3)
+    sign, word = (1, "above") if mean > 0 else (-1, "below")
+    low, high = sign * mean - half, sign * mean + half
+    return f"{sign * mean:.3f} [{low:.3f}, {high:.3f}] nats {word}".replace("-", "−")
+
+
+def test_title_of_lisas_losses_has_paired_differences(evidence: StudyEvidence) -> None:
+    sampled = f"LISA, 2 of 8 blocks, {names.ALL_BLOCKS}"
+    none, full = (
+        loss_words(evidence, "losses", (f"{arm}, {names.ALL_BLOCKS}", sampled), 10)
+        for arm in ("LISA, 0 of 8 blocks", "full fine-tuning")
+    )
+    by_steps = {"10": sampled}
+    for n in (5, 40, 400):
+        by_steps[str(n)] = f"LISA, 2 of 8 blocks, {n} steps, {names.ALL_BLOCKS}"
+    means = last_means(evidence, "losses", by_steps, 10)
+    largest = max(abs(loss - means["10"]) for loss in means.values())
     assert drawn("losses-lisa", evidence).title == (
-        "Last losses differ by {:.2f} nats over γ, by {:.2f} over K; lowest: {}".format(*spreads, next(iter(of_blocks)))
+        f"Against LISA with γ = 2 blocks, training loss ends {none} with γ = 0, {full} with all 8; steps between draws "
+        f"change it by up to {largest:.3f}"
     )
 
 
-@pytest.mark.parametrize(
-    ("figure", "truth", "arms"),
-    [
-        ("validation-lisa", names.ALL_BLOCKS,
-         {"full fine-tuning": "full fine-tuning, one teacher", "LoRA, rank 8": "LoRA, rank 8, one teacher",
-          "LISA, 2 of 8 blocks": "LISA, 2 of 8 blocks, one teacher"}),
-        ("validation-neft", FEW,
-         {"full fine-tuning": "full fine-tuning, evaluated", "NeFT, 108": "NeFT, 36 neurons and 72 more",
-          "LoRA, rank 3": "LoRA, rank 3, feed-forward"}),
-    ],
-)  # fmt: skip
-def test_titles_of_validation_losses_name_the_lowest(
-    figure: str, truth: str, arms: dict[str, str], evidence: StudyEvidence
-) -> None:
-    of_truth = {name: f"{arm}, {truth}" for name, arm in arms.items()}
-    (lowest, loss), *others = last_means(evidence, "validation", of_truth, 1).items()
-    above = [f"{name}: +{other - loss:.3f}" for name, other in others]
-    assert drawn(figure, evidence).title == f"Last validation loss: {lowest} is lowest; {'; '.join(above)} nats"
+def test_titles_of_validation_losses_have_paired_differences(evidence: StudyEvidence) -> None:
+    full, lora, sampled = (f"{arm}, one teacher, {names.ALL_BLOCKS}" for arm in
+                           ("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"))  # fmt: skip
+    of_lisa, of_lora = (loss_words(evidence, "validation", (arm, full), 1) for arm in (sampled, lora))
+    assert drawn("validation-lisa", evidence).title == (
+        f"LISA's validation loss ends {of_lisa} that of full fine-tuning, LoRA's {of_lora}"
+    )
+    labels = "NeFT, 36 neurons and 72 more", "full fine-tuning, evaluated", "LoRA, rank 3, feed-forward"
+    neft, full, lora = (f"{label}, {FEW}" for label in labels)
+    of_full, of_lora = (loss_words(evidence, "validation", (neft, arm), 1) for arm in (full, lora))
+    assert drawn("validation-neft", evidence).title == (
+        f"Validation loss of NeFT ends {of_full} full fine-tuning, and {of_lora} LoRA of equal size"
+    )
+    paired = drawn("validation-neft", evidence).panels[-1].data.set_index("name")
+    last = [evidence.table("validation", arm, 201)["loss"].iloc[-1] for arm in (neft, full)]
+    assert paired["n"].to_dict() == dict.fromkeys(paired.index, 3)
+    assert paired["low"].iloc[0] < last[0] - last[1] < paired["high"].iloc[0]
 
 
 def test_titles_of_directions_and_distances_have_the_planted_numbers(evidence: StudyEvidence) -> None:
     # φ(1, 1) is 1/384 + 0.2, in layer 5 + 0.3; the overlaps with W are 0.02 below and 0.03 above random ones.
     assert drawn("subspaces", evidence).title == (
-        "The first directions of ranks 8 and 64 overlap by 0.20 to 0.30, at random 0.003"
+        "The first input directions of LoRA of ranks 8 and 64 overlap by 0.20 to 0.30 (at random 0.003; paper: more "
+        "than 0.5)"
     )
-    assert drawn("weight-directions", evidence).title.endswith("minus random: −0.020 for rank 8, +0.030 for 64")
+    # φ(64, 1) is 64/384, minus and plus these.
+    assert drawn("weight-directions", evidence).title == (
+        "The first 64 of W's 384 input directions hold 15% of the update's first direction at rank 8, 20% at rank 64 "
+        "(at random 17%)"
+    )
     assert drawn("amplification-factor", evidence).title == (
         "The update amplifies its directions of W 4.0 times at rank 8, 2.4 at 64 (printed: 22 at rank 4, 1.9 at 64)"
     )
     # 4 over 0.04 and over 0.01, since the start has decayed.
     assert drawn("penalties", evidence).title == (
-        "With the penalty, factors end 100 to 400 times closer to orthogonal ones"
+        "With the penalty, P and Q end 0.01 to 0.04 from orthogonal ones (printed: 0.001), 100 to 400 times closer "
+        "than without"
     )
 
 
@@ -395,29 +506,76 @@ def test_titles_of_moments_and_factors_have_the_planted_numbers(evidence: StudyE
         runs.loc[runs["arm"] == variants.guided(truth), "loss"] *= ratio
     # Ranks end at 0.1 + 1 + 1 of feed-forward and at 0.1 + 1 + 3 of q.
     assert drawn("factor-course", StudyEvidence(runs, evidence.tables)).title == (
-        "Adapprox needs rank 2 to 4 after 100 steps; with guidance, losses are 0.50 to 1.25 times those without"
+        "Adapprox needs rank 2 to 4 after 100 steps; guidance multiplies losses by 0.50 to 1.25"
     )
 
 
-def test_title_of_ranks_by_teacher_has_the_mean_agreement_of_pairs(evidence: StudyEvidence) -> None:
-    of_teacher = []
+def test_title_of_ranks_by_teacher_has_the_mean_agreement_of_pairs_and_chance(evidence: StudyEvidence) -> None:
+    allocations, planted = [], []
     for number in (1, 2):
         arm = f"AutoLoRA, from rank 4, teacher {number}, {UNEVEN}"
-        by_seed = [evidence.table("ranks", arm, seed).sort_values("module")["rank"] for seed in SEEDS]
-        of_teacher.append(by_seed)
-    same = [kendalltau(*pair).statistic for by_seed in of_teacher for pair in combinations(by_seed, 2)]
-    different = [kendalltau(*pair).statistic for pair in product(*of_teacher)]
-    means = [f"{np.mean(taus):.2f}".replace("-", "−") for taus in (same, different)]
+        tables = [evidence.table("ranks", arm, seed).sort_values("module") for seed in SEEDS]
+        allocations.append(np.array([table["rank"] for table in tables], np.float64))
+        planted.append(tables[0]["planted"].to_numpy(np.float64))
+    same = [kendalltau(*pair).statistic for by_seed in allocations for pair in combinations(by_seed, 2)]
+    different = [kendalltau(*pair).statistic for pair in product(*allocations)]
+    with_planted = [kendalltau(ranks, truth).statistic for by_seed, truth in zip(allocations, planted, strict=True)
+                    for ranks in by_seed]  # fmt: skip
+    means = [np.mean(with_planted), np.mean(same), np.mean(different)]
+    chance = chance_agreement(allocations, planted)
+    numbers = zip(means, (chance.planted, chance.same, chance.different), strict=True)
+    words = [f"{mean:.2f} (chance: up to {bound:.2f})".replace("-", "−") for mean, bound in numbers]
     assert drawn("ranks-by-teacher", evidence).title == (
-        "Ranks agree by {} on one teacher, by {} on two (Kendall's τ)".format(*means)
-    )
+        "AutoLoRA's ranks agree with planted ones by τ = {}, between runs on one teacher by {}, on two by {}"
+    ).format(*words)
 
 
-def test_no_difference_is_titled_where_seeds_disagree(evidence: StudyEvidence) -> None:
-    runs, arm = evidence.runs.copy(), f"AdaLoRA, rank 4 to 2, {UNEVEN}"
-    runs.loc[runs["arm"] == arm, "gap"] = [-5.0, 0.5, 6.0]
-    other = StudyEvidence(runs, evidence.tables)
-    assert drawn("scores-adalora", other).title == "No difference from AdaLoRA is seen"
+def test_chance_of_ranks_is_the_percentile_over_all_orders() -> None:
+    ranks, planted = [1.0, 2.0, 4.0], [np.array([0.0, 1.0, 3.0]), np.array([4.0, 0.0, 1.0])]
+    orders = list(permutations(ranks))
+    tau = {pair: kendalltau(*pair).statistic for pair in product([*orders, *map(tuple, planted)], repeat=2)}
+    same, different, with_planted = [], [], []
+    # Two runs on each of two teachers have 6^4 orders.
+    for a, b, c, d in product(orders, repeat=4):
+        same.append((tau[a, b] + tau[c, d]) / 2)
+        different.append(np.mean([tau[pair] for pair in product((a, b), (c, d))]))
+        first, second = map(tuple, planted)
+        with_planted.append(np.mean([tau[a, first], tau[b, first], tau[c, second], tau[d, second]]))
+    exact = [np.quantile(values, 0.95, method="inverted_cdf") for values in (same, different, with_planted)]
+    allocations = [np.array([ranks, ranks])] * 2
+    assert chance_agreement(allocations, planted) == pytest.approx(exact)
+
+
+def test_differences_have_all_seeds_of_their_pair_and_its_interval(evidence: StudyEvidence) -> None:
+    # The arms of claims have two more seeds than the others.
+    registered = [f"{arm}, {UNEVEN}" for arm in ("AdaLoRA, rank 4 to 2", "AdaLoRA, rank 2 to 2")]
+    runs = evidence.runs[evidence.runs["arm"].isin(registered) & (evidence.runs["seed"] < 202)]
+    runs = pd.concat([evidence.runs, runs.assign(seed=runs["seed"] + 3, run=runs["run"] + "+")], ignore_index=True)
+    # Points that are closed without allocation, and with it, by seed.
+    gaps = {registered[1]: (10.0, 11, 12, 13, 14), registered[0]: (20.0, 20, 20, 20, 20)}
+    for arm, points in gaps.items():
+        of_arm = runs.loc[runs["arm"] == arm].sort_values("seed")
+        runs.loc[of_arm.index, "gap"] = 1 - np.array(points) / 100
+    chart = drawn("scores-adalora", StudyEvidence(runs, evidence.tables))
+    measured, paired, _ = chart.panels
+    assert measured.data.groupby("name")["seed"].nunique().unique().tolist() == [3]
+    assert paired.data.set_index("name")["n"].to_dict() == {"sensitivity": 3, "size of λ": 3, "no allocation": 5}
+    assert "of all seeds that both have (3 or 5)" in measured.caption
+    # The differences are -10 to -6, whose mean is -8, and whose standard error is 0.707.
+    half = t.ppf(0.975, 4) * np.sqrt(2.5 / 5)
+    assert chart.title.endswith(f"without allocation it is 8.0 [{8 - half:.1f}, {8 + half:.1f}] points less")
+
+
+def test_rows_without_a_number_say_so(evidence: StudyEvidence) -> None:
+    measured, _, printed = drawn("scores-alora", evidence).panels
+    words = [(mark.data["y"].item(), mark.data["word"].item()) for panel in (measured, printed)
+             for mark in panel.marks_of(Text)]  # fmt: skip
+    assert words == [("learned gates", "not run"), ("random scores", "not printed"), ("planted ranks", "not printed")]
+    scores = printed.data.set_index(["name", "data"])
+    assert scores["difference"]["sensitivity", "BoolQ"] == pytest.approx(87.5 - scores["value"]["ALoRA", "BoolQ"])
+    by_type = drawn("matrices", evidence).panels[-1].data.set_index(["name", "data"])["difference"]
+    assert by_type["k", "LoRA, table 5, MNLI-m"] == pytest.approx(90.8 - 91.3)
+    assert (by_type["all types"] > 0).all()
 
 
 def test_searches_show_the_mean_rank_they_find(evidence: StudyEvidence) -> None:
@@ -425,6 +583,15 @@ def test_searches_show_the_mean_rank_they_find(evidence: StudyEvidence) -> None:
     arm = f"AutoLoRA, from rank 4, sigmoid, {UNEVEN}"
     expected = [evidence.table("ranks", arm, seed)["rank"].mean() for seed in SEEDS]
     assert panel.loc[panel["name"] == "sigmoid", "value"].tolist() == pytest.approx(expected)
+    sentence = "First order finds the same ranks as AutoLoRA"
+    assert sentence not in drawn("searches", evidence).panels[0].caption
+    tables, label = evidence.tables["ranks"], f"AutoLoRA, from rank 4, {UNEVEN}"
+    of_search = tables.loc[tables["arm"] == label].sort_values(["seed", "module"])["rank"].to_numpy()
+    first_order = tables[tables["arm"] == f"AutoLoRA, from rank 4, first order, {UNEVEN}"].sort_values(
+        ["seed", "module"]
+    )
+    equal = pd.concat([tables.drop(first_order.index), first_order.assign(rank=of_search)])
+    assert sentence in drawn("searches", StudyEvidence(evidence.runs, {"ranks": equal})).panels[0].caption
 
 
 def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvidence) -> None:
@@ -444,6 +611,11 @@ def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvid
     is_reversed = strong.index.str.contains("reversed")
     largest = [strong[~is_reversed].max(), strong[is_reversed].max()]
     assert set(strong.index) == {"6%", "9%", "12%", "3% reversed", "6% reversed", "9% reversed"}
+    shift = chart.data.set_index(["recipe", "number"])["value"]
+    assert drawn("shift-by-neurons", evidence).title == (
+        f"With 9% reversed neurons, utilization ranks shift by {shift['reversed', 108]:.1f}%, with the next ones by "
+        f"{shift['next', 108]:.1f}% (printed: 11.3%, 7.4%)"
+    )
     title = "Up to {:.1f}% shift strongly with the next neurons, {:.1f}% with reversed ones (printed: {}%, {}%)"
     printed = pd.read_csv(DATA / "published" / "neft_figures.csv").query("table == 'Figure 5'")
     printed = printed[printed["metric"].str.startswith("strong")]
@@ -468,7 +640,8 @@ def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
     cell = q.data.set_index(["i", "j"])
     assert cell["phi"][2, 8] == pytest.approx(8 / 384 + 0.05)
     assert cell["excess"][2, 8] == pytest.approx(0.05)
-    assert q.marks[0].scale == "diverging"
+    assert q.marks[0].limits == (0.0, None)
+    assert q.title == "Ranks 8 and 64: q, layer 2"
     factors, printed, norms, _ = drawn("amplification-factor", evidence).panels
     assert factors.data.groupby("rank")["factor"].unique().to_dict() == {"rank 64": [2.4], "rank 8": [4.0]}
     # The paper prints the norms, and 21.5 for the first ratio.
@@ -480,56 +653,63 @@ def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
 
 def test_losses_of_fourierft_have_a_title_and_the_truth_of_each_panel(evidence: StudyEvidence) -> None:
     chart = drawn("losses-fourierft", evidence)
-    first, second = (panel.title.split(": ")[-1].removesuffix(" is lower") for panel in chart.panels)
-    findings = f"{first} lower if 192 coefficients suffice, {second} if rank 2 does"
-    assert chart.title == f"Training loss at equal size: {findings}"
-    truths = "Truth: 192 coefficients suffice", "Truth: rank 2 suffices"
-    for panel, truth in zip(chart.panels, truths, strict=True):
-        of_arms = panel.data[panel.data["step"] == panel.data["step"].max()].sort_values("value")
-        assert panel.title == f"{truth}: {of_arms['recipe'].iloc[0]} is lower"
-        # Bars at the right are apart from the lines and from each other, with the same numbers.
-        bars = panel.marks_of(Point)[0].data.set_index("recipe")
-        assert bars["step"].is_unique
-        assert bars["step"].min() > panel.data["step"].max()
-        assert bars["value"].to_dict() == of_arms.set_index("recipe")["value"].to_dict()
+    sparse, factored = "FourierFT, 192 coefficients from zero", "LoRA, rank 2, attention"
+    entries, rank_2 = (
+        loss_words(evidence, "losses", (f"{sparse}, {truth}", f"{factored}, {truth}"), 10)
+        for truth in (names.OWN_ENTRIES, names.ATTENTION_RANK_2)
+    )
+    assert chart.title == (
+        f"At equal size, FourierFT's training loss ends {entries} LoRA's if the teacher changes its entries, {rank_2} "
+        "if the teacher has rank 2"
+    )
+    assert [panel.title for panel in chart.panels[:2]] == ["Teacher: FourierFT's entries", "Teacher: rank 2"]
 
 
 def test_losses_are_means_of_ten_steps(evidence: StudyEvidence) -> None:
-    left, _, right = drawn("losses-lisa", evidence).panels
+    left, center, _, right = drawn("losses-lisa", evidence).panels
     arm = f"LISA, 1 of 8 blocks, {names.ALL_BLOCKS}"
     first = np.mean([evidence.table("losses", arm, seed)["loss"].iloc[:10].mean() for seed in SEEDS])
     cells = left.data.set_index(["recipe", "step"])["value"]
     assert cells["γ = 1", 5.0] == pytest.approx(first)
     assert set(right.data["recipe"]) == {"seed 200", "seed 201", "seed 202"}
+    # Lines that coincide are gray, so that colors of the legend are those of the first panel.
+    for chart in (center, right):
+        (line,) = chart.marks_of(Line)
+        assert (line.stretch, line.color, line.muted) == ("recipe", None, True)
 
 
 def test_titles_of_planes_have_the_fractions_of_the_kept_table() -> None:
     title = drawn("thirds", kept_study.read(DATA / "evidence-2")).title
     table = pd.read_parquet(DATA / "evidence-2" / "nearest.parquet").query("view == 'module' and factor == 'B'")
     same = 100 * (table["task"] == table["other_task"]).groupby(table["set"]).mean()
-    assert f" {same['domains, shared start']:.0f}% are of the same domain" in title
-    assert f" {same['thirds, shared start']:.0f}% of the same random third" in title
+    assert f"same domain in {same['domains, shared start']:.0f}%, " in title
+    assert f"same random third in {same['thirds, shared start']:.0f}% " in title
     chart = drawn("sub-modules", kept_study.read(DATA / "evidence-2"))
     few = "|".join([r"layer\.0\..*query", r"layer\.1\..*value", r"layer\.3\..*query", r"layer\.5\..*value"])
     table = pd.read_parquet(DATA / "evidence-2" / "nearest.parquet").query("view == 'raw' and factor == 'A'")
     table = table[table["module"].str.contains(few)]
     same = 100 * (table["module"] == table["other_module"]).groupby(table["set"]).mean()
     shared, separate = same["domains, shared start"], same["domains, separate starts"]
-    assert chart.title.endswith(f"in {shared:.0f}% with a shared start, else {separate:.0f}%")
+    assert f"in {shared:.0f}% with a shared start, in {separate:.0f}% with separate ones (chance 8%)" in chart.title
     figure = chart.mpl(width="page")
     assert not [line for line in figure_faults(figure) if "overlap" in line]
 
 
 def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots(evidence: StudyEvidence) -> None:
     thirds = drawn("thirds", evidence)
-    assert [chart.title for chart in thirds.panels] == [
-        f"{factor}, {name}\nsame {name[:-1]}: {own}%\n(chance 20%)"
-        for factor, own in (("A", 67), ("B", 33))
-        for name in ("domains", "thirds")
-    ]
-    assert thirds.title == "Nearest B of a module: 33% are of the same domain, 33% of the same random third"
+    by_domain, by_third, same = thirds.panels
+    assert [chart.title for chart in (by_domain, by_third)] == ["B, domains", "B, thirds"]
+    assert set(by_domain.data["task"]) == set(hydralora_factors.DOMAINS)
+    cells = same.data.set_index("row")
+    # The made-up table is the same for all seeds.
+    assert cells[["low", "high"]].to_numpy() == pytest.approx(np.repeat(cells[["value"]].to_numpy(), 2, axis=1))
+    assert cells["value"].round().to_dict() == {"A, domains": 67, "A, thirds": 67, "B, domains": 33, "B, thirds": 33}
+    assert list(same.y.order) == list(cells.index)
+    (chance,) = same.marks_of(Rule)
+    assert chance.x == 20
+    assert thirds.title == "Nearest B of a module: same domain in 33%, same random third in 33% (chance 20%)"
     assert "A 67% and 67%, B 0% and 0% (chance 8%)" in thirds.panels[0].caption
-    assert "first of 3 seeds" in thirds.panels[0].caption
+    assert "3 seeds" in thirds.panels[0].caption
     panels = drawn("sub-modules", evidence).panels
     assert [chart.title for chart in panels] == [
         f"{factor}, {start}\nsame module: {shared}%\n(chance 8%)"
@@ -537,8 +717,10 @@ def test_planes_of_thirds_and_of_four_modules_have_shared_fractions_and_all_dots
         for start in ("shared start", "separate starts")
     ]
     assert drawn("sub-modules", evidence).title == (
-        "Nearest A of another text: same module in 67% with a shared start, else 67%"
+        "The nearest A of another domain is of the same module in 67% with a shared start, in 67% with separate ones "
+        "(chance 8%)"
     )
+    assert "over all modules 67%, 67%, 0%, 0%." in panels[0].caption
     for chart in panels:
         assert chart.square
         assert set(chart.data["series"]) == {"q0", "v1", "q3", "v5"}
@@ -590,14 +772,13 @@ def test_printed_numbers_have_hollow_dots_and_separate_axes(evidence: StudyEvide
             )  # fmt: skip
 
 
-def test_losses_have_the_range_of_seeds_at_the_last_step_only(evidence: StudyEvidence) -> None:
-    left, _, right = drawn("losses-lisa", evidence).panels
-    assert not left.marks_of(Band)
-    (ends,) = left.marks_of(Point)
-    at_end = left.data[left.data["step"] == 395.0].set_index("recipe")[["value", "low", "high"]]
-    pd.testing.assert_frame_equal(left.table(ends).set_index("recipe")[["value", "low", "high"]], at_end)
-    assert (ends.low, ends.high) == ("low", "high")
-    assert not right.marks_of(Point)
+def test_last_losses_of_lisa_are_minus_that_of_two_blocks(evidence: StudyEvidence) -> None:
+    left, _, paired, _ = drawn("losses-lisa", evidence).panels
+    at_end = left.data[left.data["step"] == 395.0].set_index("recipe")["value"]
+    differences = paired.data.set_index("name")["value"]
+    assert list(paired.y.order) == ["γ = 0", "γ = 1", "γ = 4", "γ = 8 (full)", "K = 5", "K = 40", "K = 400"]
+    for name in ("γ = 0", "γ = 1", "γ = 4", "γ = 8 (full)"):
+        assert differences[name] == pytest.approx(at_end[name] - at_end["γ = 2"])
 
 
 def test_listed_figures_of_papers_exist() -> None:

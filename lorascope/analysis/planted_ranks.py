@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 
+from lorascope.analysis.rank_allocations import kendall_tau
 from lorascope.analysis.score_agreement import spearman
+from lorascope.array_types import Float
 from lorascope.runs.result import Result
 
 
@@ -33,3 +38,36 @@ def rank_correlation(ranks: pd.DataFrame) -> float:
 def mean_rank_error(ranks: pd.DataFrame) -> float:
     """Compute the mean distance of found from planted ranks over modules, see ``recovered_ranks``."""
     return float((ranks["found"] - ranks["planted"]).abs().mean())
+
+
+class RankAgreement(NamedTuple):
+    """Mean Kendall's tau of allocations: between runs on one teacher, on two, and with the planted ranks."""
+
+    same: float
+    different: float
+    planted: float
+
+
+def teacher_agreement(
+    allocations: Sequence[Float[np.ndarray, "run module"]], planted: Sequence[Float[np.ndarray, "module"]]
+) -> RankAgreement:
+    """Compute the agreement of the ranks that runs on two teachers find, with each other and with the planted ranks."""
+    first, second = allocations
+    agreement = kendall_tau(np.concatenate([first, second, planted]))
+    count, total = len(first), len(first) + len(second)
+    of_first, of_second = agreement[:count, :count], agreement[count:total, count:total]
+    pairs = [block[np.triu_indices(len(block), 1)] for block in (of_first, of_second)]
+    with_planted = np.concatenate([agreement[:count, total], agreement[count:total, total + 1]])
+    return RankAgreement(
+        float(np.mean(np.concatenate(pairs))), float(agreement[:count, count:total].mean()), float(with_planted.mean())
+    )
+
+
+def chance_agreement(
+    allocations: Sequence[Float[np.ndarray, "run module"]], planted: Sequence[Float[np.ndarray, "module"]]
+) -> RankAgreement:
+    """Compute the 95th percentiles of ``teacher_agreement`` if the ranks of every run are shuffled, of 1,000 draws."""
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(1000):
+        draws.append(teacher_agreement([rng.permuted(ranks, axis=1) for ranks in allocations], planted))
+    return RankAgreement(*np.quantile(draws, 0.95, axis=0).tolist())

@@ -12,30 +12,32 @@ from lorascope.analysis.neuron_utilization import average_shifts, compute_rank_s
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side, stack_vertically
 from lorascope.charts.geometry import drawn_number
-from lorascope.charts.marks import Axis, Line, Mark, Point
+from lorascope.charts.marks import Axis, Line, Point, Rule
 from lorascope.papers import adalora, fourierft, lisa, neft, variants
-from lorascope.papers.figures.variant_gaps import PUBLISHED, common_seeds, number_above, numbered, published
+from lorascope.papers.figures.study_marks import SMALL
+from lorascope.papers.figures.variant_gaps import (
+    PUBLISHED,
+    common_seeds,
+    describe_differences,
+    numbered,
+    printed_by_fraction,
+    printed_curves,
+    published,
+)
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
-from lorascope.papers.variant_figures import VariantFigure, of_truth, printed_by_fraction, printed_curves
-from lorascope.plots.builders import curves, ticks_at
+from lorascope.papers.variant_figures import VariantFigure, of_truth
+from lorascope.plots.builders import curves, dots, ticks_at
 from lorascope.plots.run_groups import INTERVAL
 
+_PRINTED_DISTANCE = 0.001  # of AdaLoRA's figure 4, as read off it
 WINDOW = 10  # steps, of which a batch's loss is the mean
-_APART = 0.015  # of the axis: horizontal distance of bars
+_LOSS_NAMES = {"losses": "training", "validation": "validation"}
 FEW, ALL_BLOCKS = truth_names.FEW_NEURONS, truth_names.ALL_BLOCKS
 
 
-def loss_course(
-    evidence: StudyEvidence,
-    table: str,
-    arms: Mapping[str, str],
-    y: str,
-    title: str,
-    caption: str,
-    by_seed: bool = False,
-) -> Chart | None:
-    """Draw a loss of arms over the steps, mean and range over the seeds that all have; None if an arm has no runs.
+def loss_by_step(evidence: StudyEvidence, table: str, arm: str, seed: int) -> pd.Series:
+    """Return a loss of a run by step, of ten steps each if it is the training loss.
 
     Parameters
     ----------
@@ -43,54 +45,101 @@ def loss_course(
         Kept runs.
     table : {"losses", "validation"}
         Kept table.
+    arm : str
+        Label of the arm.
+    seed : int
+        Seed of the run.
+    """
+    rows = evidence.table(table, arm, seed).astype({"loss": "float64"})
+    if table == "losses":  # of the last phase; a loss of single batches is noisy
+        rows = rows[rows["phase"] == ""]
+        rows = rows.assign(step=(rows["step"] - rows["step"].min()) // WINDOW * WINDOW + WINDOW / 2)
+    return rows.groupby("step")["loss"].mean()
+
+
+def loss_course(
+    evidence: StudyEvidence,
+    table: str,
+    arms: Mapping[str, str],
+    title: str,
+    caption: str,
+    by_seed: bool = False,
+    is_gray: bool = False,
+) -> Chart | None:
+    """Draw a loss of arms over the steps, mean over the seeds that all have; None if an arm has no runs.
+
+    Parameters
+    ----------
+    evidence, table
+        See ``loss_by_step``.
     arms : mapping name -> label
         Arms by their names in the legend.
-    y, title, caption : str
-        Label of the axis, and text of the figure.
+    title, caption : str
+        Text of the figure.
     by_seed : bool
         Whether every seed has a line.
+    is_gray : bool
+        Whether lines are gray, such as lines that coincide, which a legend would not distinguish.
     """
     tables = []
     # Arms of claims have more seeds, which would make their lines smoother.
     seeds = common_seeds(evidence, arms.values(), table)
     for seed in seeds:
         for name, arm in arms.items():
-            rows = evidence.table(table, arm, seed).astype({"loss": "float64"})
-            if table == "losses":  # of the last phase; a loss of single batches is noisy
-                rows = rows[rows["phase"] == ""]
-                rows = rows.assign(step=(rows["step"] - rows["step"].min()) // WINDOW * WINDOW + WINDOW / 2)
-            by_step = rows.groupby("step")["loss"].mean().reset_index()
+            by_step = loss_by_step(evidence, table, arm, seed).reset_index()
             tables.append(by_step.assign(recipe=f"seed {seed}" if by_seed else name))
     if not tables:
         return None
-    losses = pd.concat(tables, ignore_index=True)
-    cells = (
-        losses.groupby(["recipe", "step"], sort=False)["loss"].agg(value="mean", low="min", high="max").reset_index()
-    )
-    marks: list[Mark] = [Line("step", "value", "recipe")]
-    # A seed has no range, and bands of several arms would cover each other.
-    if not by_seed:
-        last = cells[cells["step"] == cells.groupby("recipe")["step"].transform("max")]
-        # Side by side, because ranges of several arms overlap.
-        apart = _APART * cells["step"].max() * (1 + pd.Series(pd.factorize(last["recipe"])[0], index=last.index))
-        ends = last.assign(step=last["step"] + apart)
-        marks.append(Point("step", "value", "recipe", low="low", high="high", data=ends))
-        caption = f"Lines: mean of {len(seeds)} seeds; bars at the right: mean and range at the last step. {caption}"
+    cells = pd.concat(tables).groupby(["recipe", "step"], sort=False)["loss"].mean().rename("value").reset_index()
+    line = Line("step", "value", "recipe")
+    if is_gray:
+        line = Line("step", "value", stretch="recipe", muted=True)
     return Chart(
         cells,
-        marks,
+        [line],
         title=title,
         x=Axis(label="step"),
-        y=Axis(label=y),
-        caption=caption,
+        y=Axis(label=f"{_LOSS_NAMES[table]} loss (nats)"),
+        caption=f"Lines: mean of {len(seeds)} seeds. {caption}",
         colors=dict.fromkeys(cells["recipe"]),
     )
 
 
-def last_losses(chart: Chart) -> pd.Series:
-    """Return the mean loss of every line at the last step, by name, the lowest first."""
-    at_end = chart.data[chart.data["step"] == chart.data["step"].max()]
-    return at_end.set_index("recipe")["value"].sort_values()
+def last_differences(
+    evidence: StudyEvidence, table: str, pairs: Mapping[str, tuple[str, str]], minus: str
+) -> Chart | None:
+    """Draw how far the last loss of one arm is above that of another, paired by seed; None if an arm has no runs.
+
+    Parameters
+    ----------
+    evidence, table
+        See ``loss_by_step``.
+    pairs : mapping name -> two labels
+        Arms of the rows; the second one is subtracted.
+    minus : str
+        Name of the second arm, for the axis.
+    """
+    rows = []
+    for name, arms in pairs.items():
+        for seed in common_seeds(evidence, arms, table):
+            first, second = (loss_by_step(evidence, table, arm, seed).iloc[-1] for arm in arms)
+            rows.append((name, first - second))
+    differences = pd.DataFrame(rows, columns=["name", "value"])
+    if differences["name"].nunique() < len(pairs):
+        return None
+    cells = seed_cells(differences, ["name"])
+    return Chart(
+        cells,
+        [Rule(x=0), *dots(cells, "value", "name")],
+        title="Last loss, paired by seed",
+        x=Axis(label=f"minus {minus} (nats)"),
+        y=Axis(order=pairs),
+    )
+
+
+def describe_losses(paired: Chart) -> dict[str, str]:
+    """Return the differences of ``last_differences`` by row: ``0.051 [0.049, 0.053] nats above``."""
+    return describe_differences(paired, digits=".3f", words=("nats below", "nats above"))
 
 
 def in_row(*charts: Chart | None, title: str = "") -> Drawable | None:
@@ -109,95 +158,118 @@ def draw_lisa_losses(evidence: StudyEvidence) -> Drawable | None:
     full = {"γ = 8 (full)": f"{neft.FULL}, {ALL_BLOCKS}"}
     by_number = numbered(f"LISA, {{}} of 8 blocks, {ALL_BLOCKS}", variants.BLOCKS, "γ = {}")
     by_interval = numbered(f"{lisa.SAMPLED}, {{}} steps, {ALL_BLOCKS}", variants.INTERVALS, "K = {}")
-    by_interval["K = 10"] = f"{lisa.SAMPLED}, {ALL_BLOCKS}"  # the arm of a claim
+    sampled = f"{lisa.SAMPLED}, {ALL_BLOCKS}"  # the arm of a claim
+    by_interval["K = 10"] = sampled
     caption = (
-        "Planted teachers change all eight blocks of a small decoder. Left: K = 10 steps between draws. Center: γ = "
-        "2 blocks; K = 400 is a single draw. Right: one teacher, so that only data order and draws differ. The "
-        "paper's lines end at about the same loss for all K and all seeds, and lowest for the largest γ."
+        "Small decoders, trained on the text of planted teachers that change all eight blocks; mean of 10 steps. Above "
+        "and lower left: K = 10 steps between draws if γ varies, and γ = 2 blocks if K varies; K = 400 is a single "
+        f"draw; bars: {INTERVAL}. Lower right: one teacher, so that only data order and draws differ. The paper's "
+        "lines end at about the same loss for all K and all seeds, and lowest for the largest γ."
     )
-    label, on_one = "training loss (nats)", of_truth(ALL_BLOCKS, variants.ON_ONE[-1])
-    left = loss_course(evidence, "losses", by_number | full, label, "Number of blocks", caption)
-    center = loss_course(evidence, "losses", by_interval, label, "Steps between draws", caption)
-    right = loss_course(evidence, "losses", on_one, label, "Seeds", caption, by_seed=True)
-    if left is None or center is None:
+    pairs = {}
+    for name, arm in (by_number | full | by_interval).items():
+        if arm != sampled:
+            pairs[name] = arm, sampled
+    spacings = ", ".join(map(str, variants.INTERVALS))
+    upper = in_row(
+        loss_course(evidence, "losses", by_number | full, "Blocks that train at a time (γ)", caption),
+        loss_course(evidence, "losses", by_interval, f"A line per K = {spacings} steps", caption, is_gray=True),
+    )
+    one_teacher = of_truth(ALL_BLOCKS, variants.ON_ONE[-1])
+    lower = in_row(
+        last_differences(evidence, "losses", pairs, "γ = 2, K = 10"),
+        loss_course(evidence, "losses", one_teacher, "A line per seed", caption, by_seed=True, is_gray=True),
+    )
+    if upper is None or lower is None:
         return None
-    # Bars of seeds overlap, so the title has the spread of the means.
-    by_blocks, by_steps = map(last_losses, (left, center))
+    paired = lower.panels[0]
+    words, values = describe_losses(paired), paired.data.set_index("name")["value"]
+    of_spacing = values[values.index.str.startswith("K")].abs().max()
     title = (
-        f"Last losses differ by {by_blocks.max() - by_blocks.min():.2f} nats over γ, by "
-        f"{by_steps.max() - by_steps.min():.2f} over K"
+        f"Against LISA with γ = 2 blocks, training loss ends {words['γ = 0']} with γ = 0, {words['γ = 8 (full)']} with "
+        f"all 8; steps between draws change it by up to {of_spacing:.3f}"
     )
-    return in_row(left, center, right, title=f"{title}; lowest: {by_blocks.index[0]}")
+    return replace(stack_vertically(upper, lower), title=title)
 
 
 def draw_lisa_validation(evidence: StudyEvidence) -> Drawable | None:
     """Draw LISA's figure 11: validation loss."""
-    arms = dict(zip(("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"), variants.ON_ONE, strict=True))
-    caption = (
-        "All seeds learn the text of one planted teacher, a small decoder. The paper shows no sign of overfitting by "
-        "LISA."
+    arms = of_truth(
+        ALL_BLOCKS,
+        **dict(zip(("full fine-tuning", "LoRA, rank 8", "LISA, 2 of 8 blocks"), variants.ON_ONE, strict=True)),
     )
-    chart = loss_course(evidence, "validation", of_truth(ALL_BLOCKS, **arms), "validation loss (nats)", "", caption)
-    if chart is None:
+    full, factored, sampled = arms.values()
+    caption = (
+        "Small decoders, trained on the text of one planted teacher, whose update changes all blocks; seeds differ in "
+        f"data order and initial values. Right: bars are a {INTERVAL}. The paper shows no sign of overfitting by LISA."
+    )
+    chart = loss_course(evidence, "validation", arms, "By step", caption)
+    pairs = {"LoRA, rank 8": (factored, full), "LISA, 2 of 8 blocks": (sampled, full)}
+    paired = last_differences(evidence, "validation", pairs, "full fine-tuning")
+    if paired is None:
         return None
-    return replace(chart, title=f"Last validation loss: {_above_lowest(last_losses(chart))}")
-
-
-def _above_lowest(losses: pd.Series) -> str:
-    """Return the name of the lowest loss, and by how much the others are above it."""
-    differences = [f"{name}: {loss - losses.iloc[0]:+.3f}" for name, loss in losses.iloc[1:].items()]
-    return f"{losses.index[0]} is lowest; {'; '.join(differences)} nats"
+    factored, sampled = describe_losses(paired).values()
+    title = f"LISA's validation loss ends {sampled} that of full fine-tuning, LoRA's {factored}"
+    return in_row(chart, paired, title=title)
 
 
 def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
     """Draw NeFT's figures 6 and 7: validation loss, also at equal numbers of parameters."""
-    few, many = variants.few_neurons(), variants.few_neurons(72)
-    small, large = variants.FACTORED_NEURONS
-    full = {"full fine-tuning": f"{neft.FULL}, evaluated"}
+    full = f"{neft.FULL}, evaluated"
+    fewer, more = of_truth(FEW, variants.few_neurons(), variants.few_neurons(72)).values()
+    full, small, large = of_truth(FEW, full, *variants.FACTORED_NEURONS).values()
     logs = pd.read_csv(PUBLISHED / "neft_dev_loss.csv")
     # Their last steps are after the best one, where full fine-tuning overfits more.
     best = logs.pivot(index="pair", columns="method", values="best_loss")
-    gains = ", ".join(drawn_number(gain, ".2f") for gain in best["full fine-tuning"] - best["NeFT"])
+    gains = " and ".join(drawn_number(gain, ".2f") for gain in best["full fine-tuning"] - best["NeFT"])
     caption = (
-        "The planted teacher changes 108 of the 1,152 neurons of a small decoder. NeFT starts again after a full "
-        "fine-tuning of 400 steps, which is not drawn. LoRA has as many parameters: rank 3 as 108 neurons, rank 1 as "
-        f"36. The authors' logs have full fine-tuning {gains} above NeFT at the best step of two language pairs."
+        "Small decoders whose planted teacher changes 108 of 1,152 neurons. NeFT trains neurons that rotate most in a "
+        "full fine-tuning of 400 steps, which precede the drawn ones. LoRA has as many parameters: rank 3 as 108 "
+        f"neurons, rank 1 as 36. Right: bars are a {INTERVAL}. At the best step of the authors' logs, full fine-tuning "
+        f"is {gains} above NeFT in two language pairs."
     )
-    label = "validation loss (nats)"
-    all_arms = of_truth(FEW, **full, **{"NeFT, 108": many, "LoRA, rank 3": large})
-    first = loss_course(evidence, "validation", all_arms, label, "Against full fine-tuning", caption)
-    if first is None:
+    pairs = {
+        "NeFT, 108 − full fine-tuning": (more, full),
+        "NeFT, 108 − LoRA, rank 3": (more, large),
+        "NeFT, 36 − LoRA, rank 1": (fewer, small),
+    }
+    paired = last_differences(evidence, "validation", pairs, "")
+    if paired is None:
         return None
+    of_full, of_large, _ = describe_losses(paired).values()
+    arms = {"full fine-tuning": full, "NeFT, 108": more, "LoRA, rank 3": large}
     return in_row(
-        first,
-        loss_course(evidence, "validation", of_truth(FEW, **{"NeFT, 108": many, "LoRA, rank 3": large}), label,
-               "As many as 108 neurons", caption),
-        loss_course(evidence, "validation", of_truth(FEW, **{"NeFT, 36": few, "LoRA, rank 1": small}), label,
-               "As many as 36 neurons", caption),
-        title=f"Last validation loss: {_above_lowest(last_losses(first))}",
-    )  # fmt: skip
+        loss_course(evidence, "validation", arms, "108 neurons (9%)", caption),
+        loss_course(evidence, "validation", {"NeFT, 36": fewer, "LoRA, rank 1": small}, "36 neurons (3%)", caption),
+        replace(paired, x=Axis(label="difference (nats)")),
+        title=f"Validation loss of NeFT ends {of_full} full fine-tuning, and {of_large} LoRA of equal size",
+    )
 
 
 def draw_fourier_losses(evidence: StudyEvidence) -> Drawable | None:
     """Draw FourierFT's figure 6: training loss of FourierFT and of LoRA of equal size."""
-    charts, lower = [], []
-    truths = "Truth: 192 coefficients suffice", "Truth: rank 2 suffices"
+    teachers = "FourierFT's entries", "rank 2"
+    caption = (
+        "Small decoders, trained on the text of planted teachers; mean of 10 steps. FourierFT and LoRA of rank 2 have "
+        f"192 parameters per matrix; a teacher of FourierFT's entries changes those 192. Right: bars "
+        f"are a {INTERVAL}. {SMALL} The paper compares LoRA of rank 1 with 1,536 coefficients, on MRPC."
+    )
+    charts, pairs = [], {}
     # A claim compares both arms, so their rates are tuned.
-    for truth, title in zip(fourierft.SUFFICIENT, truths, strict=True):
+    for truth, title in zip(fourierft.SUFFICIENT, teachers, strict=True):
         arms = of_truth(truth, **{"FourierFT": fourierft.SPARSE, "LoRA": fourierft.SMALL_STUDENT})
-        caption = (
-            "Seeds that an arm has not finished are left out. Both have 192 parameters per matrix, LoRA rank 2. Left: "
-            "the teacher changes the 192 entries that FourierFT trains. The paper compares LoRA of rank 1 with 1,536 "
-            "coefficients, on MRPC."
-        )
-        chart = loss_course(evidence, "losses", arms, "training loss (nats)", title, caption)
-        if chart is not None:
-            lower.append(last_losses(chart).index[0])
-            chart = replace(chart, title=f"{title}: {lower[-1]} is lower")
-        charts.append(chart)
-    # A missing chart has no title either.
-    title = "Training loss at equal size: {} lower if 192 coefficients suffice, {} if rank 2 does"
-    return in_row(*charts, title=title.format(*lower, "", ""))
+        charts.append(loss_course(evidence, "losses", arms, f"Teacher: {title}", caption))
+        sparse, factored = arms.values()
+        pairs[title] = sparse, factored
+    paired = last_differences(evidence, "losses", pairs, "LoRA")
+    if paired is None:
+        return None
+    entries, rank = describe_losses(paired).values()
+    title = (
+        f"At equal size, FourierFT's training loss ends {entries} LoRA's if the teacher changes its entries, {rank} if "
+        "the teacher has rank 2"
+    )
+    return in_row(*charts, replace(paired, x=Axis(label="FourierFT − LoRA (nats)")), title=title)
 
 
 def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
@@ -218,20 +290,23 @@ def draw_penalties(evidence: StudyEvidence) -> Drawable | None:
     ends, ratio = at_end["AdaLoRA"], at_end["no penalty"] / at_end["AdaLoRA"]
     caption = (
         "First block of small decoders, trained on the text of planted teachers, mean and range over "
-        f"{len(tables) // len(arms)} seeds, from before the first step on. The paper's distance falls to about 1e-3 "
-        f"during the warm-up and stays there, with γ = 0.1 as here; here it ends between {ends.min():.2g} and "
-        f"{ends.max():.2g}. The control has γ = 0."
+        f"{len(tables) // len(arms)} seeds, from before the first step on. W_o: attention output; W_f2: feed-forward "
+        f"output. The paper's distance falls to about {_PRINTED_DISTANCE} (dashed line) during the warm-up and stays "
+        "there, with γ = 0.1 as here. No penalty: γ = 0."
     )
     charts = []
     for role, module in (("o", "W_o"), ("ffn_out", "W_f2")):
         for factor, formula in (("P", "‖PᵀP − I‖²"), ("Q", "‖QQᵀ − I‖²")):
             rows = cells[(cells["role"] == role) & (cells["factor"] == factor)]
             chart = curves(
-                rows, "step", ("step", Axis(label="distance", log=True)), points=False, title=f"{formula}, {module}",
-                caption=caption, colors=names,
+                rows, "step", ("step", Axis(label="squared distance", log=True)), Rule(y=_PRINTED_DISTANCE),
+                points=False, title=f"{formula}, {module}", caption=caption, colors=names,
             )  # fmt: skip
             charts.append(chart)
-    title = f"With the penalty, factors end {ratio.min():.0f} to {ratio.max():.0f} times closer to orthogonal ones"
+    title = (
+        f"With the penalty, P and Q end {ends.min():.2g} to {ends.max():.2g} from orthogonal ones (printed: "
+        f"{_PRINTED_DISTANCE}), {ratio.min():.0f} to {ratio.max():.0f} times closer than without"
+    )
     return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]), title=title)
 
 
@@ -269,26 +344,33 @@ def draw_use(evidence: StudyEvidence) -> Drawable | None:
     cells = seed_cells(
         table[(table["panel"] == "a") | (table["number"] < variants.MORE_NEURONS[-1])], ["panel", "recipe", "number"]
     )
-    above = number_above(cells[cells["panel"] == "a"], "reversed", "next")
+    of_largest = cells[(cells["panel"] == "a") & (cells["number"] == variants.MORE_NEURONS[-1])]
     caption = (
-        f"{_UTILIZATION} Mean shift of a neuron's utilization rank in its role, in percent of the ranks; bars: "
-        f"{INTERVAL}. (a) from NeFT with 3% of the neurons, (b) from the largest number of the same kind. Right: "
-        f"printed numbers, divided by {_MODEL_RANKS:,} ranks. There, reversed neurons shift the ranks more in (a); "
-        f"here at {above}."
+        f"{_UTILIZATION} Mean shift of a neuron's utilization rank in its role, in percent of the ranks; mean of "
+        f"{len(seeds)} seeds; bars: {INTERVAL}. NeFT trains 3% of the neurons and further ones: the next, or, "
+        f"reversed, those that rotate least. Right: printed numbers, divided by {_MODEL_RANKS:,} ranks."
     )
     shift, printed_shift = Axis(label="mean shift (% of ranks)"), Axis(label="printed shift (% of ranks)")
-    charts = []
-    for panel in "ab":
-        measured = cells[cells["panel"] == panel]
-        x = Axis(label="further neurons", ticks=ticks_at(measured["number"]))
-        charts.append(curves(measured, "number", (x, shift), title=f"({panel})", caption=caption, colors=kinds))
+    ticks = {number: f"{100 * number / _NEURONS:.0f}" for number in variants.MORE_NEURONS}
+    charts, largest_printed = [], {}
+    for panel, reference in {"a": "without further neurons", "b": "with 9% further ones"}.items():
+        measured, title = cells[cells["panel"] == panel], f"From NeFT {reference}"
+        x = Axis(label=f"further neurons (% of {_NEURONS:,})", ticks=ticks)
+        charts.append(curves(measured, "number", (x, shift), title=title, caption=caption, colors=kinds))
         numbers = printed_by_fraction(f"Figure 4 ({panel})", r"and (\d+)")
         # The name of a printed arm has the further neurons, or all of them.
         total = published("NeFT", f"Figure 4 ({panel})")["method"].str.extract(r"NeFT, (\d+)")[0].astype("float64") - 3
         numbers = numbers.assign(x=numbers["x"].fillna(total), value=100 * numbers["value"] / _MODEL_RANKS)
         x = Axis(label="further neurons (%)", ticks=ticks_at(numbers["x"]))
-        charts.append(printed_curves(numbers, (x, printed_shift), f"({panel}), printed", caption, kinds))
-    title = f"Reversed neurons shift utilization ranks more than the next ones at {above} numbers"
+        charts.append(printed_curves(numbers, (x, printed_shift), f"{title}, printed", caption, kinds))
+        if panel == "a":
+            largest_printed = numbers[numbers["x"] == numbers["x"].max()].set_index("recipe")["value"]
+    measured_shift = of_largest.set_index("recipe")["value"]
+    title = (
+        f"With {ticks[variants.MORE_NEURONS[-1]]}% reversed neurons, utilization ranks shift by "
+        f"{measured_shift['reversed']:.1f}%, with the next ones by {measured_shift['next']:.1f}% (printed: "
+        f"{largest_printed['reversed']:.1f}%, {largest_printed['next']:.1f}%)"
+    )
     return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]), title=title)
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from lorascope import plots
-from lorascope.analysis.rank_allocations import kendall_tau
+from lorascope.analysis.planted_ranks import chance_agreement, teacher_agreement
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.geometry import drawn_number
-from lorascope.charts.marks import Axis, Heat, Line, Point, Text
+from lorascope.charts.marks import Axis, Heat, Line, Point, Rule, Text
 from lorascope.papers import adapprox, hydralora_factors, variants
 from lorascope.papers.course_figures import in_row
 from lorascope.papers.figures.variant_gaps import common_seeds, published
@@ -27,6 +27,7 @@ from lorascope.schema import module_table
 
 WIDTH = 384
 """Number of inputs of the text model's queries and values."""
+_TOP = 64  # directions of W in a title
 _LABEL_LIMIT = 0.55  # of the planes, whose dots are within 0.5
 _NEXT_TO = ((0.0, 0.08), (0.0, -0.08), (0.09, 0.0), (-0.09, 0.0))
 FEW_MODULES = ("q0", "v1", "q3", "v5")
@@ -61,9 +62,9 @@ def similarity_heat(cells: pd.DataFrame, title: str, caption: str, y: str, x: st
         # Few enough ticks to be read.
         axes[letter] = Axis(label=label, order=order, ticks={n: str(n) for n in order if n == 1 or n % 8 == 0})
     cells = cells.assign(excess=cells["phi"] - at_random(cells))
-    return Chart(
-        cells, [Heat("j", "i", "excess", "φ − random", scale="diverging")], title=title, caption=caption, **axes
-    )
+    # No overlap is far below that of random directions.
+    heat = Heat("j", "i", "excess", "φ − random", limits=(0.0, None))
+    return Chart(cells, [heat], title=title, caption=caption, **axes)
 
 
 def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
@@ -78,27 +79,30 @@ def draw_subspaces(evidence: StudyEvidence) -> Drawable | None:
     first = ranks.query("i == 1 and j == 1")["phi"]
     seeds = len(evidence.seeds(variants.OTHER_HIGH))
     caption = (
-        f"φ(i, j): overlap of the first i directions of one A with the first j of another one, mean of {seeds} pairs "
-        "of runs that share neither seed nor initial A, minus that of random directions; MiniLM, sentiment. φ(1, 1) "
-        f"of both ranks is {first.min():.2f} to {first.max():.2f} in layers 0, 2 and 5; at random {1 / WIDTH:.3f}. "
-        "The paper has φ(1, 1) > 0.5."
+        "LoRA of MiniLM on sentiment. φ(i, j): overlap of the first i right singular vectors of one A with the first j "
+        f"of another one (0: orthogonal, 1: the same), mean of {seeds} pairs of runs that share neither seed nor "
+        "initial A, minus that of random directions. Title: φ(1, 1) of q and v in layers 0, 2 and 5."
     )
     rows = []
-    for cells, label in ((ranks[ranks["layer"] == 2], "r = 8, i"), (starts, "r = 64, i")):
+    other = "rank 64, first j"
+    for cells, pair, label in (
+        (ranks[ranks["layer"] == 2], "Ranks 8 and 64", "rank 8, first i"),
+        (starts, "Two runs of rank 64", "rank 64, first i"),
+    ):
         row = []
         for name, of_panel in cells.groupby("role"):
-            row.append(similarity_heat(of_panel, f"{name}, layer 2", caption, label, "r = 64, j"))
+            row.append(similarity_heat(of_panel, f"{pair}: {name}, layer 2", caption, label, other))
         rows.append(tuple(row))
     # Between these rows, the upper left corner of the first one, in other layers as well.
     for role, near in ranks[ranks["j"] <= 8].groupby("role"):
         row = []
         for layer, cells in near.groupby("layer"):
-            title = f"{role}, layer {layer}"
-            row.append(similarity_heat(cells, title, caption, "r = 8, i", "r = 64, j ≤ 8"))
+            title = f"First 8: {role}, layer {layer}"
+            row.append(similarity_heat(cells, title, caption, "rank 8, first i", "rank 64, first j ≤ 8"))
         rows.insert(-1, tuple(row))
     title = (
-        f"The first directions of ranks 8 and 64 overlap by {first.min():.2f} to {first.max():.2f}, at random "
-        f"{1 / WIDTH:.3f}"
+        f"The first input directions of LoRA of ranks 8 and 64 overlap by {first.min():.2f} to {first.max():.2f} (at "
+        f"random {1 / WIDTH:.3f}; paper: more than 0.5)"
     )
     return Panels(tuple(rows), title=title)
 
@@ -111,19 +115,24 @@ def draw_weight_directions(evidence: StudyEvidence) -> Drawable | None:
     means = {}
     for name, table in tables.items():
         means[name] = table.astype({"phi": "float64"}).groupby(["i", "j"])["phi"].mean().reset_index()
-    cells = pd.concat(means)
-    excess = (cells["phi"] - at_random(cells)).groupby(level=0).mean()
+    shares = {}
+    for name, cells in means.items():
+        of_first = cells[cells["j"] == 1]
+        shares[name] = of_first.set_index("i")["phi"][_TOP]
+    counts = {len(evidence.seeds(arm)) for arm in (variants.LOW, variants.HIGH)}
     caption = (
-        f"Overlap of the first i input directions of W of q, of {WIDTH}, with the first j of its update, layer 2 of "
-        "MiniLM, sentiment, mean over seeds. Title: mean over i and j. The paper finds that the update avoids the "
-        "top directions of W."
+        f"LoRA of MiniLM on sentiment, q of layer 2, mean of {' or '.join(map(str, sorted(counts)))} seeds. φ(i, j): "
+        f"overlap of the first i of {WIDTH} right singular vectors of W with the first j of the update, minus that of "
+        "random directions. The paper finds that the update avoids the top directions of W."
     )
     charts = []
     for name, of_panel in means.items():
-        charts.append(similarity_heat(of_panel, name, caption, "W, i", "update, j"))
+        charts.append(
+            similarity_heat(of_panel, f"LoRA of {name}", caption, "first i directions of W", "first j of the update")
+        )
     title = (
-        "Overlap of the update with directions of W, minus random: "
-        f"{drawn_number(excess['rank 8'], '+.3f')} for rank 8, {drawn_number(excess['rank 64'], '+.3f')} for 64"
+        f"The first {_TOP} of W's {WIDTH} input directions hold {shares['rank 8']:.0%} of the update's first direction "
+        f"at rank 8, {shares['rank 64']:.0%} at rank 64 (at random {_TOP / WIDTH:.0%})"
     )
     return set_side_by_side(*charts, title=title)
 
@@ -189,35 +198,40 @@ def draw_ranks_by_task(evidence: StudyEvidence) -> Drawable | None:
         tables.append(rows_of(evidence, "ranks", f"{name}, {truth_names.UNEVEN}"))
         if tables[-1].empty:
             return None
-    first, second = map(_ranks_by_seed, tables)
-    # Agreement of runs on different teachers is what any search would show by chance.
-    agreement, count = kendall_tau(np.concatenate([first, second])), len(first)
-    pairs = np.triu_indices(count, 1)
-    same = np.mean([agreement[:count, :count][pairs], agreement[count:, count:][pairs]])
+    allocations = [_ranks_by_seed(table, "rank") for table in tables]
+    # All runs of a teacher have its planted ranks.
+    planted = [_ranks_by_seed(table, "planted")[0] for table in tables]
+    agreement, chance = teacher_agreement(allocations, planted), chance_agreement(allocations, planted)
     caption = (
-        f"Final ranks, mean of {count} runs per teacher, and planted ranks. Title: mean of Kendall's τ over pairs of "
-        "runs. The paper finds that ranks differ between layers, projections and tasks, without a control."
+        f"AutoLoRA on the text of two planted teachers, each a small decoder with known ranks; mean of "
+        f"{len(allocations[0])} runs per teacher, which differ in data order and initial values. Title: mean of "
+        "Kendall's τ over pairs of runs, or of a run and its teacher; chance: 95th percentile after shuffling the "
+        "ranks of every run. The paper finds that ranks differ between layers, projections and tasks, without a "
+        "control."
     )
     rows = []
     for number, table in enumerate(tables):
         by_module = table.groupby("module")[["rank", "planted"]].mean()
         cells = by_module.reset_index().join(_parsed(by_module.index))
         row = []
-        for column, name in (("rank", "found"), ("planted", "planted")):
-            heat = Heat("layer", "role", column, "rank", ".1f", limits=(0.0, 4.0))
+        for column, name, digits in (("rank", "ranks that AutoLoRA finds", ".1f"), ("planted", "planted ranks", ".0f")):
+            heat = Heat("layer", "role", column, "rank", digits, limits=(0.0, 4.0))
             axes: dict[str, Any] = {"x": Axis(label="block"), "y": Axis(order=list(variants.TYPES))}
-            row.append(Chart(cells, [heat], title=f"task {number + 1}, {name}", caption=caption, **axes))
+            row.append(Chart(cells, [heat], title=f"Teacher {number + 1}: {name}", caption=caption, **axes))
         rows.append(tuple(row))
-    different = agreement[:count, count:].mean()
+    same, different, with_planted = (
+        f"{drawn_number(tau, '.2f')} (chance: up to {drawn_number(bound, '.2f')})"
+        for tau, bound in zip(agreement, chance, strict=True)
+    )
     title = (
-        f"Ranks agree by {drawn_number(same, '.2f')} on one teacher, by {drawn_number(different, '.2f')} on two "
-        "(Kendall's τ)"
+        f"AutoLoRA's ranks agree with planted ones by τ = {with_planted}, between runs on one teacher by {same}, on "
+        f"two by {different}"
     )
     return Panels(tuple(rows), title=title)
 
 
-def _ranks_by_seed(table: pd.DataFrame) -> Float[np.ndarray, "run module"]:
-    return table.pivot(index="seed", columns="module", values="rank").to_numpy(np.float64)
+def _ranks_by_seed(table: pd.DataFrame, column: str) -> Float[np.ndarray, "run module"]:
+    return table.pivot(index="seed", columns="module", values=column).to_numpy(np.float64)
 
 
 def _parsed(modules: Iterable[str]) -> pd.DataFrame:
@@ -233,26 +247,34 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
         return None
     means = table.groupby(["quantity", "layer", "index"], dropna=False)["value"].mean().reset_index()
     caption = (
-        "Second moments of AdamW after 100 steps of MiniLM on sentiment, mean over matrices and seeds. Shuffled: "
-        "other entries with the same row and column sums. S-RSI covers the line of the best rank k. Any matrix of "
-        "positive entries has one large singular value. Times are from the machine that trained the runs."
+        "Second moments of AdamW after 100 steps of MiniLM on sentiment, mean over matrices and "
+        f"{len(evidence.seeds(variants.MOMENTS))} seeds; gray: a line per layer. Shuffled: other entries with the same "
+        "row and column sums. S-RSI, Adapprox's randomized factorization, covers the line of the best rank k (SVD). "
+        "Any matrix of positive entries has one large singular value. Times are from the machine that trained the runs."
     )
     sigma = means[means["quantity"].isin(["moment_sigma", "moment_sigma_dealt"])].dropna(subset="layer")
     layer = "layer " + sigma["layer"].astype(int).astype(str)
     sigma = sigma.assign(name=layer.where(sigma["quantity"] == "moment_sigma", "shuffled"))
+    sigma = sigma.groupby(["name", "index"])["value"].mean().reset_index()
+    # The legend has no room for the layers, whose colors would be those of other panels.
+    of_layers, shuffled = sigma[sigma["name"] != "shuffled"], sigma[sigma["name"] == "shuffled"]
     spectra = Chart(
-        sigma.groupby(["name", "index"])["value"].mean().reset_index(),
-        [Line("index", "value", "name")],
+        sigma,
+        [
+            Line("index", "value", stretch="name", muted=True, data=of_layers),
+            Line("index", "value", "name", data=shuffled),
+        ],
         title="Singular values",
         x=Axis(label="component", log=True),
         y=Axis(label="singular value / largest", log=True),
         caption=caption,
+        colors=dict.fromkeys([*_ERRORS.values(), _RANK_ONE, *_TIMES.values(), "shuffled"]),
     )
     errors = _by_rank(means, _ERRORS)
     # Adafactor has no rank, so its error is drawn at both ends.
     rank_one = means.loc[means["quantity"] == "moment_error_rank_one", "value"].mean()
     ends = pd.DataFrame({"index": [errors["index"].min(), errors["index"].max()], "value": rank_one})
-    errors = pd.concat([errors, ends.assign(recipe="row-column product (Adafactor)")])
+    errors = pd.concat([errors, ends.assign(recipe=_RANK_ONE)])
     at_rank = errors[errors["index"] == _TITLED_RANK].set_index("recipe")["value"]
     title = (
         f"AdamW's second moments: rank {_TITLED_RANK} has an error of {at_rank[_ERRORS['moment_error']]:.0%} "
@@ -266,7 +288,7 @@ def draw_second_moments(evidence: StudyEvidence) -> Drawable | None:
     )
 
 
-_TITLED_RANK = 8
+_TITLED_RANK, _RANK_ONE = 8, "row-column product (Adafactor)"
 _ERRORS = {
     "moment_error": "best rank k",
     "moment_error_s_rsi": "S-RSI",
@@ -303,10 +325,10 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     if table.empty or not seeds:
         return None
     caption = (
-        "Left, center: 100 steps of MiniLM on sentiment, mean over matrices and seeds; product of row and "
-        "column sums as in Adafactor. Right: quadratics whose second moments have rank 4 or no structure, at one rate, "
-        "a dot per seed; guided: the average step is divided by one minus its cosine with the last one. The paper "
-        "prints no values."
+        "Left, center: 100 steps of MiniLM on sentiment, mean over matrices and "
+        f"{len(evidence.seeds(variants.FACTORED))} seeds; product of row and column sums as in Adafactor. Right: "
+        "quadratics whose second moments have rank 4 or no structure, at one rate, a dot per seed; guided: the average "
+        "step is divided by one minus its cosine with the last one. The paper prints no values."
     )
     by_step = table.groupby(["quantity", "role", "step"])["value"].mean().reset_index().assign(low=np.nan, high=np.nan)
     # Matrices of one group have one shape, and so one largest rank.
@@ -344,8 +366,8 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     by_arm = losses.groupby("name", sort=False)["value"].mean()
     ratios = by_arm[[f"{name}, guided" for name in by_arm.index[::2]]].to_numpy() / by_arm.iloc[::2].to_numpy()
     title = (
-        f"Adapprox needs rank {at_end.min():.0f} to {at_end.max():.0f} after 100 steps; with guidance, losses are "
-        f"{ratios.min():.2f} to {ratios.max():.2f} times those without"
+        f"Adapprox needs rank {at_end.min():.0f} to {at_end.max():.0f} after 100 steps; guidance multiplies losses by "
+        f"{ratios.min():.2f} to {ratios.max():.2f}"
     )
     return in_row(left, center, Chart(losses, [Point("value", "name")], title="Guidance", **axes), title=title)
 
@@ -370,33 +392,47 @@ def draw_thirds(evidence: StudyEvidence) -> Drawable | None:
               "thirds": read_factors(evidence, hydralora_factors.TEXT_THIRDS)}  # fmt: skip
     if tables["domains"].empty or tables["thirds"].empty:
         return None
-    groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS)
-    charts, fractions, shared = [], {}, []
+    groups = (*hydralora_factors.DOMAINS, *hydralora_factors.THIRDS, hydralora_factors.MEAN)
+    rows, fractions, shared = [], {}, []
     for factor, (name, table) in product("AB", tables.items()):
-        fractions[factor, name] = same_task_fraction(table, factor)
+        row = f"{factor}, {name}"
+        for _, of_seed in table.groupby("seed"):
+            rows.append((row, hydralora_factors.MEAN, same_task_fraction(of_seed, factor)))
+        fractions[row] = same_task_fraction(table, factor)
         shared.append(hydralora_factors.shared_fraction(table, factor, "raw"))
-        same = f"same {name.removesuffix('s')}: {fractions[factor, name]:.0f}%"
-        title = f"{factor}, {name}\n{same}\n(chance {hydralora_factors.CHANCE.value:.0f}%)"
-        charts.append(hydralora_factors.factor_plane(table[table["factor"] == factor], title, groups))
+    by_seed = pd.DataFrame(rows, columns=["row", "series", "value"])
+    cells = by_seed.groupby(["row", "series"])["value"].agg(value="mean", low="min", high="max").reset_index()
+    chance = hydralora_factors.CHANCE.value
+    same = Chart(
+        cells,
+        [Rule(x=chance, label="chance"), Point("value", "row", "series", low="low", high="high")],
+        title="Nearest factor",
+        x=Axis(label="same domain or third (%)", limits=(0, 100)),
+        y=Axis(order=fractions),
+        colors=groups,
+    )
+    charts = []
+    for name, table in tables.items():
+        charts.append(hydralora_factors.factor_plane(table[table["factor"] == "B"], f"B, {name}", groups))
     seeds, modules = tables["domains"]["seed"].nunique(), tables["domains"]["module"].nunique()
     caption = (
-        "A's and B's of all modules of LoRAs on three domains, and on three random thirds of all text, two orders of "
-        "the data each, with a shared initial A. A dot per run and module, placed by t-SNE; lines join a module's dots "
-        f"with their mean. Dots: first of {seeds} seeds; percentages: mean over seeds. Titles: factors whose nearest "
-        "factor of the same module is of the same domain or third. Nearest factor of another text is of the same "
-        "module: A {:.0f}% and {:.0f}%, B {:.0f}% and {:.0f}% ".format(*shared)
+        "LoRAs of MiniLM for sentiment, with a shared initial A: on three domains of text, and on three random thirds "
+        "of all text, two orders of the data each. Left: the B of one module in one run, placed by t-SNE, first seed; "
+        "lines join a module's dots with their mean. Right: factors whose nearest factor of the same module is of the "
+        f"same domain or third, {seeds} seeds; chance: one of the five other runs. Nearest factor of another text is "
+        "of the same module: A {:.0f}% and {:.0f}%, B {:.0f}% and {:.0f}% ".format(*shared)
         + f"(chance {100 / modules:.0f}%)."
     )
     title = (
-        f"Nearest B of a module: {fractions['B', 'domains']:.0f}% are of the same domain, "
-        f"{fractions['B', 'thirds']:.0f}% of the same random third"
+        f"Nearest B of a module: same domain in {fractions['B, domains']:.0f}%, same random third in "
+        f"{fractions['B, thirds']:.0f}% (chance {chance:.0f}%)"
     )
-    return in_row(replace(charts[0], caption=caption), *charts[1:], title=title)
+    return in_row(replace(charts[0], caption=caption), charts[1], same, title=title)
 
 
 def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
     """Draw HydraLoRA's figure 10: the A's and B's of four modules of LoRAs on several texts."""
-    charts, fractions = [], {}
+    charts, fractions, of_all = [], {}, []
     sets = {"shared start": hydralora_factors.TEXT_SHARED, "separate starts": hydralora_factors.TEXT}
     for factor, (start, name) in product("AB", sets.items()):
         rows = read_factors(evidence, name)
@@ -404,20 +440,22 @@ def draw_sub_modules(evidence: StudyEvidence) -> Drawable | None:
             return None
         cells = rows[(rows["factor"] == factor) & rows["label"].isin(FEW_MODULES)]
         fractions[factor, start] = hydralora_factors.shared_fraction(cells, factor, "raw")
+        of_all.append(f"{hydralora_factors.shared_fraction(rows, factor, 'raw'):.0f}%")
         chance = 100 / rows["module"].nunique()  # all modules have one shape
         title = f"{factor}, {start}\nsame module: {fractions[factor, start]:.0f}%\n(chance {chance:.0f}%)"
-        chart = hydralora_factors.factor_plane(
-            cells, title, FEW_MODULES, "label", shape="task", label="color: module, as labeled"
-        )
+        chart = hydralora_factors.factor_plane(cells, title, FEW_MODULES, "label", shape="task")
         charts.append(replace(chart, marks=[*chart.marks, place_labels(chart.data)]))
     caption = (
-        "A's and B's of four modules (role and layer) of LoRAs on three texts, two orders each. A dot per run, placed "
-        "by t-SNE; lines join a module's dots with their mean. Titles: factors whose nearest factor of another text, "
-        f"among all modules, is from the same module. Dots: first of {rows['seed'].nunique()} seeds; percentages: mean "
-        "over seeds."
+        "A's and B's of four modules (role and layer) of LoRAs of MiniLM for sentiment on three domains, two orders of "
+        "the data each. A dot per run, placed by t-SNE; lines join a module's dots with their mean. Titles: factors "
+        "whose nearest factor of another domain, among all modules, is from the same module. Dots: first of "
+        f"{rows['seed'].nunique()} seeds; percentages: mean over seeds, over all modules {', '.join(of_all)}."
     )
     shared, separate = (fractions["A", start] for start in sets)
-    title = f"Nearest A of another text: same module in {shared:.0f}% with a shared start, else {separate:.0f}%"
+    title = (
+        f"The nearest A of another domain is of the same module in {shared:.0f}% with a shared start, in "
+        f"{separate:.0f}% with separate ones (chance {chance:.0f}%)"
+    )
     return in_row(replace(charts[0], caption=caption), *charts[1:], title=title)
 
 

@@ -265,9 +265,9 @@ _GROUNDS = {
     SHARED_A: (SHARED_A_SEPARATE, SHARED_A_SHARED, 100 / 6),
     UNRELATED: (UNRELATED_SEPARATE, UNRELATED_SHARED, 100 / 6),
 }
-_VIEWS = {"raw": "by cosine", "space": "by spaces"}
-_MEAN = "mean and range over seeds"
-_SERIES = (*DOMAINS, _MEAN, "at random")
+_VIEWS = {"raw": dict.fromkeys("AB", "by cosine"), "space": {"A": "by row space", "B": "by column space"}}
+MEAN = "mean and range over seeds"
+_SERIES = (*DOMAINS, MEAN, "at random")
 
 
 def factors_figure(table: pd.DataFrame) -> Panels:
@@ -284,24 +284,25 @@ def factors_figure(table: pd.DataFrame) -> Panels:
                 planes.append(factor_plane(of_set, f"{factor}, {start}", _SERIES))
         for view in _VIEWS:
             fractions.append(
-                _shared_fractions(of_factor[of_factor["view"] == view], f"nearest {factor}\n{_VIEWS[view]}")
+                _shared_fractions(of_factor[of_factor["view"] == view], f"nearest {factor}\n{_VIEWS[view][factor]}")
             )
     seeds = table.groupby("set")["seed"].nunique()
     counts = []
     for separate, shared, _ in _GROUNDS.values():
         counts += [str(seeds[name]) for name in (separate, shared) if name in seeds]
     caption = (
-        "Above: the A or B of one module in one run on text, placed by t-SNE, first seed; lines join a module's dots "
-        "with their mean. Below: factors whose nearest factor in another domain or task, by cosine of the arrays or "
-        "overlap of their spaces, belongs to the same module. Rows: text, and planted tasks that share A or have "
-        f"unrelated updates, with separate or shared initial A's. Seeds, by row: {', '.join(counts)}."
+        "Above: the A or B of one module in one LoRA of MiniLM on one domain of sentiment, placed by t-SNE, first "
+        "seed; lines join a module's dots with their mean. Below: factors whose nearest factor in another domain or "
+        "task, by cosine of the arrays or overlap of their spaces, belongs to the same module. Rows: the domains of "
+        "sentiment, and planted tasks of a small decoder that share A or have unrelated updates; runs start from "
+        f"separate or shared A's. Seeds, by row: {', '.join(counts)}."
     )
     by_cosine = fractions[0].data.set_index("row")["value"]
     fractions[0], title = replace(fractions[0], caption=caption), "Similarity of A and of B between domains or tasks"
     if {TEXT, TEXT_SHARED}.issubset(by_cosine.index):
         title = (
-            f"Nearest A in another domain: same module in {by_cosine[TEXT_SHARED]:.0f}% with a shared start, "
-            f"else {by_cosine[TEXT]:.0f}%"
+            f"The nearest A in another domain is of the same module in {by_cosine[TEXT_SHARED]:.0f}% with a shared "
+            f"start, in {by_cosine[TEXT]:.0f}% with separate ones (chance {_GROUNDS['text'][-1]:.0f}%)"
         )
     return replace(stack_vertically(set_side_by_side(*planes), set_side_by_side(*fractions)), title=title)
 
@@ -325,11 +326,10 @@ def _shared_fractions(of_view: pd.DataFrame, title: str) -> Chart:
     rows, at_random, ticks = [], [], {}
     factor, view = of_view[["factor", "view"]].iloc[0]
     for ground, (separate, shared, chance) in _GROUNDS.items():
-        # The second row of a ground is below the first, so that its name is not repeated.
-        for name, tick in ((separate, f"{ground}: {SEPARATE}"), (shared, SHARED)):
+        for name, tick in ((separate, f"{ground}: {SEPARATE}"), (shared, f"{ground}: {SHARED}")):
             of_set = of_view[of_view["set"] == name]
             for _, of_seed in of_set.groupby("seed"):
-                rows.append((name, _MEAN, shared_fraction(of_seed, factor, view)))
+                rows.append((name, MEAN, shared_fraction(of_seed, factor, view)))
             if len(of_set):
                 at_random.append((name, "at random", chance))
                 ticks[name] = tick

@@ -6,11 +6,10 @@ Numbers that a paper prints are in a separate panel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
@@ -23,27 +22,32 @@ from lorascope.papers.figures.variant_gaps import (
     GROUND,
     beside_differences,
     beside_printed,
-    best_number,
     common_seeds,
-    difference_finding,
+    describe_differences,
     gaps_by_number,
     gaps_by_variant,
     number_above,
     numbered,
     paired_gaps,
     printed,
-    published,
+    printed_by_fraction,
+    printed_curves,
+    sort_rows,
     variant_gap_table,
+    write_missing,
 )
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.rank_tables import ORACLE, UNIFORM_STUDENT
-from lorascope.plots.builders import curves, ticks_at
+from lorascope.plots.builders import dots, ticks_at
 from lorascope.plots.run_groups import INTERVAL
 
 UNEVEN, EVEN = truth_names.UNEVEN, truth_names.RANK_2
 SHARED_A, ONE_UPDATE = truth_names.SHARED_A, truth_names.ONE_UPDATE
 FULL = neft.FULL
+_SHARED_SIZE = 192
+"""Parameters per matrix that suffice for either of FourierFT's truths."""
+_NEURONS = 1152  # of the decoder
 
 
 class VariantFigure(NamedTuple):
@@ -77,12 +81,12 @@ def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
     paired = paired_gaps(
         evidence, {n: (arm, series["LoRA"][n]) for n, arm in series["ALoRA"].items()}, ("ALoRA", "LoRA")
     )
-    differences = ", ".join(drawn_number(value, "+.1f") for value in paired.data["value"])
+    first, *further = describe_differences(paired, "number").items()
+    at_larger = ", ".join(f"{words} at {number}" for number, words in further)
     return set_side_by_side(
         replace(chart, title="By budget", caption=f"{chart.caption}; here its mean is at {above}."),
         replace(paired, x=chart.x),
-        title=f"ALoRA minus LoRA from budget {chart.data['number'].min()} to {chart.data['number'].max()}: "
-        f"{differences} points",
+        title=f"ALoRA closes {first[1]} than LoRA at budget {first[0]}, {at_larger}",
     )
 
 
@@ -100,9 +104,13 @@ def draw_alora_scores(evidence: StudyEvidence) -> Drawable | None:
     # The table of scores does not repeat LoRA.
     numbers = pd.concat([numbers, printed("ALoRA", "Table 1", {"LoRA": "LoRA, no rounds"})])
     numbers = numbers[numbers["data"].isin(["BoolQ", "ReCoRD", "SQuAD"])]
-    caption = "Modules need ranks of 0, 1, 3 and 4. ALoRA's scores help if it is above random scores."
-    chart = gaps_by_variant(evidence, arms, "ALoRA by score", caption)
-    return beside_printed(chart, numbers, "ALoRA, tables 6 and 1", "score of the task")
+    title = (
+        "Random scores close {random scores} than ALoRA's, LoRA without rounds {LoRA, no rounds}, and the planted "
+        "ranks {planted ranks}"
+    )
+    caption = "Modules need ranks of 0, 1, 3 and 4. A score helps only if it is above random scores."
+    texts = title, "ALoRA by score", caption
+    return beside_printed(evidence, arms, texts, (numbers, "Printed, ALoRA's tables 6 and 1"))
 
 
 def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
@@ -118,7 +126,7 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
     means = table.groupby(["updates", "name"], sort=False)["value"].mean().reset_index()
     pairs = {updates: (f"{FULL}, {truth}", f"{hydralora.EQUAL}, {truth}") for updates, truth in truths.items()}
     paired = paired_gaps(evidence, pairs, ("full fine-tuning", "LoRA"))
-    differences = ", ".join(drawn_number(difference, ".1f") for difference in paired.data["value"])
+    words = describe_differences(paired, "number")
     x = Axis(label="updates of the tasks", order=truths)
     chart = Chart(
         table,
@@ -131,7 +139,10 @@ def draw_heterogeneity(evidence: StudyEvidence) -> Drawable | None:
         "increases to the right.",
         colors=names,
     )
-    title = f"Full fine-tuning closes {differences} points more than LoRA as the tasks differ more"
+    title = (
+        f"Full fine-tuning closes {words['one update']} than LoRA with one update for all tasks, {words['shared A']} "
+        f"if tasks share A, {words['unrelated']} if unrelated"
+    )
     return set_side_by_side(chart, replace(paired, x=x), title=title)
 
 
@@ -150,8 +161,12 @@ def draw_hydralora_parts(evidence: StudyEvidence) -> Drawable | None:
         "without mixture (LoRA, rank 8)": "LoRA",
     }
     caption = "Four tasks whose updates share A; all have about the same number of parameters."
-    chart = gaps_by_variant(evidence, arms, "HydraLoRA without its parts", caption)
-    return beside_printed(chart, printed("HydraLoRA", "Figure 6", names), "HydraLoRA, figure 6", "score of the task")
+    title = (
+        "HydraLoRA closes {uniform gates} with uniform gates, and {separate A's} with separate A's; one LoRA closes "
+        "{LoRA}"
+    )
+    numbers = printed("HydraLoRA", "Figure 6", names), "Printed, HydraLoRA's figure 6"
+    return beside_printed(evidence, arms, (title, "HydraLoRA without its parts", caption), numbers)
 
 
 def draw_experts(evidence: StudyEvidence) -> Drawable | None:
@@ -164,14 +179,27 @@ def draw_experts(evidence: StudyEvidence) -> Drawable | None:
         series,
         "number of experts of rank 4",
         "HydraLoRA by number of experts",
-        "Four tasks: with different updates that share A, or with one update, where experts help only by their "
-        "parameters. The paper finds 4 experts best, and 3 lower by 0.42%.",
+        "Four tasks, with different updates that share A, or with one update, where experts help only by their "
+        "parameters. Right: paired by seed. The paper finds 4 experts best, and 3 lower by 0.42%.",
         {f"LoRA of rank 12, {SHARED_A}": f"{hydralora.EQUAL}, {SHARED_A}"},
     )
     if chart is None:
         return None
-    best = ", ".join(f"{best_number(chart.data, truth)} ({truth})" for truth in series)
-    return replace(chart, title=f"Best number of experts: {best}")
+    words, tables = {}, []
+    for truth, (first, *further) in zip(series, map(dict.values, series.values()), strict=True):
+        pairs = {number: (arm, first) for number, arm in zip(variants.EXPERTS[1:], further, strict=True)}
+        paired = paired_gaps(evidence, pairs, ("HydraLoRA", "1 expert"))
+        words[truth] = describe_differences(paired, "number")[variants.EXPERTS[-1]]
+        tables.append(paired.data.assign(recipe=truth))
+    cells = pd.concat(tables, ignore_index=True)
+    title = (
+        f"{variants.EXPERTS[-1]} experts of rank 4 close {words[SHARED_A]} than 1 if tasks share A, "
+        f"{words[ONE_UPDATE]} with one update for all tasks"
+    )
+    more = replace(
+        paired, data=cells, marks=[Rule(y=0), *dots(cells, "number", color="recipe")], x=chart.x, colors=chart.colors
+    )
+    return set_side_by_side(replace(chart, title="By number of experts"), more, title=title)
 
 
 def draw_splits(evidence: StudyEvidence) -> Drawable | None:
@@ -189,8 +217,12 @@ def draw_splits(evidence: StudyEvidence) -> Drawable | None:
         "Four tasks whose updates share A. Except for 1 of ranks 4 and 8, rows have a total rank of 16; several LoRAs "
         "have routers. Printed ranks are twice as large as the labels."
     )
-    chart = gaps_by_variant(evidence, arms, "LoRAs by rank and number", caption)
-    return beside_printed(chart, printed("HydraLoRA", "Table 1", names), "HydraLoRA, table 1, MMLU", "accuracy")
+    title = (
+        "8 LoRAs of rank 2 close {8 of rank 2} than one of rank 16, and 2 of rank 8 close {2 of rank 8} (best printed: "
+        "{printed})"
+    )
+    numbers = printed("HydraLoRA", "Table 1", names), "Printed, HydraLoRA's table 1"
+    return beside_printed(evidence, arms, (title, "LoRAs by rank and number", caption), numbers)
 
 
 def draw_searches(evidence: StudyEvidence) -> Drawable | None:
@@ -204,25 +236,36 @@ def draw_searches(evidence: StudyEvidence) -> Drawable | None:
         "planted ranks": f"{ORACLE}, {UNEVEN}",
     }
     caption = (
-        "Modules need ranks of 0, 1, 3 and 4. Retraining with the ranks that each search finds; right: their mean. The "
-        "paper prints only the order: AutoLoRA is best."
+        "Modules need ranks of 0, 1, 3 and 4. Retraining with the ranks that each search finds; right: their mean. "
+        "AutoLoRA weights components by a softmax; sigmoid and no constraint replace it. First order has no "
+        "look-ahead step in their gradient. The paper prints only the order: AutoLoRA is best."
     )
     chart = gaps_by_variant(evidence, arms, "AutoLoRA and its ablations", caption)
     if chart is None:
         return None
-    rows = []
+    rows, ranks_found = [], list[list[float]]()
     for name, arm in zip(arms, searched, strict=False):
+        ranks_found.append([])
         for seed in common_seeds(evidence, searched, "ranks"):
+            ranks_found[-1] += evidence.table("ranks", arm, seed).sort_values("module")["rank"].tolist()
             rows.append((name, evidence.table("ranks", arm, seed)["rank"].mean()))
+    # Otherwise, equal rows would look like an error.
+    if ranks_found[0] == ranks_found[1]:
+        chart = replace(chart, caption=f"{chart.caption} First order finds the same ranks as AutoLoRA.")
+    ranks = pd.DataFrame(rows, columns=["name", "value"])
     panel = replace(
         chart,
-        data=pd.DataFrame(rows, columns=["name", "value"]),
-        marks=[Point("value", "name")],
+        data=ranks,
+        marks=[Point("value", "name"), *write_missing(arms, ranks["name"], ranks["value"], "no search")],
         title="Ranks that the search finds",
         x=Axis(label="ranks per module"),
     )
-    chart, paired = beside_differences(chart)
-    title = difference_finding(paired, "AutoLoRA")
+    chart, paired = beside_differences(chart, evidence, arms)
+    differences = describe_differences(paired)
+    title = (
+        f"Rank 2 everywhere closes {differences['LoRA of rank 2']} than the ranks that AutoLoRA finds, random ranks "
+        f"{differences['ranks from random logits']}, the planted ranks {differences['planted ranks']}"
+    )
     return set_side_by_side(chart, paired, replace(panel, y=chart.y, caption=chart.caption), title=title)
 
 
@@ -235,7 +278,7 @@ def draw_placements(evidence: StudyEvidence) -> Drawable | None:
     caption = (
         "LoRA with as many parameters in one type of weight (left), in one block (right), or everywhere; "
         "feed-forward types have 3% fewer. The teacher changes all modules at rank 2. AdaLoRA's figure 1 has no "
-        "readable values; in it, feed-forward types and upper layers are best."
+        "readable values, only the order."
     )
     left = gaps_by_variant(evidence, reference | types, "In one type of weight", caption)
     right = gaps_by_variant(evidence, reference | blocks, "In one block", caption)
@@ -245,10 +288,13 @@ def draw_placements(evidence: StudyEvidence) -> Drawable | None:
     for chart in (left, right):
         # The reference is in no single place.
         means = chart.data.groupby("name")["value"].mean().drop([*reference])
-        best.append(f"{means.idxmax()} ({means.max():.0f} points)")
+        best.append(f"{means.max():.0f} ({means.idxmax()})")
     everywhere = left.data.loc[left.data["name"].isin(reference), "value"].mean()
-    title = f"Best in one place: {' and '.join(best)}; everywhere: {everywhere:.0f}"
-    return set_side_by_side(left, replace(right, caption=left.caption), title=title)
+    title = (
+        f"LoRA everywhere closes {everywhere:.0f} points, in one type of weight at most {best[0]}, in one block at "
+        f"most {best[1]}; best printed: feed-forward types, upper layers"
+    )
+    return set_side_by_side(*map(sort_rows, (left, replace(right, caption=left.caption))), title=title)
 
 
 def draw_matrices(evidence: StudyEvidence) -> Drawable | None:
@@ -269,8 +315,18 @@ def draw_matrices(evidence: StudyEvidence) -> Drawable | None:
         "LoRA with as many parameters in some types of weight as in all of rank 2; several types have 6% fewer. "
         "The teacher changes all modules at rank 2."
     )
-    chart = gaps_by_variant(evidence, arms, "LoRA in some matrices", caption)
-    return beside_printed(chart, numbers, "Printed", "score")
+    gaps = variant_gap_table(evidence, arms).groupby("name")["value"].mean()
+    if gaps.empty:
+        return None
+    single = gaps[[*"qkvo"]]
+    title = (
+        f"At equal size, LoRA in all types of weight closes {gaps['all types']:.0f} points, in attention "
+        f"{gaps['attention']:.0f}, in one type of attention weight {single.min():.0f} ({single.idxmin()}) to "
+        f"{single.max():.0f} ({single.idxmax()})"
+    )
+    # Only this row is in both tables.
+    texts = title, "LoRA in some types of weight", caption
+    return beside_printed(evidence, arms, texts, (numbers, "Printed"), printed_base="q and v")
 
 
 def draw_adalora_scores(evidence: StudyEvidence) -> Drawable | None:
@@ -278,17 +334,25 @@ def draw_adalora_scores(evidence: StudyEvidence) -> Drawable | None:
     arms = {
         "AdaLoRA": f"{adalora.ALLOCATED}, {UNEVEN}",
         "sensitivity": f"{adalora.ALLOCATED}, sensitivity, {UNEVEN}",
-        "size of lambda": f"{adalora.ALLOCATED}, size of lambda, {UNEVEN}",
+        "size of λ": f"{adalora.ALLOCATED}, size of lambda, {UNEVEN}",
         "no allocation": f"AdaLoRA, rank 2 to 2, {UNEVEN}",
     }
     names = {
         "AdaLoRA": "AdaLoRA",
         "AdaLoRA, importance by sensitivity only": "sensitivity",
-        "AdaLoRA, importance by size of lambda": "size of lambda",
+        "AdaLoRA, importance by size of lambda": "size of λ",
     }
     numbers = printed("AdaLoRA", "Table 4", names, "0.08 %")
-    chart = gaps_by_variant(evidence, arms, "AdaLoRA by importance", "Modules need ranks of 0, 1, 3 and 4.")
-    return beside_printed(chart, numbers[numbers["data"] == "SST-2"], "AdaLoRA, table 4, SST-2, 0.08%", "accuracy")
+    title = (
+        "Allocation by sensitivity closes {sensitivity} than by AdaLoRA's score, by the size of λ {size of λ}; without "
+        "allocation it is {no allocation}"
+    )
+    caption = (
+        "Modules need ranks of 0, 1, 3 and 4. AdaLoRA's score is sensitivity (weight times gradient), smoothed, times "
+        "its uncertainty. A component is a column of P, its λ and a row of Q."
+    )
+    texts = title, "AdaLoRA by score", caption
+    return beside_printed(evidence, arms, texts, (numbers, "Printed, AdaLoRA's table 4"))
 
 
 def draw_adalora_parts(evidence: StudyEvidence) -> Drawable | None:
@@ -307,38 +371,47 @@ def draw_adalora_parts(evidence: StudyEvidence) -> Drawable | None:
         "LoRA": "LoRA",
     }
     caption = "Modules need ranks of 0, 1, 3 and 4; the mean rank is 2 in all rows."
-    chart = gaps_by_variant(evidence, arms, "AdaLoRA without its parts", caption)
-    numbers = printed("AdaLoRA", "Table 5", names, "0.08 %")
-    return beside_printed(chart, numbers, "AdaLoRA, table 5, 0.08%", "accuracy")
+    title = (
+        "AdaLoRA closes {no allocation} without allocation, and {no penalty} without the penalty; LoRA closes {LoRA}"
+    )
+    numbers = printed("AdaLoRA", "Table 5", names, "0.08 %"), "Printed, AdaLoRA's table 5"
+    return beside_printed(evidence, arms, (title, "AdaLoRA without its parts", caption), numbers)
 
 
 def draw_blocks(evidence: StudyEvidence) -> Drawable | None:
     """Draw LISA's figure 7: number of blocks that train at a time."""
     truth = truth_names.ALL_BLOCKS
+    arms, full = numbered(f"LISA, {{}} of 8 blocks, {truth}", variants.BLOCKS), f"{FULL}, {truth}"
     chart = gaps_by_number(
         evidence,
-        {"LISA": numbered(f"LISA, {{}} of 8 blocks, {truth}", variants.BLOCKS)},
+        {"LISA": arms},
         "blocks that train at a time (γ), of 8",
         "LISA by number of blocks",
-        "All blocks change at rank 2. With γ = 0, only embedding, final norm and head train. The paper finds that γ = "
-        "8 of 32 equals full fine-tuning, and that γ = 16 exceeds it.",
+        "All blocks change at rank 2. With γ = 0, only embedding, final norm and head train. Right: all seeds that "
+        "both have. The paper finds that γ = 8 of 32 equals full fine-tuning, and that γ = 16 exceeds it.",
         # LoRA closes as much, so its line would cover this one.
-        {"full fine-tuning (γ = 8)": f"{FULL}, {truth}"},
+        {"full fine-tuning (γ = 8)": full},
         log=False,
     )
     if chart is None:
         return None
-    (full,) = chart.marks_of(Rule)
-    closed = chart.data["value"].max()
-    best = best_number(chart.data, "LISA")
-    title = f"LISA closes most with γ = {best}: {closed:.0f} points; full fine-tuning: {full.y:.0f}"
-    return replace(chart, title=title)
+    pairs = {}
+    for number, arm in arms.items():
+        pairs[number] = arm, full
+    paired = paired_gaps(evidence, pairs, ("LISA", "full fine-tuning"))
+    words, (fewest, *_, largest) = describe_differences(paired, "number"), sorted(arms)
+    title = (
+        f"LISA closes {words[largest]} than full fine-tuning with {largest} of 8 blocks at a time, {words[fewest]} "
+        f"with {fewest}"
+    )
+    return set_side_by_side(replace(chart, title="By blocks"), replace(paired, x=chart.x), title=title)
 
 
 def draw_sizes(evidence: StudyEvidence) -> Drawable | None:
     """Draw FourierFT's figure 1: FourierFT and LoRA by parameters."""
-    charts = []
-    for truth, title in zip(fourierft.SUFFICIENT, ("its coefficients suffice", "rank 2 suffices"), strict=True):
+    charts, pairs = [], {}
+    teachers = f"Teacher changes {_SHARED_SIZE} of FourierFT's coefficients", "Teacher changes modules at rank 2"
+    for truth, title in zip(fourierft.SUFFICIENT, teachers, strict=True):
         sparse = numbered(f"FourierFT, {{}} coefficients from zero, {truth}", variants.COEFFICIENTS)
         ranks = numbered(f"LoRA, rank {{}}, attention, {truth}", variants.COEFFICIENTS.values())
         # No rank is as small as the fewest coefficients.
@@ -347,15 +420,21 @@ def draw_sizes(evidence: StudyEvidence) -> Drawable | None:
             evidence,
             {"FourierFT": sparse, "LoRA": factored},
             "parameters per matrix",
-            f"Teacher: {title}",
-            "LoRA has ranks 1, 2, 4 and 8. Left: the teacher changes 192 coefficients at FourierFT's entries. The "
-            "paper finds that FourierFT reaches LoRA's score with a hundredth of its parameters.",
+            title,
+            f"LoRA has ranks 1, 2, 4 and 8. Left: the teacher's coefficients are at the {_SHARED_SIZE} entries that "
+            "FourierFT trains, which favors it. Title: difference, paired by all seeds that both have. The paper finds "
+            "that FourierFT reaches LoRA's score with a hundredth of its parameters.",
         )
         if chart is None:
             return None
         charts.append(chart)
-    above = [number_above(chart.data, "FourierFT", "LoRA") for chart in charts]
-    title = "FourierFT is above LoRA at {} sizes if its coefficients suffice, at {} if rank 2 does".format(*above)
+        pairs[title] = sparse[_SHARED_SIZE], factored[_SHARED_SIZE]
+    words = describe_differences(paired_gaps(evidence, pairs, ("FourierFT", "LoRA")), "number")
+    entries, rank = map(words.__getitem__, teachers)
+    title = (
+        f"At {_SHARED_SIZE} parameters per matrix, FourierFT closes {entries} than LoRA if the teacher changes its "
+        f"coefficients, {rank} if the teacher has rank 2"
+    )
     return set_side_by_side(*charts, title=title)
 
 
@@ -369,46 +448,32 @@ def draw_neurons(evidence: StudyEvidence) -> Drawable | None:
     chart = gaps_by_number(
         evidence,
         series,
-        "further neurons, of 1,152",
+        f"further neurons (% of {_NEURONS:,})",
         "NeFT with further neurons",
-        f"NeFT trains the {variants.NEURONS} neurons (3%) that rotate most, and the next or those that rotate least. "
-        "The teacher changes 108.",
-        {"108 planted neurons": f"{neft.PLANTED_NEURONS}, {truth}", "108 random": f"{neft.RANDOM_NEURONS}, {truth}"},
+        f"NeFT trains the {variants.NEURONS} neurons (3%) that rotate most, and further ones: the next, or, reversed, "
+        "those that rotate least. The teacher changes 108 (9%).",
+        {"9%, the planted ones": f"{neft.PLANTED_NEURONS}, {truth}", "9%, random": f"{neft.RANDOM_NEURONS}, {truth}"},
         log=False,
     )
     if chart is None:
         return None
+    ticks, pairs = {0: "0"}, {}
+    for number in variants.MORE_NEURONS:
+        ticks[number] = f"{100 * number / _NEURONS:.0f}"
+        pairs[number] = series["next"][number], series["reversed"][number]
+    words = describe_differences(paired_gaps(evidence, pairs, ("next", "reversed")), "number")
     numbers = printed_by_fraction("Figure 3", r"x = (\d+)")
-    above = number_above(chart.data, "next", "reversed")
-    caption = (
-        f"{chart.caption} Right: printed, another model and task; there the next neurons are better at all fractions, "
-        f"here at {above}."
-    )
+    largest = numbers[numbers["x"] == numbers["x"].max()].set_index("recipe")["value"]
+    caption = f"{chart.caption} Right: printed scores of another model, on translation."
     x = Axis(label="further neurons (% of parameters)", ticks=ticks_at(numbers["x"]))
-    axes = x, Axis(label="COMET of a translation")
-    panel = printed_curves(numbers, axes, "NeFT, figure 3", caption, ["next", "reversed"])
-    title = f"The next neurons close more than those that rotate least at {above} numbers"
-    return set_side_by_side(replace(chart, caption=caption), panel, title=title)
-
-
-def printed_curves(
-    numbers: pd.DataFrame, axes: tuple[Axis, Axis], title: str, caption: str, colors: Iterable[str]
-) -> Chart:
-    """Draw printed numbers, which are of another model and task, with hollow dots in the colors of the methods."""
-    hollow = Point("x", "value", "recipe", hollow=True)
-    return curves(numbers, "x", axes, hollow, points=False, title=title, caption=caption, colors=colors)
-
-
-def printed_by_fraction(source: str, added: str) -> pd.DataFrame:
-    """Tabulate ``recipe, x, value, low, high`` of NeFT's printed numbers by fraction of further neurons, in percent.
-
-    ``added`` is the pattern of the number in the name of a method, with one group.
-    """
-    table = published("NeFT", source)
-    is_reversed = table["method"].str.contains("highest|reversed")
-    recipe = is_reversed.map({True: "reversed", False: "next"})
-    x = table["method"].str.extract(added)[0].astype("float64")
-    return pd.DataFrame({"recipe": recipe, "x": x, "value": table["value"], "low": np.nan, "high": np.nan})
+    axes = x, Axis(label="printed COMET")
+    panel = printed_curves(numbers, axes, "Printed, NeFT's figure 3", caption, ["next", "reversed"])
+    title = (
+        f"With {ticks[number]}% more neurons, the next close {words[number]} than those that rotate least (printed: "
+        f"{drawn_number(largest['next'] - largest['reversed'], '.1f')} COMET more)"
+    )
+    x = replace(chart.x, ticks=ticks)
+    return set_side_by_side(replace(chart, x=x, caption=caption), panel, title=title)
 
 
 STUDY_FIGURES = {

@@ -29,6 +29,7 @@ from lorascope.papers.figures.study_marks import (
     claim_arms,
     compared_methods,
     short_method,
+    split_label,
     truths,
     write_word,
 )
@@ -41,8 +42,8 @@ CLOSED, LOSS = "gap closed (points)", "final loss (% of first)"
 _POINTS, _PERCENT = "points of the gap", "100 ln(control / own loss)"
 DIFFERENCE, _MEAN = "difference between truths", "mean"
 _COLORS = (*SIDES, _MEAN, BOUND, DIFFERENCE)
-_PAIRS = "Pairs of planted truths"
-_NAME_WIDTH, _SIZE = 92.0, 7.4  # points, of the longest line of an arm's name and of its font
+_PAIRS = "pairs of planted truths"
+_NAME_WIDTH, _SIZE = 160.0, 7.4  # points, of the longest line of an arm's name and of its font
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", DIFFERENCE: "difference_", POSITIVE: "positive_"}
 _EFFECT = f"method minus control by seed, with 95% intervals; right of 0 (dashed), the method is better. {SMALL}"
 _PHRASES = {
@@ -90,19 +91,24 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
     """
     judged = set(results["claim"]) if "claim" in results else set()
     caption = (
-        "Small decoders, trained on the text of planted teachers; each hollow symbol is one seed, or a task of a seed."
+        "Small decoders, trained on the text of planted teachers, whose changes (truths) are known and begin the names "
+        "of the rows; each hollow symbol is one seed, or a task of a seed."
     )
     pairs = [claim for claim in registration.claims.values() if claim.id.startswith("pair.")]
     if _POINTS in map(_unit_of, pairs):
         caption += f" {GAP}"
     if judged:
-        caption += f" Right, with the names of the truths: {_EFFECT}{_explain_words(registration, results)}"
+        caption += f" Right: {_EFFECT}{_explain_words(registration, results)}"
     caption += name_quadratics(pairs)
     rows: list[tuple[Chart, ...]] = []
     for claim in pairs:
         row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence), caption),)
         if claim.id in judged:
-            chart = _draw_effects(claim, results, "Difference from the control", truths(claim))
+            names = truths(claim)
+            # The row of the positive control has the name of its method.
+            for arm in claim.control_arms[:1]:
+                names[POSITIVE] = short_method(split_label(arm)[0])
+            chart = _draw_effects(claim, results, "Difference from the control", names)
             if 0 < (finished := _count_finished(claim, evidence)) < claim.rule.seeds:
                 # Its gaps are drawn, so that "not run" would contradict them.
                 words = f"{finished} of {count_phrase(claim.rule.seeds, 'seed')}: not finished"
@@ -120,8 +126,18 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
     claims = [claim for claim in claims if claim.id in judged] or claims
     # Panels in a row share the names of their rows, so that there is room for the effects.
     names = {FAVORABLE: "favorable truth", OTHER: OTHER, POSITIVE: POSITIVE}
-    charts = [_draw_effects(claim, results, compared_methods(claim), names) for claim in claims]
-    caption = f"Effect: {_EFFECT} Panels have different scales. {GAP}{_explain_words(registration, results)}"
+    charts = []
+    for claim in claims:
+        ground = truths(claim)[FAVORABLE]
+        charts.append(_draw_effects(claim, results, compared_methods(claim), names, ground))
+    counts = results.loc[results["claim"].isin(judged.intersection(claim.id for claim in claims)), "n"].astype(int)
+    ends = " to ".join(map(str, sorted({*counts.agg(["min", "max"]).dropna()})))
+    seeds = f"; {ends} seeds" if ends else ""
+    caption = (
+        f"Small decoders, trained on the text of planted teachers, whose changes (truths) are known{seeds}. "
+        f"Titles name the truth that favors the method. Effect: {_EFFECT} Panels have different scales. {GAP}"
+        f"{_explain_words(registration, results)}"
+    )
     caption += name_quadratics(claims)
     if not all(claim.control_arms for claim in claims):
         caption += " A pair without a positive control has none."
@@ -154,20 +170,22 @@ def _describe_effect(claim: StudyClaim, results: pd.DataFrame, control: str) -> 
         return f"{_word_of(claim, results)} against {control}"
     if result["word"] in (NO_HEADROOM, NOT_LEARNED):
         return f"{result['word']} against {control}"
+    numbers = [result[name] for name in ("effect", "low", "high", "against_effect")]
     if _unit_of(claim) == _POINTS:
-        return f"{drawn_number(result['effect'], '+.1f')} points against {control}"
+        effect, low, high, other = map(drawn_number, numbers, ("+.1f", ".1f", ".1f", "+.1f"))
+        return f"{effect} [{low}, {high}] points against {control} (otherwise {other})"
     # A reader knows percent of a loss, not of its logarithm.
-    change = math.expm1(-result["effect"] / 100)
-    side = "above" if change > 0 else "below"
-    return f"loss {abs(change):.1%} {side} {control}'s"
+    changes = [100 * math.expm1(-number / 100) for number in numbers]
+    effect, high, low, other = map(drawn_number, changes, ("+.1f", ".0f", ".0f", "+.1f"))
+    return f"loss {effect}% [{low}, {high}] against {control} (otherwise {other}%)"
 
 
 def _count_words(claims: Sequence[StudyClaim], results: pd.DataFrame) -> str:
     """Return the title of pairs of several methods: how many have each word."""
     if results.empty:
-        return f"{_PAIRS}: every seed"
+        return f"{len(claims)} {_PAIRS}: every seed"
     counts = Counter(_word_of(claim, results) for claim in claims)
-    return f"{_PAIRS}: " + ", ".join(f"{number} {word}" for word, number in counts.most_common())
+    return f"{len(claims)} {_PAIRS}: " + ", ".join(f"{number} {word}" for word, number in counts.most_common())
 
 
 def _word_of(claim: StudyClaim, results: pd.DataFrame) -> str:
@@ -215,8 +233,13 @@ def effect_table(result: Mapping[str, Any]) -> pd.DataFrame:
     return table.astype(dict.fromkeys(["effect", "low", "high"], "float64"))
 
 
-def _draw_effects(claim: StudyClaim, results: pd.DataFrame, title: str, names: Mapping[str, str]) -> Chart:
-    """Draw the effects of one pair with the bound, a row for each of ``names`` and one for their difference."""
+def _draw_effects(
+    claim: StudyClaim, results: pd.DataFrame, title: str, names: Mapping[str, str], ground: str = ""
+) -> Chart:
+    """Draw the effects of one pair with the bound, a row for each of ``names`` and one for their difference.
+
+    The title has the word of the pair after ``ground``, the name of a truth, by default after the number of seeds.
+    """
     result: dict[Any, Any] = results.set_index("claim").loc[claim.id].to_dict()
     table = effect_table(result)
     order, x = dict.fromkeys([*names, DIFFERENCE, *table["side"]]), Axis(label=_unit_of(claim))
@@ -230,11 +253,11 @@ def _draw_effects(claim: StudyClaim, results: pd.DataFrame, title: str, names: M
         # Separate limits, because an effect of a few points would be invisible next to one of fifty.
         ends = np.append(table[["effect", "low", "high"]].to_numpy().ravel(), [0.0, bound])
         x = replace(x, limits=padded_limits(ends))
-        title += f"\n{count_phrase(int(result['n']), 'seed')}: {_phrase(shown_word(result))}"
+        title += f"\n{ground or count_phrase(int(result['n']), 'seed')}: {_phrase(shown_word(result))}"
         # A gain below the bound is judged by its interval, which the dot would seem to contradict.
         if result["pair"] == "as claimed" and result["effect"] < bound:
             title += ", mean below the bound"
-    ticks = {side: names.get(side, side.partition(" between")[0]) for side in order}
+    ticks = {side: names.get(side, side) for side in order} | {DIFFERENCE: "first minus second row"}
     table, y = table.assign(row=table["side"], kind=table["side"]), Axis(order=order, ticks=ticks, compact=True)
     return Chart(table, marks, title=title, x=x, y=y, colors=_COLORS)
 
@@ -275,11 +298,12 @@ def _draw_gaps(claim: StudyClaim, table: pd.DataFrame, caption: str) -> Chart:
         Point("value", "row", "kind", symbol="line-ns-open", data=means),
     ]
     names: dict[str, str] = {}
+    of_side = truths(claim)
     # A method is next to its control at the same truth, because these are compared.
     for arm in sorted(claim_arms(claim), key=lambda arm: arm.side != FAVORABLE):
         row = f"{arm.side}: {arm.method}"
         if row not in names:
-            names[row] = wrap_text(short_method(arm.method), _NAME_WIDTH, _SIZE)
+            names[row] = wrap_text(f"{of_side[arm.side]}: {short_method(arm.method)}", _NAME_WIDTH, _SIZE)
             if arm.side == FAVORABLE and row not in set(table["row"]):
                 marks.append(write_word(sum(limits) / 2, row))
     x, y = Axis(label=label, limits=limits), Axis(order=names, ticks=names, compact=True)

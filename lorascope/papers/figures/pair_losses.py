@@ -33,10 +33,10 @@ WINDOW = 10  # steps, of which a batch's loss is the mean
 _TITLE_WIDTH, _TITLE_SIZE = 150.0, 8.0  # points
 _OF_ROUNDS = "pair.alora"
 _CAPTION = (
-    f"Training loss of the judged runs of every pair, mean of {WINDOW} steps, minus that of the control of the same "
-    f"seed, in percent of the latter. Lines: means over the seeds in the titles; bands: {INTERVAL}, often narrower "
-    "than a line. Titles: difference at the end where the truth favors the method; lower: an interval below 0. "
-    "Panels have different scales."
+    f"Training loss on planted teachers, of the judged runs of every pair, mean of {WINDOW} steps, minus that of the "
+    f"control of the same seed, in percent of the latter. Lines: means over the seeds in the titles; bands: "
+    f"{INTERVAL}, often narrower than a line. Titles: difference at the end where the truth favors the method; lower: "
+    "an interval below 0. Panels are sorted by it; their scales differ."
 )
 _REPEATS = "Jumps near steps 190 and 380, and for ALoRA near 170 and 340, are where texts repeat."
 """ALoRA trains on nine tenths of the 3,000 texts, in batches of 16 like all students."""
@@ -74,10 +74,12 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
     charts: list[Chart] = []
     claims: list[StudyClaim] = []
     ends: list[pd.Series] = []
+    last: list[float] = []  # of each chart
     for claim in registration.claims.values():
         if not claim.id.startswith("pair."):
             continue
         claims.append(claim)
+        last.append(np.inf)
         table = loss_table(claim, evidence)
         title = wrap_text(compared_methods(claim), _TITLE_WIDTH, _TITLE_SIZE)
         # Axes with one label would share their limits.
@@ -95,14 +97,22 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
             title += f"\n{seeds}"
             favorable = table[table["side"] == FAVORABLE]
             if len(favorable):
-                ends.append(favorable.sort_values("step").iloc[-1])
-                title += f": {drawn_number(ends[-1]['value'], '+.1f')}%"
+                end = favorable.sort_values("step").iloc[-1]
+                ends.append(pd.concat([end, pd.Series({"pair": compared_methods(claim)})]))
+                last[-1:] = [end["value"]]
+                title += f": {drawn_number(end['value'], '+.1f')}%"
         charts.append(Chart(table, marks, title=title, x=x, y=y, colors=SIDES))
+    # Pairs without runs are last.
+    charts = [charts[number] for number in np.argsort(last, kind="stable")]
     charts[0] = replace(charts[0], caption=_caption(claims))
     title = "Training loss compared with the control"
     if ends:
-        lower = int((pd.DataFrame(ends)["high"] < 0).sum())
-        title += f": lower at the end in {lower} of {len(ends)} pairs"
+        at_end = pd.DataFrame(ends).sort_values("value", kind="stable")
+        title += f": lower at the end in {(at_end['high'] < 0).sum()} of {len(at_end)} pairs"
+        if len(at_end) > 1:
+            values, pairs = at_end["value"].to_list(), at_end["pair"].to_list()
+            lowest, highest = (f"{drawn_number(values[end], '+.1f')}% ({pairs[end]})" for end in (0, -1))
+            title += f", from {lowest} to {highest}"
     return arrange(charts, title=title)
 
 

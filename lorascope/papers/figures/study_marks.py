@@ -24,6 +24,9 @@ SIDES = (FAVORABLE, OTHER, POSITIVE)
 SIGNS = {"gain": 1.0, "cost": -1.0}
 """Side of zero on which the bound of a claim is, by the kind of its rule."""
 _SHORT = {
+    "AdaLoRA, rank 4 to 2": "AdaLoRA",
+    "AutoLoRA, from rank 4": "AutoLoRA",
+    "LISA, 2 of 8 blocks": "LISA",
     "FourierFT, 192 coefficients from zero": "FourierFT",
     "FourierFT, 192 coefficients, random basis": "random basis",
     "HydraLoRA, 4 experts of rank 4": "HydraLoRA",
@@ -38,6 +41,7 @@ _SHORT = {
     "second moments without structure": "no structure",
     "9% of neurons change": "9% of neurons",
     "all neurons change": "all neurons",
+    "its entries": "FourierFT's entries",
 }
 """Short names of methods whose labels differ in a detail that the page of the paper explains, and of truths."""
 

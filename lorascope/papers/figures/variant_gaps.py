@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Mark, Point, Rule
-from lorascope.papers.figures.study_marks import GAP
+from lorascope.papers.figures.study_marks import GAP, SMALL, write_word
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.judging.registered_study import STUDY_FILE
 from lorascope.plots.builders import curves, dots, ticks_at
@@ -175,6 +176,26 @@ def printed(paper: str, source: str, names: Mapping[str, str], size: str = "") -
     return rows.assign(name=rows["method"].map(names))[["name", "data", "value"]]
 
 
+def printed_curves(
+    numbers: pd.DataFrame, axes: tuple[Axis, Axis], title: str, caption: str, colors: Iterable[str]
+) -> Chart:
+    """Draw printed numbers, which are of another model and task, with hollow dots in the colors of the methods."""
+    hollow = Point("x", "value", "recipe", hollow=True)
+    return curves(numbers, "x", axes, hollow, points=False, title=title, caption=caption, colors=colors)
+
+
+def printed_by_fraction(source: str, added: str) -> pd.DataFrame:
+    """Tabulate ``recipe, x, value, low, high`` of NeFT's printed numbers by fraction of further neurons, in percent.
+
+    ``added`` is the pattern of the number in the name of a method, with one group.
+    """
+    table = published("NeFT", source)
+    is_reversed = table["method"].str.contains("highest|reversed")
+    recipe = is_reversed.map({True: "reversed", False: "next"})
+    x = table["method"].str.extract(added)[0].astype("float64")
+    return pd.DataFrame({"recipe": recipe, "x": x, "value": table["value"], "low": np.nan, "high": np.nan})
+
+
 def number_above(cells: pd.DataFrame, first: str, second: str) -> str:
     """Return at how many numbers, of all that both have, the line of a recipe is above that of another one."""
     means = cells.pivot(index="number", columns="recipe", values="value")[[first, second]].dropna()
@@ -182,23 +203,17 @@ def number_above(cells: pd.DataFrame, first: str, second: str) -> str:
     return f"{(means[first] > means[second]).sum()} of {len(means)}"
 
 
-def best_number(cells: pd.DataFrame, recipe: str) -> Any:
-    """Return the number at which the line of a recipe is highest."""
-    line = cells[cells["recipe"] == recipe].set_index("number")["value"]
-    return line.idxmax()
+def paired_cells(evidence: StudyEvidence, pairs: Mapping[Any, tuple[str, str]]) -> pd.DataFrame:
+    """Tabulate ``number, value, low, high, n``: the gap that the first arm of a pair closes minus that of the second.
 
-
-def difference_finding(paired: Chart, base: str) -> str:
-    """Say how many variants differ from the first one, by their paired intervals, and which one differs most."""
-    cells = paired.data
-    # Fewer than three seeds have no interval, and are on neither side.
-    differing = cells[(cells["low"] > 0) | (cells["high"] < 0)]
-    if differing.empty:
-        return f"No difference from {base} is seen"
-    farthest = int(differing["value"].abs().to_numpy().argmax())
-    name, difference = differing[["name", "value"]].iloc[farthest]
-    points = drawn_number(difference, "+.1f")
-    return f"{len(differing)} of {len(cells)} differ from {base} in gap closed: {name} most, by {points} points"
+    Every pair has all seeds that both of its arms have.
+    """
+    rows = []
+    for number, arms in pairs.items():
+        for seed in common_seeds(evidence, arms):
+            first, second = (evidence.closed(arm, seed) for arm in arms)
+            rows.append((number, first - second))
+    return seed_cells(pd.DataFrame(rows, columns=["number", "value"]), ["number"])
 
 
 def paired_gaps(evidence: StudyEvidence, pairs: Mapping[Any, tuple[str, str]], names: tuple[str, str]) -> Chart:
@@ -213,48 +228,107 @@ def paired_gaps(evidence: StudyEvidence, pairs: Mapping[Any, tuple[str, str]], n
     names : two str
         Names of the arms in all pairs.
     """
-    rows = []
-    for number, arms in pairs.items():
-        for seed in common_seeds(evidence, arms):
-            first, second = (evidence.closed(arm, seed) for arm in arms)
-            rows.append((number, first - second))
-    cells = seed_cells(pd.DataFrame(rows, columns=["number", "value"]), ["number"])
+    cells = paired_cells(evidence, pairs)
     label = f"{names[0]} − {names[1]} (points)"
     return Chart(cells, [Rule(y=0), *dots(cells, "number")], title="Difference, paired by seed", y=Axis(label=label))
 
 
-def beside_differences(chart: Chart) -> tuple[Chart, Chart]:
-    """Sort a chart of variants, the largest gap on top, and draw the differences from its first arm by seed."""
-    base = chart.data["name"].iloc[0]
+def sort_rows(chart: Chart) -> Chart:
+    """Sort the rows of a chart of variants, the largest mean on top."""
     means = chart.data.groupby("name", sort=False)["value"].mean()
-    y = replace(chart.y, order=means.sort_values(ascending=False, kind="stable").index)
-    by_seed = chart.data.pivot(index="seed", columns="name", values="value")
-    differences = by_seed.sub(by_seed[base], axis=0).drop(columns=base).melt().dropna()
-    cells = seed_cells(differences, ["name"])
+    return replace(chart, y=replace(chart.y, order=means.sort_values(ascending=False, kind="stable").index))
+
+
+def beside_differences(chart: Chart, evidence: StudyEvidence, arms: Mapping[str, str]) -> tuple[Chart, Chart]:
+    """Sort a chart of variants, the largest gap on top, and draw the differences from its first arm by seed."""
+    base, chart = chart.data["name"].iloc[0], sort_rows(chart)
+    pairs = {name: (arm, arms[base]) for name, arm in arms.items() if name != base}
+    cells = paired_cells(evidence, pairs).rename(columns={"number": "name"})
     marks, x = [Rule(x=0), *dots(cells, "value", "name")], Axis(label=f"minus {base} (points)")
-    caption = f"{chart.caption} Center: difference from {base}, paired by seed; bars: {INTERVAL}."
-    chart = replace(chart, y=y, caption=caption)
-    return chart, Chart(cells, marks, title="Difference", x=x, y=y, caption=caption)
+    counts = " or ".join(map(str, sorted(set(cells["n"]))))
+    caption = (
+        f"{chart.caption} Center: difference from {base}, paired by seed, of all seeds that both have ({counts}); "
+        f"bars: {INTERVAL}; if it includes 0, no difference is seen. {SMALL}"
+    )
+    chart = replace(chart, caption=caption)
+    return chart, Chart(cells, marks, title="Difference", x=x, y=chart.y, caption=caption)
 
 
-def beside_printed(chart: Chart | None, numbers: pd.DataFrame, title: str, x: str) -> Drawable | None:
-    """Set a chart of variants next to a panel of the paper's numbers for the same rows; None without a chart."""
+def describe_differences(
+    paired: Chart, key: str = "name", digits: str = ".1f", words: tuple[str, str] = ("points less", "points more")
+) -> dict[Any, str]:
+    """Return the difference of every row, with its interval, by ``key``: ``7.9 [6.5, 9.3] points less``.
+
+    ``words`` follow negative and positive differences, whose numbers have the format ``digits``.
+    """
+    described = {}
+    for name, value, low, high in paired.data[[key, "value", "low", "high"]].itertuples(index=False):
+        sign, word = 1, words[1]
+        if value < 0:
+            sign, word = -1, words[0]
+        text = drawn_number(abs(value), digits)
+        # Two seeds have no interval.
+        if not np.isnan(low):
+            lower, upper = sorted([sign * low, sign * high])
+            text += f" [{drawn_number(lower, digits)}, {drawn_number(upper, digits)}]"
+        described[name] = f"{text} {word}"
+    return described
+
+
+def beside_printed(
+    evidence: StudyEvidence,
+    arms: Mapping[str, str],
+    texts: tuple[str, str, str],
+    printed_numbers: tuple[pd.DataFrame, str],
+    printed_base: str = "",
+) -> Drawable | None:
+    """Draw variants, their differences from the first one, and the paper's differences; None if an arm has no runs.
+
+    Parameters
+    ----------
+    evidence, arms
+        See ``variant_gap_table``.
+    texts : (title, left, caption)
+        The title may have fields with the names of rows, which become the measured differences, and ``{best}`` and
+        ``{printed}``, the best rows; ``left`` is the title of the left panel.
+    printed_numbers : (table, title)
+        Printed scores, see ``printed``, and the title of their panel.
+    printed_base : str
+        Row whose printed scores are subtracted, if the paper does not have the first one.
+    """
+    title, left, caption = texts
+    chart = gaps_by_variant(evidence, arms, left, caption)
     if chart is None:
         return None
+    numbers, right = printed_numbers
+    printed_base = printed_base or chart.data["name"].iloc[0]
     measured = chart.data[chart.data["name"].isin(numbers["name"])].groupby("name")["value"].mean()
-    # Levels of different tasks are not comparable, so a task with fewer rows does not count.
+    # Scores of different tasks are not comparable, but differences from one row are.
+    base_scores = numbers[numbers["name"] == printed_base].set_index("data")["value"]
+    numbers = numbers.assign(difference=numbers["value"] - numbers["data"].map(base_scores))
     rows = numbers[numbers["name"].isin(measured.index)]
+    # A task with fewer rows does not count.
     counts = rows.groupby("data")["name"].transform("size")
     of_paper = rows[counts == counts.max()].groupby("name")["value"].mean().idxmax()
     best = measured.idxmax()
     caption = (
-        f"{chart.caption} Hollow dots are printed, of another model and task, so only the order is comparable. Best of "
-        f"the rows in both panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")
+        f"{chart.caption} Right: printed scores, of another model, so only the order is comparable. Best of the rows "
+        f"in both panels: {best}" + (", as printed." if best == of_paper else f"; printed: {of_paper}.")
     )
-    measured_chart, paired = beside_differences(replace(chart, caption=caption))
-    # A row that only one panel has stays empty in the other one.
+    measured_chart, paired = beside_differences(replace(chart, caption=caption), evidence, arms)
     y = replace(chart.y, order=dict.fromkeys([*(measured_chart.y.order or ()), *numbers["name"]]))
-    marks = [Point("value", "name", shape="data", hollow=True)]
-    panel = replace(measured_chart, data=numbers, marks=marks, title=title, x=Axis(label=x))
-    finding = difference_finding(paired, chart.data["name"].iloc[0])
-    return set_side_by_side(*(replace(part, y=y) for part in (measured_chart, paired, panel)), title=finding)
+    # A row that only one panel has would look like a missing result in the other one.
+    missing = write_missing(numbers["name"], chart.data["name"], chart.data["value"], "not run")
+    measured_chart = replace(measured_chart, marks=[*measured_chart.marks, *missing])
+    marks: list[Mark] = [Rule(x=0), Point("difference", "name", shape="data", hollow=True)]
+    marks += write_missing(chart.data["name"], numbers["name"], numbers["difference"], "not printed")
+    x = Axis(label=f"printed, minus {printed_base}")
+    panel = replace(measured_chart, data=numbers, marks=marks, title=right, x=x)
+    finding = title.format_map(describe_differences(paired) | {"best": best, "printed": of_paper})
+    return set_side_by_side(*(replace(chart, y=y) for chart in (measured_chart, paired, panel)), title=finding)
+
+
+def write_missing(names: Iterable[str], drawn_names: pd.Series, values: pd.Series, word: str) -> list[Mark]:
+    """Return the marks of a word in the rows that a panel lacks, in the middle of its values."""
+    middle = (values.min() + values.max()) / 2
+    return [write_word(middle, name, word) for name in dict.fromkeys(names) if name not in set(drawn_names)]

@@ -54,7 +54,7 @@ def check(source: str | Path) -> list[Needs]:
     sources: dict[tuple[str, str], str] = {}
     checked = []
     for recipe_part, entry in zip(plan.recipe_parts, table["part"], strict=True):
-        checked.append(_check_part(", ".join(recipe_part.columns), entry, table, sources))
+        checked.append(_check_part(recipe_part.title, entry, table, sources))
     return checked
 
 

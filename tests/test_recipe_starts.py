@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -175,3 +176,33 @@ def test_a_wrong_start_or_test_column_is_one_line(own_recipe, capsys, old, new, 
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+TRAIN_ROWS = {
+    "MNLI": 392_702, "SST-2": 67_349, "MRPC": 3_668, "CoLA": 8_551, "QNLI": 104_743, "QQP": 363_846, "RTE": 2_490,
+    "STS-B": 5_749,
+}  # fmt: skip
+
+
+def test_arms_of_lora_table2_have_the_steps_of_scripts_and_of_the_paper():
+    table = recipe.grid.read_toml(recipe.find_recipe("lora-table2"))
+    steps = dict.fromkeys(("LoRA, as in the scripts", "LoRA, as printed"), 0)
+    for part in table["part"]:
+        task, size = part["column"].split(", ")
+        if size == "base":
+            settings = part["settings"]
+            steps[part["method"][0]["row"]] += settings["epochs"] * -(-TRAIN_ROWS[task] // settings["batch_size"])
+    # A batch per GPU is eight times smaller than that of a step: 1.7 instead of 0.2 million steps.
+    assert steps == {
+        "LoRA, as in the scripts": pytest.approx(0.2e6, rel=0.1),
+        "LoRA, as printed": pytest.approx(1.7e6, rel=0.03),
+    }
+
+
+def test_parts_of_lora_table2_start_from_mnli_with_the_same_model_and_arm():
+    plan = recipe.read("lora-table2", smoke=True)
+    started = [job for job in plan.jobs() if job.start]
+    assert len(started) == 3 * 2 * 2
+    for job in started:
+        row, _, size = re.fullmatch(r"(.*), (MRPC|RTE|STS-B), (base|large), seed 0", job.name).groups()
+        assert job.start == f"{row}, MNLI, {size}, seed 0"

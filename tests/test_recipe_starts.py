@@ -12,8 +12,10 @@ import torch
 
 import lorascope as ls
 from lorascope.cli.main import main
-from lorascope.experiments import recipe, recipe_table, sweep
+from lorascope.experiments import recipe, recipe_table, smoke, sweep
 from lorascope.experiments.grid import Job
+from lorascope.inputs import models
+from lorascope.training.base_weights import prepare_model
 
 RECIPE = """
 seeds = 2
@@ -182,6 +184,15 @@ TRAIN_ROWS = {
     "MNLI": 392_702, "SST-2": 67_349, "MRPC": 3_668, "CoLA": 8_551, "QNLI": 104_743, "QQP": 363_846, "RTE": 2_490,
     "STS-B": 5_749,
 }  # fmt: skip
+
+
+def test_stand_ins_of_all_tasks_have_the_same_base_weights():
+    stand_in = smoke.Smoke("roberta")
+    hashes = set()
+    for entry in ({"name": "classes"}, {"name": "numbers", "kind": "regression"}):
+        task = stand_in.task(entry)
+        hashes.add(prepare_model(models.load(stand_in.model(), task), task, seed=0).w0_hash)
+    assert len(hashes) == 1
 
 
 def test_arms_of_lora_table2_have_the_steps_of_scripts_and_of_the_paper():

@@ -62,10 +62,11 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
             with models.quiet(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+                # Without a head, as pretrained encoders are: all tasks have the same base weights then.
+                transformers.AutoModel.from_config(config).save_pretrained(folder)
             _tokenizer(words).save_pretrained(folder)
 
-        return str(package_assets.build_once(package_assets.cache() / f"smoke-{self.architecture}", write))
+        return str(package_assets.build_once(package_assets.cache() / f"smoke-base-{self.architecture}", write))
 
     def task(self, entry: Any) -> Task:
         """Return a task with the splits, columns and kind of a task of a recipe, whose rows are generated.

@@ -84,8 +84,8 @@ class TableRow:
 class RecipePart:
     """Runs on one dataset: the columns that they fill, one per metric, and a grid with one method per row.
 
-    ``test_columns`` are those of further test sets, by the names of these sets. The runs start from those of ``start``
-    with the same row and seed.
+    ``test_columns`` has the columns of further test sets, by the names of these sets. The runs start from the runs of
+    ``start`` with the same row and seed.
     """
 
     columns: Mapping[str, Metric]

@@ -65,7 +65,7 @@ def main(
     file
         TOML file with the keys task, method, settings and seeds, among others, or the name of a recipe.
     backend
-        Loky (this machine), dask or ray; overrides the file.
+        Loky (this machine), slurm, dask or ray; overrides the file.
     address
         Cluster address, such as tcp://host:8786.
     jobs

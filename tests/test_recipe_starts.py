@@ -106,6 +106,12 @@ def test_a_run_with_a_start_equals_one_that_train_starts_from_the_same_seed(own_
         assert again.id == started.id
         for name, array in again.tensors("last").items():
             np.testing.assert_array_equal(array, started.tensors("last")[name])
+    table = ls.recipes.table(own_recipe)
+    assert list(table["mean"]) == pytest.approx(list(cells["mean"]))
+    assert list(ls.recipes.table(own_recipe, runs.values())["n"]) == list(cells["n"])
+    # Without the runs that they start from, the others are not of this recipe.
+    started = [runs[f"LoRA, MRPC, seed {seed}"] for seed in (0, 1)]
+    assert not ls.recipes.table(own_recipe, started)["n"].any()
     # The further test set has the score of the tested state.
     scores = [100 * runs[f"LoRA, MNLI-m, seed {seed}"].meta.test.groups["mm"] for seed in (0, 1)]
     assert cells.loc[("MNLI-mm", "LoRA", "test"), "mean"] == pytest.approx(np.mean(scores))

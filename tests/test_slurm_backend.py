@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
 import lorascope as ls
@@ -18,17 +19,22 @@ from lorascope.experiments.executors import use_backend
 from lorascope.experiments.grid import Job
 
 pytest.importorskip("submitit")
+from submitit.core.job_environment import JobEnvironment
+
 from lorascope.experiments import slurm_backend
 
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):
-    """Return the options of a backend whose jobs are processes of this machine, which can import the tests."""
+    """Yield the options of a backend whose jobs are processes of this machine, which can import the tests."""
     path = [str(Path(__file__).parent), *filter(None, sys.path)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.setattr(slurm_backend, "_PAUSE", 0.1)
+    # Jobs then need no import of the tests, which takes seconds.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.chdir(tmp_path)
-    return {"name": "slurm", "cluster": "local", "folder": str(tmp_path / "logs"), "timeout_min": 5}
+    yield {"name": "slurm", "cluster": "local", "folder": str(tmp_path / "logs"), "timeout_min": 5}
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 class Call:
@@ -39,10 +45,11 @@ class Call:
 
     def __call__(self) -> list[int]:
         begun = len(list(self.folder.glob(f"start-{self.number}-*")))
-        (self.folder / f"start-{self.number}-{begun}").touch()
+        (self.folder / f"start-{self.number}-{begun}").write_text(str(os.getpid()), encoding="utf-8")
         if begun < self.deaths:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(self.seconds)
+        if not begun:
+            time.sleep(self.seconds)
         return [self.number]
 
 
@@ -52,7 +59,7 @@ def compute(backend, calls, cap):
     results = []
     for call in calls:
         backend.submit(call, results.append)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while len(results) < len(calls):
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -80,13 +87,13 @@ def test_interrupted_job_is_requeued_and_not_submitted_again(local, tmp_path):
     options = {key: value for key, value in local.items() if key != "name"}
     backend = slurm_backend.SlurmBackend(options)
     results = []
-    backend.submit(Call(tmp_path, 4, seconds=6), results.append)
-    end = time.monotonic() + 120
-    while not (tmp_path / "start-4-0").exists():
+    submission = backend.submit(Call(tmp_path, 4, seconds=300), results.append)
+    end, file = time.monotonic() + 240, tmp_path / "start-4-0"
+    while not (file.exists() and file.read_text(encoding="utf-8")):
         assert time.monotonic() < end
         time.sleep(0.05)
-    (submission,) = backend._running
-    submission.job._interrupt()
+    # As Slurm does before the end of a job.
+    os.kill(int(file.read_text(encoding="utf-8")), JobEnvironment._usr_sig())
     while not results:
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -36,9 +36,9 @@ def use_backend(
     """Use a backend of joblib as executor in the context, with ``jobs`` parallel runs, by default one per core.
 
     ``name`` is any backend of joblib, "ray" or "slurm"; None keeps the setting of ``joblib.parallel_config``.
-    ``address`` is the address of the dask scheduler or the ray cluster: by default dask uses the existing client, and ray the
-    environment's ``RAY_ADDRESS`` or a new cluster on this machine. Raise a ValueError if the backend is unknown, not
-    installed or unreachable, or does not accept the options.
+    ``address`` is the address of the dask scheduler or the ray cluster: by default dask uses the existing client, and
+    ray the environment's ``RAY_ADDRESS`` or a new cluster on this machine. Raise a ValueError if the backend is
+    unknown, not installed or unreachable, or does not accept the options.
     """
     if jobs is not None and (type(jobs) is not int or not 0 < abs(jobs) <= _MOST_JOBS):
         allowed = f"a nonzero integer (number of parallel runs), at most {_MOST_JOBS}"

@@ -223,14 +223,17 @@ def _format_printed(cell: Mapping[str, Any]) -> str:
     return text
 
 
-def find_runs(recipe: Recipe) -> dict[str, Run]:
-    """Return the finished runs in the folder of a recipe by the names of their jobs."""
-    finished = []
-    for folder in sorted(filter(is_run, recipe.root.glob("*"))):
-        # A broken run has no score.
-        if identify_folder(folder).status == "done":
-            finished.append(load(folder))
-    runs = {}
+def find_runs(recipe: Recipe, candidates: Iterable[Run] | None = None) -> dict[str, Run]:
+    """Return the finished runs of a recipe by the names of their jobs: among candidates, or those in its folder."""
+    finished: list[Any] = []
+    if candidates is not None:
+        finished += [run for run in candidates if run.finished]
+    else:
+        for folder in sorted(filter(is_run, recipe.root.glob("*"))):
+            # A broken run has no score.
+            if identify_folder(folder).status == "done":
+                finished.append(load(folder))
+    runs: dict[str, Run] = {}
     for job in recipe.jobs():
         for run in finished:
             # The run that it starts from is of a part above, so it is in the mapping already.

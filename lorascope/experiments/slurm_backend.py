@@ -93,7 +93,7 @@ class SlurmBackend(ParallelBackendBase):
         self._watcher: threading.Thread | None = None
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """Set the maximum number of jobs at a time; a negative one is no limit."""
+        """Set the maximum number of jobs at a time; a negative number removes it."""
         self._cap = n_jobs if n_jobs is not None and n_jobs > 0 else _NO_CAP
         return max(self._cap, _AT_LEAST)
 

@@ -186,6 +186,37 @@ def test_a_wrong_start_or_test_column_is_one_line(own_recipe, capsys, old, new, 
     assert error.count("\n") == 1
 
 
+def test_own_recipe_has_printed_numbers_of_other_papers(own_recipe):
+    cells = """
+[[printed]]
+row = "LoRA"
+column = "MNLI-mm"
+value = 90.5
+sd = 0.2
+n = 5
+
+[[printed]]
+row = "LoRA"
+column = "MRPC"
+value = 89
+"""
+    text = own_recipe.read_text()
+    own_recipe.write_text(text + cells)
+    table = ls.recipes.table(own_recipe).set_index(["column", "row"])
+    printed = table.loc[[("MNLI-mm", "LoRA")], ["printed", "printed_sd", "printed_n"]]
+    assert printed.to_numpy().tolist() == [[90.5, 0.2, 5.0]]
+    assert table.loc[("MRPC", "LoRA"), "printed"].tolist() == [89.0, 89.0]
+    assert table.loc[[("MNLI-m", "LoRA")], "printed"].isna().all()
+    assert not recipe.read(own_recipe, smoke=True).recipe_parts[1].rows[0].printed
+    own_recipe.write_text(text + cells.replace("MRPC", "RTE"))
+    message = "printed must be of a row and a column of the table, got row 'LoRA' of column 'RTE'$"
+    with pytest.raises(ValueError, match=message):
+        recipe.read(own_recipe)
+    own_recipe.write_text(text + cells.replace("value = 89", 'value = "89"'))
+    with pytest.raises(ValueError, match=r"printed.*value"):
+        recipe.read(own_recipe)
+
+
 TRAIN_ROWS = {
     "MNLI": 392_702, "SST-2": 67_349, "MRPC": 3_668, "CoLA": 8_551, "QNLI": 104_743, "QQP": 363_846, "RTE": 2_490,
     "STS-B": 5_749,

@@ -1,11 +1,13 @@
 """Recipes: tables of papers as sweeps in parts, one part per column, read from TOML files.
 
-A recipe is a sweep file with four more keys: ``paper``, ``part`` (a column of the table, with any key of a sweep),
-``printed`` (which number of the paper belongs to a row) and ``smoke`` (how the recipe is tried with a tiny model).
+A recipe is a sweep file with more keys: ``paper``, ``part`` (a column of the table, with any key of a sweep),
+``printed`` (which number of the paper belongs to a row), ``mean`` (a column with the mean over others) and ``smoke``
+(how the recipe is tried with a tiny model).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -29,7 +31,7 @@ from lorascope.schema.suggestions import unknown_name
 FOLDER = Path(__file__).with_name("recipes")
 """Folder of the recipes in the package."""
 _SWEEP_KEYS = ("model", "task", "method", "settings", "seeds")
-_KEYS = (*_SWEEP_KEYS, "root", "backend", "paper", "part", "mean", "smoke")
+_KEYS = (*_SWEEP_KEYS, "root", "backend", "paper", "part", "printed", "mean", "smoke")
 _PART_KEYS = (*_SWEEP_KEYS, "column", "metric", "printed", "test_columns", "id", "start")
 _MEAN_KEYS = ("column", "columns", "printed")
 _PRINTED_KEYS = ("paper", "table", "model", "data", "metric", "method", "parameters")
@@ -61,6 +63,16 @@ class Paper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     statistic: str = "mean"
     state: str = "unknown"
     sources: tuple[str, ...] = ()
+
+
+class PrintedCell(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Number of another paper at a cell of an own table, with its standard deviation and number of seeds if printed."""
+
+    row: str
+    column: str
+    value: float
+    sd: float = math.nan
+    n: float = math.nan
 
 
 class PrintedScore(NamedTuple):
@@ -217,6 +229,8 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
             raise type(error)(f"part {', '.join(columns)}: {error}") from None
         recipe_parts.append(recipe_part)
     _require_distinct_cells(recipe_parts)
+    cells = to_typed(table.get("printed", []), list[PrintedCell], "printed")
+    recipe_parts = _add_printed(recipe_parts, cells, smoke)
     mean = None
     if "mean" in table:
         mean = _read_mean(table["mean"], recipe_parts, paper)
@@ -260,6 +274,27 @@ def _require_distinct_cells(recipe_parts: Iterable[RecipePart]) -> None:
             if (column, row.name) in filled:
                 raise ValueError(f"duplicate row {row.name!r} of column {column!r}")
             filled.add((column, row.name))
+
+
+def _add_printed(recipe_parts: list[RecipePart], cells: Iterable[PrintedCell], smoke: bool) -> list[RecipePart]:
+    """Return parts whose rows have the printed numbers of the recipe itself."""
+    numbers = {(cell.row, cell.column): PrintedScore(cell.value, cell.sd, cell.n) for cell in cells}
+    unused, completed = set(numbers), []
+    for recipe_part in recipe_parts:
+        columns, rows = [*recipe_part.columns, *recipe_part.test_columns.values()], []
+        for row in recipe_part.rows:
+            printed = dict(row.printed)
+            for column in columns:
+                if (row.name, column) in numbers:
+                    unused.remove((row.name, column))
+                    printed[column] = numbers[row.name, column]
+            # Numbers of other papers are not compared with tiny models either.
+            rows.append(row if smoke else replace(row, printed=printed))
+        completed.append(replace(recipe_part, rows=tuple(rows)))
+    if unused:
+        name, column = min(unused)
+        raise ValueError(f"printed must be of a row and a column of the table, got row {name!r} of column {column!r}")
+    return completed
 
 
 def _read_mean(entry: Mapping[str, Any], recipe_parts: Iterable[RecipePart], paper: Paper | None) -> MeanColumn:

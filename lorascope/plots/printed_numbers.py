@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pandas as pd
 
@@ -63,14 +64,14 @@ def printed_table(table: pd.DataFrame) -> Drawable:
 def _stack(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row per score and per printed number: ``column, metric, row, evaluation, value, low, high``."""
     scores = table.rename(columns={"mean": "value"})
-    numbers = table.drop_duplicates(["column", "row"]).assign(evaluation="printed", n=pd.NA, seeds=pd.NA)
+    numbers = table.drop_duplicates(["column", "row"]).assign(evaluation="printed", n=math.nan, seeds=math.nan)
     numbers = numbers.assign(
         value=numbers["printed"],
         low=numbers["printed"] - numbers["printed_sd"],
         high=numbers["printed"] + numbers["printed_sd"],
     )
     names = ["column", "metric", "row", "evaluation", "value", "low", "high", "n", "seeds"]
-    return pd.concat([numbers[names], scores[names].astype({"n": "object", "seeds": "object"})]).dropna(subset="value")
+    return pd.concat([numbers[names], scores[names]]).dropna(subset="value")
 
 
 def _draw_column(column: str, cells: pd.DataFrame, rows: Axis) -> Chart:

@@ -95,6 +95,7 @@ _MODULES = {
     "observe": "lorascope.observe",
     "papers": "lorascope.papers",
     "plots": "lorascope.plots",
+    "recipes": "lorascope.experiments.recipes",
     "step_memory": "lorascope.experiments.step_memory",
     "step_time": "lorascope.experiments.step_time",
     "tasks": "lorascope.inputs.tasks",

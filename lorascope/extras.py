@@ -7,7 +7,7 @@ _IMPORTED = {
     "runs": "pyarrow scipy sklearn plotly jinja2 markupsafe",
     "trainer": "accelerate",
     "notebook": "anywidget traitlets IPython",
-    "cluster": "dask distributed dask_jobqueue ray",
+    "cluster": "dask distributed dask_jobqueue ray submitit",
     "hub": "datasets",
     "text": "sacrebleu rouge_score",
     "e2e": "pycocoevalcap",

@@ -36,6 +36,7 @@ def test_completion_of_plots_offers_the_figures() -> None:
     # Some figures are drawn from other data than runs, and are not in the registry.
     others = {"against_truth", "agreement", "frequency_bias", "head_choice"}
     others |= {"dial", "forks", "learn_forget", "price", "reading"}  # results of instruments
+    others |= {"printed_table"}  # the table of a recipe
     assert set(dir(plots)) == {"FIGURES", "Figure", "available", "by_paper", *others, *plots.FIGURES}
 
 

@@ -204,7 +204,7 @@ def test_layout_compares_the_evaluation_that_the_paper_prints(plan):
         ('name = "rows.csv"', 'name = "no.csv"', "part CoLA: .*no.csv"),
         ('state = "best"', 'state = "first"', "state of paper must be one of 'best', 'last', 'unknown', got 'first'"),
         ('state = "best"', 'stage = "best"', "unknown field `stage`"),
-        ('"STS-B, ranks"', '"CoLA"', "duplicate column 'CoLA'"),
+        ('"STS-B, ranks"', '"CoLA"', "duplicate row 'FourierFT' of column 'CoLA'"),
         ("warmup = 10", "warmup = [10, 20]", "part CoLA: settings must have one value in a part, got 2"),
         ("initial_steps = 50", "initial_steps = [50, 60]", "row 'AdaLoRA' must be one method, got 2"),
         ('row = "AdaLoRA"', 'row = "FourierFT"', "part CoLA: rows must have distinct names, got FourierFT, FourierFT"),

@@ -283,3 +283,46 @@ def test_command_trains_on_the_given_splits(bert, csv, tmp_path, capsys):
         assert main([*words, "--splits", splits_word, "-o", str(out)]) == 0
         assert ls.load(out).meta.data_hash == tasks.load(csv, splits=splits_word).hash
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("splits_word", "mapping"),
+    [
+        ("train=train, validation=dev,test=dev", {"train": "train", "validation": "dev", "test": "dev"}),
+        (
+            "train=train[10%:],validation=train[:10%],test=test",
+            {"train": "train[10%:]", "validation": "train[:10%]", "test": "test"},
+        ),
+        (
+            "train=train,validation=dev,test.m=dev,test.mm=test",
+            {"train": "train", "validation": "dev", "test": {"m": "dev", "mm": "test"}},
+        ),
+    ],
+)
+def test_command_trains_on_a_mapping_of_splits(splits_word, mapping, bert, csv, tmp_path, capsys):
+    table(60).replace({"split": {"holdout": "test"}}).to_csv(csv, index=False)
+    words = ["train", "lora", "--task", str(csv), "--model", str(bert), "--steps", "1", "--no-progress"]
+    assert main([*words, "--splits", splits_word, "-o", str(tmp_path / "run")]) == 0
+    run = ls.load(tmp_path / "run")
+    assert run.meta.data_hash == tasks.load(csv, splits=mapping).hash
+    assert run.meta.task_options == {"splits": mapping}
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("splits_word", "expected"),
+    [
+        ("official", "--splits must be given, hash or sources such as"),
+        ("train=", "--splits must be given, hash or sources such as train=train,validation=dev,test=dev, got 'train='"),
+        ("train=train,test.=dev", "--splits must be given, hash or sources"),
+        ("train=train,train=dev", "--splits must name each split once, got 'train=train,train=dev'"),
+        ("test=dev,test.m=dev", "--splits must name each split once, got 'test=dev,test.m=dev'"),
+        ("train=train,test=dev", "splits must name train, validation, test, got 'train', 'test'"),
+        ("train=train,validation=x,test=dev", "splits: unknown split 'x' of"),
+    ],
+)  # fmt: skip
+def test_command_rejects_wrong_splits_in_one_line(splits_word, expected, csv, capsys):
+    assert main(["train", "lora", "--task", str(csv), "--steps", "1", "--splits", splits_word]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.experiments.sweep_table import Row, SweepTable, table
+from lorascope.experiments.sweep_table import Row, SweepTable, arrange_rows
 from lorascope.training.evaluation import Score
 from lorascope.training.progress import ProgressFile, progress_bar, read_progress, writing_progress
 
@@ -173,7 +173,7 @@ def test_low_screen_shows_failed_and_running_runs_first():
     rows = [Row(f"run {number}", "done") for number in range(50)]
     rows[7] = Row("run 7", "running", "3/9", "accuracy 0.75")
     rows[30] = Row("run 30", "failed", "", "x" * 200)
-    lines = table(rows, 80, 8)
+    lines = arrange_rows(rows, 80, 8)
     assert len(lines) < 8
     assert max(map(len, lines)) < 80
     assert [line.split()[1] for line in lines[1:-2]] == ["0", "1", "7", "30"]

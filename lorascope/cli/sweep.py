@@ -46,6 +46,7 @@ def main(
     jobs: Annotated[int | None, arg(metavar="N")] = None,
     smoke: bool = False,
     check: bool = False,
+    measure: bool = False,
     table: bool = False,
     new: Annotated[str | None, arg(metavar="FILE")] = None,
     source: Annotated[str | None, arg(name="from", metavar="RECIPE")] = None,
@@ -64,7 +65,7 @@ def main(
     file
         TOML file with the keys task, method, settings and seeds, among others, or the name of a recipe.
     backend
-        Loky (this machine), dask or ray; overrides the file.
+        Loky (this machine), slurm, dask or ray; overrides the file.
     address
         Cluster address, such as tcp://host:8786.
     jobs
@@ -74,6 +75,9 @@ def main(
     check
         Of a recipe: train nothing, and print what it needs: models, data, steps, trained parameters and memory. The
         exit code is 1 if something is missing.
+    measure
+        With --check: also run 20 steps per distinct model, length and method, with random weights of the real shape,
+        and print seconds, peak memory and hours.
     table
         Of a recipe: train nothing, and print the table of the finished runs.
     new
@@ -95,6 +99,8 @@ def main(
             raise ValueError(f"cannot write {printable(new)}: it exists; name another file")
         shutil.copy(recipe.find_recipe(source), new)
         return 0
+    if measure and not check:
+        raise ValueError("--measure requires --check, as in lorascope sweep adalora-table1 --check --measure")
     if file is None:
         raise ValueError("FILE is required: lorascope sweep ranks.toml")
     path = recipe.find_recipe(file)
@@ -102,7 +108,7 @@ def main(
     overrides = {name: value for name, value in options.items() if value is not None}
     if recipe.is_recipe(grid.read_toml(path)):
         if check:
-            return _print_needs(path)
+            return _print_needs(path, measure)
         return _run_recipe(recipe.read(path, smoke), overrides, table, json, progress)
     if smoke or check or table:
         raise ValueError(f"--smoke, --check and --table require a recipe, which has parts, got {printable(file)}")
@@ -130,13 +136,13 @@ def _report_failures(swept: SweepResult) -> int:
     return int(bool(swept.failures))
 
 
-def _print_needs(path: Path) -> int:
+def _print_needs(path: Path, measure: bool) -> int:
     """Print what the parts of a recipe need, and return whether something is missing."""
     from lorascope.experiments.recipe_check import check
 
     # A missing model is a problem of many parts, and one line.
     titles: dict[str, list[str]] = {}
-    for needs in check(path):
+    for needs in check(path, measure):
         print(printable(needs.title), *(f"  {printable(line)}" for line in needs.lines), sep="\n")
         for problem in needs.problems:
             titles.setdefault(problem, []).append(needs.title)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from json import dumps
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         *,
         model: Annotated[str, arg(metavar="NAME")] = "minilm",
         task: Annotated[str, arg(metavar="NAME")] = "sentiment",
-        splits: Literal["given", "hash"] | None = None,
+        splits: Annotated[str | None, arg(metavar="SPLITS")] = None,
         generation: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = (),
         out: Annotated[str | None, arg(aliases=["-o"], metavar="DIR")] = None,
         json: bool = False,
@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         task
             sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset.
         splits
-            given: splits of the source, or its column split; hash: all rows are shuffled.
+            given: splits of the source, or its column split; hash: all rows are shuffled; or a split of the source for
+            each, such as train=train,validation=dev,test=dev. Several test sets are test.NAME=dev.
         generation
             Generate texts from the prompts of the test split, for metrics such as bleu: fields of ls.Generation, such
             as num_beams=10 max_new_tokens=64.
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         if generation:
             options["generation"] = _parse_generation(generation)
         configured = method(**{field.name: options.pop(field.name) for field in fields})
-        data = load_task({"name": task, "splits": splits})
+        data = load_task({"name": task, "splits": _read_splits(splits)})
         result = train(model, data, configured, out=out, **options)
         if not is_first_process():
             return 0
@@ -105,3 +106,24 @@ def _parse_generation(words: Sequence[str]) -> dict[str, Any]:
             with suppress(ValueError):
                 values[name] = kind(text)
     return values
+
+
+def _read_splits(words: str | None) -> str | Mapping[str, Any] | None:
+    """Return a rule of splits from the command line: a word, or a mapping such as ``train=train,test.m=dev``."""
+    if words is None or words in ("given", "hash"):
+        return words
+    mapping: dict[str, Any] = {}
+    # The names of splits are checked with those of the source, when the task is loaded.
+    for word in words.split(","):
+        split, equals, source = map(str.strip, word.partition("="))
+        split, dot, test_set = split.partition(".")
+        if not (split and equals and source) or bool(dot) != bool(test_set):
+            example = "train=train,validation=dev,test=dev"
+            raise ValueError(f"--splits must be given, hash or sources such as {example}, got {words!r}")
+        branch, name = mapping, split
+        if test_set:
+            branch, name = mapping.setdefault(split, {}), test_set
+        if not isinstance(branch, dict) or name in branch:
+            raise ValueError(f"--splits must name each split once, got {words!r}")
+        branch[name] = source
+    return mapping

@@ -1,4 +1,4 @@
-"""Backends of joblib for a sweep: processes of this machine, or a dask or ray cluster with an address."""
+"""Backends of joblib for a sweep: processes of this machine, jobs of Slurm, or a cluster of dask or ray."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from typing import Any
 
 from joblib import parallel_config
 
+from lorascope.files.printable import first_line
+
 # Errors that a backend raises when it loses a worker; matched by name, since most backends are not installed.
 _DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "KilledWorker", "RayActorError", "WorkerCrashedError"}
+_DEATHS |= {"UncompletedJobError"}
+# Backends whose cluster may be elsewhere.
+_WITH_ADDRESS = ("dask", "ray")
 
 _HAS_MASKS = hasattr(signal, "pthread_sigmask")  # not on Windows
 _MOST_JOBS = 10_000  # far above any cluster; executors reject larger numbers with other errors
@@ -30,16 +35,16 @@ def use_backend(
 ) -> Iterator[None]:
     """Use a backend of joblib as executor in the context, with ``jobs`` parallel runs, by default one per core.
 
-    ``name`` is any backend of joblib, or "ray"; None keeps the setting of ``joblib.parallel_config``. ``address`` is
-    the address of the dask scheduler or the ray cluster: by default dask uses the existing client, and ray the
-    environment's ``RAY_ADDRESS`` or a new cluster on this machine. Raise a ValueError if the backend is unknown, not
-    installed or unreachable, or does not accept the options.
+    ``name`` is any backend of joblib, "ray" or "slurm"; None keeps the setting of ``joblib.parallel_config``.
+    ``address`` is the address of the dask scheduler or the ray cluster: by default dask uses the existing client, and
+    ray the environment's ``RAY_ADDRESS`` or a new cluster on this machine. Raise a ValueError if the backend is
+    unknown, not installed or unreachable, or does not accept the options.
     """
     if jobs is not None and (type(jobs) is not int or not 0 < abs(jobs) <= _MOST_JOBS):
         allowed = f"a nonzero integer (number of parallel runs), at most {_MOST_JOBS}"
         raise ValueError(f"jobs must be {allowed}, got {jobs!r}")
-    if address is not None and name not in _CLUSTERS:
-        only = " and ".join(_CLUSTERS)
+    if address is not None and name not in _WITH_ADDRESS:
+        only = " and ".join(_WITH_ADDRESS)
         raise ValueError(f"address must be None for backend {name}, got {address!r}: only {only} have one")
     with ExitStack() as stack:
         try:
@@ -54,7 +59,9 @@ def use_backend(
             raise ValueError(
                 f"cannot use backend {name}: it is not installed. Run pip install 'lorascope[cluster]'"
             ) from None
-        except OSError:
+        except OSError as error:
+            if name not in _WITH_ADDRESS:
+                raise ValueError(f"cannot use backend {name}: {first_line(error)}") from None
             raise ValueError(f"cannot connect to a {name} cluster at {address}") from None
         except TypeError as error:
             raise ValueError(f"cannot pass these options to backend {name}: {error}") from None
@@ -160,5 +167,13 @@ def _ray(address: str | None, options: dict[str, Any]) -> Iterator[Any]:
             ray.shutdown()
 
 
+@contextmanager
+def _slurm(address: None, options: dict[str, Any]) -> Iterator[Any]:
+    # Only this backend requires submitit.
+    from lorascope.experiments.slurm_backend import SlurmBackend
+
+    yield SlurmBackend(options)
+
+
 # Context managers of the cluster backends: they receive an address and options, and yield a backend of joblib.
-_CLUSTERS: dict[str, Any] = {"dask": _dask, "ray": _ray}
+_CLUSTERS: dict[str, Any] = {"dask": _dask, "ray": _ray, "slurm": _slurm}

@@ -46,7 +46,7 @@ _NO_SETTINGS = {"model", "data", "method", "seed", "out", "root", "overwrite", "
 class Job:
     """One combination of a grid, a call of ``train`` in a separate process; ``settings`` are its keyword arguments.
 
-    ``name`` replaces the name that a sweep composes.
+    ``name`` replaces the name that a sweep composes. ``start`` is the name of the job from whose run it starts.
     """
 
     model: Model
@@ -54,6 +54,7 @@ class Job:
     method: Method
     settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    start: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """Recipes: tables of papers as sweeps in parts, one part per column, read from TOML files.
 
-A recipe is a sweep file with four more keys: ``paper``, ``part`` (a column of the table, with any key of a sweep),
-``printed`` (which number of the paper belongs to a row) and ``smoke`` (how the recipe is tried with a tiny model).
+A recipe is a sweep file with more keys: ``paper``, ``part`` (a column of the table, with any key of a sweep),
+``printed`` (which number of the paper belongs to a row), ``mean`` (a column with the mean over others) and ``smoke``
+(how the recipe is tried with a tiny model).
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +24,15 @@ from lorascope.experiments.smoke import Smoke
 from lorascope.files.data_folder import DATA
 from lorascope.files.typed_json import to_typed
 from lorascope.inputs.metrics import Metric, resolve
+from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method
 from lorascope.schema.suggestions import unknown_name
 
 FOLDER = Path(__file__).with_name("recipes")
 """Folder of the recipes in the package."""
 _SWEEP_KEYS = ("model", "task", "method", "settings", "seeds")
-_KEYS = (*_SWEEP_KEYS, "root", "backend", "paper", "part", "mean", "smoke")
-_PART_KEYS = (*_SWEEP_KEYS, "column", "metric", "printed")
+_KEYS = (*_SWEEP_KEYS, "root", "backend", "paper", "part", "printed", "mean", "smoke")
+_PART_KEYS = (*_SWEEP_KEYS, "column", "metric", "printed", "test_columns", "id", "start")
 _MEAN_KEYS = ("column", "columns", "printed")
 _PRINTED_KEYS = ("paper", "table", "model", "data", "metric", "method", "parameters")
 PUBLISHED = "reported.csv"
@@ -63,6 +65,16 @@ class Paper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: tuple[str, ...] = ()
 
 
+class PrintedCell(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Number of another paper at a cell of an own table, with its standard deviation and number of seeds if printed."""
+
+    row: str
+    column: str
+    value: float
+    sd: float = math.nan
+    n: float = math.nan
+
+
 class PrintedScore(NamedTuple):
     """Number that a paper prints; ``sd`` and ``n``, over seeds, are NaN if it does not."""
 
@@ -82,20 +94,36 @@ class TableRow:
 
 @dataclass(frozen=True)
 class RecipePart:
-    """Runs on one dataset: the columns that they fill, one per metric, and a grid with one method per row."""
+    """Runs on one dataset: the columns that they fill, one per metric, and a grid with one method per row.
+
+    ``test_columns`` has the columns of further test sets, by the names of these sets. The runs start from the runs of
+    ``start`` with the same row and seed.
+    """
 
     columns: Mapping[str, Metric]
     rows: tuple[TableRow, ...]
     grid: Grid
+    test_columns: Mapping[str, str] = field(default_factory=dict)
+    start: RecipePart | None = None
+
+    @property
+    def title(self) -> str:
+        """Names of its columns."""
+        return ", ".join([*self.columns, *self.test_columns.values()])
 
     def jobs(self) -> list[Job]:
         """Return the jobs, named after row, columns and seed, with all seeds of a row together."""
         jobs = []
         # With one model and task, the jobs of a grid are ordered by method and then by seed.
         for number, job in enumerate(self.grid.jobs()):
-            row = self.rows[number // len(self.grid.seeds)]
-            jobs.append(replace(job, name=f"{row.name}, {', '.join(self.columns)}, seed {job.settings['seed']}"))
+            row, seed = self.rows[number // len(self.grid.seeds)], job.settings["seed"]
+            if self.start is not None:
+                job = replace(job, start=self.start._job_name(row, seed))
+            jobs.append(replace(job, name=self._job_name(row, seed)))
         return jobs
+
+    def _job_name(self, row: TableRow, seed: int) -> str:
+        return f"{row.name}, {', '.join(self.columns)}, seed {seed}"
 
 
 @dataclass(frozen=True)
@@ -190,17 +218,19 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
     root = Path(table.get("root", f"runs/{name}"))
     if smoke:
         root = root.with_name(f"{root.name}-smoke")
-    recipe_parts = []
+    recipe_parts: list[RecipePart] = []
+    by_id: dict[str, RecipePart] = {}
     for number, entry in enumerate(table["part"], start=1):
         columns = read_columns(entry, number)
         try:
-            recipe_parts.append(_read_part(entry, columns, table, paper, root, stand_in if smoke else None))
+            recipe_part = _read_part(entry, columns, table, paper, root, stand_in if smoke else None)
+            recipe_part = _link_start(recipe_part, entry, by_id)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"part {', '.join(columns)}: {error}") from None
-    counts = Counter(chain.from_iterable(recipe_part.columns for recipe_part in recipe_parts))
-    # A printed number is found by its column.
-    if repeated := [column for column, count in counts.items() if count > 1]:
-        raise ValueError(f"duplicate column {repeated[0]!r}")
+        recipe_parts.append(recipe_part)
+    _require_distinct_cells(recipe_parts)
+    cells = to_typed(table.get("printed", []), list[PrintedCell], "printed")
+    recipe_parts = _add_printed(recipe_parts, cells, smoke)
     mean = None
     if "mean" in table:
         mean = _read_mean(table["mean"], recipe_parts, paper)
@@ -210,11 +240,69 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
     return Recipe(name, paper, tuple(recipe_parts), mean, root, table.get("backend", {}))
 
 
+def _link_start(recipe_part: RecipePart, entry: Mapping[str, Any], by_id: dict[str, RecipePart]) -> RecipePart:
+    """Return a part with the part that it starts from, and register it by its id."""
+    for key in ("id", "start"):
+        grid.require_type(key, entry.get(key, ""), str)
+    name, source_id = entry.get("id"), entry.get("start")
+    if name in by_id:
+        raise ValueError(f"duplicate id {name!r}")
+    if source_id is not None:
+        # Only parts above are known here, so that starts have no cycles.
+        if source_id not in by_id:
+            raise ValueError(f"start {source_id!r} must be the id of a part above")
+        source = by_id[source_id]
+        method_names = {row.name: row.method.name for row in source.rows}
+        for row in recipe_part.rows:
+            if method_names.get(row.name) != row.method.name:
+                raise ValueError(f"start {source_id!r} must have row {row.name!r} with method {row.method.name}")
+        if source.grid.models != recipe_part.grid.models:
+            raise ValueError(f"start {source_id!r} must have the same model, got {source.grid.models[0]}")
+        if missing := sorted(set(recipe_part.grid.seeds) - set(source.grid.seeds)):
+            raise ValueError(f"start {source_id!r} must have the same seeds, but seed {missing[0]} is missing")
+        recipe_part = replace(recipe_part, start=source)
+    if name is not None:
+        by_id[name] = recipe_part
+    return recipe_part
+
+
+def _require_distinct_cells(recipe_parts: Iterable[RecipePart]) -> None:
+    """Raise a ValueError if two parts fill one cell of the table; a column may have rows of several parts."""
+    filled: set[tuple[str, str]] = set()
+    for recipe_part in recipe_parts:
+        for column, row in product([*recipe_part.columns, *recipe_part.test_columns.values()], recipe_part.rows):
+            if (column, row.name) in filled:
+                raise ValueError(f"duplicate row {row.name!r} of column {column!r}")
+            filled.add((column, row.name))
+
+
+def _add_printed(recipe_parts: list[RecipePart], cells: Iterable[PrintedCell], smoke: bool) -> list[RecipePart]:
+    """Return parts whose rows have the printed numbers of the recipe itself."""
+    numbers = {(cell.row, cell.column): PrintedScore(cell.value, cell.sd, cell.n) for cell in cells}
+    unused, completed = set(numbers), []
+    for recipe_part in recipe_parts:
+        columns, rows = [*recipe_part.columns, *recipe_part.test_columns.values()], []
+        for row in recipe_part.rows:
+            printed = dict(row.printed)
+            for column in columns:
+                if (row.name, column) in numbers:
+                    unused.remove((row.name, column))
+                    printed[column] = numbers[row.name, column]
+            # Numbers of other papers are not compared with tiny models either.
+            rows.append(row if smoke else replace(row, printed=printed))
+        completed.append(replace(recipe_part, rows=tuple(rows)))
+    if unused:
+        name, column = min(unused)
+        raise ValueError(f"printed must be of a row and a column of the table, got row {name!r} of column {column!r}")
+    return completed
+
+
 def _read_mean(entry: Mapping[str, Any], recipe_parts: Iterable[RecipePart], paper: Paper | None) -> MeanColumn:
     """Read the column with the mean of others, by default of the first one of each part."""
     grid.require_known(entry, _MEAN_KEYS, "key of mean")
     all_columns = list(chain.from_iterable(recipe_part.columns for recipe_part in recipe_parts))
     columns = entry.get("columns", [next(iter(recipe_part.columns)) for recipe_part in recipe_parts])
+    columns = list(dict.fromkeys(columns))  # several parts may have rows of one column
     grid.require_known(columns, all_columns, "column of mean")
     name = str(entry.get("column", "mean"))
     printed = {}
@@ -255,6 +343,8 @@ def _read_part(
     grid.require_known(entry, _PART_KEYS, "key")
     for key in ("settings", "printed"):
         grid.require_type(key, entry.get(key, {}), Mapping[str, Any])
+    test_columns = entry.get("test_columns", {})
+    grid.require_type("test_columns", test_columns, Mapping[str, str])
     merged, settings = merge_part(entry, table)
     settings["metric"] = [metric.name for metric in columns.values()]
     methods = merged.get("method")
@@ -262,7 +352,8 @@ def _read_part(
         raise ValueError("missing key 'method': a part requires at least one row, [[part.method]]")
     rows = []
     for fields in methods:
-        rows.append(_read_row(fields, columns, entry.get("printed", {}), paper, smoke))
+        names_of_columns = [*columns, *test_columns.values()]
+        rows.append(_read_row(fields, names_of_columns, entry.get("printed", {}), paper, smoke))
     names = [row.name for row in rows]
     # Runs are found by the name of their row.
     if len(set(names)) < len(names):
@@ -280,7 +371,11 @@ def _read_part(
     for key, values in {"model": part_grid.models, "task": part_grid.tasks, "settings": part_grid.settings}.items():
         if len(values) > 1:
             raise ValueError(f"{key} must have one value in a part, got {len(values)}: add a part for each")
-    return RecipePart(columns, tuple(rows), part_grid)
+    task = part_grid.tasks[0]
+    assert isinstance(task, Task)
+    # The first test set is the split test, which the columns have.
+    grid.require_known(test_columns, task.test_sets[1:], "test set")
+    return RecipePart(columns, tuple(rows), part_grid, test_columns)
 
 
 def merge_part(entry: Mapping[str, Any], table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

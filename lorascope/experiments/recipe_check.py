@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import torch
 from torch import nn
 
 from lorascope.experiments import grid, recipe
 from lorascope.experiments.grid import Job
+from lorascope.experiments.recipe import RecipePart, TableRow
+from lorascope.experiments.recipe_measurement import STEPS, CostMeter
 from lorascope.files.hub_answers import ANSWER_SECONDS, without_retries
-from lorascope.files.printable import first_line, printable
+from lorascope.files.printable import count_phrase, first_line, printable
 from lorascope.inputs import models
 from lorascope.inputs.metrics import require_package
 from lorascope.inputs.tasks import SPLITS, Task
-from lorascope.methods.method import Phase
+from lorascope.methods.method import Method, Phase
 from lorascope.training.run_spec import phase_rows
 from lorascope.training.settings import Settings
 
@@ -35,13 +39,16 @@ class Needs:
     title: str
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    hours: float = 0.0
+    """Measured hours of all runs; NaN if a number of steps or a measurement is missing."""
 
 
-def check(source: str | Path) -> list[Needs]:
+def check(source: str | Path, measure: bool = False) -> list[Needs]:
     """Check what the parts of a recipe need; train nothing, and load no weights.
 
     Rows are counted if the data are here or can be downloaded. Memory has weights, gradients and AdamW's moments in
-    float32, without activations.
+    float32, without activations. With ``measure``, 20 steps are run per distinct model, length and method, with random
+    weights of the real shape, and the last of the parts is the total of hours.
 
     Raises
     ------
@@ -53,9 +60,13 @@ def check(source: str | Path) -> list[Needs]:
     plan = recipe.read(source, smoke=True)
     table = grid.read_toml(recipe.find_recipe(source))
     sources: dict[tuple[str, str], str] = {}
+    meter = None
+    if measure:
+        # The runs of the recipe use this device, if its settings name one.
+        meter = CostMeter(table.get("settings", {}).get("device"))
     checked = []
     for number, (recipe_part, entry) in enumerate(zip(plan.recipe_parts, table["part"], strict=True), start=1):
-        needs = _check_part(", ".join(recipe_part.columns), entry, table, sources)
+        needs = _check_part(recipe_part, entry, table, sources, meter)
         # The metrics of the file, because those of a trial may be others.
         for metric in recipe.read_columns(entry, number).values():
             try:
@@ -63,13 +74,25 @@ def check(source: str | Path) -> list[Needs]:
             except (FileNotFoundError, ModuleNotFoundError) as error:
                 needs.problems.append(first_line(error))
         checked.append(needs)
+    if meter is not None:
+        hours = [needs.hours for needs in checked]
+        unknown = sum(map(math.isnan, hours))
+        words = [f"{np.nansum(hours):,.3g} hours of training steps on {meter.device}, one run at a time"]
+        if unknown:
+            words.append(f"without {count_phrase(unknown, 'part')} whose steps or seconds are unknown")
+        words.append(f"{count_phrase(meter.count, 'measurement')} of {STEPS} steps")
+        checked.append(Needs("total", ["; ".join(words)]))
     return checked
 
 
 def _check_part(
-    title: str, entry: Mapping[str, Any], table: Mapping[str, Any], sources: dict[tuple[str, str], str]
+    recipe_part: RecipePart,
+    entry: Mapping[str, Any],
+    table: Mapping[str, Any],
+    sources: dict[tuple[str, str], str],
+    meter: CostMeter | None,
 ) -> Needs:
-    needs = Needs(title)
+    needs = Needs(recipe_part.title)
     merged, settings = recipe.merge_part(entry, table)
     model_name, task_name = str(merged.get("model", "minilm")), merged["task"]["name"]
     for kind, name in (("model", model_name), ("dataset", task_name.partition(":")[0])):
@@ -89,13 +112,16 @@ def _check_part(
         outline = models.outline(model_name, task, settings.get("model_options"))
     except (OSError, ValueError) as error:
         needs.problems.append(first_line(error))
-    for fields in merged["method"]:
+    for fields, row in zip(merged["method"], recipe_part.rows, strict=True):
         method_fields = {key: value for key, value in fields.items() if key not in ("row", "printed")}
         (method,) = grid.read_methods(method_fields)
         job = Job(model_name, task or task_name, method, grid.read_settings(settings, [method])[0])
-        words = [f"{len(grid.parse_seeds(merged.get('seeds', 3)))} runs"]
+        runs = len(grid.parse_seeds(merged.get("seeds", 3)))
+        words = [f"{runs} runs"]
+        steps = job.settings.get("steps") or math.nan
         if isinstance(job.data, Task):
-            words.append(f"{count_steps(job.data, job):,} steps a phase")
+            steps = count_steps(job.data, job)
+            words.append(f"{steps:,} steps a phase")
         if outline is not None:
             # A method changes the model that it is attached to.
             trained, bytes_needed = measure_outline(copy.deepcopy(outline), job)
@@ -106,7 +132,36 @@ def _check_part(
                     f"{available / 2**20:,.0f} MiB: use another device"
                 )
         needs.lines.append(f"{fields['row']}: {', '.join(words)}")
+        if meter is not None:
+            _measure_row(needs, meter, job, recipe_part, row, runs * steps)
     return needs
+
+
+def _measure_row(
+    needs: Needs, meter: CostMeter, job: Job, recipe_part: RecipePart, row: TableRow, total_steps: float
+) -> None:
+    """Measure a row of a part, and add its line, hours and problems to the needs of the part."""
+    stand_in = recipe_part.grid.tasks[0]
+    assert isinstance(stand_in, Task)
+    try:
+        cost = meter.measure(str(job.model), job, stand_in, row.method)
+    except (OSError, RuntimeError, ValueError) as error:
+        needs.problems.append(f"{row.name} cannot be measured: {first_line(error)}")
+        needs.hours = math.nan
+        return
+    hours = total_steps * cost.seconds / 3600
+    needs.hours += hours
+    words = [f"{cost.seconds:.3g} s a step"]
+    if not math.isnan(cost.peak_bytes):
+        words.append(f"peak {cost.peak_bytes / 2**20:,.0f} MiB with rows of full length")
+    if not math.isnan(hours):
+        words.append(f"{hours:,.3g} hours for all runs")
+    # Later phases depend on the result of the first.
+    if type(row.method).phases is not Method.phases:
+        words.append("each phase as the first")
+    if not isinstance(job.data, Task):
+        words.append("seconds of rows of full length, because the data are missing")
+    needs.lines.append(f"  measured: {', '.join(words)}")
 
 
 def describe_source(name: str, kind: str) -> str:

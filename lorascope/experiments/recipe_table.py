@@ -54,8 +54,9 @@ def tabulate(recipe: Recipe, runs: Mapping[str, Run]) -> pd.DataFrame:
     DataFrame
         One row per column and row of the table, and evaluation: ``column, metric, row, evaluation, mean, low, high, n,
         seeds, median, minimum, maximum, printed, printed_sd, printed_n, difference, difference_low, difference_high``.
-        ``evaluation`` is "best" and "last" of those on the validation split if this is also the test split, otherwise
-        "test". ``low`` and ``high`` are the 95% t-interval over seeds, ``n`` the finished ones of ``seeds``.
+        ``evaluation`` is "best" and "last" of those on the validation split if this is also the test split; otherwise,
+        and for further test sets, "test". ``low`` and ``high`` are the 95% t-interval over seeds, ``n`` the finished
+        ones of ``seeds``.
         ``difference`` is the statistic that the paper prints, mean or median, minus the printed number. Its interval is
         Welch's if the paper prints a standard deviation and a number of seeds, otherwise that of the mean around the
         printed number. Accuracies, F1 scores, correlations, METEOR and ROUGE are in percent.
@@ -73,6 +74,14 @@ def tabulate(recipe: Recipe, runs: Mapping[str, Run]) -> pd.DataFrame:
                     cell = {"column": column, "metric": metric.name, "row": row.name, "evaluation": evaluation}
                     summary = _summarize(scores.to_numpy(), row.printed.get(column), recipe)
                     rows.append(cell | {"n": len(scores), "seeds": count} | summary)
+            for test_set, column in recipe_part.test_columns.items():
+                # Each evaluation is on the first set only, so the others have the score of the tested state.
+                metric = next(iter(recipe_part.columns.values()))
+                points = {run.meta.seed: _scale(metric) * run.score.groups[test_set] for run in finished}
+                scores = pd.Series(points, dtype="float64")
+                cell = {"column": column, "metric": metric.name, "row": row.name, "evaluation": "test"}
+                summary = _summarize(scores.to_numpy(), row.printed.get(column), recipe)
+                rows.append(cell | {"n": len(scores), "seeds": count} | summary)
     if recipe.mean is not None:
         rows += _mean_cells(recipe, recipe.mean, by_seed)
     return pd.DataFrame(rows)
@@ -95,9 +104,7 @@ def _mean_cells(
 
 def _scores(runs: Iterable[Run], metric: Metric, task: Any) -> dict[str, pd.Series]:
     """Return the scores by evaluation, each by seed."""
-    scale = 100.0
-    if metric.name in (*_UNBOUNDED, *_PERCENT):
-        scale = 1.0
+    scale = _scale(metric)
     selected_on_test = _is_selected_on_test(task)
     scores: dict[str, dict[int | None, float]] = {"best": {}, "last": {}} if selected_on_test else {"test": {}}
     for run in runs:
@@ -114,6 +121,13 @@ def _scores(runs: Iterable[Run], metric: Metric, task: Any) -> dict[str, pd.Seri
         scores["best"][run.meta.seed] = scale * best
         scores["last"][run.meta.seed] = scale * course.iloc[-1]
     return {evaluation: pd.Series(of_seeds, dtype="float64") for evaluation, of_seeds in scores.items()}
+
+
+def _scale(metric: Metric) -> float:
+    """Return the factor of a metric: accuracies, F1 scores, correlations, METEOR and ROUGE are in percent."""
+    if metric.name in (*_UNBOUNDED, *_PERCENT):
+        return 1.0
+    return 100.0
 
 
 def _is_selected_on_test(task: Any) -> bool:
@@ -221,17 +235,21 @@ def _format_printed(cell: Mapping[str, Any]) -> str:
     return text
 
 
-def find_runs(recipe: Recipe) -> dict[str, Run]:
-    """Return the finished runs in the folder of a recipe by the names of their jobs."""
-    finished = []
-    for folder in sorted(filter(is_run, recipe.root.glob("*"))):
-        # A broken run has no score.
-        if identify_folder(folder).status == "done":
-            finished.append(load(folder))
-    runs = {}
+def find_runs(recipe: Recipe, candidates: Iterable[Run] | None = None) -> dict[str, Run]:
+    """Return the finished runs of a recipe by the names of their jobs: among candidates, or those in its folder."""
+    finished: list[Any] = []
+    if candidates is not None:
+        finished += [run for run in candidates if run.finished]
+    else:
+        for folder in sorted(filter(is_run, recipe.root.glob("*"))):
+            # A broken run has no score.
+            if identify_folder(folder).status == "done":
+                finished.append(load(folder))
+    runs: dict[str, Run] = {}
     for job in recipe.jobs():
         for run in finished:
-            if isinstance(run, Run) and _is_of(run, job):
+            # The run that it starts from is of a part above, so it is in the mapping already.
+            if isinstance(run, Run) and _is_of(run, job) and _starts_from(run, job, runs.get(job.start)):
                 runs[job.name] = run
     return runs
 
@@ -246,6 +264,14 @@ def _is_of(run: Run, job: Job) -> bool:
     rates = {"lr": job.method.lr, "head_lr": job.method.head_lr}
     expected = Settings(**{**rates, "steps": 0, "epochs": 1, **overrides}).to_dict()
     return all(run.meta.settings.get(name) == expected[name] for name in expected.keys() - set(_RESOLVED))
+
+
+def _starts_from(run: Run, job: Job, source: Run | None) -> bool:
+    """Return whether a run has the start of a job, whose run is ``source``."""
+    if job.start:
+        return source is not None and run.meta.start is not None and run.meta.start.run == source.id
+    # A setting may name another start, which was not opened.
+    return run.meta.start is None or "start" in job.settings
 
 
 def write_files(recipe: Recipe, table: pd.DataFrame, runs: Mapping[str, Run]) -> list[Path]:

@@ -71,13 +71,14 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
             with models.quiet(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                head: Any = transformers.AutoModelForSequenceClassification
+                # Encoders have no head, as pretrained ones: all tasks have the same base weights then.
+                head: Any = transformers.AutoModel
                 if writes_texts:
                     head = transformers.AutoModelForCausalLM
                 head.from_config(config).save_pretrained(folder)
             _tokenizer(words, writes_texts).save_pretrained(folder)
 
-        name = f"smoke-{self.architecture}"
+        name = f"smoke-base-{self.architecture}"
         if writes_texts:
             name += "-texts"
         return str(package_assets.build_once(package_assets.cache() / name, write))

@@ -194,12 +194,15 @@ def run_jobs(
 ) -> SweepResult:
     """Run all jobs of a sweep; one that fails, or whose worker is killed repeatedly, does not affect the others.
 
+    Jobs with a start run after all that are ready without one, and fail if it failed.
     ``ended`` is called in this process with each run when it finishes.
     """
     require_single("train a sweep")
     swept = SweepResult(jobs)
     if not jobs:
         return swept
+    numbers = dict(zip(swept.names, range(len(jobs)), strict=True))
+    starts = {number: numbers[job.start] for number, job in enumerate(jobs) if job.start}
     root = Path(jobs[0].settings.get("root", "runs"))
     root.mkdir(parents=True, exist_ok=True)
     # Progress files are next to the runs, in a folder that all machines of a cluster have.
@@ -213,7 +216,12 @@ def run_jobs(
                 board.end(number, "failed", reason)
 
             unborn = 0
-            while left := swept.remaining_jobs:
+            while waiting := swept.remaining_jobs:
+                left, orphans = _divide_by_start(waiting, starts, swept)
+                for number in orphans:
+                    fail(number, f"its start failed: {swept.names[starts[number]]}")
+                if not left:
+                    continue
                 begun = {number: _begun(files[number]) for number in left}
                 if max(begun.values()) >= ATTEMPTS:
                     for number in left:
@@ -223,7 +231,13 @@ def run_jobs(
                 # A job that ran during two worker deaths may be their cause: such jobs run last, one at a time.
                 batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
                 start = delayed(_do_job)
-                calls = [start(number, jobs[number], Path.cwd(), files[number], QUANTITIES) for number in batch]
+                calls = []
+                for number in batch:
+                    job = jobs[number]
+                    if number in starts:
+                        source = str(swept.folders[starts[number]].resolve())
+                        job = dataclasses.replace(job, settings={**job.settings, "start": source})
+                    calls.append(start(number, job, Path.cwd(), files[number], QUANTITIES))
                 # Dispatch all jobs at once: a cluster may grow during the sweep, and it has its own queue.
                 options = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "all"}
                 pool = Parallel(n_jobs=workers or width(), **options)
@@ -254,6 +268,19 @@ def run_jobs(
                         for number in left:
                             fail(number, f"{ATTEMPTS} workers were killed before it started")
     return swept
+
+
+def _divide_by_start(
+    waiting: Sequence[int], starts: Mapping[int, int], swept: SweepResult
+) -> tuple[list[int], list[int]]:
+    """Return the jobs that can run, because they have no start or it is finished, and those whose start failed."""
+    ready, orphans = [], []
+    for number in waiting:
+        if number not in starts or starts[number] in swept.folders:
+            ready.append(number)
+        elif starts[number] in swept.failures:
+            orphans.append(number)
+    return ready, orphans
 
 
 def _begun(file: Path) -> int:

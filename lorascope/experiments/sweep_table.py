@@ -112,7 +112,7 @@ class SweepTable:
         """Draw over the last table line by line in one write, since clearing the screen first flickers."""
         columns, lines = os.get_terminal_size(self.stream.fileno())
         columns, lines = columns or 80, lines or 24  # some terminals report the size 0
-        lines_of_table = table(rows, columns, lines, left)
+        lines_of_table = arrange_rows(rows, columns, lines, left)
         if lines_of_table == self._shown:
             return
         # A terminal that became narrower has wrapped the long lines of the last table.
@@ -133,7 +133,7 @@ def _finished_part(row: Row) -> float:
     return int(step) / int(total)
 
 
-def table(rows: Sequence[Row], columns: int, lines: int, left: str = "") -> list[str]:
+def arrange_rows(rows: Sequence[Row], columns: int, lines: int, left: str = "") -> list[str]:
     """Format the table of a sweep in fewer than ``columns`` and ``lines``; the least urgent may only be counted."""
     count = Counter(row.status for row in rows)
     totals = ", ".join(f"{count[status]} {status}" for status in ("done", "running", "waiting", "failed"))

@@ -106,9 +106,12 @@ def load(
 
 
 def outline(
-    name: str | os.PathLike[str], task: Task | None = None, options: Mapping[str, Any] | None = None
+    name: str | os.PathLike[str],
+    task: Task | None = None,
+    options: Mapping[str, Any] | None = None,
+    device: str = "meta",
 ) -> nn.Module:
-    """Load the modules of a model without weights, on the device "meta", from its configuration only.
+    """Load the modules of a model from its configuration only: without weights on the device "meta", else random ones.
 
     It has the parameters and errors of :func:`load`.
     """
@@ -117,8 +120,9 @@ def outline(
         commit = None if Path(source).is_dir() else _commit_on_hub(source)
         config, head, _ = _configure(name, source, commit, task, None, options)
         # Without memory for weights, the shapes of the largest models take a second.
-        with torch.device("meta"):
-            return head.from_config(config)
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return head.from_config(config, dtype=torch.float32)
 
 
 def name_of(model: nn.Module) -> str:

@@ -49,6 +49,7 @@ from lorascope.plots.optimizer_moments import moment_error as moment_error
 from lorascope.plots.optimizer_moments import second_moments as second_moments
 from lorascope.plots.paper_figures import by_paper as by_paper
 from lorascope.plots.price_of_rank import price as price
+from lorascope.plots.printed_numbers import printed_table as printed_table
 from lorascope.plots.rank_allocations import adapted_types as adapted_types
 from lorascope.plots.rank_allocations import planted as planted
 from lorascope.plots.rank_allocations import rank_allocation as rank_allocation

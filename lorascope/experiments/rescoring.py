@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lorascope.array_types import Int
-from lorascope.inputs.metrics import Metric, require_fit, resolve
+from lorascope.files.predictions import choice_columns
+from lorascope.inputs.metrics import DEFAULTS, Metric, require_fit, resolve, stack_choices
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import class_numbers
 from lorascope.methods.field_checks import default_if_none, is_integer
@@ -42,7 +43,8 @@ def score(
     task : Task
         The data of the run.
     metric : str or Metric, optional
-        Metric, by default accuracy, or the mean squared error of a task with numbers.
+        Metric, by default accuracy, ``choice_accuracy`` of a task with choices, or the mean squared error of a task
+        with numbers.
     bootstrap : int
         Number of resamples, 1000 by default; 0 for no interval. They draw test rows with replacement, or clusters of
         rows for a task with the column cluster. The interval is between the 2.5% and 97.5% quantiles of the metric. It
@@ -68,7 +70,7 @@ def score(
     """
     if not is_integer(bootstrap) or bootstrap < 0:
         raise ValueError(f"bootstrap must be an integer >= 0, got {bootstrap!r}")
-    default = {"regression": "mse"}.get(task.kind, "accuracy")
+    default = DEFAULTS.get(task.kind, "accuracy")
     (resolved,) = resolve([default_if_none(metric, default)])
     if run.meta.data_hash != task.hash:
         raise ValueError(f"task must be the data of run {run.id}, {run.task}, got {task.name} with different rows")
@@ -81,6 +83,10 @@ def score(
         # As evaluate compares them.
         answers = rows["label"].to_numpy(np.float32).astype(np.float64)
         predicted = run.predictions["predicted"].to_numpy(np.float64)
+    elif task.kind == "choice":
+        table = run.predictions
+        answers = rows["answer"].to_numpy(np.int64)
+        predicted = stack_choices(table[choice_columns(table)].to_numpy(np.float64), rows["choices"].to_list())
     else:
         answers = class_numbers(rows, labels)
         predicted = _predicted_classes(run, answers, len(labels))

@@ -17,7 +17,15 @@ from lorascope.inputs import images, questions, sources
 from lorascope.inputs import labels as label_values
 from lorascope.inputs import splits as split_rules
 from lorascope.inputs.splits import SPLITS
-from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text, encode_values
+from lorascope.inputs.tokenization import (
+    IGNORED,
+    EncodedRows,
+    encode_choices,
+    encode_classes,
+    encode_pairs,
+    encode_text,
+    encode_values,
+)
 
 __all__ = ["Task", "from_frame", "load"]
 
@@ -46,13 +54,14 @@ class Task:
     ----------
     name : str
         Name, path or hub id of the source.
-    kind : {"classification", "regression", "image", "prompt", "seq2seq", "lm"}
+    kind : {"classification", "regression", "image", "prompt", "seq2seq", "choice", "lm"}
         Labeled texts; texts with numbers; labeled images; prompts with responses for a causal LM or an
-        encoder-decoder; plain text.
+        encoder-decoder; prompts with choices; plain text.
     table : DataFrame
         Columns text and label (and optionally pair, a second text), or image and label, or prompt and response, or
-        text. Also group if there are groups, cluster if rows depend on each other (such as sentences of one article),
-        split, and draw, a number in [0, 1) that selects the search split.
+        prompt, choices (lists of texts) and answer (the number of the right one), or text. Also group if there are
+        groups, cluster if rows depend on each other (such as sentences of one article), split, and draw, a number in
+        [0, 1) that selects the search split.
     labels : tuple of str
         Class names in the order of their numbers; empty without a closed set of answers.
     hash : str
@@ -105,9 +114,7 @@ class Task:
             return ("classes", "two classes")
         if self.labels:
             return ("classes",)
-        if self.kind == "regression":
-            return ("values",)
-        return ()
+        return {"regression": ("values",), "choice": ("choices",)}.get(self.kind, ())
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -179,6 +186,10 @@ class Task:
             if head != "classification":
                 raise ValueError(f"{cannot}: regression requires a classifier head")
             return self
+        if self.kind == "choice":
+            if head != "prompt":
+                raise ValueError(f"{cannot}: multiple choice requires a causal LM")
+            return self
         if head == self.kind:
             if not self.classifies:
                 return self
@@ -222,6 +233,8 @@ class Task:
             return encode_classes(processor, rows, self.labels, max_length)
         if self.kind == "regression":
             return encode_values(processor, rows, max_length)
+        if self.kind == "choice":
+            return encode_choices(processor, rows, max_length)
         if self.kind == "lm":
             return encode_text(processor, rows, max_length)
         return encode_pairs(processor, rows, self.labels, max_length, seq2seq=self.kind == "seq2seq")
@@ -231,7 +244,7 @@ class Task:
         labels = batch["labels"]
         if self.kind == "regression":
             return len(labels)
-        if self.kind in ("prompt", "lm"):
+        if self.kind in ("prompt", "choice", "lm"):
             labels = labels[:, 1:]  # a causal LM does not predict the first token
         return int((labels != IGNORED).sum())
 
@@ -254,7 +267,8 @@ def load(
         JSONL or Parquet file; a folder with one subfolder of images per label, or one that ``datasets`` reads; or a
         dataset on the Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label
         (and optionally pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and
-        response, or only text; also group or domain, cluster, and split, optionally.
+        response, or prompt, choices (a list of texts) and answer (the number of the right one, from 0), or only text;
+        also group or domain, cluster, and split, optionally.
     splits : {"given", "hash"} or mapping, optional
         ``"given"`` takes the splits of the source: those of a dataset, or the column split, which has train,
         validation (or dev, valid) or test in each row. Rows of train are shuffled into a split without rows.
@@ -342,6 +356,9 @@ def from_frame(
         table["label"] = label_values.read_names(rows, name)
     if kind == "regression":
         table["label"] = label_values.read_numbers(rows, name)
+    if kind == "choice":
+        table["choices"] = label_values.read_choices(rows, name)
+        table["answer"] = label_values.read_answers(rows, table["choices"].to_list(), name)
     for column in ("group", "cluster"):
         if column in rows and rows[column].isna().any():
             number = 1 + int(rows[column].isna().to_numpy().argmax())
@@ -366,8 +383,7 @@ def from_frame(
     elif "split" in rows and splits != "hash":
         table["split"], rule = split_rules.read_column(rows["split"], name), split_rules.COLUMN_RULE
     labels: tuple[str, ...] = ()
-    if "label" in table:
-        _require_known_labels(table, name)
+    _require_known_labels(table, name)
     if kind in ("classification", "image"):
         labels = tuple(sorted(table["label"].unique(), key=label_values.sort_key))
         if len(labels) < 2:
@@ -377,6 +393,8 @@ def from_frame(
     hashed = table.assign(digest=digests)
     if kind == "image":
         hashed["image"] = digests  # neither paths nor file formats are part of the hash
+    if kind == "choice":
+        hashed["choices"] = table["choices"].map(json.dumps)  # lists cannot be sorted
     order = ["digest", *column_names]
     # Clusters order rows that are equal otherwise, but are not part of the hash.
     if "cluster" in rows:
@@ -397,7 +415,11 @@ def from_frame(
 
 def _require_known_labels(table: pd.DataFrame, name: str) -> None:
     """Raise a ValueError if rows of a split have hidden labels, as the test rows of benchmarks do."""
-    hidden = table[table["label"].isin([sources.HIDDEN_LABEL]) | table["label"].isna()]
+    hidden = table.iloc[:0]
+    if "label" in table:
+        hidden = table[table["label"].isin([sources.HIDDEN_LABEL]) | table["label"].isna()]
+    if "answer" in table:
+        hidden = table[table["answer"] == sources.HIDDEN_ANSWER]
     if not hidden.empty:
         split = hidden["split"].iloc[0]
         raise ValueError(
@@ -427,6 +449,8 @@ def _kind(rows: pd.DataFrame, name: str, requested: str | None) -> tuple[str, li
         raise ValueError(f"columns of {name} must include text and label for kind={requested!r}")
     if {"prompt", "response"} <= columns:
         return "prompt", ["prompt", "response"]
+    if {"prompt", "choices", "answer"} <= columns:
+        return "choice", ["prompt"]
     if {"text", "label"} <= columns:
         if requested is None and label_values.has_fractions(rows["label"]):
             requested = "regression"
@@ -435,8 +459,10 @@ def _kind(rows: pd.DataFrame, name: str, requested: str | None) -> tuple[str, li
         return "image", ["image"]
     if columns - {"group", "cluster", "split"} == {"text"}:
         return "lm", ["text"]
-    allowed = "include text and label, image and label, or prompt and response, or be text only"
-    raise ValueError(f"columns of {name} must {allowed}, got {', '.join(map(str, rows.columns))}")
+    pairs = "text and label, image and label, prompt and response, or prompt, choices and answer"
+    raise ValueError(
+        f"columns of {name} must include {pairs}, or be text only, got {', '.join(map(str, rows.columns))}"
+    )
 
 
 def _image_digests(rows: pd.DataFrame, name: str) -> list[str]:

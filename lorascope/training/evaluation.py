@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorascope.array_types import Bool, Float, Float32, Int, Int8, Int16
-from lorascope.files.predictions import predict_classes, quantize_margins
-from lorascope.inputs.metrics import Metric, get
+from lorascope.files.predictions import predict_classes, quantize_margins, to_choice_columns
+from lorascope.inputs.metrics import DEFAULTS, Metric, get, stack_choices
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
 
 
@@ -27,7 +27,8 @@ class Score:
     of a number; ``counts`` is the number of target tokens, 1 for a class or number; ``correct`` is whether the model
     prefers the correct class or response, None without a closed set of answers; ``margins`` is by how much, see
     ``quantize_margins``; ``predicted`` and ``answers`` are the numbers of the preferred and the right class or
-    response, or the predicted and the right number; ``metrics`` replace the accuracy, the first one as ``metric``.
+    response, or the predicted and the right number; ``metrics`` replace the accuracy, the first one as ``metric``;
+    ``choices`` are log-likelihood, characters and bytes of the choices of each row, see ``Metric.compute``.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Score:
     predicted: Int16[np.ndarray, "rows"] | Float32[np.ndarray, "rows"] | None = None
     answers: Int[np.ndarray, "rows"] | Float32[np.ndarray, "rows"] | None = None
     metrics: tuple[Metric, ...] = ()
+    choices: Float[np.ndarray, "rows choices 3"] | None = None
 
     @property
     def loss(self) -> float:
@@ -64,6 +66,9 @@ class Score:
         nll = self.nll * (len(self.nll) / self.counts.sum())
         if self.margins is not None:
             return pd.DataFrame({"margin": self.margins, "nll": nll.astype(np.float16), "predicted": self.predicted})
+        if self.choices is not None:
+            rows = pd.DataFrame({"nll": nll.astype(np.float16), "predicted": self.predicted})
+            return rows.join(to_choice_columns(self.choices[..., 0]))
         if self.predicted is not None:
             # Squared errors exceed the largest number of float16.
             return pd.DataFrame({"nll": nll.astype(np.float32), "predicted": self.predicted})
@@ -85,6 +90,8 @@ class Score:
     def _compute(self, metric: Metric, rows: Bool[np.ndarray, "rows"]) -> float:
         assert self.predicted is not None
         assert self.answers is not None
+        if self.choices is not None:
+            return float(metric.compute(self.choices[rows], self.answers[rows]))
         dtype = np.result_type(self.answers, np.int64)  # int64 of classes, float64 of values
         return float(metric.compute(self.predicted[rows].astype(dtype), self.answers[rows].astype(dtype)))
 
@@ -115,10 +122,12 @@ def evaluate(
     all differ in the token at one position. A row is correct if the token of its response has the largest logit among
     these; a tie is an error. This takes one forward pass and, for one-token responses, equals comparing their
     probabilities. Rows of similar length are batched together. ``metrics`` are of classes or, if these are numbers to
-    predict, of values.
+    predict, of values. Prompts with choices have metrics of choices, each of which takes one forward pass.
     """
     if encoded.values is not None:
         return _score_values(model, encoded, device, batch_size, metrics)
+    if encoded.continuations is not None:
+        return _score_choices(model, encoded, device, batch_size, metrics)
     total = len(encoded)
     # Stable, so that rows of one length are in the same batches on every machine.
     order = np.argsort(encoded.lengths, kind="stable")
@@ -169,9 +178,31 @@ def _score_values(
             predicted[rows] = model(**batch).logits[:, 0].float().cpu().numpy()
     model.train(training)
     errors = (predicted.astype(np.float64) - encoded.values) ** 2
-    metrics = metrics or (get("mse"),)
+    metrics = metrics or (get(DEFAULTS["regression"]),)
     counts = np.ones(len(encoded), dtype=np.int64)
     return Score(metrics[0].name, errors, counts, None, encoded.groups, None, predicted, encoded.values, metrics)
+
+
+def _score_choices(
+    model: nn.Module, encoded: EncodedRows, device: str | torch.device, batch_size: int, metrics: tuple[Metric, ...]
+) -> Score:
+    """Evaluate the log-likelihood of every choice; the loss is that of the right ones per token."""
+    continuations = encoded.continuations
+    assert continuations is not None
+    score = evaluate(model, continuations.tokens, device, batch_size)
+    rows, answers = continuations.rows, continuations.answers
+    log_likelihoods = np.full((len(encoded), int(continuations.numbers.max(initial=0)) + 1), -np.inf)
+    # Rounded as they are stored, so that the metrics of the stored ones are equal.
+    log_likelihoods[rows, continuations.numbers] = (-score.nll).astype(np.float32)
+    predicted = log_likelihoods.argmax(axis=1).astype(np.int16)
+    is_right = continuations.numbers == answers[rows]
+    nll, counts = score.nll[is_right], score.counts[is_right]
+    metrics = metrics or (get(DEFAULTS["choice"]),)
+    choices = stack_choices(log_likelihoods, continuations.texts)
+    correct = predicted == answers
+    return Score(
+        metrics[0].name, nll, counts, correct, encoded.groups, None, predicted, answers, metrics, choices=choices
+    )
 
 
 def _score_tokens(model: nn.Module, batch: dict[str, Tensor], encoded: EncodedRows) -> tuple[Any, Any, Any]:

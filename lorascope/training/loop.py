@@ -15,7 +15,7 @@ from torch import nn
 from lorascope.adapters import delta
 from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
-from lorascope.inputs.metrics import Metric, require_fit
+from lorascope.inputs.metrics import DEFAULTS, Metric, require_fit
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import default_if_none, is_integer
 from lorascope.methods.method import Method, Phase, from_config, target_parts
@@ -130,8 +130,8 @@ def train(
     metric : str, Metric or sequence of these, optional
         Metrics to record at each evaluation, by the names of ``ls.metrics`` or as own functions, such as
         ``("f1", "accuracy")``. The first selects the best state, and recipes are compared by it. By default accuracy,
-        perplexity without a closed set of answers, or the mean squared error of numbers. The names are part of the
-        run's id.
+        perplexity without a closed set of answers, ``choice_accuracy`` for prompts with choices, or the mean squared
+        error of numbers. The names are part of the run's id.
     model_options : mapping, optional
         Fields of the configuration of a model that is loaded by name, such as ``{"hidden_dropout_prob": 0.0}``; see
         ``models.load``.
@@ -222,8 +222,8 @@ def train(
     values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
     settings = Settings(**values | _rates(method, lr, head_lr))
     task = data.fit(model)
-    if task.kind == "regression" and not settings.metrics:
-        settings = replace(settings, metric="mse")
+    if task.kind in DEFAULTS and not settings.metrics:
+        settings = replace(settings, metric=DEFAULTS[task.kind])
     require_fit(settings.metrics, task)
     require_smoothing(settings.label_smoothing, task)
     model.to(device)

@@ -33,7 +33,7 @@ def predict_classes(logits: Float[np.ndarray, "row class"], labels: Int[np.ndarr
 def choice_columns(predictions: pd.DataFrame) -> list[str]:
     """Return the columns of log-likelihoods that predictions with as many choices must have, from choice_0."""
     count = int(predictions.columns.str.startswith(_CHOICE).sum())
-    return [f"{_CHOICE}{number}" for number in range(count)]
+    return list(map(f"{_CHOICE}{{}}".format, range(count)))
 
 
 def to_choice_columns(log_likelihoods: Float[np.ndarray, "row choice"]) -> pd.DataFrame:

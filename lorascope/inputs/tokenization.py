@@ -47,7 +47,7 @@ class EncodedRows(ABC):
     classes: Int[np.ndarray, "rows"] | None = None  # class numbers; None if the labels are tokens or values
     values: Float32[np.ndarray, "rows"] | None = None  # numbers to predict
     choices: Choices | None = None  # closed set of responses, among which the preferred one is evaluated
-    continuations: Continuations | None = None  # choices of each row; the labels are those of the right one
+    continuations: Continuations | None = None  # choices of each row, of which the right one has the labels
     groups: list[str] | None = None  # group of each row
     shifted: bool = False  # whether position t - 1 predicts the label at position t, as in a causal LM
 
@@ -170,8 +170,9 @@ def encode_pairs(
 def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
     """Tokenize prompts with each of their choices after one space; only the tokens of a choice are targets.
 
-    As in lm-eval, the tokens of a choice are those of the whole text after as many as the prompt alone has, and spaces
-    at the end of a prompt belong to the choice. No end-of-text token follows, because the choices are a closed set.
+    As in lm-eval, prompt and choice are tokenized together, and a choice has the tokens after as many as the prompt has
+    without it. Spaces at the end of a prompt belong to the choice. No end-of-text token follows, because the choices
+    are a closed set.
 
     Raises
     ------
@@ -204,9 +205,9 @@ def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Token
     answers = rows["answer"].to_numpy(np.int64)
     padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED}
     tokens = Tokens({"input_ids": inputs, "labels": labels}, padding, shifted=True)
-    right = np.flatnonzero(np.array(numbers) == answers[row_numbers])
     continuations = Continuations(tokens, row_numbers, np.array(numbers), texts, answers)
-    right_tokens = {key: [lists[position] for position in right] for key, lists in tokens.tokens.items()}
+    right = np.flatnonzero(continuations.numbers == answers[row_numbers]).tolist()
+    right_tokens = {"input_ids": list(map(inputs.__getitem__, right)), "labels": list(map(labels.__getitem__, right))}
     return Tokens(right_tokens, padding, continuations=continuations, groups=groups_of(rows), shifted=True)
 
 

@@ -186,7 +186,7 @@ def _score_values(
 def _score_choices(
     model: nn.Module, encoded: EncodedRows, device: str | torch.device, batch_size: int, metrics: tuple[Metric, ...]
 ) -> Score:
-    """Evaluate the log-likelihood of every choice; the loss is that of the right ones per token."""
+    """Evaluate the log-likelihood of every choice; the loss is the mean of the right ones per token."""
     continuations = encoded.continuations
     assert continuations is not None
     score = evaluate(model, continuations.tokens, device, batch_size)

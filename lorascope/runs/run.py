@@ -2,7 +2,7 @@
 
 A run is a folder: ``run.json``, ``records.parquet``, ``predictions.parquet``, ``snapshots/step-000500.safetensors``,
 ``state/last.safetensors`` and ``state/best.safetensors``, plus ``resume/`` while it is unfinished, and ``checkpoints/``
-if some were kept.
+if some were kept, and ``harness/`` with results of ``ls.harness``.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def harness(
     -------
     DataFrame
         ``task, metric, filter, value, stderr, num_fewshot, rows``: one row per task, or group of tasks, and metric.
-        lm-eval computes the standard errors; they are NaN without one. ``attrs["versions"]`` has versions of packages and tasks.
+        lm-eval computes the standard errors; they are NaN without one. ``attrs["versions"]`` has the versions of
+        packages and tasks.
 
     Raises
     ------

@@ -230,6 +230,13 @@ def test_choice_that_does_not_fit_raises(byte_gpt2):
     assert task.encode(reader, task.split("train"), max_length=max(lengths) + 1)
 
 
+def test_wrong_choice_that_exceeds_the_positions_raises_before_the_training(byte_gpt2, tmp_path):
+    long = "no " * 100  # each word has at least one token, and the model has 160 positions
+    rows = table().assign(choices=[["no", long + f"{number} no" * 40] for number in range(ROWS)], answer=0)
+    with pytest.raises(ValueError, match="160"):
+        ls.train(models.load(byte_gpt2), tasks.from_frame(rows), "lora", steps=1, out=tmp_path / "run", max_length=900)
+
+
 # -- metrics --------------------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,12 @@ class EncodedRows(ABC):
     def lengths(self) -> Int[np.ndarray, "rows"]:
         """Length of each row; rows of similar length are batched together."""
 
+    @property
+    def longest(self) -> int:
+        """Length of the longest row or choice; 0 without rows."""
+        rows = self if self.continuations is None else self.continuations.tokens
+        return int(max(rows.lengths, default=0))
+
     @abstractmethod
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
         """Return model inputs and labels of these rows."""

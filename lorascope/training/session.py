@@ -96,7 +96,7 @@ class Session(Recording):
         # Rows of a task are sorted by a hash of their content, so the first ones are a random sample.
         table = pd.concat(tables, ignore_index=True).head(rows or len(task.table))
         encoded = task.encode(reader, table, self.settings.max_length)
-        require_positions(self.model, int(max(encoded.lengths, default=0)), self.settings.max_length)
+        require_positions(self.model, encoded.longest, self.settings.max_length)
         return encoded
 
     def batch(self, index: int) -> Batch:

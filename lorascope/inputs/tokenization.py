@@ -189,7 +189,8 @@ def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Token
     row_numbers = np.repeat(np.arange(len(rows)), list(map(len, texts)))
     prompts = rows["prompt"].to_list()
     prompt_ids = _token_ids(tokenizer, rows["prompt"].str.rstrip().to_list())
-    full_texts, numbers = [], []
+    full_texts: list[str] = []
+    numbers: list[int] = []
     for prompt, choices in zip(prompts, texts, strict=True):
         full_texts += [f"{prompt} {choice}" for choice in choices]
         numbers += range(len(choices))

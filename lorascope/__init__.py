@@ -19,6 +19,7 @@ _METHODS = {
 }
 _PUBLIC = {
     "train": "lorascope.training.loop:train",
+    "Generation": "lorascope.training.generation:Generation",
     "load": "lorascope.runs.loading:load",
     "load_series": "lorascope.runs.loading:load_series",
     "example": "lorascope.runs.examples:example",

@@ -11,6 +11,7 @@ _IMPORTED = {
     "hub": "datasets",
     "text": "sacrebleu rouge_score",
     "harness": "lm_eval",
+    "e2e": "pycocoevalcap",
     "peft": "peft",
     "lightning": "lightning",
     "dev": "psutil",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from types import ModuleType
 
 import installation
 import numpy as np
@@ -166,6 +168,65 @@ def test_bleu_variants_differ_in_case_and_tokens():
     assert compute("bleu_zh", ["NBA 很好看。"], [["nba 很好看。"]]) == pytest.approx(100)
 
 
+def test_nist_equals_worked_numbers():
+    # Of 4 tokens of references, a is 2, so that it tells log2(4/2) = 1 bit, b log2(4/1) = 2 and ab log2(2/1) = 1.
+    assert compute("nist", ["a b"], [["a b", "a c"]]) == pytest.approx((1 + 2) / 2 + 1 / 1)
+    # Each of 3 tokens tells log2(3), and the score is half at two thirds of the length.
+    assert compute("nist", ["a b"], [["a b c"]]) == pytest.approx(math.log2(3) / 2)
+    assert compute("nist", [""], [["a b c"]]) == 0.0
+
+
+E2E_REFERENCES = [
+    [
+        "Zizzi is a pub near The Avalon. It is rated 3.5 out of 5.",
+        "Near the Avalon, there is a cheap pub: Zizzi, which has 3.5 out of 5 stars and is very popular.",
+    ],
+    [
+        "The Mill isn't family-friendly and serves Chinese food for £20-25.",
+        "Chinese food for less than £20-25 is what The Mill, which isn't family friendly, serves near the river.",
+        ' "The Mill" & co. serves Chinese food, but it isn\'t for families.',
+    ],
+]
+E2E_TEXTS = [
+    "Zizzi is a cheap pub, rated 3.5 out of 5 (near the Avalon).",
+    "The Mill serves Chinese food for £20-25; it isn't family-friendly.",
+]
+
+
+def test_nist_equals_that_of_e2e_metrics():
+    # NISTScore of its pymteval.py, at commit 1b9c4d8.
+    assert compute("nist", E2E_TEXTS, E2E_REFERENCES) == pytest.approx(4.47292127703913, rel=1e-12)
+    short = ["Zizzi is a cheap pub.", "The Mill serves Chinese food."]
+    assert compute("nist", short, E2E_REFERENCES) == pytest.approx(0.022106248962292976, rel=1e-12)
+
+
+def test_tokens_of_nist_are_those_of_sacrebleu():
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    draw = np.random.default_rng(0)
+    words = [
+        "Aa",
+        "3,5",
+        "7-8",
+        "£9",
+        "(k)",
+        "f-g",
+        "it's",
+        '"q"',
+        "x.",
+        "1.",
+        ".5",
+        "&amp;",
+        "a/b",
+        "[z]",
+        "~",
+        "2-",
+        ",",
+    ]
+    texts = [" ".join(draw.choice(words, 12)) for _ in range(50)]
+    assert [metrics._tokens_13a(text) for text in texts] == [Tokenizer13a()(text).lower().split() for text in texts]
+
+
 def test_chrf_equals_its_definition():
     predicted, answer = "afilm", "afine"
     # Common n-grams of 1 to 5 characters: a f i, af fi, afi; no word has 6.
@@ -175,14 +236,59 @@ def test_chrf_equals_its_definition():
     assert compute("chrf", [predicted], [[answer]]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("name", "package"), [("bleu", "sacrebleu"), ("rougeL", "rouge-score")])
-def test_metric_without_its_extra_names_what_to_install(name: str, package: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected", "empty"),
+    [
+        ("meteor", 0.5092153528977639, 0.08417658763222688),
+        ("cider", 3.7389988667645238, 0.23302121974043616),
+        ("rougeL_coco", 0.6456200227531286, 0.19395866454689983),
+    ],
+)
+def test_metrics_of_captions_equal_those_of_e2e_metrics(name, expected, empty):
+    pytest.importorskip("pycocoevalcap")
+    if shutil.which("java") is None:
+        pytest.skip("requires Java")
+    # run_coco_eval of its measure_scores.py, at commit 1b9c4d8.
+    assert compute(name, E2E_TEXTS, E2E_REFERENCES) == pytest.approx(expected, rel=1e-12)
+    assert compute(name, ["Zizzi is a cheap pub.", ""], E2E_REFERENCES) == pytest.approx(empty, rel=1e-12)
+    # A line separator within a text does not shift the texts after it.
+    broken = [E2E_TEXTS[0].replace(" cheap ", "\r\u2028cheap\x0b"), E2E_TEXTS[1]]
+    assert compute(name, broken, E2E_REFERENCES) == pytest.approx(expected, rel=1e-12)
+    assert compute(name, ["", ""], E2E_REFERENCES) == 0.0
+
+
+@pytest.mark.parametrize("name", ["meteor", "cider", "rougeL_coco"])
+def test_metrics_of_captions_without_java_are_one_line(name, monkeypatch):
+    # As if the package were installed.
+    for module in ("", ".cider", ".cider.cider", ".meteor", ".meteor.meteor", ".rouge", ".rouge.rouge"):
+        monkeypatch.setitem(sys.modules, f"pycocoevalcap{module}", ModuleType(f"pycocoevalcap{module}"))
+    monkeypatch.setenv("PATH", "")
+    line = f"^metric '{name}' requires Java: install a runtime whose command java is on the PATH$"
+    with pytest.raises(FileNotFoundError, match=line):
+        metrics.require_fit([metrics.get(name)], unlabeled("prompt", "response"), generates=True)
+    with pytest.raises(FileNotFoundError, match=line):
+        compute(name, ["a"], [["a"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("bleu", "sacrebleu", "text"),
+        ("rougeL", "rouge-score", "text"),
+        ("meteor", "pycocoevalcap", "e2e"),
+        ("cider", "pycocoevalcap", "e2e"),
+        ("rougeL_coco", "pycocoevalcap", "e2e"),
+    ],
+)
+def test_metric_without_its_extra_names_what_to_install(name: str, package: str, extra: str) -> None:
     module = package.replace("-", "_")
     code = f"{installation.hide([module])}\nfrom lorascope.inputs import metrics\n"
-    code += f"metrics.get({name!r}).compute(['a'], [['a']])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    last = f"ModuleNotFoundError: metric {name!r} requires {package}: pip install 'lorascope[text]'"
-    assert done.stderr.splitlines()[-1] == last
+    last = f"ModuleNotFoundError: metric {name!r} requires {package}: pip install 'lorascope[{extra}]'"
+    # The second is called before a training.
+    metric = f"metrics.get({name!r})"
+    for call in (f"{metric}.compute(['a'], [['a']])", f"metrics.require_fit([{metric}], 0, True)"):
+        done = subprocess.run([sys.executable, "-c", code + call], capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1] == last
 
 
 # -- registry -----------------------------------------------------------------------------------------------------
@@ -260,10 +366,22 @@ def test_metric_that_does_not_fit_the_task_names_those_that_fit():
         fit("f1", labeled(3))
 
 
-@pytest.mark.parametrize("columns", [["text"], ["prompt", "response"]])
-def test_task_without_classes_fits_no_metric(columns):
+def unlabeled(*columns: str) -> tasks.Task:
     rows = pd.DataFrame({column: [f"{column} {number}" for number in range(60)] for column in columns})
-    task = tasks.from_frame(rows, "x.csv")
+    return tasks.from_frame(rows, "x.csv")
+
+
+def test_task_without_classes_fits_no_metric():
     line = "cannot compute bleu of x.csv: it has no classes; omit metric to record the perplexity"
     with pytest.raises(ValueError, match=f"^{line}$"):
+        fit("bleu", unlabeled("text"))
+
+
+def test_metric_of_texts_requires_that_they_are_generated():
+    task = unlabeled("prompt", "response")
+    with pytest.raises(ValueError, match=r"^metric bleu requires generation: pass Generation\(\)$"):
         fit("bleu", task)
+    metrics.require_fit([metrics.get("bleu")], task, generates=True)
+    line = "cannot compute accuracy of x.csv: its labels are texts; use exact_match, f1_words, .* or chrf"
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        metrics.require_fit([metrics.get("accuracy")], task, generates=True)

@@ -130,6 +130,19 @@ def test_metrics_of_other_kinds_do_not_fit(gpt2, tmp_path):
         ls.train(model, task, "lora", steps=1, out=tmp_path / "run", metric="accuracy")
 
 
+def test_choices_are_not_generated(gpt2, tmp_path):
+    expected = "^cannot generate for quiz: its answers are choices; omit generation$"
+    with pytest.raises(ValueError, match=expected):
+        ls.train(
+            models.load(gpt2),
+            tasks.from_frame(table(), "quiz"),
+            "lora",
+            steps=1,
+            out=tmp_path / "run",
+            generation=ls.Generation(),
+        )
+
+
 @pytest.mark.parametrize("with_splits", [True, False])
 def test_dataset_keeps_the_numbers_of_answers_and_hides_those_of_its_test_split(tmp_path, with_splits):
     datasets = pytest.importorskip("datasets")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import transformers
 from scipy import stats
 
 import lorascope as ls
@@ -18,7 +21,8 @@ from lorascope.cli.main import main
 from lorascope.experiments import recipe, recipe_check, recipe_table, smoke
 from lorascope.experiments.recipe import PrintedScore
 from lorascope.experiments.sweep import train_job
-from lorascope.inputs import tasks
+from lorascope.inputs import metrics, models, tasks
+from lorascope.training.settings import Settings
 
 RECIPE = """
 model = "minilm"
@@ -361,3 +365,108 @@ def test_smoke_runs_of_the_recipes_of_the_package(name, tmp_path, monkeypatch, c
     assert main(["sweep", name, "--smoke", "--json", "--no-progress", "--jobs", "1"]) == 0
     cells = pd.DataFrame(json.loads(capsys.readouterr().out))
     assert (cells["n"] == 1).all()
+
+
+# -- generated texts ------------------------------------------------------------------------------------------------
+
+E2E = {
+    "lora-table3": ("LoRA, rank 4", [70.4, 8.85, 46.8, 71.8, 2.53, 70.4, 8.89, 46.8, 72.0, 2.47], (393_216, 737_280)),
+    "fourierft-table3": (
+        "FourierFT, 1000 coefficients",
+        [69.1, 8.82, 47.0, 71.8, 2.51, 70.2, 8.90, 47.0, 71.8, 2.50],
+        (48_000, 72_000),
+    ),
+}
+
+
+@pytest.fixture
+def e2e_lines(tmp_path, monkeypatch):
+    """Write lines where the recipes of E2E read them, and let their models and metrics be available."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("LoRA/examples/NLG/data/e2e")
+    folder.mkdir(parents=True)
+    for split in ("train", "valid", "test"):
+        lines = [f"name : {split} {number}||{split} is pub number {number} ." for number in range(10)]
+        (folder / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(metrics, "require_package", lambda metric: None)
+    monkeypatch.setattr(models, "locate_model", lambda name: None)
+
+
+@pytest.mark.parametrize("name", E2E)
+def test_recipes_of_e2e_have_the_printed_numbers_and_parameters(name, e2e_lines):
+    row_name, scores, parameters = E2E[name]
+    plan = recipe.read(name)
+    printed = []
+    for recipe_part, (width, depth, heads), count in zip(
+        plan.recipe_parts, [(1024, 24, 16), (1280, 36, 20)], parameters, strict=True
+    ):
+        (row,) = recipe_part.rows
+        assert row.name == row_name
+        printed += [row.printed[column].value for column in recipe_part.columns]
+        assert {score.n for score in row.printed.values()} == {3}
+        with torch.device("meta"):
+            config = transformers.GPT2Config(n_embd=width, n_layer=depth, n_head=heads)
+            outline = transformers.GPT2LMHeadModel(config)
+        trained, _ = recipe_check.measure_outline(outline, recipe_part.jobs()[0])
+        assert trained == count
+        assert recipe_part.grid.tasks[0].split("test")["prompt"].str.endswith("<|endoftext|>").all()
+    assert printed == scores
+    if name == "lora-table3":
+        job = plan.jobs()[0]
+        assert Settings(steps=0, lr=1, head_lr=1, **without_rates(job)).resolve(42_061).steps == 26_290
+
+
+def without_rates(job) -> dict:
+    return {key: value for key, value in job.settings.items() if key in Settings.__dataclass_fields__}
+
+
+def test_check_names_the_extra_of_a_metric(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    assert main(["sweep", "lora-table3", "--check"]) == 1
+    output = capsys.readouterr()
+    assert "metric 'cider' requires pycocoevalcap: pip install 'lorascope[e2e]'" in output.err
+    assert "cannot read LoRA/examples/NLG/data/e2e: no such file or folder" in output.err
+    assert "dataset LoRA/examples/NLG/data/e2e: not on this machine" in output.out
+
+
+def test_fractions_are_in_percent_and_nist_and_cider_have_two_decimals(e2e_lines):
+    plan = recipe.read("lora-table3")
+    values = {"bleu_lower": 70.41, "nist": 8.853, "meteor": 0.4684, "rougeL_coco": 0.718, "cider": 2.526}
+    runs = {}
+    for job in plan.jobs():
+        seed = job.settings["seed"]
+        scores = {metric: value * (1 + 0.01 * seed) for metric, value in values.items()}
+        runs[job.name] = SimpleNamespace(score=SimpleNamespace(values=scores), meta=SimpleNamespace(seed=seed))
+    cells = recipe_table.tabulate(plan, runs).set_index("column")
+    for column, name in plan.recipe_parts[0].columns.items():
+        factor = {"meteor": 100, "rougeL_coco": 100}.get(name.name, 1)
+        assert cells.loc[column, "mean"] == pytest.approx(1.01 * factor * values[name.name])
+    frames = recipe_table.format_cells(plan, cells.reset_index())
+    assert frames["NIST, medium, nist"].iloc[0]["test"].startswith("8.94 [8.72, 9.16]")
+    assert frames["METEOR, medium, meteor"].iloc[0]["test"].startswith("47.3 [46.1, 48.5]")
+    assert frames["CIDEr, medium, cider"].iloc[0]["printed"] == "2.53 (3)"
+
+
+def test_a_metric_without_a_printed_name_is_one_line(tmp_path, e2e_lines, capsys):
+    text = recipe.find_recipe("lora-table3").read_text(encoding="utf-8").replace(', cider = "CIDEr"}', "}")
+    Path("own.toml").write_text(text, encoding="utf-8")
+    assert main(["sweep", "own.toml"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown metric in metric of printed 'cider'" in error
+    assert error.count("\n") == 1
+
+
+def test_generated_prompts_have_two_responses_and_a_model_that_writes():
+    stand_in = smoke.Smoke(architecture="gpt2")
+    task = stand_in.task({"name": "e2e", "prompt_end": "!"})
+    assert task.kind == "prompt"
+    for split in tasks.SPLITS:
+        rows = task.split(split)
+        assert len(rows) == 20
+        assert (rows.groupby("prompt")["response"].nunique() == 2).all()
+        assert (rows["response"].str.split().str.len() >= 6).all()
+    model = models.load(stand_in.model("prompt"))
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    settings = stand_in.settings({"epochs": 5, "generation": {"num_beams": 10, "no_repeat_ngram": 4}})
+    assert settings["generation"] == {"num_beams": 2, "no_repeat_ngram": 4, "max_new_tokens": 10}

@@ -394,6 +394,70 @@ def test_hostile_name_raises_one_short_line(name):
     assert len(str(caught.value)) < 400
 
 
+# -- lines with a prompt and a response ------------------------------------------------------------------------------
+
+LINES = {
+    "train": "name : Zizzi | area : city||It is in the city . \nname : Zizzi | area : city||In the city is Zizzi .\n\n",
+    "valid": "name : Aromi||It is £5\r\n",
+    "test": " name : Aromi | rating : 5 out of 5||Aromi : 5 out of 5",
+}
+
+
+def write_lines(folder, lines):
+    for split, text in lines.items():
+        (folder / f"{split}.txt").write_bytes(text.encode())
+    return folder
+
+
+def test_lines_of_a_folder_are_prompts_with_responses_in_their_splits(tmp_path):
+    folder = write_lines(tmp_path, LINES | {"readme": "nothing"})
+    for splits in (None, "given"):
+        task = tasks.load(folder, splits=splits)
+        assert task.kind == "prompt"
+        assert {name: len(rows) for name, rows in task.splits.items()} == {"train": 2, "validation": 1, "test": 1}
+    # As format_converting_e2e.py and gpt2_encode.py of microsoft/LoRA read them.
+    expected = []
+    for text in LINES.values():
+        for line in filter(str.strip, text.splitlines()):
+            context, completion = line.strip().split("||")
+            expected.append((context, " " + completion))
+    assert sorted(task.table[["prompt", "response"]].itertuples(index=False, name=None)) == sorted(expected)
+
+
+def test_prompt_end_is_appended_to_each_prompt_and_is_of_the_task(tmp_path):
+    folder = write_lines(tmp_path, LINES)
+    task, plain = tasks.load(folder, prompt_end="<|endoftext|>"), tasks.load(folder)
+    assert (task.split("test")["prompt"] == plain.split("test")["prompt"] + "<|endoftext|>").all()
+    assert task.options == {"prompt_end": "<|endoftext|>"}
+    assert task.hash != plain.hash
+    assert tasks.load(folder, **task.options).hash == task.hash
+    reviews = tmp_path / "x.csv"
+    reviews.write_text("text,label\na,b\n")
+    with pytest.raises(ValueError, match=r"^prompt_end must be None for .*x\.csv, which has no column prompt"):
+        tasks.load(reviews, prompt_end="!")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ({"train": "a||b\nc\n"}, r"^line 2 of .*train\.txt must have \|\| once, got 'c'$"),
+        ({"train": "a||b||c"}, r"^line 1 of .*train\.txt must have \|\| once, got 'a\|\|b\|\|c'$"),
+        ({"train": "||b"}, r"^prompt in row 1 of .* must be a non-empty string, got ''$"),
+    ],
+)
+def test_a_line_without_a_prompt_or_response_is_named(lines, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tasks.load(write_lines(tmp_path, lines))
+
+
+def test_lines_that_are_not_utf8_and_a_folder_that_does_not_exist_raise_one_line(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"a||\xff")
+    with pytest.raises(ValueError, match=r"^cannot read .*train\.txt as UTF-8: "):
+        tasks.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^cannot read LoRA/examples/NLG/data: no such file or folder$"):
+        tasks.load("LoRA/examples/NLG/data")
+
+
 # -- names ----------------------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "read": "read which words the components of an adapter use, and what they write",
     "report": "write the report card of an adapter or run as one page",
     "plot": "plot one or more runs as a figure",
+    "texts": "write the generated texts of a run and their references as files",
     "export": "export ranks or an adapter to PEFT, or tables to files",
     "verify": "compute the kept verdicts again from the evidence",
 }

@@ -175,7 +175,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
         task = source if isinstance(source, Task) else tasks.load(source)
         for combination in settings:
             if combination.get("metric") is not None:
-                require_fit(resolve(combination["metric"]), task)
+                require_fit(resolve(combination["metric"]), task, combination.get("generation") is not None)
             require_smoothing(combination.get("label_smoothing", 0), task)
     for model in grid.models:
         if isinstance(model, str):

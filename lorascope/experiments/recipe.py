@@ -192,7 +192,7 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
         root = root.with_name(f"{root.name}-smoke")
     recipe_parts = []
     for number, entry in enumerate(table["part"], start=1):
-        columns = _read_columns(entry, number)
+        columns = read_columns(entry, number)
         try:
             recipe_parts.append(_read_part(entry, columns, table, paper, root, stand_in if smoke else None))
         except (FileNotFoundError, ValueError) as error:
@@ -227,8 +227,8 @@ def _read_mean(entry: Mapping[str, Any], recipe_parts: Iterable[RecipePart], pap
     return MeanColumn(name, tuple(columns), printed)
 
 
-def _read_columns(entry: Mapping[str, Any], number: int) -> dict[str, Metric]:
-    """Return the metric of each column of a part: of one column, or of several by metric."""
+def read_columns(entry: Mapping[str, Any], number: int) -> dict[str, Metric]:
+    """Return the metric of each column of part ``number``: of one column, or of several by metric."""
     column = entry.get("column")
     if isinstance(column, str):
         if "metric" not in entry:
@@ -268,8 +268,12 @@ def _read_part(
     if len(set(names)) < len(names):
         raise ValueError(f"rows must have distinct names, got {', '.join(names)}")
     if smoke is not None:
-        merged |= {"model": smoke.model(), "task": smoke.task(merged.get("task")), "seeds": 1}
+        task = smoke.task(merged.get("task"))
+        merged |= {"model": smoke.model(task.kind), "task": task, "seeds": 1}
         settings = smoke.settings(settings)
+        replaced = resolve([smoke.metrics.get(name, name) for name in settings["metric"]])
+        columns = dict(zip(columns, replaced, strict=True))
+        settings["metric"] = [metric.name for metric in replaced]
     # One run fills all columns of a part, so a list of metrics is one value.
     settings["metric"] = [settings["metric"]]
     part_grid = grid.read({**merged, "method": [row.method for row in rows], "settings": settings, "root": root})
@@ -292,7 +296,7 @@ def merge_part(entry: Mapping[str, Any], table: Mapping[str, Any]) -> tuple[dict
 
 
 def _read_row(
-    fields: Any, columns: Iterable[str], cell_values: Mapping[str, Any], paper: Paper | None, smoke: Smoke | None
+    fields: Any, columns: Mapping[str, Metric], cell_values: Mapping[str, Any], paper: Paper | None, smoke: Smoke | None
 ) -> TableRow:
     """Read a method of a part, with its name and the place of its printed numbers, of which the part has a half."""
     if not isinstance(fields, Mapping) or not isinstance(name := fields.get("row"), str):
@@ -309,9 +313,15 @@ def _read_row(
     if row_values is not None:
         if paper is None:
             raise ValueError(f"row {name!r}: printed requires the table paper")
-        for column in columns:
+        for column, metric in columns.items():
             of_column = {"paper": paper.name, "table": paper.table, "data": column}
-            printed[column] = _find_printed({**of_column, **cell_values, **row_values})
+            values = {**of_column, **cell_values, **row_values}
+            for key, value in values.items():
+                # Columns of one run differ in the metric, and so in what the published table calls it.
+                if isinstance(value, Mapping):
+                    grid.require_known([metric.name], value, f"metric in {key} of printed")
+                    values[key] = value[metric.name]
+            printed[column] = _find_printed(values)
     if smoke is not None:
         # The places are checked, but scores of a tiny model have nothing to do with the numbers.
         printed = {}

@@ -18,6 +18,7 @@ from lorascope.experiments.grid import Job
 from lorascope.files.hub_answers import ANSWER_SECONDS, without_retries
 from lorascope.files.printable import first_line, printable
 from lorascope.inputs import models
+from lorascope.inputs.metrics import require_package
 from lorascope.inputs.tasks import SPLITS, Task
 from lorascope.methods.method import Phase
 from lorascope.training.run_spec import phase_rows
@@ -53,8 +54,15 @@ def check(source: str | Path) -> list[Needs]:
     table = grid.read_toml(recipe.find_recipe(source))
     sources: dict[tuple[str, str], str] = {}
     checked = []
-    for recipe_part, entry in zip(plan.recipe_parts, table["part"], strict=True):
-        checked.append(_check_part(", ".join(recipe_part.columns), entry, table, sources))
+    for number, (recipe_part, entry) in enumerate(zip(plan.recipe_parts, table["part"], strict=True), start=1):
+        needs = _check_part(", ".join(recipe_part.columns), entry, table, sources)
+        # The metrics of the file, because those of a trial may be others.
+        for metric in recipe.read_columns(entry, number).values():
+            try:
+                require_package(metric)
+            except (FileNotFoundError, ModuleNotFoundError) as error:
+                needs.problems.append(first_line(error))
+        checked.append(needs)
     return checked
 
 
@@ -108,6 +116,9 @@ def describe_source(name: str, kind: str) -> str:
     # A folder or file comes before a name on the hub, as in training.
     if Path(name).exists():
         return "on this machine"
+    # The name of a repository has at most an owner before it.
+    if len(Path(name).parts) > 2:
+        return "not on this machine"
     try:
         with without_retries():
             info: Any = huggingface_hub.HfApi().repo_info(

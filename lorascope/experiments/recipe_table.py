@@ -30,6 +30,9 @@ from lorascope.training.settings import Settings
 _LEVEL = (1 - CONFIDENCE) / 2
 # Steps and epochs become numbers of steps, and a phase may set another rate.
 _RESOLVED = ("steps", "epochs", "eval_every", "lr", "head_lr")
+# Metrics that are no fractions, and those that their libraries give in percent.
+_UNBOUNDED = ("mse", "nist", "cider")
+_PERCENT = ("bleu", "bleu_lower", "bleu_zh", "chrf")
 _NUMBERS = (
     *("mean", "low", "high", "median", "minimum", "maximum"),
     *("printed", "printed_sd", "printed_n", "difference", "difference_low", "difference_high"),
@@ -55,7 +58,7 @@ def tabulate(recipe: Recipe, runs: Mapping[str, Run]) -> pd.DataFrame:
         "test". ``low`` and ``high`` are the 95% t-interval over seeds, ``n`` the finished ones of ``seeds``.
         ``difference`` is the statistic that the paper prints, mean or median, minus the printed number. Its interval is
         Welch's if the paper prints a standard deviation and a number of seeds, otherwise that of the mean around the
-        printed number. Accuracies, F1 scores and correlations are in percent.
+        printed number. Accuracies, F1 scores, correlations, METEOR and ROUGE are in percent.
     """
     rows: list[dict[str, Any]] = []
     by_seed: dict[tuple[str, str, str], pd.Series] = {}  # by row, column and evaluation
@@ -92,9 +95,9 @@ def _mean_cells(
 
 def _scores(runs: Iterable[Run], metric: Metric, task: Any) -> dict[str, pd.Series]:
     """Return the scores by evaluation, each by seed."""
-    scale = 1.0
-    if metric.name != "mse" and metric.needs != "texts":
-        scale = 100.0
+    scale = 100.0
+    if metric.name in (*_UNBOUNDED, *_PERCENT):
+        scale = 1.0
     selected_on_test = _is_selected_on_test(task)
     scores: dict[str, dict[int | None, float]] = {"best": {}, "last": {}} if selected_on_test else {"test": {}}
     for run in runs:
@@ -177,25 +180,34 @@ def format_cells(recipe: Recipe, table: pd.DataFrame) -> dict[str, pd.DataFrame]
             if evaluation in ("test", state) or (state == "unknown" and evaluation == "best"):
                 line |= {"n": f"{cell['n']}/{cell['seeds']}", "printed": _format_printed(cell)}
                 bounds = cell["difference_low"], cell["difference_high"]
-                line["difference"] = _format_interval(cell["difference"], *bounds)
+                line["difference"] = _format_interval(cell["difference"], *bounds, _digits(cell))
         frame = pd.DataFrame(lines.values())[[*heads, "n", "printed", "difference"]]
         tables[f"{column}, {str(metric).replace('_', ' ')}"] = frame
     return tables
 
 
 def _format_score(cell: Mapping[str, Any], recipe: Recipe) -> str:
-    text = _format_interval(cell["mean"], cell["low"], cell["high"])
+    digits = _digits(cell)
+    text = _format_interval(cell["mean"], cell["low"], cell["high"], digits)
     if recipe.paper is None or recipe.paper.statistic == "mean" or not cell["n"]:
         return text
-    return f"{text}, median {cell['median']:.1f} ({cell['minimum']:.1f} to {cell['maximum']:.1f})"
+    extremes = f"{cell['minimum']:.{digits}f} to {cell['maximum']:.{digits}f}"
+    return f"{text}, median {cell['median']:.{digits}f} ({extremes})"
 
 
-def _format_interval(value: float, low: float, high: float) -> str:
+def _digits(cell: Mapping[str, Any]) -> int:
+    """Return the number of decimals of a cell, as papers print it."""
+    if cell["metric"] in _UNBOUNDED:
+        return 2
+    return 1
+
+
+def _format_interval(value: float, low: float, high: float, digits: int) -> str:
     if math.isnan(value):
         return "-"
     if math.isnan(low):
-        return f"{value:.1f}"
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _format_printed(cell: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from lorascope.inputs.tasks import Task
 STEPS, ROWS = 4, 20
 """Steps of a run, and rows per split of the source."""
 _WIDTH, _LENGTH, _WORDS = 32, 32, 8
+# The BLEU of texts with fewer than four words is zero.
+_BEAMS, _NEW_TOKENS = 2, 10
 _SIZES = {
     "hidden_size": _WIDTH,
     "num_hidden_layers": 2,
@@ -44,33 +46,47 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Type of the tiny model, by its name in transformers, such as "deberta-v2".
     methods : mapping
         Fields to replace by name of a method, such as the numbers of steps of its schedule.
+    metrics : mapping
+        Metrics to compute instead of others, by their names, such as those that require Java.
     """
 
     architecture: str = "bert"
     methods: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, str] = {}
 
-    def model(self) -> str:
-        """Return the folder of a model with two blocks of width 32 and its tokenizer; the first call writes it."""
+    def model(self, kind: str = "classification") -> str:
+        """Return the folder of a model for a kind of task, with two blocks of width 32; the first call writes it."""
+        writes_texts = kind == "prompt"
 
         def write(folder: Path) -> None:
             words = (*_TOKENS, *_FILLERS, *_CLASSES)
             default = transformers.AutoConfig.for_model(self.architecture)
             # Passed together, because other sizes follow from them, such as that of DeBERTa's pooler.
             sizes = {key: size for key, size in _SIZES.items() if hasattr(default, key)}
+            if writes_texts:
+                # The defaults are tokens of a larger vocabulary.
+                sizes |= dict.fromkeys(("bos_token_id", "eos_token_id"), words.index("[SEP]"))
             config = transformers.AutoConfig.for_model(
                 self.architecture, vocab_size=len(words), pad_token_id=0, num_labels=2, **sizes
             )
             with models.quiet(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-            _tokenizer(words).save_pretrained(folder)
+                head: Any = transformers.AutoModelForSequenceClassification
+                if writes_texts:
+                    head = transformers.AutoModelForCausalLM
+                head.from_config(config).save_pretrained(folder)
+            _tokenizer(words, writes_texts).save_pretrained(folder)
 
-        return str(package_assets.build_once(package_assets.cache() / f"smoke-{self.architecture}", write))
+        name = f"smoke-{self.architecture}"
+        if writes_texts:
+            name += "-texts"
+        return str(package_assets.build_once(package_assets.cache() / name, write))
 
     def task(self, entry: Any) -> Task:
         """Return a task with the splits, columns and kind of a task of a recipe, whose rows are generated.
 
-        A label can be learned: a text contains it, or as many words "good" as the number says.
+        A label can be learned: a text contains it, or as many words "good" as the number says. Each prompt has two
+        responses.
         """
         table = entry if isinstance(entry, Mapping) else {"name": str(entry)}
         splits = table.get("splits")
@@ -80,6 +96,8 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             # A part such as "train[10%:]" is taken from the generated split later.
             sources = sorted({re.split(r"\W", source)[0] for source in sources_by_split(splits).values()})
         generator = np.random.default_rng(0)
+        if "prompt_end" in table or "response" in table.get("columns", {}):
+            return tasks.from_frame(_prompts(sources, generator), table["name"], splits=splits or "given")
         rows = []
         for source, number in itertools.product(sources, range(ROWS)):
             words = generator.choice(_FILLERS, _WORDS).tolist()
@@ -100,15 +118,35 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         short = {"steps": STEPS, "batch_size": 4, "eval_every": STEPS // 2, "max_length": _LENGTH, "epochs": "none"}
         # As many warm-up steps as a quarter of the run, or the fraction of the recipe.
         short["warmup"] = min(settings.get("warmup", 0), 1)
+        if (generation := settings.get("generation")) is not None:
+            beams = min(generation.get("num_beams", 1), _BEAMS)
+            short["generation"] = {**generation, "num_beams": beams, "max_new_tokens": _NEW_TOKENS}
         return {**settings, **short, "accumulate": min(settings.get("accumulate", 1), 2)}
 
 
-def _tokenizer(words: tuple[str, ...]) -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer of whole words that puts a token before a text and one after each text, as BERT's does."""
+def _prompts(sources: Iterable[str], generator: np.random.Generator) -> pd.DataFrame:
+    """Return rows whose responses are the words of their prompt, or the same words in another order."""
+    rows = []
+    for source, _ in itertools.product(sources, range(ROWS // 2)):
+        words = generator.choice(_FILLERS, _WORDS).tolist()
+        for order in (words, words[::-1]):
+            rows.append({"split": source, "prompt": " ".join(words), "response": f" {' '.join(order)}"})
+    return pd.DataFrame(rows)
+
+
+def _tokenizer(words: tuple[str, ...], writes_texts: bool) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words, with one token before a text and one after each text, as BERT's has.
+
+    That of a model that writes texts adds none, as GPT-2's.
+    """
     numbers = {word: number for number, word in enumerate(words)}
     # Whole words, because pieces of words would have to be learned from text first.
     core = Tokenizer(WordLevel(numbers, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if writes_texts:
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
+        )
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B [SEP]",

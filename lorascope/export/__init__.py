@@ -5,6 +5,7 @@ from lorascope.export.peft_folder import base_of, to_peft
 from lorascope.export.rank_budget import RankBudget, rank_pattern, select_components
 from lorascope.export.sums import interference, sum_adapters
 from lorascope.export.tables import to_table
+from lorascope.export.text_files import to_texts
 
 __all__ = [
     "RankBudget",
@@ -16,6 +17,7 @@ __all__ = [
     "sum_adapters",
     "to_peft",
     "to_table",
+    "to_texts",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lorascope.array_types import Float, Int, Int8, Int16
@@ -39,6 +41,12 @@ def choice_columns(predictions: pd.DataFrame) -> list[str]:
 def to_choice_columns(log_likelihoods: Float[np.ndarray, "row choice"]) -> pd.DataFrame:
     """Return the log-likelihoods of choices as columns of predictions."""
     return pd.DataFrame(log_likelihoods.astype(np.float32)).add_prefix(_CHOICE)
+
+
+def collect_references(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per prompt, in their order, with the list of its ``references`` and its first group, if any."""
+    columns: dict[str, Any] = dict.fromkeys(rows.columns.drop("prompt"), "first")
+    return rows.groupby("prompt", sort=False).agg(columns | {"references": list}).reset_index()
 
 
 def _separate(

@@ -6,7 +6,9 @@ Other packages add metrics through the entry point group ``lorascope.metrics``, 
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import math
 import re
 import string
 import warnings
@@ -21,6 +23,7 @@ import numpy as np
 
 from lorascope.array_types import Float, Int
 from lorascope.extras import requirement
+from lorascope.inputs import caption_metrics
 from lorascope.schema.plugins import load_entry_points
 from lorascope.schema.suggestions import unknown_name
 
@@ -142,20 +145,26 @@ def resolve(metric: object) -> tuple[Metric, ...]:
     return tuple(metrics.values())
 
 
-def require_fit(metrics: Iterable[Metric], task: Task) -> None:
-    """Raise a ValueError if a task has other predictions than a metric needs."""
-    fitting = [metric.name for metric in METRICS.values() if metric.needs in task.predicts]
+def require_fit(metrics: Iterable[Metric], task: Task, generates: bool = False) -> None:
+    """Raise a ValueError if a task has other predictions than a metric needs; ``generates`` is whether it has texts."""
+    predicts = ("texts",) if generates else task.predicts
+    fitting = [metric.name for metric in METRICS.values() if metric.needs in predicts]
     for metric in metrics:
-        if metric.needs in task.predicts:
+        if metric.needs in predicts:
+            require_package(metric)
             continue
+        if metric.needs == "texts" and task.kind in ("prompt", "seq2seq") and not task.labels:
+            raise ValueError(f"metric {metric.name} requires generation: pass Generation()")
         cannot = f"cannot compute {metric.name} of {task.name}"
         if not fitting:
             raise ValueError(f"{cannot}: it has no classes; omit metric to record the perplexity")
         labels = f"{len(task.labels)} classes"
-        if "values" in task.predicts:
+        if "values" in predicts:
             labels = "numbers"
         if "choices" in task.predicts:
             labels = "choices"
+        if generates:
+            labels = "texts"
         names = f"{', '.join(fitting[:-1])} or {fitting[-1]}"
         raise ValueError(f"{cannot}: its labels are {labels}; use {names}")
 
@@ -247,7 +256,7 @@ References = Sequence[Sequence[str]]
 
 
 @contextmanager
-def _requires_package(name: str) -> Iterator[None]:
+def _naming_metric(name: str) -> Iterator[None]:
     """Name the extra to install for a metric if an import within the context fails."""
     try:
         yield
@@ -255,6 +264,25 @@ def _requires_package(name: str) -> Iterator[None]:
         if (required := requirement(error)) is None:
             raise
         raise ModuleNotFoundError(f"metric {name!r} {required}", name=error.name) from None
+
+
+def require_package(metric: Metric) -> None:
+    """Import the package of a metric of texts, so that a missing one, or Java, is reported before the training.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        The package is not installed.
+    FileNotFoundError
+        The metric requires Java, and there is no command java.
+    """
+    packages: dict[Any, str] = {_rouge: "rouge_score", _sacrebleu: "sacrebleu", _caption: "pycocoevalcap"}
+    package = packages.get(getattr(metric.compute, "func", None))
+    if package is not None:
+        with _naming_metric(metric.name):
+            importlib.import_module(package)
+    if package == "pycocoevalcap":
+        caption_metrics.require_java(metric.name)
 
 
 def _best_of_references(score: Callable[[str, str], float], predicted: Texts, answers: References) -> float:
@@ -294,7 +322,7 @@ def f1_words(predicted: Texts, answers: References) -> float:
 
 def _rouge(kind: str, predicted: Texts, answers: References) -> float:
     """Compute the mean F-measure of a kind of ROUGE of rouge-score, with stemmer and the best reference of a text."""
-    with _requires_package(kind):
+    with _naming_metric(kind):
         from rouge_score.rouge_scorer import RougeScorer
     scorer = RougeScorer([kind], use_stemmer=True)
 
@@ -306,12 +334,82 @@ def _rouge(kind: str, predicted: Texts, answers: References) -> float:
 
 def _sacrebleu(name: str, predicted: Texts, answers: References, **options: Any) -> float:
     """Compute a score of sacrebleu, from 0 to 100, for any number of references per text."""
-    with _requires_package(name):
+    with _naming_metric(name):
         import sacrebleu
     scorer: Any = sacrebleu.CHRF if name == "chrf" else sacrebleu.BLEU
     # A list per number of the reference, in which None stands for a missing one.
     references = list(itertools.zip_longest(*answers))
     return float(scorer(**options).corpus_score(list(predicted), references).score)
+
+
+def _caption(name: str, predicted: Texts, answers: References) -> float:
+    """Compute a metric of pycocoevalcap."""
+    with _naming_metric(name):
+        return caption_metrics.caption_score(name, predicted, answers)
+
+
+_MAX_NGRAM = 5
+# Punctuation other than apostrophes, periods, commas and dashes is a token; these are next to other characters than
+# digits, a dash after a digit.
+_TOKENIZATION_13A = (
+    (r"([{-~\[-` -&(-+:-@/])", r" \1 "),
+    (r"([^0-9])([.,])", r"\1 \2 "),
+    (r"([.,])([^0-9])", r" \1 \2"),
+    (r"([0-9])(-)", r"\1 \2 "),
+)
+
+
+def _tokens_13a(text: str) -> list[str]:
+    """Return the tokens of a text without case, as mteval-v13a splits it."""
+    text = text.replace("-\n", "").lower()
+    for entity, character in {"&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}.items():
+        text = text.replace(entity, character)
+    text = f" {text} "
+    for pattern, replacement in _TOKENIZATION_13A:
+        text = re.sub(pattern, replacement, text)
+    return text.split()
+
+
+def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
+    """Count the n-grams of up to five tokens."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    for size in range(1, _MAX_NGRAM + 1):
+        for start in range(len(tokens) - size + 1):
+            counts[tuple(tokens[start : start + size])] += 1
+    return counts
+
+
+def nist(predicted: Texts, answers: References) -> float:
+    """Compute NIST without case: the information of n-grams, up to 5, that a reference has, as e2e-metrics does.
+
+    References of a text count equally in its mean length. The Perl script mteval-v13a weights texts by their number of
+    references there, which changes the score of texts that are shorter than their references.
+    """
+    corpus: Counter[tuple[str, ...]] = Counter()
+    matches: list[Counter[tuple[str, ...]]] = []
+    totals, length, reference_length = np.zeros(_MAX_NGRAM), 0, 0.0
+    for text, texts in zip(predicted, answers, strict=True):
+        tokens, references = _tokens_13a(text), list(map(_tokens_13a, texts))
+        best: Counter[tuple[str, ...]] = Counter()
+        for reference in references:
+            counts = _ngrams(reference)
+            corpus += counts
+            best |= counts
+            corpus[()] += len(reference)
+        matches.append(_ngrams(tokens) & best)
+        totals += np.maximum(len(tokens) - np.arange(_MAX_NGRAM), 0)
+        length += len(tokens)
+        reference_length += sum(map(len, references)) / len(references)
+    information = np.zeros(_MAX_NGRAM)
+    for matched in matches:
+        for ngram, count in matched.items():
+            information[len(ngram) - 1] += count * math.log2(corpus[ngram[:-1]] / corpus[ngram])
+    if not length:
+        return 0.0
+    ratio = min(length / reference_length, 1.0)
+    # Half the score at two thirds of the length.
+    penalty = 0.5 ** ((math.log(ratio) / math.log(1.5)) ** 2)
+    return float(penalty * np.sum(information / np.maximum(totals, 1)))
 
 
 add(Metric("accuracy", "classes", True, accuracy))
@@ -332,6 +430,9 @@ add(Metric("bleu", "texts", True, partial(_sacrebleu, "bleu")))
 add(Metric("bleu_lower", "texts", True, partial(_sacrebleu, "bleu_lower", lowercase=True)))
 # As NeFT's command, sacrebleu -l en-zh --lowercase.
 add(Metric("bleu_zh", "texts", True, partial(_sacrebleu, "bleu_zh", lowercase=True, tokenize="zh")))
+add(Metric("nist", "texts", True, nist))
+for _kind in ("meteor", "cider", "rougeL_coco"):
+    add(Metric(_kind, "texts", True, partial(_caption, _kind)))
 add(Metric("chrf", "texts", True, partial(_sacrebleu, "chrf")))
 
 load_entry_points("lorascope.metrics")

@@ -18,6 +18,7 @@ from lorascope.files.parquet_tables import require_declared_size, require_table_
 from lorascope.files.printable import first_line, printable
 from lorascope.files.typed_json import require_regular
 from lorascope.inputs.package_assets import SENTIMENT, build_once, cache, fetch
+from lorascope.inputs.splits import split_of_word
 from lorascope.schema.suggestions import unknown_name
 
 DOMAINS = {
@@ -38,7 +39,11 @@ HIDDEN_ANSWER = -1
 _INPUTS = ("text", "pair", "label", "image", "prompt", "response", "choices", "answer")
 _COLUMNS = (*_INPUTS, "group", "domain", "cluster", "split")
 # With a configuration after the colon.
+_HUB_PARTS = 2
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+# A folder that has it, and files of other splits, is read line by line.
+_TRAIN_LINES = "train.txt"
+_SEPARATOR = "||"
 _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
@@ -76,7 +81,12 @@ def read(
     if path.is_dir():
         if _is_dataset(path):
             return _read_dataset(name, columns, revision, with_splits)
+        if (path / _TRAIN_LINES).is_file():
+            rows = _read_lines_folder(path)
+            return rows if columns is None else rename_columns(rows, columns, name)
         return _read_folder(path)
+    if not path.exists() and len(path.parts) > _HUB_PARTS:
+        raise FileNotFoundError(f"cannot read {printable(path)}: no such file or folder")
     if path.exists():
         require_regular(path)
         raise ValueError(f"cannot read {printable(path)}: its suffix must be one of {', '.join(_FILES)}")
@@ -182,6 +192,33 @@ def _read_folder(path: Path) -> pd.DataFrame:
     if not rows:
         raise ValueError(f"cannot read images from {path}: it must have one subfolder of images per label")
     return pd.DataFrame(rows, columns=["image", "label"])
+
+
+def _read_lines_folder(path: Path) -> pd.DataFrame:
+    """Return the lines of train.txt, valid.txt and test.txt as columns prompt, response and split.
+
+    ``||`` is between the prompt and the response of a line, as in the E2E files of microsoft/LoRA.
+    """
+    rows: list[tuple[str, str, str]] = []
+    for file in sorted(path.glob("*.txt")):
+        split = split_of_word(file.stem)
+        # A folder of data often has a readme.txt.
+        if split is None:
+            continue
+        require_table_file(file)
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"cannot read {printable(file)} as UTF-8: {first_line(error)}") from None
+        for number, line in enumerate(map(str.strip, lines), start=1):
+            if not line:
+                continue
+            prompt, separator, response = line.partition(_SEPARATOR)
+            if not separator or _SEPARATOR in response:
+                raise ValueError(f"line {number} of {printable(file)} must have {_SEPARATOR} once, got {line[:80]!r}")
+            # A response follows a space, so that its first word has the token that it has within a text.
+            rows.append((prompt, f" {response.strip()}", split))
+    return pd.DataFrame(rows, columns=["prompt", "response", "split"])
 
 
 def _images_by_label(path: Path) -> list[Path]:

@@ -42,6 +42,11 @@ def assign(digests: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame({"split": split, "draw": draw})
 
 
+def split_of_word(word: str) -> str | None:
+    """Return the split that a word such as "Dev" names, or None."""
+    return _SPLIT_OF.get(word.casefold())
+
+
 def read_column(words: Iterable[object], name: str) -> list[str]:
     """Return the split that the column ``split`` of a table gives each row; ``name`` names the table.
 
@@ -54,7 +59,7 @@ def read_column(words: Iterable[object], name: str) -> list[str]:
     unknown: Counter[str] = Counter()
     for cell in words:
         word = str(cell).strip()
-        if split := _SPLIT_OF.get(word.casefold()):
+        if split := split_of_word(word):
             splits.append(split)
         else:
             unknown[word] += 1

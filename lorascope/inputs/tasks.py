@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from torch import Tensor, nn
 
-from lorascope.inputs import images, questions, sources
+from lorascope.inputs import images, questions, sources, task_columns
 from lorascope.inputs import labels as label_values
 from lorascope.inputs import splits as split_rules
 from lorascope.inputs.splits import SPLITS
@@ -256,6 +256,7 @@ def load(
     kind: str | None = None,
     columns: Mapping[str, str] | None = None,
     revision: str | None = None,
+    prompt_end: str | None = None,
 ) -> Task:
     """Load a task by name.
 
@@ -264,11 +265,12 @@ def load(
     name : str or path
         ``"sentiment"`` or one domain of it (``"sentiment/tweets"``, ``movies``, ``products``, ``news``); its sentences
         with the domain as label (``"sentiment/domains"``) or with four questions (``"sentiment/mixture"``); a CSV,
-        JSONL or Parquet file; a folder with one subfolder of images per label, or one that ``datasets`` reads; or a
-        dataset on the Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label
-        (and optionally pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and
-        response, or prompt, choices (a list of texts) and answer (the number of the right one, from 0), or only text;
-        also group or domain, cluster, and split, optionally.
+        JSONL or Parquet file; a folder with one subfolder of images per label, one that ``datasets`` reads, or one with
+        train.txt, valid.txt and test.txt, whose lines have ``||`` between prompt and response; or a dataset on the
+        Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally
+        pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and response, or
+        prompt, choices (a list of texts) and answer (the number of the right one, from 0), or only text; also group or
+        domain, cluster, and split, optionally.
     splits : {"given", "hash"} or mapping, optional
         ``"given"`` takes the splits of the source: those of a dataset, or the column split, which has train,
         validation (or dev, valid) or test in each row. Rows of train are shuffled into a split without rows.
@@ -284,6 +286,8 @@ def load(
         other names are not read then.
     revision : str, optional
         Commit, branch or tag of a dataset on the Hugging Face Hub.
+    prompt_end : str, optional
+        Text to append to each prompt, such as ``"<|endoftext|>"``, which separates it from the response.
 
     Raises
     ------
@@ -294,7 +298,7 @@ def load(
         empty.
     """
     name = str(name)
-    arguments = {"splits": splits, "kind": kind, "columns": columns, "revision": revision}
+    arguments = {"splits": splits, "kind": kind, "columns": columns, "revision": revision, "prompt_end": prompt_end}
     options = {option: value for option, value in arguments.items() if value is not None}
     if name == sources.MIXTURE:
         if options:
@@ -304,6 +308,8 @@ def load(
         return Task(name, "classification", table, labels, _hash(questions.RULE, table.drop(columns="cluster")))
     split_rules.require_rule(splits)
     rows = sources.read(name, columns, revision, with_splits=splits not in (None, "hash"))
+    if prompt_end is not None:
+        rows = task_columns.end_prompts(rows, prompt_end, name)
     return replace(from_frame(rows, name, splits=splits, kind=kind), options=options)
 
 
@@ -339,7 +345,7 @@ def from_frame(
     rows = rows.rename(columns={"domain": "group"})
     if duplicates := rows.columns[rows.columns.duplicated()].tolist():
         raise ValueError(f"duplicate column {duplicates[0]!r} in {name} (domain is an alias of group)")
-    kind, texts = _kind(rows, name, kind)
+    kind, texts = task_columns.read_kind(rows, name, kind)
     if kind == "lm":
         rows = rows[rows["text"].astype(str).str.strip() != ""]
     if kind == "image":
@@ -383,7 +389,7 @@ def from_frame(
     elif "split" in rows and splits != "hash":
         table["split"], rule = split_rules.read_column(rows["split"], name), split_rules.COLUMN_RULE
     labels: tuple[str, ...] = ()
-    _require_known_labels(table, name)
+    task_columns.require_known_labels(table, name)
     if kind in ("classification", "image"):
         labels = tuple(sorted(table["label"].unique(), key=label_values.sort_key))
         if len(labels) < 2:
@@ -413,20 +419,6 @@ def from_frame(
     return Task(name, kind, table, labels, hash, selected_on_test=selected_on_test, test_sets=test_sets)
 
 
-def _require_known_labels(table: pd.DataFrame, name: str) -> None:
-    """Raise a ValueError if rows of a split have hidden labels, as the test rows of benchmarks do."""
-    hidden = table.iloc[:0]
-    if "label" in table:
-        hidden = table[table["label"].isin([sources.HIDDEN_LABEL]) | table["label"].isna()]
-    if "answer" in table:
-        hidden = table[table["answer"] == sources.HIDDEN_ANSWER]
-    if not hidden.empty:
-        split = hidden["split"].iloc[0]
-        raise ValueError(
-            f'cannot use the {split} split of {name}: its labels are hidden (-1); map {split} to "validation"'
-        )
-
-
 def _content_hash(table: pd.DataFrame) -> str:
     """Return the SHA-256 of the rows of a task and of their splits, without clusters."""
     rows = table.drop(columns=["cluster", "draw"], errors="ignore")
@@ -438,31 +430,6 @@ def _content_hash(table: pd.DataFrame) -> str:
 def _hash(rule: str, rows: pd.DataFrame) -> str:
     data = json.dumps([rule, list(rows.columns), rows.to_numpy().tolist()], ensure_ascii=False)
     return hashlib.sha256(data.encode()).hexdigest()
-
-
-def _kind(rows: pd.DataFrame, name: str, requested: str | None) -> tuple[str, list[str]]:
-    """Return the kind of task that the columns define, and the columns that a model reads."""
-    columns = set(rows.columns)
-    if requested not in (None, "classification", "regression"):
-        raise ValueError(f"kind must be 'classification' or 'regression', got {requested!r}")
-    if requested is not None and not {"text", "label"} <= columns:
-        raise ValueError(f"columns of {name} must include text and label for kind={requested!r}")
-    if {"prompt", "response"} <= columns:
-        return "prompt", ["prompt", "response"]
-    if {"prompt", "choices", "answer"} <= columns:
-        return "choice", ["prompt"]
-    if {"text", "label"} <= columns:
-        if requested is None and label_values.has_fractions(rows["label"]):
-            requested = "regression"
-        return requested or "classification", ["text", "pair"] if "pair" in columns else ["text"]
-    if {"image", "label"} <= columns:
-        return "image", ["image"]
-    if columns - {"group", "cluster", "split"} == {"text"}:
-        return "lm", ["text"]
-    pairs = "text and label, image and label, prompt and response, or prompt, choices and answer"
-    raise ValueError(
-        f"columns of {name} must include {pairs}, or be text only, got {', '.join(map(str, rows.columns))}"
-    )
 
 
 def _image_digests(rows: pd.DataFrame, name: str) -> list[str]:

@@ -188,7 +188,7 @@ def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Token
     start, texts = _start_ids(tokenizer), rows["choices"].to_list()
     row_numbers = np.repeat(np.arange(len(rows)), list(map(len, texts)))
     prompts = rows["prompt"].to_list()
-    prompt_ids = _token_ids(tokenizer, rows["prompt"].str.rstrip().to_list())
+    context_ids = _token_ids(tokenizer, rows["prompt"].str.rstrip().to_list())
     full_texts: list[str] = []
     numbers: list[int] = []
     for prompt, choices in zip(prompts, texts, strict=True):
@@ -196,11 +196,11 @@ def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Token
         numbers += range(len(choices))
     inputs, labels, longest = [], [], 0
     for row, number, ids in zip(row_numbers, numbers, _token_ids(tokenizer, full_texts), strict=True):
-        choice = ids[len(prompt_ids[row]) :]
+        choice = ids[len(context_ids[row]) :]
         if not choice:
             raise ValueError(f"choices must have at least one token, got none for {texts[row][number]!r}")
         longest = max(longest, len(choice))
-        room, prompt = max(0, max_length - len(choice) - len(start)), ids[: len(prompt_ids[row])]
+        room, prompt = max(0, max_length - len(choice) - len(start)), ids[: len(context_ids[row])]
         context = [*start, *prompt[max(0, len(prompt) - room) :]]
         inputs.append(context + choice)
         labels.append([IGNORED] * len(context) + choice)
@@ -216,6 +216,15 @@ def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Token
     right = np.flatnonzero(continuations.numbers == answers[row_numbers]).tolist()
     right_tokens = {"input_ids": list(map(inputs.__getitem__, right)), "labels": list(map(labels.__getitem__, right))}
     return Tokens(right_tokens, padding, continuations=continuations, groups=groups_of(rows), shifted=True)
+
+
+def prompt_ids(tokenizer: Any, prompts: list[str], max_length: int) -> list[list[int]]:
+    """Tokenize prompts for a causal LM to continue; longer ones are truncated at the beginning."""
+    start = _start_ids(tokenizer)
+    inputs = []
+    for ids in _token_ids(tokenizer, prompts):
+        inputs.append([*start, *ids[max(0, len(start) + len(ids) - max_length) :]])
+    return inputs
 
 
 def _find_choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:

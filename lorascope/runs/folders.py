@@ -27,7 +27,7 @@ except ImportError:  # Windows
 
 # Files that lorascope writes in a run folder, except manifests.
 _RUN_FILE = re.compile(
-    r"(records|predictions)\.parquet|snapshots/step-\d+\.safetensors|state/(last|best)\.safetensors"
+    r"(records|predictions|texts)\.parquet|snapshots/step-\d+\.safetensors|state/(last|best)\.safetensors"
     r"|resume/((step-\d+|best-\d+|base)\.safetensors|trackers\.json)|checkpoints/(step|best)-\d+\.safetensors"
     r"|harness/[0-9a-f]{12}\.json"
     r"|tensorboard/([\d.]+/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)"

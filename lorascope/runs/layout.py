@@ -12,6 +12,7 @@ GROWING = "growing"
 # Replaces the checksum of a file that was deleted to save disk space.
 REMOVED = "removed"
 PREDICTIONS = "predictions.parquet"
+TEXTS = "texts.parquet"
 
 
 class Lazy(Mapping[str, Any]):

@@ -2,7 +2,7 @@
 
 A run is a folder: ``run.json``, ``records.parquet``, ``predictions.parquet``, ``snapshots/step-000500.safetensors``,
 ``state/last.safetensors`` and ``state/best.safetensors``, plus ``resume/`` while it is unfinished, and ``checkpoints/``
-if some were kept, and ``harness/`` with results of ``ls.harness``.
+if some were kept, ``texts.parquet`` if it generated texts, and ``harness/`` with results of ``ls.harness``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 import lorascope
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.parquet_tables import read_table
-from lorascope.files.predictions import choice_columns
+from lorascope.files.predictions import choice_columns, collect_references
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import read_json, unreadable
 from lorascope.files.whole_files import file_hash
 from lorascope.runs.finding_lines import RECORDED_BY
 from lorascope.runs.folders import RunManifest, new_folder
-from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, Lazy, snapshot_file
+from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, TEXTS, Lazy, snapshot_file
 from lorascope.runs.manifest import Axes, Manifest, SnapshotAbout, read_about, read_manifest
 from lorascope.runs.result import Result
 from lorascope.schema import records
@@ -130,6 +130,31 @@ class Run(Result):
             )
             raise unreadable(file, f"columns must be {allowed}, got {printable(dtypes)}")
         return table
+
+    @cached_property
+    def texts(self) -> pd.DataFrame:
+        """Texts that the final state generated from the prompts of the test split.
+
+        One row per prompt: ``prompt, text, references``, the list of its responses in the data, and ``group`` if there
+        are groups.
+
+        Raises
+        ------
+        FileNotFoundError
+            The run is unfinished, or was trained without ``generation``.
+        """
+        if self.finished and TEXTS not in self.meta.checksums:
+            raise FileNotFoundError(
+                f"cannot read the texts of run {self.id}: it was trained without generation=Generation()"
+            )
+        file = self._file(TEXTS)
+        table = read_table(file, file)
+        names = printable(", ".join(map(str, table)))
+        if set(table) - {"group"} != {"prompt", "text", "references"}:
+            raise unreadable(file, f"columns must be prompt, text and references, and group if any, got {names}")
+        if not table.map(lambda cell: isinstance(cell, str)).to_numpy().all():
+            raise unreadable(file, f"{names} must be texts in each row")
+        return collect_references(table)
 
     @cached_property
     def parents(self) -> list[Run]:

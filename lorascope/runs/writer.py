@@ -20,7 +20,7 @@ from lorascope.files.safetensors_io import TensorFile, write_tensors
 from lorascope.files.typed_json import read_json
 from lorascope.files.whole_files import file_hash, is_partial, write_bytes, write_json
 from lorascope.runs.folders import own_files
-from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, snapshot_file
+from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, TEXTS, snapshot_file
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema import records
@@ -114,10 +114,10 @@ class RunWriter:
                     about.setdefault("forms", {})[item.module] = item.form
         write_tensors(path, arrays, about)
 
-    def write_predictions(self, predictions: pd.DataFrame) -> None:
-        """Write what the final state predicts for each test row; see ``Run.predictions``."""
+    def write_rows(self, name: str, rows: pd.DataFrame) -> None:
+        """Write what the final state predicts or generates for test rows; see ``Run.predictions`` and ``Run.texts``."""
         self.require_folder()
-        write_bytes(self.path / PREDICTIONS, predictions.to_parquet(index=False))
+        write_bytes(self.path / name, rows.to_parquet(index=False))
 
     def table(self) -> pd.DataFrame:
         """Return all rows so far."""
@@ -144,7 +144,7 @@ class RunWriter:
         return run
 
     def _content_files(self) -> set[Path]:
-        return own_files(self.path, "records.parquet", PREDICTIONS, "snapshots/*", "state/*")
+        return own_files(self.path, "records.parquet", PREDICTIONS, TEXTS, "snapshots/*", "state/*")
 
     def _write(self, status: Any, checksum: Callable[[Path], str]) -> None:
         self.require_folder()

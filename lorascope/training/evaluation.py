@@ -27,8 +27,10 @@ class Score:
     of a number; ``counts`` is the number of target tokens, 1 for a class or number; ``correct`` is whether the model
     prefers the correct class or response, None without a closed set of answers; ``margins`` is by how much, see
     ``quantize_margins``; ``predicted`` and ``answers`` are the numbers of the preferred and the right class or
-    response, or the predicted and the right number; ``metrics`` replace the accuracy, the first one as ``metric``;
-    ``choices`` are log-likelihood, characters and bytes of the choices of each row, see ``Metric.compute``.
+    response, or the predicted and the right number; ``metrics`` replace the accuracy, the first one as ``metric``.
+    ``texts`` are generated ones with the columns ``prompt, text, references``, and ``group`` if there are groups; with
+    them, the metrics are of texts. ``choices`` are log-likelihood, characters and bytes of the choices of each row, see
+    ``Metric.compute``.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Score:
     predicted: Int16[np.ndarray, "rows"] | Float32[np.ndarray, "rows"] | None = None
     answers: Int[np.ndarray, "rows"] | Float32[np.ndarray, "rows"] | None = None
     metrics: tuple[Metric, ...] = ()
+    texts: pd.DataFrame | None = None
     choices: Float[np.ndarray, "rows choices 3"] | None = None
 
     @property
@@ -57,7 +60,7 @@ class Score:
     @cached_property
     def values(self) -> dict[str, float]:
         """All metrics by name, in the order in which they were requested; empty without any."""
-        rows = np.ones(len(self.nll), dtype=bool)
+        rows = np.ones(len(self.nll if self.texts is None else self.texts), dtype=bool)
         return {metric.name: self._compute(metric, rows) for metric in self.metrics}
 
     @property
@@ -85,9 +88,14 @@ class Score:
     def groups(self) -> dict[str, float]:
         """Metric of each group by name; empty without groups."""
         names = np.array(self.row_groups or [])
+        if self.row_groups and self.metrics and self.texts is not None:
+            names = self.texts["group"].to_numpy()
         return {str(name): self._metric(names == name) for name in np.unique(names)}
 
-    def _compute(self, metric: Metric, rows: Bool[np.ndarray, "rows"]) -> float:
+    def _compute(self, metric: Metric, rows: Bool[np.ndarray, "units"]) -> float:
+        if self.texts is not None:
+            texts = self.texts[rows]
+            return float(metric.compute(texts["text"].to_list(), texts["references"].to_list()))
         assert self.predicted is not None
         assert self.answers is not None
         if self.choices is not None:
@@ -95,7 +103,7 @@ class Score:
         dtype = np.result_type(self.answers, np.int64)  # int64 of classes, float64 of values
         return float(metric.compute(self.predicted[rows].astype(dtype), self.answers[rows].astype(dtype)))
 
-    def _metric(self, rows: Bool[np.ndarray, "rows"]) -> float:
+    def _metric(self, rows: Bool[np.ndarray, "units"]) -> float:
         if self.metrics:
             return self._compute(self.metrics[0], rows)
         if self.correct is not None:

@@ -24,6 +24,7 @@ from lorascope.observe.observer import require_observers
 from lorascope.runs.folders import identify_folder, lock_run
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import Base, prepare_model
+from lorascope.training.generation import Generation, require_generation
 from lorascope.training.keyboard_interrupt import catch_interrupt
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
 from lorascope.training.progress import progress_bar
@@ -65,6 +66,7 @@ def train(
     eps: float = 1e-8,
     attention: str | None = None,
     gradient_checkpointing: bool = False,
+    generation: Generation | Mapping[str, Any] | None = None,
     start: Run | str | Path | None = None,
     start_head: bool = False,
     observe: Sequence[Observer] | None = None,
@@ -148,6 +150,10 @@ def train(
         ``precision="bf16"``.
     gradient_checkpointing : bool
         Compute the activations of each block again in the backward pass, to save memory. The gradients are the same.
+    generation : Generation or mapping, optional
+        How a causal language model generates texts from prompts with open responses, for metrics such as BLEU. The run
+        keeps those of the test split. Rows with the same prompt are one item with several references. The loss selects
+        the best state unless ``every`` says that evaluations generate as well; then those that do select it.
     start : Run or path, optional
         Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI;
         or, for ``LoRA``, a folder of PEFT with the same ranks, scales and modules. Figures subtract the initial update,
@@ -224,7 +230,9 @@ def train(
     task = data.fit(model)
     if task.kind in DEFAULTS and not settings.metrics:
         settings = replace(settings, metric=DEFAULTS[task.kind])
-    require_fit(settings.metrics, task)
+    if settings.generation is not None:
+        require_generation(model, task)
+    require_fit(settings.metrics, task, settings.generation is not None)
     require_smoothing(settings.label_smoothing, task)
     model.to(device)
     settings.set_computation(model)

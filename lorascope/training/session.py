@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets
 from lorascope.methods.method import Batch, HeldOut, Method, Step, copy_method, trained_parameters
 from lorascope.observe.trainable import are_finite
+from lorascope.runs.layout import PREDICTIONS, TEXTS
 from lorascope.runs.manifest import State, Test
 from lorascope.runs.run import Run
 from lorascope.schema.records import Quantity, Record, register
 from lorascope.training.base_weights import Base, begin_training
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
 from lorascope.training.evaluation import Score, evaluate, to_device
+from lorascope.training.generation import generate_texts, group_references
 from lorascope.training.recording import Recording
 from lorascope.training.run_spec import RunSpec
 from lorascope.training.state import (
@@ -71,7 +74,7 @@ class Session(Recording):
         self.method = copy_method(plan.phase.method)
         self.optimizer, modules = begin_training(self.method, model, base, plan.settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, plan.settings.rate())
-        reader = processor(model)
+        self._reader = reader = processor(model)
         self.train = self._encode(reader, plan.rows or plan.task, plan.phase.split)
         self.search = self._encode(reader, plan.task, "search") if self.method.search_share else None
         self.validation = self._encode(reader, plan.task, "validation", plan.settings.eval_size)
@@ -91,11 +94,13 @@ class Session(Recording):
 
     # -- data ---------------------------------------------------------------------------------------------------
 
-    def _encode(self, reader: Any, task: Task, splits: str, rows: int | None = None) -> EncodedRows:
+    def _rows(self, task: Task, splits: str, rows: int | None) -> pd.DataFrame:
         tables = [task.split(split, float(self.method.search_share)) for split in splits.split("+")]
         # Rows of a task are sorted by a hash of their content, so the first ones are a random sample.
-        table = pd.concat(tables, ignore_index=True).head(rows or len(task.table))
-        encoded = task.encode(reader, table, self.settings.max_length)
+        return pd.concat(tables, ignore_index=True).head(rows or len(task.table))
+
+    def _encode(self, reader: Any, task: Task, splits: str, rows: int | None = None) -> EncodedRows:
+        encoded = task.encode(reader, self._rows(task, splits, rows), self.settings.max_length)
         require_positions(self.model, encoded.longest, self.settings.max_length)
         return encoded
 
@@ -181,13 +186,23 @@ class Session(Recording):
         step.best = False
         if step.finished % self.settings.evaluation_steps and not step.last:
             return None
-        score = self._score(self.validation)
-        self.add([Record("eval_loss", score.loss), Record("eval_metric", score.metric)])
+        score, generation = self._score(self.validation), self.settings.text_generation
+        is_due = generation is not None and generation.is_due(
+            step.finished // self.settings.evaluation_steps, step.last
+        )
+        if is_due:
+            score = self._generate(score, "validation", self.settings.eval_size)
+        self.add([Record("eval_loss", score.loss)])
+        # Without texts, the perplexity has the place of a metric, but is none of the run.
+        if is_due or generation is None or not self.settings.metrics:
+            self.add([Record("eval_metric", score.metric)])
         self.add([Record(f"eval_{name}", value) for name, value in score.values.items()])
+        # A perplexity is not comparable with the metric of the evaluations that generate.
+        is_candidate = is_due or generation is None or not generation.every
         key = (score.metric if score.higher_is_better else -score.metric, -score.loss)
         # NaN, such as the correlation of a constant, is never the best.
         is_better = not math.isnan(score.metric) and (self.best is None or key > self.best.key)
-        if step.finished and self.method.settled(step) and is_better:
+        if step.finished and self.method.settled(step) and is_candidate and is_better:
             step.best = True
             # finish() saves the last state.
             entry = self.state_entry() if step.last else self.save_state(self.checkpoints.best_file(step.finished))
@@ -197,6 +212,18 @@ class Session(Recording):
     def _score(self, rows: Any) -> Score:
         with self._autocast():
             return evaluate(self.model, rows, self.device, metrics=self.settings.metrics)
+
+    def _generate(self, score: Score, split: str, rows: int | None) -> Score:
+        """Return the score of rows with the metrics of texts that are generated from their prompts."""
+        generation, metrics = self.settings.text_generation, self.settings.metrics
+        assert generation is not None
+        items = group_references(self._rows(self.task, split, rows))
+        prompts, length = items["prompt"].to_list(), self.settings.max_length
+        with self._autocast():
+            texts = generate_texts(self.model, self._reader, prompts, generation, length, self.device)
+        items.insert(1, "text", texts)
+        name = metrics[0].name if metrics else score.name
+        return replace(score, name=name, metrics=metrics, texts=items)
 
     # -- saving and resuming ------------------------------------------------------------------------------------
 
@@ -284,20 +311,29 @@ class Session(Recording):
         if score.values:
             self.writer.meta.test.values = score.values
             self.writer.meta.test.higher_is_better = score.higher_is_better
-        self.writer.write_predictions(score.predictions)
+        self.writer.write_rows(PREDICTIONS, score.predictions)
+        if score.texts is not None:
+            # Nested columns are not read again.
+            self.writer.write_rows(TEXTS, score.texts.explode("references"))
         run = self.close("done")
         self.checkpoints.remove()
         return run
 
     def _score_tests(self) -> tuple[Score, dict[str, float]]:
         """Evaluate the model on the test split; return the score, and the metric of each group or test set."""
-        score = self._score(self.test)
+        score = self._score_test("test", self.test)
         groups = score.groups
         if self.task.test_sets:
             groups[self.task.test_sets[0]] = score.metric
         for name, rows in self.other_tests.items():
-            groups[name] = self._score(rows).metric
+            groups[name] = self._score_test(self.task.other_tests[name], rows).metric
         return score, groups
+
+    def _score_test(self, split: str, rows: EncodedRows) -> Score:
+        score = self._score(rows)
+        if self.settings.text_generation is None:
+            return score
+        return self._generate(score, split, self.settings.test_size)
 
     def _score_tested_state(self) -> tuple[Score, dict[str, float]]:
         """Evaluate the state that ``test_state`` names on the test split, and leave the model in its last state."""

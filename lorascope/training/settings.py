@@ -16,6 +16,7 @@ from lorascope.inputs.metrics import Metric, resolve
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
 from lorascope.methods.method import python_number
+from lorascope.training.generation import Generation, read_generation
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
@@ -33,6 +34,7 @@ _ADDED_LATER = {
     "eps": 1e-8,
     "attention": None,
     "gradient_checkpointing": False,
+    "generation": None,
 }
 _NUMBERS = ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs", "label_smoothing", "eps")
 
@@ -73,6 +75,7 @@ class Settings:
     eps: float = 1e-8
     attention: str | None = None
     gradient_checkpointing: bool = False
+    generation: Generation | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "test_size", "max_length")
@@ -108,6 +111,8 @@ class Settings:
         checkpointing = self.gradient_checkpointing
         require(self, "gradient_checkpointing", "True or False", isinstance(checkpointing, bool))
         _ = self.metrics  # an unknown one raises
+        if self.text_generation is not None and self.text_generation.every and not self.metrics:
+            raise ValueError("every of generation requires a metric of texts, such as metric='bleu'")
 
     def _require_torch_values(self) -> None:
         """Raise a ValueError unless the settings of loss and optimizer are valid in torch."""
@@ -159,6 +164,13 @@ class Settings:
         return resolve(self.metric)
 
     @property
+    def text_generation(self) -> Generation | None:
+        """How texts are generated, also from the table of a sweep file or a run; None without."""
+        if self.generation is None:
+            return None
+        return read_generation(self.generation)
+
+    @property
     def evaluation_steps(self) -> int:
         """Number of steps between two evaluations; all steps of the run if ``eval_every`` is 0."""
         if self.eval_every is None:
@@ -196,12 +208,14 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, in which 1 and 1.0 are the same setting."""
-        values = dataclasses.asdict(dataclasses.replace(self, metric=None))
+        values = dataclasses.asdict(dataclasses.replace(self, metric=None, generation=None))
         for name, value in values.items():
             values[name] = python_number(value)
             if name in _NUMBERS and value is not None:
                 values[name] = float(value)
         values["betas"] = list(map(float, self.betas))
+        if self.text_generation is not None:
+            values["generation"] = self.text_generation.to_dict()
         for name, default in _ADDED_LATER.items():
             if values[name] == default:
                 del values[name]

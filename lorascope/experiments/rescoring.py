@@ -8,6 +8,7 @@ import numpy as np
 
 from lorascope.array_types import Int
 from lorascope.files.predictions import choice_columns
+from lorascope.inputs.answer_spans import prompts_of
 from lorascope.inputs.metrics import DEFAULTS, Metric, require_fit, resolve, stack_choices
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import class_numbers
@@ -43,8 +44,8 @@ def score(
     task : Task
         The data of the run.
     metric : str or Metric, optional
-        Metric, by default accuracy, ``choice_accuracy`` of a task with choices, or the mean squared error of a task
-        with numbers.
+        Metric, by default accuracy, ``choice_accuracy`` of a task with choices, ``f1_words`` of spans, or the mean
+        squared error of a task with numbers.
     bootstrap : int
         Number of resamples, 1000 by default; 0 for no interval. They draw test rows with replacement, or clusters of
         rows for a task with the column cluster. The interval is between the 2.5% and 97.5% quantiles of the metric. It
@@ -83,6 +84,11 @@ def score(
         # As evaluate compares them.
         answers = rows["label"].to_numpy(np.float32).astype(np.float64)
         predicted = run.predictions["predicted"].to_numpy(np.float64)
+    elif task.kind == "span":
+        texts = run.texts.set_index("prompt")["text"]
+        # Rows with the same prompt have the same text.
+        predicted = texts[prompts_of(rows)].to_numpy(object)
+        answers = rows["answers"].map(lambda answers: answers or [""]).to_numpy(object)
     elif task.kind == "choice":
         table = run.predictions
         answers = rows["answer"].to_numpy(np.int64)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["METRICS", "Metric", "add", "get"]
 
 _NEEDS = ("classes", "two classes", "values", "texts", "choices")
-DEFAULTS = {"regression": "mse", "choice": "choice_accuracy"}
+DEFAULTS = {"regression": "mse", "choice": "choice_accuracy", "span": "f1_words"}
 """Default metric by kind of task, other than accuracy or perplexity."""
 
 METRICS: dict[str, Metric] = {}
@@ -163,7 +163,7 @@ def require_fit(metrics: Iterable[Metric], task: Task, generates: bool = False) 
             labels = "numbers"
         if "choices" in task.predicts:
             labels = "choices"
-        if generates:
+        if "texts" in predicts:
             labels = "texts"
         names = f"{', '.join(fitting[:-1])} or {fitting[-1]}"
         raise ValueError(f"{cannot}: its labels are {labels}; use {names}")

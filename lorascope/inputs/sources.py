@@ -37,7 +37,8 @@ HIDDEN_LABEL = "(hidden)"
 HIDDEN_ANSWER = -1
 """Number of the right choice of such rows."""
 _INPUTS = ("text", "pair", "label", "image", "prompt", "response", "choices", "answer")
-_COLUMNS = (*_INPUTS, "group", "domain", "cluster", "split")
+_SPANS = ("question", "context", "answers", "answer_start")
+_COLUMNS = (*_INPUTS, *_SPANS, "group", "domain", "cluster", "split")
 # With a configuration after the colon.
 _HUB_PARTS = 2
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -280,7 +281,7 @@ def _read_dataset(
 def _canonical(split: Any, columns: Mapping[str, str] | None, name: str) -> pd.DataFrame:
     """Return one split under lorascope's column names, with class names instead of class numbers.
 
-    A split with prompt and response, or with choices, is returned unchanged. Otherwise the columns are image or text,
+    A split with prompt and response, choices or spans is returned unchanged. Otherwise the columns are image or text,
     and label and group if they exist. Without a column of that name, the first two columns of texts become text and
     pair.
     """
@@ -300,7 +301,8 @@ def _canonical(split: Any, columns: Mapping[str, str] | None, name: str) -> pd.D
     if columns is not None:
         return rename_columns(rows, columns, name)
     kinds = split.features
-    if {"prompt", "response"} <= kinds.keys() or {"prompt", "choices", "answer"} <= kinds.keys():
+    unchanged = ({"prompt", "response"}, {"prompt", "choices", "answer"}, {"question", "context", "answers"})
+    if any(names <= kinds.keys() for names in unchanged):
         return rows.drop(columns="split", errors="ignore")  # of another meaning than that of a file's column
     images = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"][:1]
     strings = [column for column, kind in kinds.items() if getattr(kind, "dtype", "") in ("string", "large_string")]

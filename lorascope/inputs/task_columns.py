@@ -19,6 +19,8 @@ def read_kind(rows: pd.DataFrame, name: str, requested: str | None) -> tuple[str
         return "prompt", ["prompt", "response"]
     if {"prompt", "choices", "answer"} <= columns:
         return "choice", ["prompt"]
+    if {"question", "context", "answers"} <= columns:
+        return "span", ["context", "question"]  # questions about one context are in one split
     if {"text", "label"} <= columns:
         if requested is None and label_values.has_fractions(rows["label"]):
             requested = "regression"
@@ -27,9 +29,10 @@ def read_kind(rows: pd.DataFrame, name: str, requested: str | None) -> tuple[str
         return "image", ["image"]
     if columns - {"group", "cluster", "split"} == {"text"}:
         return "lm", ["text"]
-    pairs = "text and label, image and label, prompt and response, or prompt, choices and answer"
+    pairs = "text and label, image and label, prompt and response, prompt, choices and answer"
+    spans = "or question, context, answers and answer_start"
     raise ValueError(
-        f"columns of {name} must include {pairs}, or be text only, got {', '.join(map(str, rows.columns))}"
+        f"columns of {name} must include {pairs}, {spans}, or be text only, got {', '.join(map(str, rows.columns))}"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from torch import Tensor, nn
 
-from lorascope.inputs import images, questions, sources, task_columns
+from lorascope.inputs import answer_spans, images, questions, sources, task_columns
 from lorascope.inputs import labels as label_values
 from lorascope.inputs import splits as split_rules
 from lorascope.inputs.splits import SPLITS
@@ -36,6 +36,7 @@ _HEADS = {
     "ForCausalLM": "prompt",
     "LMHead": "prompt",
     "ForConditionalGeneration": "seq2seq",
+    "ForQuestionAnswering": "span",
 }
 
 
@@ -54,12 +55,13 @@ class Task:
     ----------
     name : str
         Name, path or hub id of the source.
-    kind : {"classification", "regression", "image", "prompt", "seq2seq", "choice", "lm"}
+    kind : {"classification", "regression", "image", "prompt", "seq2seq", "choice", "span", "lm"}
         Labeled texts; texts with numbers; labeled images; prompts with responses for a causal LM or an
-        encoder-decoder; prompts with choices; plain text.
+        encoder-decoder; prompts with choices; questions with answers in a context; plain text.
     table : DataFrame
         Columns text and label (and optionally pair, a second text), or image and label, or prompt and response, or
-        prompt, choices (lists of texts) and answer (the number of the right one), or text. Also group if there are
+        prompt, choices (lists of texts) and answer (the number of the right one), or question, context, answers (lists
+        of texts) and answer_start (lists of characters), or text. Also group if there are
         groups, cluster if rows depend on each other (such as sentences of one article), split, and draw, a number in
         [0, 1) that selects the search split.
     labels : tuple of str
@@ -105,6 +107,8 @@ class Task:
         """Names of the outputs of the head that the task needs; None for the head of a language model."""
         if self.kind == "regression":
             return ("value",)
+        if self.kind == "span":
+            return ("start", "end")
         return self.labels if self.classifies else None
 
     @property
@@ -114,7 +118,7 @@ class Task:
             return ("classes", "two classes")
         if self.labels:
             return ("classes",)
-        return {"regression": ("values",), "choice": ("choices",)}.get(self.kind, ())
+        return {"regression": ("values",), "choice": ("choices",), "span": ("texts",)}.get(self.kind, ())
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -182,6 +186,8 @@ class Task:
         if "image" in (head, self.kind) and head != self.kind:
             takes, has = ("images", "text") if head == "image" else ("text", "images")
             raise ValueError(f"{cannot}: the task has {has}, but the model takes {takes}")
+        if "span" in (head, self.kind) and head != self.kind:
+            raise ValueError(f"{cannot}: questions with a context, and only these, require a question answering head")
         if self.kind == "regression":
             if head != "classification":
                 raise ValueError(f"{cannot}: regression requires a classifier head")
@@ -233,6 +239,9 @@ class Task:
             return encode_classes(processor, rows, self.labels, max_length)
         if self.kind == "regression":
             return encode_values(processor, rows, max_length)
+        if self.kind == "span":
+            can_be_empty = not self.table["answers"].map(len).all()
+            return answer_spans.encode_spans(processor, rows, max_length, can_be_empty)
         if self.kind == "choice":
             return encode_choices(processor, rows, max_length)
         if self.kind == "lm":
@@ -241,6 +250,8 @@ class Task:
 
     def count_targets(self, batch: Mapping[str, Tensor]) -> int:
         """Return the number of rows (for classes) or tokens over which the loss of a batch is averaged."""
+        if self.kind == "span":
+            return len(batch["input_ids"])
         labels = batch["labels"]
         if self.kind == "regression":
             return len(labels)
@@ -269,8 +280,9 @@ def load(
         train.txt, valid.txt and test.txt, whose lines have ``||`` between prompt and response; or a dataset on the
         Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally
         pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and response, or
-        prompt, choices (a list of texts) and answer (the number of the right one, from 0), or only text; also group or
-        domain, cluster, and split, optionally.
+        prompt, choices (a list of texts) and answer (the number of the right one, from 0), or question, context,
+        answers and answer_start (the list of answers in the context, empty without one, and that of their first
+        characters), or only text; also group or domain, cluster, and split, optionally.
     splits : {"given", "hash"} or mapping, optional
         ``"given"`` takes the splits of the source: those of a dataset, or the column split, which has train,
         validation (or dev, valid) or test in each row. Rows of train are shuffled into a split without rows.
@@ -365,6 +377,8 @@ def from_frame(
     if kind == "choice":
         table["choices"] = label_values.read_choices(rows, name)
         table["answer"] = label_values.read_answers(rows, table["choices"].to_list(), name)
+    if kind == "span":
+        table["answers"], table["answer_start"] = answer_spans.read_spans(rows, name)
     for column in ("group", "cluster"):
         if column in rows and rows[column].isna().any():
             number = 1 + int(rows[column].isna().to_numpy().argmax())
@@ -399,8 +413,8 @@ def from_frame(
     hashed = table.assign(digest=digests)
     if kind == "image":
         hashed["image"] = digests  # neither paths nor file formats are part of the hash
-    if kind == "choice":
-        hashed["choices"] = table["choices"].map(json.dumps)  # lists cannot be sorted
+    for column in {"choices", "answers", "answer_start"} & set(table):
+        hashed[column] = table[column].map(json.dumps)  # lists cannot be sorted
     order = ["digest", *column_names]
     # Clusters order rows that are equal otherwise, but are not part of the hash.
     if "cluster" in rows:

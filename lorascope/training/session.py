@@ -146,16 +146,17 @@ class Session(Recording):
     def _batch_loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
         with self._autocast():
             if params is None:
-                return self._loss(model(**batch), batch["labels"])
+                return self._loss(model(**batch), batch.get("labels"))
             # A forward pass may write to buffers, such as the running means of batch normalization.
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            return self._loss(functional_call(model, {**buffers, **params}, (), batch), batch["labels"])
+            return self._loss(functional_call(model, {**buffers, **params}, (), batch), batch.get("labels"))
 
-    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+    def _loss(self, output: Any, labels: Tensor | None) -> Tensor:
         """Return the model's own loss, or the cross-entropy of its logits with smoothed labels."""
         smoothing = self.settings.label_smoothing
         if not smoothing:
             return output.loss.float()
+        assert labels is not None
         logits = output.logits
         if not self.task.classifies:
             logits, labels = align_targets(logits, labels, self.train.shifted)
@@ -168,7 +169,7 @@ class Session(Recording):
         total, rows = self.task.count_targets(self.step.batch), self.settings.batch_size // count
         for number in range(count):
             piece = {key: value[number * rows : (number + 1) * rows] for key, value in self.step.batch.items()}
-            if not len(piece["labels"]):
+            if not len(piece["input_ids" if "input_ids" in piece else "labels"]):
                 break  # the last batch of an epoch may be shorter
             # The loss of a piece is a mean over its own targets, whose number differs in a language model.
             share = self.task.count_targets(piece) / total if count > 1 else 1.0

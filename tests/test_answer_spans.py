@@ -12,11 +12,12 @@ from tiny import tiny
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerFast
 
 import lorascope as ls
 from lorascope.inputs import models, tasks
 from lorascope.inputs.answer_spans import best_span, encode_spans
+from lorascope.observe.measured_rows import TaskLoss
 from lorascope.training.base_weights import prepare_model
 from lorascope.training.evaluation import evaluate
 from lorascope.training.run_spec import phase_rows
@@ -300,9 +301,33 @@ def test_run_keeps_its_texts_and_is_scored_again(folder, tmp_path):
     assert score.texts["text"].to_list() == stored.texts["text"].to_list()
 
 
+def test_adapter_in_peft_has_the_logits_of_the_run(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    task = tasks.from_frame(table())
+    model = models.load(folder, task=task)
+    settings = {"steps": 3, "batch_size": 4, "progress": False, "max_length": LENGTH, "lr": 1e-2}
+    run = ls.train(model, task, ls.LoRA(rank=2), out=tmp_path / "run", **settings)
+    ls.export.to_peft(run, tmp_path / "adapter")
+    base = AutoModelForQuestionAnswering.from_pretrained(folder)
+    adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    # PeftModelForQuestionAnswering drops token_type_ids.
+    assert type(adapted) is peft.PeftModel
+    assert "AutoModelForQuestionAnswering.from_pretrained" in (tmp_path / "adapter" / "README.md").read_text()
+    inputs = task.encode(models.processor(model), task.split("test"), LENGTH).batch(range(4))
+    with torch.no_grad():
+        output, expected = adapted(**inputs), model.eval()(**inputs)
+    for name in ("start_logits", "end_logits"):
+        # Logits of size 10, as sums of at most 64 products in two blocks.
+        torch.testing.assert_close(output[name], expected[name], rtol=0, atol=1e-4)
+
+
 def test_instruments_in_nats_and_smoothing_reject_spans(folder, tmp_path):
     task = tasks.from_frame(table())
     with pytest.raises(ValueError, match=r"^label_smoothing must be 0 for table, whose labels are spans, got 0.1$"):
         ls.train(folder, task, "lora", steps=1, out=tmp_path / "run", label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"^cannot compute accuracy of table: its labels are texts; use exact_match, "):
         ls.train(folder, task, "lora", steps=1, out=tmp_path / "run", metric="accuracy")
+    model = models.load(folder, task=task)
+    rows = task.split("train")
+    with pytest.raises(ValueError, match=r"^cannot measure in nats: labels must be classes or texts, got spans$"):
+        TaskLoss(model, task.encode(models.processor(model), rows, LENGTH), rows)

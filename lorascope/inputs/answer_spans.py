@@ -52,7 +52,7 @@ def read_spans(rows: pd.DataFrame, name: str) -> tuple[list[list[str]], list[lis
     Raises
     ------
     ValueError
-        The answers of a row are other values than lists of texts and numbers, or a text is not in the context at its number.
+        The answers of a row are not lists of texts and numbers, or a text is not in the context at its number.
     """
     columns = rows.reindex(columns=["context", "answers", "answer_start"])
     texts, starts = [], []

@@ -54,11 +54,12 @@ def read_spans(rows: pd.DataFrame, name: str) -> tuple[list[list[str]], list[lis
     ValueError
         The answers of a row are not lists of texts and numbers, or a text is not in the context at its number.
     """
-    columns = rows.reindex(columns=["context", "answers", "answer_start"])
+    columns: Any = rows.reindex(columns=["context", "answers", "answer_start"])
     texts, starts = [], []
     for number, (context, answers, positions) in enumerate(columns.itertuples(index=False), start=1):
         if isinstance(answers, Mapping):  # datasets have a pair of lists
-            answers, positions = answers.get("text"), answers.get("answer_start")
+            pair: Mapping[str, Any] = answers
+            answers, positions = pair.get("text"), pair.get("answer_start")
         for column, values, kinds in (("answers", answers, str), ("answer_start", positions, int | np.integer)):
             is_list = isinstance(values, list | tuple | np.ndarray)
             if not is_list or not all(isinstance(value, kinds) for value in values):

@@ -118,6 +118,21 @@ def test_scores_are_those_of_the_libraries_on_the_texts(run, writer, task):
     assert recorded["test_bleu_lower"] == recorded["test_metric"] == values["bleu_lower"]
 
 
+def test_another_metric_is_computed_from_the_texts_of_a_run(run, writer, task, tmp_path):
+    texts = run.texts
+    expected = metrics.get("f1_words").compute(texts["text"].tolist(), texts["references"].tolist())
+    score = ls.score(run, task, "f1_words", bootstrap=200)
+    assert (score.name, score.value, score.units) == ("f1_words", expected, 10)
+    single = []
+    for text, answers in zip(texts["text"], texts["references"], strict=True):
+        single.append(metrics.get("f1_words").compute([text], [answers]))
+    # The interval of a mean over items, by the normal approximation.
+    assert score.high - score.low == pytest.approx(2 * 1.96 * np.std(single) / np.sqrt(10), rel=0.2)
+    assert ls.score(run, task, "bleu_lower", bootstrap=0).value == run.score.metric
+    with pytest.raises(FileNotFoundError, match=r"it was trained without generation=Generation\(\)"):
+        ls.score(ls.train(writer, task, "full", root=tmp_path, **SETTINGS), task, "f1_words")
+
+
 def test_the_loss_selects_the_best_state_of_a_run_that_generates_for_the_test_only(run):
     quantities = set(run.table["quantity"])
     assert "eval_loss" in quantities

@@ -30,7 +30,7 @@ from lorascope.training.settings import Settings
 _LEVEL = (1 - CONFIDENCE) / 2
 # Steps and epochs become numbers of steps, and a phase may set another rate.
 _RESOLVED = ("steps", "epochs", "eval_every", "lr", "head_lr")
-# Metrics that are no fractions, and those that their libraries give in percent.
+# Metrics without an upper bound, and those that their libraries compute in percent.
 _UNBOUNDED = ("mse", "nist", "cider")
 _PERCENT = ("bleu", "bleu_lower", "bleu_zh", "chrf")
 _NUMBERS = (

@@ -194,7 +194,7 @@ class Session(Recording):
         if is_due:
             score = self._generate(score, "validation", self.settings.eval_size)
         self.add([Record("eval_loss", score.loss)])
-        # Without texts, the perplexity has the place of a metric, but is none of the run.
+        # Without texts, the metric of the score is the perplexity, which the run does not record.
         if is_due or generation is None or not self.settings.metrics:
             self.add([Record("eval_metric", score.metric)])
         self.add([Record(f"eval_{name}", value) for name, value in score.values.items()])

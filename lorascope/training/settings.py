@@ -165,7 +165,7 @@ class Settings:
 
     @property
     def text_generation(self) -> Generation | None:
-        """How texts are generated, also from the table of a sweep file or a run; None without."""
+        """Settings of the generation of texts, also from the table of a sweep file or a run; None without it."""
         if self.generation is None:
             return None
         return read_generation(self.generation)

@@ -29,6 +29,7 @@ _PUBLIC = {
     "fork_effects": "lorascope.analysis.fork_effects:fork_effects",
     "sweep": "lorascope.experiments.sweep:sweep",
     "score": "lorascope.experiments.rescoring:score",
+    "harness": "lorascope.experiments.harness:harness",
     "advise": "lorascope.insight.advise:advise",
     "Advice": "lorascope.analysis.advice:Advice",
     "dial": "lorascope.insight.dial:dial",

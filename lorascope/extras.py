@@ -10,6 +10,7 @@ _IMPORTED = {
     "cluster": "dask distributed dask_jobqueue ray submitit",
     "hub": "datasets",
     "text": "sacrebleu rouge_score",
+    "harness": "lm_eval",
     "e2e": "pycocoevalcap",
     "peft": "peft",
     "lightning": "lightning",
@@ -17,7 +18,7 @@ _IMPORTED = {
 }
 """Packages that an extra installs and this one imports, by extra."""
 _EXTRAS = {package: extra for extra, packages in _IMPORTED.items() for package in packages.split()}
-_DISTRIBUTIONS = {"rouge_score": "rouge-score", "sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"lm_eval": "lm-eval", "rouge_score": "rouge-score", "sklearn": "scikit-learn"}
 
 
 def requirement(error: ModuleNotFoundError) -> str | None:

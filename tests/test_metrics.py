@@ -297,7 +297,7 @@ def test_metric_without_its_extra_names_what_to_install(name: str, package: str,
 def test_unknown_metric_suggests_a_name():
     with pytest.raises(ValueError, match=r"^unknown metric 'mcc'; did you mean 'matthews_correlation'\?$"):
         metrics.get("mcc")
-    with pytest.raises(ValueError, match=r"^unknown metric 'acuracy'; did you mean 'accuracy'\?$"):
+    with pytest.raises(ValueError, match=r"^unknown metric 'acuracy'; did you mean 'accuracy' or 'choice_accuracy'\?$"):
         metrics.get("acuracy")
 
 
@@ -334,7 +334,7 @@ def test_own_metric_is_registered_once():
     [
         ({"name": "my metric"}, "name must be an identifier other than loss, metric and metric_group, got 'my metric'"),
         ({"name": "loss"}, "name must be an identifier other than loss, metric and metric_group, got 'loss'"),
-        ({"needs": "rows"}, "needs must be one of 'classes', 'two classes', 'values', 'texts', got 'rows'"),
+        ({"needs": "rows"}, "needs must be one of 'classes', 'two classes', 'values', 'texts', 'choices', got 'rows'"),
     ],
 )
 def test_invalid_metric_raises_one_line(fields, message):

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lorascope.array_types import Int
-from lorascope.inputs.metrics import Metric, require_fit, resolve
+from lorascope.files.predictions import choice_columns
+from lorascope.inputs.answer_spans import prompts_of
+from lorascope.inputs.metrics import DEFAULTS, Metric, require_fit, resolve, stack_choices
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import class_numbers
 from lorascope.methods.field_checks import default_if_none, is_integer
@@ -42,8 +44,8 @@ def score(
     task : Task
         The data of the run.
     metric : str or Metric, optional
-        Metric, by default accuracy, or the mean squared error of a task with numbers. A metric of texts compares those
-        that the run generated.
+        Metric, by default accuracy, ``choice_accuracy`` of a task with choices, ``f1_words`` of spans, or the mean
+        squared error of a task with numbers. A metric of texts compares those that the run generated.
     bootstrap : int
         Number of resamples, 1000 by default; 0 for no interval. They draw test rows with replacement, or clusters of
         rows for a task with the column cluster, or prompts with their texts. The interval is between the 2.5% and 97.5%
@@ -72,13 +74,13 @@ def score(
     """
     if not is_integer(bootstrap) or bootstrap < 0:
         raise ValueError(f"bootstrap must be an integer >= 0, got {bootstrap!r}")
-    default = {"regression": "mse"}.get(task.kind, "accuracy")
+    default = DEFAULTS.get(task.kind, "accuracy")
     (resolved,) = resolve([default_if_none(metric, default)])
     if run.meta.data_hash != task.hash:
         raise ValueError(f"task must be the data of run {run.id}, {run.task}, got {task.name} with different rows")
     texts = resolved.needs == "texts"
     require_fit([resolved], task, generates=texts)
-    if texts:
+    if texts and task.kind != "span":  # spans have a text per row, and may have clusters
         predicted, answers = run.texts["text"].to_numpy(), run.texts["references"].to_numpy()
         units = np.arange(len(answers))
     else:
@@ -115,6 +117,15 @@ def _stored_predictions(run: Run, task: Task) -> tuple[np.ndarray, np.ndarray, I
         # As evaluate compares them.
         answers = rows["label"].to_numpy(np.float32).astype(np.float64)
         predicted = run.predictions["predicted"].to_numpy(np.float64)
+    elif task.kind == "span":
+        texts = run.texts.set_index("prompt")["text"]
+        # Rows with the same prompt have the same text.
+        predicted = texts[prompts_of(rows)].to_numpy(object)
+        answers = rows["answers"].map(lambda answers: answers or [""]).to_numpy(object)
+    elif task.kind == "choice":
+        table = run.predictions
+        answers = rows["answer"].to_numpy(np.int64)
+        predicted = stack_choices(table[choice_columns(table)].to_numpy(np.float64), rows["choices"].to_list())
     else:
         answers = class_numbers(rows, labels)
         predicted = _predicted_classes(run, answers, len(labels))

@@ -39,6 +39,8 @@ _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
+# Without a task type in PEFT: it has none for images, and with QUESTION_ANS its models ignore token_type_ids.
+_UNTYPED = {"image": "AutoModelForImageClassification", "span": "AutoModelForQuestionAnswering"}
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -250,8 +252,8 @@ def _head_roots(run: Result) -> list[str]:
 
 
 def _peft_task_type(run: Result, saved: list[str]) -> str | None:
-    if run.meta.task_kind == "image":
-        return None  # PEFT has no task type for images
+    if run.meta.task_kind in _UNTYPED:
+        return None
     recorded = run.meta.task_type
     if recorded is not None and recorded not in _AUTO:
         raise ValueError(
@@ -280,16 +282,14 @@ def _base(run: Result) -> tuple[str, int | None]:
 
 def _card(run: Result, config: Mapping[str, Any], kind: str, folder: str) -> str:
     """Return the README of the folder, which shows how to load the adapter."""
-    labels, image = run.meta.labels, run.meta.task_kind == "image"
+    labels, untyped = run.meta.labels, _UNTYPED.get(run.meta.task_kind or "")
     base, blocks = _base(run)
     arguments = [repr(base)]
     if blocks:
         arguments.append(f"num_hidden_layers={blocks}")
     if labels is not None:
         arguments += [f"num_labels={len(labels)}", f"id2label={dict(enumerate(labels))}"]
-    auto = _AUTO[config["task_type"] or "SEQ_CLS"]
-    if image:
-        auto = "AutoModelForImageClassification"
+    auto = untyped or _AUTO[config["task_type"] or "SEQ_CLS"]
     # The base is in YAML, which includes JSON, and the label is in Markdown, which would read some of its characters.
     text = _CARD.format(
         base=base if re.fullmatch(r"[\w./-]+", base) else json.dumps(base),
@@ -300,7 +300,7 @@ def _card(run: Result, config: Mapping[str, Any], kind: str, folder: str) -> str
         arguments=", ".join(arguments),
         folder=folder,
     )
-    if config["task_type"] == "SEQ_CLS" or (image and config["modules_to_save"]):
+    if config["task_type"] == "SEQ_CLS" or (untyped and config["modules_to_save"]):
         text += _HEAD_NOTE
     if base == _HUB["smollm2"]:
         text += _GGUF_NOTE

@@ -10,6 +10,7 @@ from lorascope.array_types import Float, Int, Int8, Int16
 from lorascope.files.lazy_pandas import pandas as pd
 
 _STEPS_OF_MARGIN = 32
+_CHOICE = "choice_"
 
 
 def quantize_margins(logits: Float[np.ndarray, "row class"], labels: Int[np.ndarray, "row"]) -> Int8[np.ndarray, "row"]:
@@ -29,6 +30,17 @@ def predict_classes(logits: Float[np.ndarray, "row class"], labels: Int[np.ndarr
     right_logits, other_logits = _separate(logits, labels)
     is_right = right_logits > other_logits.max(axis=1)
     return np.where(is_right, labels, other_logits.argmax(axis=1)).astype(np.int16)
+
+
+def choice_columns(predictions: pd.DataFrame) -> list[str]:
+    """Return the columns of log-likelihoods that predictions with as many choices must have, from choice_0."""
+    count = int(predictions.columns.str.startswith(_CHOICE).sum())
+    return list(map(f"{_CHOICE}{{}}".format, range(count)))
+
+
+def to_choice_columns(log_likelihoods: Float[np.ndarray, "row choice"]) -> pd.DataFrame:
+    """Return the log-likelihoods of choices as columns of predictions."""
+    return pd.DataFrame(log_likelihoods.astype(np.float32)).add_prefix(_CHOICE)
 
 
 def collect_references(rows: pd.DataFrame) -> pd.DataFrame:

@@ -1,10 +1,11 @@
-"""Labels of a table as class names, or as numbers to predict."""
+"""Labels of a table as class names, as numbers to predict, or as choices with the number of the right one."""
 
 from __future__ import annotations
 
 import math
 import reprlib
 
+import numpy as np
 import pandas as pd
 
 from lorascope.files.safe_csv import is_numeric_text
@@ -46,6 +47,35 @@ def read_numbers(rows: pd.DataFrame, name: str) -> list[float]:
                 raise ValueError(f"label in row {number} of {name} must be a finite number, got {reprlib.repr(label)}")
         numbers.append(value)
     return numbers
+
+
+def read_choices(rows: pd.DataFrame, name: str) -> list[list[str]]:
+    """Return the choices of each row."""
+    lists = []
+    for number, cell in enumerate(rows["choices"].to_list(), start=1):
+        # Parquet files have arrays.
+        texts = list(cell) if isinstance(cell, list | tuple | np.ndarray) else []
+        if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+            expected = "must be a list of at least 2 non-empty strings"
+            raise ValueError(f"choices in row {number} of {name} {expected}, got {reprlib.repr(cell)}")
+        lists.append(texts)
+    return lists
+
+
+def read_answers(rows: pd.DataFrame, choices: list[list[str]], name: str) -> list[int]:
+    """Return the number of the right choice of each row, from 0; ``HIDDEN_ANSWER`` for hidden ones."""
+    answers = []
+    for number, (answer, texts) in enumerate(zip(rows["answer"].to_list(), choices, strict=True), start=1):
+        if answer == sources.HIDDEN_LABEL:
+            answers.append(sources.HIDDEN_ANSWER)
+            continue
+        is_number = isinstance(answer, int | float | np.integer) and not isinstance(answer, bool)
+        if not is_number or answer not in range(len(texts)):
+            raise ValueError(
+                f"answer in row {number} of {name} must be from 0 to {len(texts) - 1}, got {reprlib.repr(answer)}"
+            )
+        answers.append(int(answer))
+    return answers
 
 
 def _is_whole_number(text: str) -> bool:

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["METRICS", "Metric", "add", "get"]
 
-_NEEDS = ("classes", "two classes", "values", "texts")
+_NEEDS = ("classes", "two classes", "values", "texts", "choices")
+DEFAULTS = {"regression": "mse", "choice": "choice_accuracy", "span": "f1_words"}
+"""Default metric by kind of task, other than accuracy or perplexity."""
 
 METRICS: dict[str, Metric] = {}
 """Registered metrics by name."""
@@ -50,13 +52,17 @@ class Metric:
     ----------
     name : str
         Name, an identifier.
-    needs : {"classes", "two classes", "values", "texts"}
-        Predictions and answers that it compares: class numbers, those of a task with two labels, numbers, or texts.
+    needs : {"classes", "two classes", "values", "texts", "choices"}
+        Predictions and answers that it compares: class numbers, those of a task with two labels, numbers, texts, or
+        choices.
     higher_is_better : bool
         Whether a higher value is better.
     compute : callable
         ``compute(predicted, answers)`` returns the metric as a number. Both are arrays of shape (rows,): int64 class
-        numbers or float64 values. Texts are a list of strings, with one list of references per text.
+        numbers or float64 values. Texts are a list of strings, with one list of references per text. Choices are an
+        array of shape (rows, choices, 3) with the log-likelihood in nats, the number of characters and that of UTF-8
+        bytes; in a row with fewer choices than others, the log-likelihood of the missing ones is -inf. Their answers
+        are numbers of choices, from 0.
 
     Raises
     ------
@@ -155,7 +161,9 @@ def require_fit(metrics: Iterable[Metric], task: Task, generates: bool = False) 
         labels = f"{len(task.labels)} classes"
         if "values" in predicts:
             labels = "numbers"
-        if generates:
+        if "choices" in task.predicts:
+            labels = "choices"
+        if "texts" in predicts:
             labels = "texts"
         names = f"{', '.join(fitting[:-1])} or {fitting[-1]}"
         raise ValueError(f"{cannot}: its labels are {labels}; use {names}")
@@ -209,6 +217,36 @@ def _correlation(name: str, predicted: Values, answers: Values) -> float:
 def mse(predicted: Values, answers: Values) -> float:
     """Compute the mean squared error."""
     return float(np.mean((predicted - answers) ** 2))
+
+
+# -- choices ------------------------------------------------------------------------------------------------------
+
+Scored = Float[np.ndarray, "rows choices 3"]
+
+
+def stack_choices(log_likelihoods: Float[np.ndarray, "rows choices"], texts: Sequence[Sequence[str]]) -> Scored:
+    """Return log-likelihood, characters and UTF-8 bytes of the choices of each row, as metrics compare them."""
+    scores = np.ones((*log_likelihoods.shape, 3))
+    scores[..., 0] = log_likelihoods
+    for row, choices in enumerate(texts):
+        scores[row, : len(choices), 1] = list(map(len, choices))
+        scores[row, : len(choices), 2] = [len(choice.encode()) for choice in choices]
+    return scores
+
+
+def choice_accuracy(predicted: Scored, answers: Classes) -> float:
+    """Compute the fraction of rows whose right choice has the largest log-likelihood; ties go to the first choice."""
+    return accuracy(predicted[..., 0].argmax(axis=1), answers)
+
+
+def choice_accuracy_norm(predicted: Scored, answers: Classes) -> float:
+    """Compute the fraction of rows whose right choice has the largest log-likelihood per character."""
+    return accuracy((predicted[..., 0] / predicted[..., 1]).argmax(axis=1), answers)
+
+
+def choice_accuracy_bytes(predicted: Scored, answers: Classes) -> float:
+    """Compute the fraction of rows whose right choice has the largest log-likelihood per UTF-8 byte."""
+    return accuracy((predicted[..., 0] / predicted[..., 2]).argmax(axis=1), answers)
 
 
 # -- texts --------------------------------------------------------------------------------------------------------
@@ -381,6 +419,9 @@ add(Metric("matthews_correlation", "classes", True, matthews_correlation))
 add(Metric("pearson", "values", True, partial(_correlation, "pearsonr")))
 add(Metric("spearman", "values", True, partial(_correlation, "spearmanr")))
 add(Metric("mse", "values", False, mse))
+add(Metric("choice_accuracy", "choices", True, choice_accuracy))
+add(Metric("choice_accuracy_norm", "choices", True, choice_accuracy_norm))
+add(Metric("choice_accuracy_bytes", "choices", True, choice_accuracy_bytes))
 add(Metric("exact_match", "texts", True, exact_match))
 add(Metric("f1_words", "texts", True, f1_words))
 for _kind in ("rouge1", "rouge2", "rougeL", "rougeLsum"):

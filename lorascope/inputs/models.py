@@ -304,21 +304,30 @@ def _configure(
         _keep_blocks(config, blocks, name)
     if options is not None:
         _set_options(config, options, name)
-    head = _head_class(config, name)
-    labels = task.head_labels if task is not None and "Classification" in head.__name__ else None
+    head = _head_class(config, name, task)
+    has_labels = "Classification" in head.__name__ or "QuestionAnswering" in head.__name__
+    labels = task.head_labels if task is not None and has_labels else None
     # A classifier with the same labels in another order keeps its order.
     is_relabeled = labels is not None and set(config.id2label.values()) != set(labels)
+    if "QuestionAnswering" in head.__name__:
+        is_relabeled = config.num_labels != 2  # the outputs have no names in transformers
     if labels is not None and is_relabeled:
         set_labels(config, labels)
     return config, head, is_relabeled
 
 
-def _head_class(config: Any, name: object) -> Any:
-    """Return the auto class with the head for a model of this configuration."""
+def _head_class(config: Any, name: object, task: Task | None) -> Any:
+    """Return the auto class with the head for a model of this configuration, for spans if these are the task."""
     kind = type(config)
+    if task is not None and task.kind == "span":
+        if kind not in auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING:
+            raise ValueError(f"cannot load {name}: {config.model_type} models have no head for question answering")
+        return transformers.AutoModelForQuestionAnswering
     saved_as = to_typed(config.architectures or [""], list[str], f"architectures of {name}")[0]
     if saved_as.endswith("ForSequenceClassification"):
         return transformers.AutoModelForSequenceClassification
+    if saved_as.endswith("ForQuestionAnswering"):
+        return transformers.AutoModelForQuestionAnswering
     if config.is_encoder_decoder and kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForSeq2SeqLM
     # Encoders such as BERT also have a causal LM class; a masked LM class identifies them as encoders.

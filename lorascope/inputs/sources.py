@@ -34,7 +34,11 @@ _SENTENCES = "sentences.parquet"
 _LONGEST = 255
 HIDDEN_LABEL = "(hidden)"
 """Label of rows of a dataset whose class number is -1, or of a split whose numbers all are."""
-_COLUMNS = ("text", "pair", "label", "image", "prompt", "response", "group", "domain", "cluster", "split")
+HIDDEN_ANSWER = -1
+"""Number of the right choice of such rows."""
+_INPUTS = ("text", "pair", "label", "image", "prompt", "response", "choices", "answer")
+_SPANS = ("question", "context", "answers", "answer_start")
+_COLUMNS = (*_INPUTS, *_SPANS, "group", "domain", "cluster", "split")
 # With a configuration after the colon.
 _HUB_PARTS = 2
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -267,8 +271,9 @@ def _read_dataset(
         rows = _canonical(dataset_split, columns, name)
         if with_splits:
             rows = rows.assign(split=split)
-        elif "label" in rows:
-            rows = rows[rows["label"] != HIDDEN_LABEL]
+        else:
+            for column in {"label", "answer"} & set(rows):
+                rows = rows[rows[column] != HIDDEN_LABEL]
         tables.append(rows)
     return pd.concat(tables, ignore_index=True)
 
@@ -276,12 +281,18 @@ def _read_dataset(
 def _canonical(split: Any, columns: Mapping[str, str] | None, name: str) -> pd.DataFrame:
     """Return one split under lorascope's column names, with class names instead of class numbers.
 
-    A split with prompt and response is returned unchanged. Otherwise the columns are image or text, and label and group
-    if they exist. Without a column of that name, the first two columns of texts become text and pair.
+    A split with prompt and response, choices or spans is returned unchanged. Otherwise the columns are image or text,
+    and label and group if they exist. Without a column of that name, the first two columns of texts become text and
+    pair.
     """
     rows = split.to_pandas()
+    source_of = {"choices": "choices", "answer": "answer", **(columns or {})}
+    has_choices = source_of["choices"] in rows
     for column, kind in split.features.items():
-        if hasattr(kind, "names"):
+        if has_choices and column == source_of["answer"]:
+            # The number of a choice, even if it has a letter as its name.
+            rows[column] = rows[column].astype(object).where(rows[column] != HIDDEN_ANSWER, HIDDEN_LABEL)
+        elif hasattr(kind, "names"):
             # Hidden test labels are stored as -1.
             names = [kind.names[number] if number >= 0 else HIDDEN_LABEL for number in rows[column]]
             rows[column] = pd.Series(names, rows.index, dtype=object)
@@ -290,7 +301,8 @@ def _canonical(split: Any, columns: Mapping[str, str] | None, name: str) -> pd.D
     if columns is not None:
         return rename_columns(rows, columns, name)
     kinds = split.features
-    if {"prompt", "response"} <= kinds.keys():
+    unchanged = ({"prompt", "response"}, {"prompt", "choices", "answer"}, {"question", "context", "answers"})
+    if any(names <= kinds.keys() for names in unchanged):
         return rows.drop(columns="split", errors="ignore")  # of another meaning than that of a file's column
     images = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"][:1]
     strings = [column for column, kind in kinds.items() if getattr(kind, "dtype", "") in ("string", "large_string")]

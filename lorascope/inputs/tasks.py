@@ -13,11 +13,19 @@ from typing import Any, NamedTuple
 import pandas as pd
 from torch import Tensor, nn
 
-from lorascope.inputs import images, questions, sources
+from lorascope.inputs import answer_spans, images, questions, sources, task_columns
 from lorascope.inputs import labels as label_values
 from lorascope.inputs import splits as split_rules
 from lorascope.inputs.splits import SPLITS
-from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text, encode_values
+from lorascope.inputs.tokenization import (
+    IGNORED,
+    EncodedRows,
+    encode_choices,
+    encode_classes,
+    encode_pairs,
+    encode_text,
+    encode_values,
+)
 
 __all__ = ["Task", "from_frame", "load"]
 
@@ -28,6 +36,7 @@ _HEADS = {
     "ForCausalLM": "prompt",
     "LMHead": "prompt",
     "ForConditionalGeneration": "seq2seq",
+    "ForQuestionAnswering": "span",
 }
 
 
@@ -46,13 +55,15 @@ class Task:
     ----------
     name : str
         Name, path or hub id of the source.
-    kind : {"classification", "regression", "image", "prompt", "seq2seq", "lm"}
+    kind : {"classification", "regression", "image", "prompt", "seq2seq", "choice", "span", "lm"}
         Labeled texts; texts with numbers; labeled images; prompts with responses for a causal LM or an
-        encoder-decoder; plain text.
+        encoder-decoder; prompts with choices; questions with answers in a context; plain text.
     table : DataFrame
         Columns text and label (and optionally pair, a second text), or image and label, or prompt and response, or
-        text. Also group if there are groups, cluster if rows depend on each other (such as sentences of one article),
-        split, and draw, a number in [0, 1) that selects the search split.
+        prompt, choices (lists of texts) and answer (the number of the right one), or question, context, answers (lists
+        of texts) and answer_start (lists of characters), or text. Also group if there are
+        groups, cluster if rows depend on each other (such as sentences of one article), split, and draw, a number in
+        [0, 1) that selects the search split.
     labels : tuple of str
         Class names in the order of their numbers; empty without a closed set of answers.
     hash : str
@@ -96,6 +107,8 @@ class Task:
         """Names of the outputs of the head that the task needs; None for the head of a language model."""
         if self.kind == "regression":
             return ("value",)
+        if self.kind == "span":
+            return ("start", "end")
         return self.labels if self.classifies else None
 
     @property
@@ -105,9 +118,7 @@ class Task:
             return ("classes", "two classes")
         if self.labels:
             return ("classes",)
-        if self.kind == "regression":
-            return ("values",)
-        return ()
+        return {"regression": ("values",), "choice": ("choices",), "span": ("texts",)}.get(self.kind, ())
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -175,9 +186,15 @@ class Task:
         if "image" in (head, self.kind) and head != self.kind:
             takes, has = ("images", "text") if head == "image" else ("text", "images")
             raise ValueError(f"{cannot}: the task has {has}, but the model takes {takes}")
+        if "span" in (head, self.kind) and head != self.kind:
+            raise ValueError(f"{cannot}: questions with a context, and only these, require a question answering head")
         if self.kind == "regression":
             if head != "classification":
                 raise ValueError(f"{cannot}: regression requires a classifier head")
+            return self
+        if self.kind == "choice":
+            if head != "prompt":
+                raise ValueError(f"{cannot}: multiple choice requires a causal LM")
             return self
         if head == self.kind:
             if not self.classifies:
@@ -222,16 +239,23 @@ class Task:
             return encode_classes(processor, rows, self.labels, max_length)
         if self.kind == "regression":
             return encode_values(processor, rows, max_length)
+        if self.kind == "span":
+            can_be_empty = not self.table["answers"].map(len).all()
+            return answer_spans.encode_spans(processor, rows, max_length, can_be_empty)
+        if self.kind == "choice":
+            return encode_choices(processor, rows, max_length)
         if self.kind == "lm":
             return encode_text(processor, rows, max_length)
         return encode_pairs(processor, rows, self.labels, max_length, seq2seq=self.kind == "seq2seq")
 
     def count_targets(self, batch: Mapping[str, Tensor]) -> int:
         """Return the number of rows (for classes) or tokens over which the loss of a batch is averaged."""
+        if self.kind == "span":
+            return len(batch["input_ids"])
         labels = batch["labels"]
         if self.kind == "regression":
             return len(labels)
-        if self.kind in ("prompt", "lm"):
+        if self.kind in ("prompt", "choice", "lm"):
             labels = labels[:, 1:]  # a causal LM does not predict the first token
         return int((labels != IGNORED).sum())
 
@@ -256,7 +280,9 @@ def load(
         train.txt, valid.txt and test.txt, whose lines have ``||`` between prompt and response; or a dataset on the
         Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally
         pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and response, or
-        only text; also group or domain, cluster, and split, optionally.
+        prompt, choices (a list of texts) and answer (the number of the right one, from 0), or question, context,
+        answers and answer_start (the list of answers in the context, empty without one, and that of their first
+        characters), or only text; also group or domain, cluster, and split, optionally.
     splits : {"given", "hash"} or mapping, optional
         ``"given"`` takes the splits of the source: those of a dataset, or the column split, which has train,
         validation (or dev, valid) or test in each row. Rows of train are shuffled into a split without rows.
@@ -295,7 +321,7 @@ def load(
     split_rules.require_rule(splits)
     rows = sources.read(name, columns, revision, with_splits=splits not in (None, "hash"))
     if prompt_end is not None:
-        rows = _end_prompts(rows, prompt_end, name)
+        rows = task_columns.end_prompts(rows, prompt_end, name)
     return replace(from_frame(rows, name, splits=splits, kind=kind), options=options)
 
 
@@ -331,7 +357,7 @@ def from_frame(
     rows = rows.rename(columns={"domain": "group"})
     if duplicates := rows.columns[rows.columns.duplicated()].tolist():
         raise ValueError(f"duplicate column {duplicates[0]!r} in {name} (domain is an alias of group)")
-    kind, texts = _kind(rows, name, kind)
+    kind, texts = task_columns.read_kind(rows, name, kind)
     if kind == "lm":
         rows = rows[rows["text"].astype(str).str.strip() != ""]
     if kind == "image":
@@ -348,6 +374,11 @@ def from_frame(
         table["label"] = label_values.read_names(rows, name)
     if kind == "regression":
         table["label"] = label_values.read_numbers(rows, name)
+    if kind == "choice":
+        table["choices"] = label_values.read_choices(rows, name)
+        table["answer"] = label_values.read_answers(rows, table["choices"].to_list(), name)
+    if kind == "span":
+        table["answers"], table["answer_start"] = answer_spans.read_spans(rows, name)
     for column in ("group", "cluster"):
         if column in rows and rows[column].isna().any():
             number = 1 + int(rows[column].isna().to_numpy().argmax())
@@ -372,8 +403,7 @@ def from_frame(
     elif "split" in rows and splits != "hash":
         table["split"], rule = split_rules.read_column(rows["split"], name), split_rules.COLUMN_RULE
     labels: tuple[str, ...] = ()
-    if "label" in table:
-        _require_known_labels(table, name)
+    task_columns.require_known_labels(table, name)
     if kind in ("classification", "image"):
         labels = tuple(sorted(table["label"].unique(), key=label_values.sort_key))
         if len(labels) < 2:
@@ -383,6 +413,8 @@ def from_frame(
     hashed = table.assign(digest=digests)
     if kind == "image":
         hashed["image"] = digests  # neither paths nor file formats are part of the hash
+    for column in {"choices", "answers", "answer_start"} & set(table):
+        hashed[column] = table[column].map(json.dumps)  # lists cannot be sorted
     order = ["digest", *column_names]
     # Clusters order rows that are equal otherwise, but are not part of the hash.
     if "cluster" in rows:
@@ -401,27 +433,6 @@ def from_frame(
     return Task(name, kind, table, labels, hash, selected_on_test=selected_on_test, test_sets=test_sets)
 
 
-def _end_prompts(rows: pd.DataFrame, ending: str, name: str) -> pd.DataFrame:
-    """Return rows with a text appended to each prompt; a prompt that is not a text stays, and raises later."""
-    if "prompt" not in rows:
-        raise ValueError(f"prompt_end must be None for {name}, which has no column prompt, got {ending!r}")
-    prompts = rows["prompt"].to_list()
-    for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            prompts[number] = f"{prompt}{ending}"
-    return rows.assign(prompt=prompts)
-
-
-def _require_known_labels(table: pd.DataFrame, name: str) -> None:
-    """Raise a ValueError if rows of a split have hidden labels, as the test rows of benchmarks do."""
-    hidden = table[table["label"].isin([sources.HIDDEN_LABEL]) | table["label"].isna()]
-    if not hidden.empty:
-        split = hidden["split"].iloc[0]
-        raise ValueError(
-            f'cannot use the {split} split of {name}: its labels are hidden (-1); map {split} to "validation"'
-        )
-
-
 def _content_hash(table: pd.DataFrame) -> str:
     """Return the SHA-256 of the rows of a task and of their splits, without clusters."""
     rows = table.drop(columns=["cluster", "draw"], errors="ignore")
@@ -433,27 +444,6 @@ def _content_hash(table: pd.DataFrame) -> str:
 def _hash(rule: str, rows: pd.DataFrame) -> str:
     data = json.dumps([rule, list(rows.columns), rows.to_numpy().tolist()], ensure_ascii=False)
     return hashlib.sha256(data.encode()).hexdigest()
-
-
-def _kind(rows: pd.DataFrame, name: str, requested: str | None) -> tuple[str, list[str]]:
-    """Return the kind of task that the columns define, and the columns that a model reads."""
-    columns = set(rows.columns)
-    if requested not in (None, "classification", "regression"):
-        raise ValueError(f"kind must be 'classification' or 'regression', got {requested!r}")
-    if requested is not None and not {"text", "label"} <= columns:
-        raise ValueError(f"columns of {name} must include text and label for kind={requested!r}")
-    if {"prompt", "response"} <= columns:
-        return "prompt", ["prompt", "response"]
-    if {"text", "label"} <= columns:
-        if requested is None and label_values.has_fractions(rows["label"]):
-            requested = "regression"
-        return requested or "classification", ["text", "pair"] if "pair" in columns else ["text"]
-    if {"image", "label"} <= columns:
-        return "image", ["image"]
-    if columns - {"group", "cluster", "split"} == {"text"}:
-        return "lm", ["text"]
-    allowed = "include text and label, image and label, or prompt and response, or be text only"
-    raise ValueError(f"columns of {name} must {allowed}, got {', '.join(map(str, rows.columns))}")
 
 
 def _image_digests(rows: pd.DataFrame, name: str) -> list[str]:

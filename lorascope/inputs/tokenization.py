@@ -29,6 +29,17 @@ class Choices:
     answers: Int[np.ndarray, "rows"]  # number of the correct response of each row
 
 
+@dataclass(frozen=True, eq=False)
+class Continuations:
+    """Choices of all rows, each after the prompt of its row, whose log-likelihoods are compared."""
+
+    tokens: EncodedRows  # one row per choice, with its tokens as labels
+    rows: Int[np.ndarray, "choices"]  # row of each choice
+    numbers: Int[np.ndarray, "choices"]  # number of each choice in its row, from 0
+    texts: list[list[str]]  # choices of each row
+    answers: Int[np.ndarray, "rows"]  # number of the right choice of each row
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncodedRows(ABC):
     """Tokenized rows, or images, of a task in the form of model inputs."""
@@ -36,6 +47,7 @@ class EncodedRows(ABC):
     classes: Int[np.ndarray, "rows"] | None = None  # class numbers; None if the labels are tokens or values
     values: Float32[np.ndarray, "rows"] | None = None  # numbers to predict
     choices: Choices | None = None  # closed set of responses, among which the preferred one is evaluated
+    continuations: Continuations | None = None  # choices of each row, of which the right one has the labels
     groups: list[str] | None = None  # group of each row
     shifted: bool = False  # whether position t - 1 predicts the label at position t, as in a causal LM
 
@@ -47,6 +59,12 @@ class EncodedRows(ABC):
     @abstractmethod
     def lengths(self) -> Int[np.ndarray, "rows"]:
         """Length of each row; rows of similar length are batched together."""
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest row or choice; 0 without rows."""
+        rows = self if self.continuations is None else self.continuations.tokens
+        return int(max(rows.lengths, default=0))
 
     @abstractmethod
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
@@ -153,6 +171,51 @@ def encode_pairs(
         groups=groups_of(rows),
         shifted=not seq2seq,
     )
+
+
+def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
+    """Tokenize prompts with each of their choices after one space; only the tokens of a choice are targets.
+
+    As in lm-eval, prompt and choice are tokenized together, and a choice has the tokens after as many as the prompt has
+    without it. Spaces at the end of a prompt belong to the choice. No end-of-text token follows, because the choices
+    are a closed set.
+
+    Raises
+    ------
+    ValueError
+        A choice has ``max_length`` tokens or more, or none.
+    """
+    start, texts = _start_ids(tokenizer), rows["choices"].to_list()
+    row_numbers = np.repeat(np.arange(len(rows)), list(map(len, texts)))
+    prompts = rows["prompt"].to_list()
+    context_ids = _token_ids(tokenizer, rows["prompt"].str.rstrip().to_list())
+    full_texts: list[str] = []
+    numbers: list[int] = []
+    for prompt, choices in zip(prompts, texts, strict=True):
+        full_texts += [f"{prompt} {choice}" for choice in choices]
+        numbers += range(len(choices))
+    inputs, labels, longest = [], [], 0
+    for row, number, ids in zip(row_numbers, numbers, _token_ids(tokenizer, full_texts), strict=True):
+        choice = ids[len(context_ids[row]) :]
+        if not choice:
+            raise ValueError(f"choices must have at least one token, got none for {texts[row][number]!r}")
+        longest = max(longest, len(choice))
+        room, prompt = max(0, max_length - len(choice) - len(start)), ids[: len(context_ids[row])]
+        context = [*start, *prompt[max(0, len(prompt) - room) :]]
+        inputs.append(context + choice)
+        labels.append([IGNORED] * len(context) + choice)
+    # The log-likelihood of a truncated choice would be that of another text.
+    if longest >= max_length:
+        raise ValueError(
+            f"max_length must be > {longest}, the number of tokens of the longest choice, got {max_length}"
+        )
+    answers = rows["answer"].to_numpy(np.int64)
+    padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED}
+    tokens = Tokens({"input_ids": inputs, "labels": labels}, padding, shifted=True)
+    continuations = Continuations(tokens, row_numbers, np.array(numbers), texts, answers)
+    right = np.flatnonzero(continuations.numbers == answers[row_numbers]).tolist()
+    right_tokens = {"input_ids": list(map(inputs.__getitem__, right)), "labels": list(map(labels.__getitem__, right))}
+    return Tokens(right_tokens, padding, continuations=continuations, groups=groups_of(rows), shifted=True)
 
 
 def prompt_ids(tokenizer: Any, prompts: list[str], max_length: int) -> list[list[int]]:

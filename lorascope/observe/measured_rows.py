@@ -17,6 +17,7 @@ from lorascope.adapters.activation_patching import Batch, JointMove, Move, moved
 from lorascope.analysis.dial import MeasuredRows
 from lorascope.analysis.domain_probe import DomainProbe
 from lorascope.array_types import Float, Int
+from lorascope.inputs.answer_spans import Windows
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
 
 BATCH = 16
@@ -45,6 +46,8 @@ class RowMeasure(ABC):
     def __init__(self, model: nn.Module, encoded: EncodedRows, table: pd.DataFrame) -> None:
         if encoded.values is not None:
             raise ValueError("cannot measure in nats: labels must be classes or texts, got numbers")
+        if isinstance(encoded, Windows):
+            raise ValueError("cannot measure in nats: labels must be classes or texts, got spans")
         self.model, self.shifted = model, encoded.shifted
         device = next(model.parameters()).device
         self.batched_rows = batch_by_length(encoded.lengths)

@@ -29,6 +29,7 @@ except ImportError:  # Windows
 _RUN_FILE = re.compile(
     r"(records|predictions|texts)\.parquet|snapshots/step-\d+\.safetensors|state/(last|best)\.safetensors"
     r"|resume/((step-\d+|best-\d+|base)\.safetensors|trackers\.json)|checkpoints/(step|best)-\d+\.safetensors"
+    r"|harness/[0-9a-f]{12}\.json"
     r"|tensorboard/([\d.]+/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)"
 )
 # The files whose checksums are in the manifest of a run that has ended.

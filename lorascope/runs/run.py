@@ -2,7 +2,7 @@
 
 A run is a folder: ``run.json``, ``records.parquet``, ``predictions.parquet``, ``snapshots/step-000500.safetensors``,
 ``state/last.safetensors`` and ``state/best.safetensors``, plus ``resume/`` while it is unfinished, and ``checkpoints/``
-if some were kept, and ``texts.parquet`` if it generated texts.
+if some were kept, ``texts.parquet`` if it generated texts, and ``harness/`` with results of ``ls.harness``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import lorascope
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.parquet_tables import read_table
-from lorascope.files.predictions import collect_references
+from lorascope.files.predictions import choice_columns, collect_references
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import read_json, unreadable
@@ -42,6 +42,8 @@ _PREDICTION_DTYPES = (
     {"nll": "float16"},
     {"margin": "int8", "nll": "float16"},
 )
+# Prompts with choices, next to the log-likelihoods.
+_CHOICE_DTYPES = {"nll": "float16", "predicted": "int16"}
 
 
 class Run(Result):
@@ -105,7 +107,8 @@ class Run(Result):
         zero and clipped to 127 steps: a row is right if it is above zero. ``predicted`` is the number of the class with
         the largest logit, counted from 0 in the order of the labels; a tie with the right class gives another one. Runs
         of earlier versions do not have it. For a task with numbers, ``nll`` is the squared error and ``predicted`` the
-        value.
+        value. For prompts with choices, ``predicted`` is the number of the choice with the largest log-likelihood, and
+        ``choice_0``, ``choice_1`` and so on are the log-likelihoods in nats, -inf beyond the choices of a row.
 
         Raises
         ------
@@ -119,8 +122,12 @@ class Run(Result):
         file = self._file(PREDICTIONS)
         table = read_table(file, file)
         dtypes = {name: str(dtype) for name, dtype in table.dtypes.items()}
-        if dtypes not in _PREDICTION_DTYPES:
-            allowed = "margin (int8), nll (float16) and predicted (int16), nll and predicted (float32), or nll"
+        choices = dict.fromkeys(choice_columns(table), "float32")
+        if dtypes not in _PREDICTION_DTYPES and not (choices and dtypes == _CHOICE_DTYPES | choices):
+            allowed = (
+                "margin (int8), nll (float16) and predicted (int16), nll and predicted (float32), nll, predicted and "
+                "choice_0 to the last choice (float32), or nll"
+            )
             raise unreadable(file, f"columns must be {allowed}, got {printable(dtypes)}")
         return table
 

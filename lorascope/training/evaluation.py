@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorascope.array_types import Bool, Float, Float32, Int, Int8, Int16
-from lorascope.files.predictions import predict_classes, quantize_margins
-from lorascope.inputs.metrics import Metric, get
+from lorascope.files.predictions import predict_classes, quantize_margins, to_choice_columns
+from lorascope.inputs.answer_spans import Windows, best_span
+from lorascope.inputs.metrics import DEFAULTS, Metric, get, stack_choices
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, align_targets, token_losses
 from lorascope.training.processes import SINGLE_PROCESS, Processes
 
@@ -29,8 +30,9 @@ class Score:
     prefers the correct class or response, None without a closed set of answers; ``margins`` is by how much, see
     ``quantize_margins``; ``predicted`` and ``answers`` are the numbers of the preferred and the right class or
     response, or the predicted and the right number; ``metrics`` replace the accuracy, the first one as ``metric``.
-    ``texts`` are generated ones with the columns ``prompt, text, references``, and ``group`` if there are groups; with
-    them, the metrics are of texts.
+    ``texts`` are generated ones, or spans of contexts, with the columns ``prompt, text, references``, and ``group`` if
+    there are groups; with them, the metrics are of texts. ``choices`` are log-likelihood, characters and bytes of the
+    choices of each row, see ``Metric.compute``.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Score:
     answers: Int[np.ndarray, "rows"] | Float32[np.ndarray, "rows"] | None = None
     metrics: tuple[Metric, ...] = ()
     texts: pd.DataFrame | None = None
+    choices: Float[np.ndarray, "rows choices 3"] | None = None
 
     @property
     def loss(self) -> float:
@@ -68,6 +71,9 @@ class Score:
         nll = self.nll * (len(self.nll) / self.counts.sum())
         if self.margins is not None:
             return pd.DataFrame({"margin": self.margins, "nll": nll.astype(np.float16), "predicted": self.predicted})
+        if self.choices is not None:
+            rows = pd.DataFrame({"nll": nll.astype(np.float16), "predicted": self.predicted})
+            return rows.join(to_choice_columns(self.choices[..., 0]))
         if self.predicted is not None:
             # Squared errors exceed the largest number of float16.
             return pd.DataFrame({"nll": nll.astype(np.float32), "predicted": self.predicted})
@@ -94,6 +100,8 @@ class Score:
             return float(metric.compute(texts["text"].to_list(), texts["references"].to_list()))
         assert self.predicted is not None
         assert self.answers is not None
+        if self.choices is not None:
+            return float(metric.compute(self.choices[rows], self.answers[rows]))
         dtype = np.result_type(self.answers, np.int64)  # int64 of classes, float64 of values
         return float(metric.compute(self.predicted[rows].astype(dtype), self.answers[rows].astype(dtype)))
 
@@ -125,10 +133,17 @@ def evaluate(
     all differ in the token at one position. A row is correct if the token of its response has the largest logit among
     these; a tie is an error. This takes one forward pass and, for one-token responses, equals comparing their
     probabilities. Rows of similar length are batched together. ``metrics`` are of classes or, if these are numbers to
-    predict, of values. Several ``processes`` share the batches, and all return the scores of all rows.
+    predict, of values. Prompts with choices have metrics of choices, each of which takes one forward pass.
+    Questions with a context have metrics of texts, and their loss is the cross-entropy over each window's own tokens.
+    Several ``processes`` share the batches, and all return the scores of all rows; choices and questions are scored in
+    each process.
     """
     if encoded.values is not None:
         return _score_values(model, encoded, device, batch_size, metrics, processes)
+    if isinstance(encoded, Windows):
+        return _score_spans(model, encoded, device, batch_size, metrics)
+    if encoded.continuations is not None:
+        return _score_choices(model, encoded, device, batch_size, metrics)
     total = len(encoded)
     # Stable, so that rows of one length are in the same batches on every machine.
     order = np.argsort(encoded.lengths, kind="stable")
@@ -187,9 +202,68 @@ def _score_values(
     model.train(training)
     (predicted,) = processes.sum_arrays([predicted])
     errors = (predicted.astype(np.float64) - encoded.values) ** 2
-    metrics = metrics or (get("mse"),)
+    metrics = metrics or (get(DEFAULTS["regression"]),)
     counts = np.ones(len(encoded), dtype=np.int64)
     return Score(metrics[0].name, errors, counts, None, encoded.groups, None, predicted, encoded.values, metrics)
+
+
+def _score_spans(
+    model: nn.Module, encoded: Windows, device: str | torch.device, batch_size: int, metrics: tuple[Metric, ...]
+) -> Score:
+    """Evaluate the spans that a model selects; the loss is the mean over windows of start and end."""
+    order = np.argsort(encoded.lengths, kind="stable")
+    logits: list[Any] = [None] * len(encoded)
+    window_nll = np.zeros(len(encoded))
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for first in range(0, len(order), batch_size):
+            windows = order[first : first + batch_size]
+            batch = to_device(encoded.batch(windows), device)
+            positions = torch.stack([batch.pop("start_positions"), batch.pop("end_positions")], dim=1)
+            output = model(**batch)
+            both_logits = torch.stack([output.start_logits, output.end_logits], dim=2).float()
+            is_padding = batch["attention_mask"] == 0
+            masked = both_logits.masked_fill(is_padding[..., None], -math.inf)
+            # Axis 1 has the tokens, as cross_entropy expects classes.
+            losses = F.cross_entropy(masked, positions, reduction="none")
+            window_nll[windows] = losses.mean(dim=1).double().cpu().numpy()
+            for window, values in zip(windows, both_logits.cpu().numpy(), strict=True):
+                logits[window] = values[: len(encoded.offsets[window])]
+    model.train(training)
+    rows = np.arange(len(encoded.table))
+    firsts, ends = np.searchsorted(encoded.rows, rows), np.searchsorted(encoded.rows, rows, side="right")
+    texts = []
+    for context, first, end in zip(encoded.table["context"], firsts, ends, strict=True):
+        texts.append(best_span(logits[first:end], encoded.offsets[first:end], context, encoded.can_be_empty))
+    table = encoded.table.drop(columns="context")
+    table.insert(1, "text", texts)
+    groups = table["group"].to_list() if "group" in table else None
+    nll, counts = np.bincount(encoded.rows, window_nll), np.bincount(encoded.rows)
+    metrics = metrics or (get(DEFAULTS["span"]),)
+    return Score(metrics[0].name, nll, counts, None, groups, metrics=metrics, texts=table)
+
+
+def _score_choices(
+    model: nn.Module, encoded: EncodedRows, device: str | torch.device, batch_size: int, metrics: tuple[Metric, ...]
+) -> Score:
+    """Evaluate the log-likelihood of every choice; the loss is the mean of the right ones per token."""
+    continuations = encoded.continuations
+    assert continuations is not None
+    score = evaluate(model, continuations.tokens, device, batch_size)
+    rows, answers = continuations.rows, continuations.answers
+    log_likelihoods = np.full((len(encoded), int(continuations.numbers.max(initial=0)) + 1), -np.inf)
+    # Rounded as they are stored, so that the metrics of the stored ones are equal.
+    log_likelihoods[rows, continuations.numbers] = (-score.nll).astype(np.float32)
+    predicted = log_likelihoods.argmax(axis=1).astype(np.int16)
+    is_right = continuations.numbers == answers[rows]
+    nll, counts = score.nll[is_right], score.counts[is_right]
+    metrics = metrics or (get(DEFAULTS["choice"]),)
+    choices = stack_choices(log_likelihoods, continuations.texts)
+    correct = predicted == answers
+    return Score(
+        metrics[0].name, nll, counts, correct, encoded.groups, None, predicted, answers, metrics, choices=choices
+    )
 
 
 def _score_tokens(model: nn.Module, batch: dict[str, Tensor], encoded: EncodedRows) -> tuple[Any, Any, Any]:

@@ -133,6 +133,8 @@ def require_generation(model: nn.Module, task: Task) -> None:
     cannot = f"cannot generate with {type(model).__name__}"
     if task.kind == "seq2seq":
         raise ValueError(f"{cannot}: it is an encoder-decoder, not a causal language model")
+    if task.kind == "choice":
+        raise ValueError(f"cannot generate for {task.name}: its answers are choices; omit generation")
     if task.kind not in ("prompt", "lm"):
         raise ValueError(f"{cannot}: it has no language model head")
     if task.kind == "lm":

@@ -15,7 +15,7 @@ from torch import nn
 from lorascope.adapters import delta
 from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
-from lorascope.inputs.metrics import Metric, require_fit
+from lorascope.inputs.metrics import DEFAULTS, Metric, require_fit
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import default_if_none, is_integer
 from lorascope.methods.method import Method, Phase, from_config, target_parts
@@ -136,8 +136,8 @@ def train(
     metric : str, Metric or sequence of these, optional
         Metrics to record at each evaluation, by the names of ``ls.metrics`` or as own functions, such as
         ``("f1", "accuracy")``. The first selects the best state, and recipes are compared by it. By default accuracy,
-        perplexity without a closed set of answers, or the mean squared error of numbers. The names are part of the
-        run's id.
+        perplexity without a closed set of answers, ``choice_accuracy`` for prompts with choices, ``f1_words`` for
+        spans, or the mean squared error of numbers. The names are part of the run's id.
     model_options : mapping, optional
         Fields of the configuration of a model that is loaded by name, such as ``{"hidden_dropout_prob": 0.0}``; see
         ``models.load``.
@@ -236,8 +236,8 @@ def train(
     processes.require_rows(settings.batch_size, settings.accumulate)
     reject_sharded_weights(model, fix="each process needs all weights; pass the model without fully_shard")
     task = data.fit(model)
-    if task.kind == "regression" and not settings.metrics:
-        settings = replace(settings, metric="mse")
+    if task.kind in DEFAULTS and not settings.metrics:
+        settings = replace(settings, metric=DEFAULTS[task.kind])
     if settings.generation is not None:
         require_generation(model, task)
     require_fit(settings.metrics, task, settings.generation is not None)
@@ -245,7 +245,7 @@ def train(
     model.to(device)
     settings.set_computation(model)
     marker = prepare_model(model, task, seed)
-    resolved = settings.resolve(phase_rows(task, Phase(method)))
+    resolved = settings.resolve(phase_rows(task, Phase(method), model, max_length))
     _require_steps(keep_checkpoints, resolved.steps)
     plan = RunSpec(method, Phase(method), task, resolved, seed, marker.w0_hash, tuple(observers))
     plan = replace(plan, weight_parts=target_parts(method, model))
@@ -275,7 +275,7 @@ def train(
                 source.require_fit(method, phase, marker.w0_hash)
             started.append(path.name)
             rates = _rates(phase.method, default_if_none(phase.lr, lr), head_lr)
-            resolved = settings.resolve(phase_rows(task, phase))
+            resolved = settings.resolve(phase_rows(task, phase, model, max_length))
             spec = replace(plan, phase=phase, settings=replace(resolved, steps=phase.steps or resolved.steps, **rates))
             stored = processes.call_first(finished_run, path, spec)
             if stored is None and not locked:

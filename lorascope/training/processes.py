@@ -31,6 +31,11 @@ T = TypeVar("T")
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def count_rows(batch: Batch) -> int:
+    """Return the number of rows of a batch, whose labels have other names in question answering."""
+    return len(next(iter(batch.values())))
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of a training: the number of this one, how many there are, and the device of this one."""
@@ -48,7 +53,7 @@ class Processes:
         """Return the rows of a batch that this process computes; there are none if it has fewer rows than processes."""
         if self.size == 1:
             return batch
-        rows = len(batch["labels"])
+        rows = count_rows(batch)
         start, stop = rows * self.rank // self.size, rows * (self.rank + 1) // self.size
         return {key: value[start:stop] for key, value in batch.items()}
 

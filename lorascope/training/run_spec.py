@@ -101,9 +101,16 @@ class RunSpec:
         )
 
 
-def phase_rows(task: Task, phase: Phase) -> int:
-    """Return the number of rows that a phase trains on."""
-    return sum(len(task.split(split, float(phase.method.search_share))) for split in phase.split.split("+"))
+def phase_rows(task: Task, phase: Phase, model: nn.Module | None = None, max_length: int = 128) -> int:
+    """Return the number of rows that a phase trains on; with a model, windows of contexts count instead of rows."""
+    count = 0
+    for split in phase.split.split("+"):
+        rows = task.split(split, float(phase.method.search_share))
+        if model is not None and task.kind == "span":
+            count += len(task.encode(models.processor(model), rows, max_length))
+        else:
+            count += len(rows)
+    return count
 
 
 def reload_task(run: Result, name: str) -> Task:

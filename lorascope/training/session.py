@@ -35,7 +35,7 @@ from lorascope.training.base_weights import Base, begin_training
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
 from lorascope.training.evaluation import Score, evaluate, to_device
 from lorascope.training.generation import generate_texts, group_references
-from lorascope.training.processes import SINGLE_PROCESS, Processes, SilentWriter
+from lorascope.training.processes import SINGLE_PROCESS, Processes, SilentWriter, count_rows
 from lorascope.training.recording import Recording
 from lorascope.training.run_spec import RunSpec
 from lorascope.training.state import (
@@ -114,7 +114,7 @@ class Session(Recording):
 
     def _encode(self, reader: Any, task: Task, splits: str, rows: int | None = None) -> EncodedRows:
         encoded = task.encode(reader, self._rows(task, splits, rows), self.settings.max_length)
-        require_positions(self.model, int(max(encoded.lengths, default=0)), self.settings.max_length)
+        require_positions(self.model, encoded.longest, self.settings.max_length)
         return encoded
 
     def batch(self, index: int) -> Batch:
@@ -139,7 +139,7 @@ class Session(Recording):
         rows = self.processes.local_rows(batch)
         if rows is batch:
             return batch, 1.0
-        if not len(rows["labels"]):  # all processes compute a loss, so that their sums have the same terms
+        if not count_rows(rows):  # all processes compute a loss, so that their sums have the same terms
             return {key: value[:1] for key, value in batch.items()}, 0.0
         return rows, self.task.count_targets(rows) / self.task.count_targets(batch)
 
@@ -168,16 +168,17 @@ class Session(Recording):
     def _batch_loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
         with self._autocast():
             if params is None:
-                return self._loss(model(**batch), batch["labels"])
+                return self._loss(model(**batch), batch.get("labels"))
             # A forward pass may write to buffers, such as the running means of batch normalization.
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            return self._loss(functional_call(model, {**buffers, **params}, (), batch), batch["labels"])
+            return self._loss(functional_call(model, {**buffers, **params}, (), batch), batch.get("labels"))
 
-    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+    def _loss(self, output: Any, labels: Tensor | None) -> Tensor:
         """Return the model's own loss, or the cross-entropy of its logits with smoothed labels."""
         smoothing = self.settings.label_smoothing
         if not smoothing:
             return output.loss.to(wide_dtype(output.loss))
+        assert labels is not None
         logits = output.logits
         if not self.task.classifies:
             logits, labels = align_targets(logits, labels, self.train.shifted)
@@ -193,7 +194,7 @@ class Session(Recording):
         with self.processes.local_draws(self.plan.seed, self.step.index):
             for number in range(count):
                 piece = {key: value[number * rows : (number + 1) * rows] for key, value in local_batch.items()}
-                if not len(piece["labels"]):
+                if not count_rows(piece):
                     break  # the last batch of an epoch may be shorter
                 # The loss of a piece is a mean over its own targets, whose number differs in a language model.
                 share = self.task.count_targets(piece) / total if pieces > 1 else 1.0

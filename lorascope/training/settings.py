@@ -234,6 +234,7 @@ def require_length(steps: object, epochs: object) -> None:
 
 def require_smoothing(label_smoothing: float, task: Task) -> None:
     """Raise a ValueError if the labels of a task cannot be smoothed."""
-    if label_smoothing and task.kind == "regression":
+    labels = {"regression": "numbers", "span": "spans"}.get(task.kind)
+    if label_smoothing and labels is not None:
         name = task.name
-        raise ValueError(f"label_smoothing must be 0 for {name}, whose labels are numbers, got {label_smoothing}")
+        raise ValueError(f"label_smoothing must be 0 for {name}, whose labels are {labels}, got {label_smoothing}")

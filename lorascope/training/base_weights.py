@@ -22,6 +22,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method
 from lorascope.observe.trainable import trained_ids
 from lorascope.schema import module_table
+from lorascope.training.master_weights import train_in_float32
 from lorascope.training.settings import Settings
 
 _MARKER = "_lorascope_trained"
@@ -97,6 +98,7 @@ def begin_training(
     modules = module_table.describe(model)
     optimizer = method.optimizer(model, settings.lr, settings.head_lr, settings.weight_decay)
     settings.set_adam(optimizer, type(method).__name__)
+    train_in_float32(optimizer)
     base.capture(optimizer)
     return optimizer, modules
 

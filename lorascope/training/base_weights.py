@@ -18,6 +18,7 @@ from lorascope.adapters.peft_layers import (
 )
 from lorascope.files.memory_errors import is_out_of_memory
 from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
+from lorascope.inputs.computation import set_dtype
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method
 from lorascope.observe.trainable import trained_ids
@@ -75,6 +76,12 @@ class TrainingMarker(NamedTuple):
     def attach(self, model: nn.Module, recipe: str) -> None:
         """Attach the marker to a model, for this recipe."""
         setattr(model, _MARKER, self._replace(recipe=recipe))
+
+
+def convert_weights(model: nn.Module, dtype: str | None) -> None:
+    """Convert the weights of a fresh model to a dtype; those of a model that was trained before stay as they are."""
+    if not hasattr(model, _MARKER):
+        set_dtype(model, dtype)
 
 
 def prepare_model(model: nn.Module, task: Task, seed: int) -> TrainingMarker:

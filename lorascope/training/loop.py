@@ -23,7 +23,7 @@ from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
 from lorascope.runs.folders import identify_folder, lock_run
 from lorascope.runs.run import Run
-from lorascope.training.base_weights import Base, prepare_model
+from lorascope.training.base_weights import Base, convert_weights, prepare_model
 from lorascope.training.keyboard_interrupt import catch_interrupt
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
 from lorascope.training.progress import progress_bar
@@ -65,6 +65,7 @@ def train(
     eps: float = 1e-8,
     attention: str | None = None,
     gradient_checkpointing: bool = False,
+    dtype: str | None = None,
     start: Run | str | Path | None = None,
     start_head: bool = False,
     observe: Sequence[Observer] | None = None,
@@ -148,6 +149,10 @@ def train(
         ``precision="bf16"``.
     gradient_checkpointing : bool
         Compute the activations of each block again in the backward pass, to save memory. The gradients are the same.
+    dtype : {"float32", "bfloat16", "float16"}, optional
+        Dtype of the base weights, by default that of the model, which is float32 if it is loaded by name. Factors of
+        adapters are float32 on weights of 16 bits, and other trained weights have copies in float32, to which the
+        optimizer adds its steps.
     start : Run or path, optional
         Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI;
         or, for ``LoRA``, a folder of PEFT with the same ranks, scales and modules. Figures subtract the initial update,
@@ -213,19 +218,20 @@ def train(
     if not isinstance(model, nn.Module | str | Path):
         raise ValueError(f"model must be a PyTorch model, a name or a folder, got {model!r}")
     method.prepare()  # before anything is changed
+    values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
+    settings = Settings(**values | _rates(method, lr, head_lr))
     if not isinstance(data, Task):
         data = tasks.load(str(data))
     if isinstance(model, str | Path):
-        model = models.load(str(model), data, options=model_options)
+        model = models.load(str(model), data, options=model_options, dtype=default_if_none(settings.dtype, "float32"))
     elif model_options is not None:
         raise ValueError("model_options requires the name of a model: set fields of model.config before you train it")
-    values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
-    settings = Settings(**values | _rates(method, lr, head_lr))
     task = data.fit(model)
     if task.kind == "regression" and not settings.metrics:
         settings = replace(settings, metric="mse")
     require_fit(settings.metrics, task)
     require_smoothing(settings.label_smoothing, task)
+    convert_weights(model, settings.dtype)
     model.to(device)
     settings.set_computation(model)
     marker = prepare_model(model, task, seed)

@@ -113,11 +113,12 @@ def reload_task(run: Result, name: str) -> Task:
 
 
 def reload_model(run: Result, name: str | Path, task: Task | None = None, blocks: int | None = None) -> nn.Module:
-    """Load the base of a run by its name or from a folder, with the options that the run had."""
-    options = None
+    """Load the base of a run by its name or from a folder, with the options and the dtype that the run had."""
+    settings: dict[str, Any] = {}
     if isinstance(run, Run):
-        options = run.meta.settings.get("model_options")
-    return models.load(name, task, blocks, options)
+        settings = run.meta.settings
+    dtype = settings.get("dtype", "float32")
+    return models.load(name, task, blocks, settings.get("model_options"), dtype)
 
 
 def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parameter], device: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorascope.inputs.computation import ATTENTIONS, enable_checkpointing, set_attention
+from lorascope.inputs.computation import ATTENTIONS, DTYPES, enable_checkpointing, set_attention
 from lorascope.inputs.metrics import Metric, resolve
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
@@ -33,6 +33,7 @@ _ADDED_LATER = {
     "eps": 1e-8,
     "attention": None,
     "gradient_checkpointing": False,
+    "dtype": None,
 }
 _NUMBERS = ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs", "label_smoothing", "eps")
 
@@ -73,6 +74,7 @@ class Settings:
     eps: float = 1e-8
     attention: str | None = None
     gradient_checkpointing: bool = False
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "test_size", "max_length")
@@ -107,6 +109,8 @@ class Settings:
         require(self, "attention", allowed, self.attention in (*ATTENTIONS, None))
         checkpointing = self.gradient_checkpointing
         require(self, "gradient_checkpointing", "True or False", isinstance(checkpointing, bool))
+        if self.dtype is not None:
+            require_choice(self, "dtype", DTYPES)
         _ = self.metrics  # an unknown one raises
 
     def _require_torch_values(self) -> None:

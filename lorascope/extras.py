@@ -8,6 +8,7 @@ _IMPORTED = {
     "trainer": "accelerate",
     "notebook": "anywidget traitlets IPython",
     "cluster": "dask distributed dask_jobqueue ray",
+    "quantized": "bitsandbytes",
     "hub": "datasets",
     "text": "sacrebleu rouge_score",
     "peft": "peft",

@@ -53,8 +53,8 @@ def test_base_brings_no_large_package() -> None:
 
 def test_dev_brings_every_extra_that_tests_need() -> None:
     dev = installation.distributions(REQUIREMENTS, ["dev"])
-    # No test needs a dataset from the Hugging Face Hub, and the one of Lightning is skipped without it.
-    for extra in OPTIONAL.keys() - {"hub", "lightning"}:
+    # No test needs a dataset from the Hugging Face Hub, and those of Lightning and bitsandbytes are skipped without it.
+    for extra in OPTIONAL.keys() - {"hub", "lightning", "quantized"}:
         assert installation.distributions(REQUIREMENTS, [extra]) <= dev
 
 

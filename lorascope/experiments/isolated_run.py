@@ -72,11 +72,11 @@ class IsolatedRun:
         if not isinstance(task, Task):
             task = tasks.load(str(task))
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
-        convert_weights(living, self.settings.dtype)
+        convert_weights(living, self.settings.dtype, self.settings.quantize, self.device)
         _own_tensors(living, self.device)
         task = task.fit(living)
         self.settings.set_computation(living)
-        mark = prepare_model(living, task, self.seed)
+        mark = prepare_model(living, task, self.seed, self.settings.quantize, self.device)
         base = LiveWeights(living)
         phase = replace(next(self.method.phases(base)), name=name)
         plan = RunSpec(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from lorascope.adapters import delta
+from lorascope.adapters.quantization import has_packed_weights, require_bitsandbytes
 from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
 from lorascope.inputs.metrics import Metric, require_fit
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import default_if_none, is_integer
-from lorascope.methods.method import Method, Phase, from_config, target_parts
+from lorascope.methods.method import Method, Phase, from_config, require_quantizable, target_parts
 from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
 from lorascope.runs.folders import identify_folder, lock_run
@@ -66,6 +67,7 @@ def train(
     attention: str | None = None,
     gradient_checkpointing: bool = False,
     dtype: str | None = None,
+    quantize: str | None = None,
     start: Run | str | Path | None = None,
     start_head: bool = False,
     observe: Sequence[Observer] | None = None,
@@ -153,6 +155,10 @@ def train(
         Dtype of the base weights, by default that of the model, which is float32 if it is loaded by name. Factors of
         adapters are float32 on weights of 16 bits, and other trained weights have copies in float32, to which the
         optimizer adds its steps.
+    quantize : {"nf4", "int8"}, optional
+        Quantization of the linear layers in the blocks by bitsandbytes, for methods that train adapters only: 4-bit
+        NormalFloat, or LLM.int8(). Requires ``pip install lorascope[quantized]``. DoRA and PiSSA, which decompose W_0,
+        are rejected.
     start : Run or path, optional
         Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI;
         or, for ``LoRA``, a folder of PEFT with the same ranks, scales and modules. Figures subtract the initial update,
@@ -220,6 +226,9 @@ def train(
     method.prepare()  # before anything is changed
     values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
     settings = Settings(**values | _rates(method, lr, head_lr))
+    if settings.quantize is not None:
+        require_quantizable(method)
+        require_bitsandbytes(settings.quantize)
     if not isinstance(data, Task):
         data = tasks.load(str(data))
     if isinstance(model, str | Path):
@@ -231,10 +240,11 @@ def train(
         settings = replace(settings, metric="mse")
     require_fit(settings.metrics, task)
     require_smoothing(settings.label_smoothing, task)
-    convert_weights(model, settings.dtype)
-    model.to(device)
+    if has_packed_weights(model):
+        require_quantizable(method)
+    convert_weights(model, settings.dtype, settings.quantize, device)
     settings.set_computation(model)
-    marker = prepare_model(model, task, seed)
+    marker = prepare_model(model, task, seed, settings.quantize, device)
     resolved = settings.resolve(phase_rows(task, Phase(method)))
     _require_steps(keep_checkpoints, resolved.steps)
     plan = RunSpec(method, Phase(method), task, resolved, seed, marker.w0_hash, tuple(observers))
@@ -394,7 +404,8 @@ def reset_model(model: nn.Module, base: Base) -> None:
     """Remove adapters, restore W_0 and make all parameters trainable, as at the start of every phase."""
     delta.detach(model)
     base.restore()
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # quantized weights have no gradients
 
 
 def _run_phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorascope import __version__
 from lorascope.adapters.delta import adapters
-from lorascope.adapters.host_weights import host_kind
+from lorascope.adapters.host_weights import entry_count, host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
 from lorascope.adapters.weight_parts import part_rows
 from lorascope.inputs import models, tasks
@@ -141,7 +141,7 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
         "processor": processor_name() or None,
         "status": "running",
         "parameters": Parameters(
-            total=sum(p.numel() for p in model.parameters()),
+            total=sum(map(entry_count, model.parameters())),
             trained=trained_count,
             head=sum(p.numel() for p in trained if id(p) in head),
         ),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorascope.adapters.quantization import QUANTIZATIONS
 from lorascope.inputs.computation import ATTENTIONS, DTYPES, enable_checkpointing, set_attention
 from lorascope.inputs.metrics import Metric, resolve
 from lorascope.inputs.tasks import Task
@@ -34,6 +35,7 @@ _ADDED_LATER = {
     "attention": None,
     "gradient_checkpointing": False,
     "dtype": None,
+    "quantize": None,
 }
 _NUMBERS = ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs", "label_smoothing", "eps")
 
@@ -75,6 +77,7 @@ class Settings:
     attention: str | None = None
     gradient_checkpointing: bool = False
     dtype: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "test_size", "max_length")
@@ -111,6 +114,8 @@ class Settings:
         require(self, "gradient_checkpointing", "True or False", isinstance(checkpointing, bool))
         if self.dtype is not None:
             require_choice(self, "dtype", DTYPES)
+        if self.quantize is not None:
+            require_choice(self, "quantize", QUANTIZATIONS)
         _ = self.metrics  # an unknown one raises
 
     def _require_torch_values(self) -> None:

@@ -12,12 +12,13 @@ from joblib.externals.loky import ProcessPoolExecutor
 from torch import nn
 
 from lorascope.inputs import models, tasks
+from lorascope.inputs.computation import set_dtype
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, from_config, target_parts
 from lorascope.observe.observer import Observer
 from lorascope.runs.folders import lock_run
 from lorascope.runs.run import Run
-from lorascope.training.base_weights import Base, convert_weights, prepare_model
+from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.output_folder import finished_run, prepare_folder
 from lorascope.training.run_spec import RunSpec
 from lorascope.training.session import Session
@@ -72,7 +73,7 @@ class IsolatedRun:
         if not isinstance(task, Task):
             task = tasks.load(str(task))
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
-        convert_weights(living, self.settings.dtype, self.settings.quantize, self.device)
+        set_dtype(living, self.settings.dtype)
         _own_tensors(living, self.device)
         task = task.fit(living)
         self.settings.set_computation(living)

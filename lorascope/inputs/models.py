@@ -63,7 +63,7 @@ def load(
     options : mapping, optional
         Fields of the configuration that replace those of the checkpoint, such as ``{"hidden_dropout_prob": 0.0}``.
     dtype : {"float32", "bfloat16", "float16"}
-        Dtype of the weights, whatever that of the checkpoint is.
+        Dtype of the weights, regardless of the checkpoint.
 
     Returns
     -------

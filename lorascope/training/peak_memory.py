@@ -19,8 +19,8 @@ def reset_peak(device: str) -> None:
 def peak_memory(device: str) -> int | None:
     """Return the peak in bytes, or None where it is not known.
 
-    On a CPU it is that of the resident memory since the start of the process, which includes its code and all that ran
-    in it before.
+    On a CPU it is the largest resident memory since the start of the process, including its code and all that ran in
+    it before.
     """
     kind = torch.device(device).type
     if kind == "cuda" and torch.cuda.is_available():

@@ -152,7 +152,7 @@ def test_lisa_keeps_copies_of_active_blocks_and_ends(llama: str, task: ls.Task, 
     run = train(model, task, method, tmp_path / policy)
     active = run.table[run.table["quantity"] == "active"]
     drawn = active[active["value"] == 1]["module"].tolist()
-    assert len(set(drawn)) == len(drawn) == 2  # else the blocks could not be told apart
+    assert len(set(drawn)) == len(drawn) == 2  # else the blocks could not be distinguished
     sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in set(drawn)}
     ends = sum(p.numel() for p in model.parameters()) - sum(sizes.values())
     count = len(list(model.parameters())) - sum(len(list(model.get_submodule(drawn[0]).parameters())) for _ in sizes)

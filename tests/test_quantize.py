@@ -118,7 +118,7 @@ def test_only_linear_layers_of_blocks_are_quantized(kind: str) -> None:
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_the_output_is_that_of_the_base_plus_the_update(name: str, kind: str) -> None:
+def test_outputs_equal_the_base_plus_the_update(name: str, kind: str) -> None:
     model = quantized(kind)
     before = {key: layer.weight.clone() for key, layer in packed(model).items()}
     copy.deepcopy(ADAPTERS[name]).attach(model)
@@ -133,9 +133,8 @@ def test_the_output_is_that_of_the_base_plus_the_update(name: str, kind: str) ->
         x = torch.randn(5, 64 if "down" not in module else 128, requires_grad=True)
         y = host(x)
         W, W0 = host_weight(host), before[module]
-        wide = W.clone().requires_grad_(False)
         twin = x.detach().clone().requires_grad_()
-        expected = F.linear(twin, wide) + delta(twin)
+        expected = F.linear(twin, W) + delta(twin)
         # LLM.int8() rounds its input to 127 steps of the largest entry; 4-bit layers compute in float32.
         tolerance = rounding(torch.float32, terms=128) if kind == "nf4" else 0.02
         assert (y - expected).norm() <= tolerance * expected.norm()
@@ -222,37 +221,37 @@ def test_five_steps_equal_peft_on_the_same_base(kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a BERT whose layers have rows of 64 weights."""
-    folder = tmp_path_factory.mktemp("models") / "wide"
+    path = tmp_path_factory.mktemp("models") / "bert"
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": len(tiny_tokenizer())}
-    tiny("bert", "base", **sizes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    tiny("bert", "base", **sizes).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantized_run_is_repeated_opened_and_forked(kind: str, wide: str, task: ls.Task, tmp_path: Path) -> None:
+def test_a_quantized_run_is_repeated_opened_and_forked(kind: str, folder: str, task: ls.Task, tmp_path: Path) -> None:
     options = OPTIONS | {"quantize": kind, "dtype": "bfloat16", "keep_checkpoints": (2,), "root": tmp_path}
-    model = ls.models.load(wide, task)
+    model = ls.models.load(folder, task)
     run = ls.train(model, task, LoRA(rank=2, targets="all-linear"), **options)
     assert np.isfinite(run.meta.test.loss)
     assert run.meta.settings["quantize"] == kind
     assert set(run.meta.hosts.values()) == {"Linear"}
-    plain = ls.models.load(wide, task)
+    plain = ls.models.load(folder, task)
     factors = sum(p.numel() for delta in attached_deltas(model).values() for p in delta.parameters())
     assert run.meta.parameters.total == sum(p.numel() for p in plain.parameters()) + factors
     with pytest.raises(ValueError, match=f"^quantize must be '{kind}', as this model is, got None"):
         ls.train(model, task, LoRA(rank=2, targets="all-linear"), **options | {"quantize": None})
-    again = ls.train(wide, task, LoRA(rank=2, targets="all-linear"), **options)
+    again = ls.train(folder, task, LoRA(rank=2, targets="all-linear"), **options)
     assert (again.id, again.meta.checksums) == (run.id, run.meta.checksums)
-    unquantized = ls.train(wide, task, LoRA(rank=2, targets="all-linear"), **options | {"quantize": None})
+    unquantized = ls.train(folder, task, LoRA(rank=2, targets="all-linear"), **options | {"quantize": None})
     assert unquantized.id != run.id
     assert unquantized.meta.w0_hash == run.meta.w0_hash
-    opened = open_trained(run, wide, task, "last")
+    opened = open_trained(run, folder, task, "last")
     assert packed(opened.base).keys() == packed(model).keys()
-    forked = ls.fork(run, wide, task, step=2, progress=False)
+    forked = ls.fork(run, folder, task, step=2, progress=False)
     assert forked.meta.test.loss == run.meta.test.loss
     ls.export.to_peft(run, tmp_path / "peft")
     exported = ls.load(tmp_path / "peft").updates()
@@ -261,19 +260,19 @@ def test_a_quantized_run_is_repeated_opened_and_forked(kind: str, wide: str, tas
 
 
 @needs_bitsandbytes
-def test_all_adapter_methods_train_on_4_bits(wide: str, task: ls.Task, tmp_path: Path) -> None:
+def test_all_adapter_methods_train_on_4_bits(folder: str, task: ls.Task, tmp_path: Path) -> None:
     for name, method in ADAPTERS.items():
         options = OPTIONS | {"steps": 3, "observe": [ls.observe.norms(every=1)]}
         if name == "AdaLoRA":
             options["steps"] = 4
-        run = ls.train(wide, task, copy.deepcopy(method), **options, out=tmp_path / name, quantize="nf4")
+        run = ls.train(folder, task, copy.deepcopy(method), **options, out=tmp_path / name, quantize="nf4")
         rows = run.table[run.table["quantity"] == "update_norm"]
         assert rows["value"].max() > 0, name
 
 
 @needs_bitsandbytes
-def test_a_model_that_is_already_quantized_trains_only_by_adapters(wide: str, task: ls.Task, tmp_path: Path) -> None:
-    model = ls.models.load(wide, task)
+def test_a_model_that_is_already_quantized_trains_only_by_adapters(folder: str, task: ls.Task, tmp_path: Path) -> None:
+    model = ls.models.load(folder, task)
     quantize_blocks(model, "nf4", "cpu")
     for method in ("full", NeFT(num_neurons=2), Adapprox(), PiSSA()):
         with pytest.raises(ValueError, match=r"^cannot quantize the base of \w+: "):

@@ -8,6 +8,7 @@ _IMPORTED = {
     "trainer": "accelerate",
     "notebook": "anywidget traitlets IPython",
     "cluster": "dask distributed dask_jobqueue ray submitit",
+    "quantized": "bitsandbytes",
     "hub": "datasets",
     "text": "sacrebleu rouge_score",
     "harness": "lm_eval",

@@ -19,7 +19,7 @@ from lorascope.methods.method import Method, config
 from lorascope.schema.records import QUANTITIES
 from lorascope.training.session import Session
 
-CIRCUMSTANCES = ("seconds", "total_seconds", "commit")
+CIRCUMSTANCES = ("seconds", "total_seconds", "peak_memory", "commit")
 WALL_CLOCK = {name for name, quantity in QUANTITIES.items() if quantity.unit == "s"}
 
 

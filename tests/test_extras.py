@@ -53,9 +53,9 @@ def test_base_brings_no_large_package() -> None:
 
 def test_dev_brings_every_extra_that_tests_need() -> None:
     dev = installation.distributions(REQUIREMENTS, ["dev"])
-    # No test needs a dataset from the Hugging Face Hub, and those of Lightning, captions and lm-eval are skipped
-    # without them.
-    for extra in OPTIONAL.keys() - {"hub", "harness", "lightning", "e2e"}:
+    # No test needs a dataset from the Hugging Face Hub, and those of Lightning, captions, lm-eval and bitsandbytes are
+    # skipped without them.
+    for extra in OPTIONAL.keys() - {"hub", "harness", "lightning", "e2e", "quantized"}:
         assert installation.distributions(REQUIREMENTS, [extra]) <= dev
 
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
+from lorascope.adapters.adapted_module import ADAPTED, BASE_CLASS, Adapted, register_adapted
+from lorascope.adapters.host_weights import host_weight, orient_weight, packed_bits, to_array
 from lorascope.adapters.peft_layers import (
     PeftDelta,
     is_peft_layer,
@@ -113,24 +114,14 @@ class Delta(nn.Module):
         return Dense(to_array(self.weight()))
 
 
-class _Adapted(nn.Module):
-    """Module with a Delta, created by ``attach``."""
-
-    delta: Delta
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.delta._host = weakref.ref(self)
-
-
-class AdaptedLinear(_Adapted, nn.Linear):
+class AdaptedLinear(Adapted, nn.Linear):
     """``nn.Linear`` with a Delta."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.delta.affine(x, self.weight, self.bias)
 
 
-class AdaptedConv1D(_Adapted, Conv1D):
+class AdaptedConv1D(Adapted, Conv1D):
     """GPT-2's ``Conv1D``, which stores (in, out), with a Delta."""
 
     weight: Tensor
@@ -140,7 +131,7 @@ class AdaptedConv1D(_Adapted, Conv1D):
         return self.delta.affine(x, self.weight.T, self.bias)
 
 
-class AdaptedEmbedding(_Adapted, nn.Embedding):
+class AdaptedEmbedding(Adapted, nn.Embedding):
     """``nn.Embedding`` with a Delta."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -148,20 +139,17 @@ class AdaptedEmbedding(_Adapted, nn.Embedding):
         return (output + self.delta(ids)).to(output.dtype)
 
 
-class AdaptedPart(_Adapted, WeightPart):
+class AdaptedPart(Adapted, WeightPart):
     """Part of a fused weight, with a Delta."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.delta.affine(x, self.weight, self.bias)
 
 
-_ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
-    WeightPart: AdaptedPart,
-    nn.Linear: AdaptedLinear,
-    Conv1D: AdaptedConv1D,
-    nn.Embedding: AdaptedEmbedding,
-}
-_BASE_CLASS = dict(zip(_ADAPTED.values(), _ADAPTED, strict=True))
+register_adapted(WeightPart, AdaptedPart)
+register_adapted(nn.Linear, AdaptedLinear)
+register_adapted(Conv1D, AdaptedConv1D)
+register_adapted(nn.Embedding, AdaptedEmbedding)
 
 
 def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
@@ -180,8 +168,8 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
     ValueError
         A name is not a module, the module already has a Delta, or both a fused weight and a part of it are named.
     TypeError
-        The class of a module is not exactly nn.Linear, nn.Embedding or GPT-2's Conv1D (such as a quantized layer or a
-        subclass), or its ``forward`` was replaced.
+        The class of a module is not exactly nn.Linear, nn.Embedding, GPT-2's Conv1D, or Linear4bit or Linear8bitLt of
+        bitsandbytes (such as a subclass), or its ``forward`` was replaced.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     for name in deltas:
@@ -190,13 +178,15 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
             modules[name] = _find_part(model, name, split_name[0], deltas)
         if name not in modules:
             raise ValueError(f"unknown module {name!r} of {type(model).__name__}{_suggest_modules(name, modules)}")
-        if type(modules[name]) in _BASE_CLASS:
+        if type(modules[name]) in BASE_CLASS:
             kind = type(modules[name].delta).__name__
             raise ValueError(f"cannot attach to {name!r}: it already has a {kind}. Call detach first")
         if is_split(modules[name]):
             raise ValueError(f"cannot attach to {name!r}: parts of it have adapters. Call detach first")
+        if packed_bits(modules[name]):
+            import lorascope.adapters.quantized_layers  # noqa: F401  # registers its classes
         # Only exact classes, because a subclass may compute something else.
-        if type(modules[name]) not in _ADAPTED:
+        if type(modules[name]) not in ADAPTED:
             kind = f"{type(modules[name]).__module__}.{type(modules[name]).__name__}"
             raise TypeError(f"class of {name!r} must be nn.Linear, nn.Embedding or GPT-2's Conv1D, got {kind}")
         if "forward" in vars(modules[name]):
@@ -205,7 +195,7 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
         host = modules[name]
         if isinstance(host, WeightPart):
             host = attach_part(model, name)
-        host.__class__ = _ADAPTED[type(host)]
+        host.__class__ = ADAPTED[type(host)]
         host.delta = delta.to(host.weight.device)
         delta._host = weakref.ref(host)
 
@@ -221,7 +211,7 @@ def _find_part(model: nn.Module, name: str, fused: str, names: Container[str]) -
 
 
 def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
-    hosts = [host for host, module in modules.items() if type(module) in _ADAPTED]
+    hosts = [host for host, module in modules.items() if type(module) in ADAPTED]
     close = difflib.get_close_matches(name, hosts, n=3, cutoff=0.5) or [host for host in hosts if name in host][:3]
     if not close:
         return ""
@@ -230,7 +220,7 @@ def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 def base_output(host: Any, x: Tensor) -> Tensor:
     """Return what an adapted module would return without its update."""
-    return _BASE_CLASS[type(host)].forward(host, x)
+    return BASE_CLASS[type(host)].forward(host, x)
 
 
 def attached_deltas(model: nn.Module) -> dict[str, Delta]:
@@ -279,7 +269,7 @@ def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
 
 
 def _hosts(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if type(module) in _BASE_CLASS}
+    return {name: module for name, module in model.named_modules() if type(module) in BASE_CLASS}
 
 
 def detach(model: nn.Module, join: bool = True) -> dict[str, Delta]:
@@ -291,7 +281,7 @@ def detach(model: nn.Module, join: bool = True) -> dict[str, Delta]:
     for host in _hosts(model).values():
         host.delta._host = None
         del host.delta
-        host.__class__ = _BASE_CLASS[type(host)]
+        host.__class__ = BASE_CLASS[type(host)]
     if join:
         join_parts(model)
     return detached
@@ -310,12 +300,15 @@ def fold(model: nn.Module, untie: bool = True) -> None:
     Raises
     ------
     ValueError
-        A Delta depends on its input, so that it has no single weight, or a weight is shared and ``untie`` is False.
+        A Delta depends on its input, so that it has no single weight, a weight is shared and ``untie`` is False, or a
+        weight is quantized.
     """
     hosts = _hosts(model)
     for name, host in hosts.items():
         if not host.delta.linear:
             raise ValueError(f"cannot fold {name!r}: its {type(host.delta).__name__} depends on the input")
+        if bits := packed_bits(host):
+            raise ValueError(f"cannot fold into {bits}-bit weights: load the base in bfloat16")
     uses: Counter[nn.Parameter] = Counter()
     for module in model.modules():
         uses.update(module.parameters(recurse=False))
@@ -338,7 +331,7 @@ def _untie(model: nn.Module) -> None:
     """Copy shared weights; a module without a Delta keeps the original, which an optimizer may refer to."""
     visited: set[int] = set()
     module: Any
-    for module in sorted(model.modules(), key=lambda module: type(module) in _BASE_CLASS):
+    for module in sorted(model.modules(), key=lambda module: type(module) in BASE_CLASS):
         for name, weight in module.named_parameters(recurse=False):
             if id(weight) in visited:
                 setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
@@ -439,7 +432,7 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
 def _total_update(module: Any, before: Tensor | None) -> Update | None:
     """Return the sum of the Delta's update and the change of the weight itself, or None if there is neither."""
     delta = None
-    if type(module) in _BASE_CLASS:
+    if type(module) in BASE_CLASS:
         delta = module.delta.update()
     if before is None or before.ndim < 2:
         return delta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,45 @@ from transformers.pytorch_utils import Conv1D
 
 from lorascope.array_types import Float, Shaped
 
+_PACKED_BITS = {"Params4bit": 4, "Int8Params": 8}
+
 
 def host_weight(module: Any) -> Float[Tensor, "out in"]:
-    """Return a host's weight as (out, in), a view of its tensor; a convolution's kernel is unfolded into ``in``."""
+    """Return a host's weight as (out, in), a view of its tensor; a convolution's kernel is unfolded into ``in``.
+
+    The weight of a quantized layer of bitsandbytes is dequantized, which is a copy.
+    """
+    if packed_bits(module):
+        return _dequantize(module)
     return orient_weight(module, module.weight)
+
+
+def packed_bits(module: nn.Module) -> int:
+    """Return the bits per weight of a quantized layer of bitsandbytes, 4 or 8; 0 for any other module."""
+    # By name, because an import of bitsandbytes takes time and prints lines.
+    return _PACKED_BITS.get(type(getattr(module, "weight", None)).__name__, 0)
+
+
+def entry_count(parameter: nn.Parameter) -> int:
+    """Return the number of entries of a parameter; that of 4-bit weights is the one before they were packed."""
+    quantization = getattr(parameter, "quant_state", None)
+    if quantization is None:
+        return parameter.numel()
+    return math.prod(quantization.shape)
+
+
+def _dequantize(module: Any) -> Float[Tensor, "out in"]:
+    """Return the weight of a quantized layer of bitsandbytes as a tensor of floats."""
+    weight = module.weight
+    if packed_bits(module) == 4:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    # The first forward pass moves codes and scales from the weight to the state of the layer.
+    codes, scales = weight.CB, weight.SCB
+    if codes is None:
+        codes, scales = module.state.CB, module.state.SCB
+    return codes.float() * (scales.float().unsqueeze(1) / 127)
 
 
 def orient_weight(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out in"]:
@@ -29,6 +65,8 @@ def orient_weight(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, 
 
 def dequantized_weight(module: Any) -> Float[Tensor, "out in"]:
     """Return a host's weight as (out, in), for a 4-bit or 8-bit layer of bitsandbytes or one that PEFT dequantizes."""
+    if packed_bits(module):
+        return _dequantize(module)
     from peft.utils.integrations import dequantize_module_weight
 
     stored = module.weight

@@ -16,7 +16,8 @@ CAME            N + 2 sum of (m + n) + v
 Adapprox reshapes a tensor with more dimensions to one matrix: the first side by all others. Adafactor and CAME treat it
 as a stack of matrices over its last two sides.
 
-Activations are not included: they depend on batch, text and kernels, and have to be measured.
+Activations are not included: they depend on batch, text and kernels, and have to be measured. The float32 copies that
+``train`` keeps of trained 16-bit weights are not included either, as in the papers: they take 4 bytes per weight.
 
 Source: LISA (arXiv 2403.17919), section 3.2; Adafactor (arXiv 1804.04235); CAME (arXiv 2307.02047); Adapprox (arXiv
 2403.14958), whose savings these formulas reproduce to the printed digit for k from 1 to a quarter of the smaller side.

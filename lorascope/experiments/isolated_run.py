@@ -12,6 +12,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 from torch import nn
 
 from lorascope.inputs import models, tasks
+from lorascope.inputs.computation import set_dtype
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, from_config, target_parts
 from lorascope.observe.observer import Observer
@@ -72,10 +73,11 @@ class IsolatedRun:
         if not isinstance(task, Task):
             task = tasks.load(str(task))
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
+        set_dtype(living, self.settings.dtype)
         _own_tensors(living, self.device)
         task = task.fit(living)
         self.settings.set_computation(living)
-        mark = prepare_model(living, task, self.seed)
+        mark = prepare_model(living, task, self.seed, self.settings.quantize, self.device)
         base = LiveWeights(living)
         phase = replace(next(self.method.phases(base)), name=name)
         plan = RunSpec(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)

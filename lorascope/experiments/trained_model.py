@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, detach
 from lorascope.adapters.host_weights import host_weight
+from lorascope.adapters.quantization import quantize_blocks, require_bitsandbytes
 from lorascope.adapters.weight_parts import find_host
 from lorascope.experiments.component_removal import SvdTriple, svd_of_update
 from lorascope.export import base_of
@@ -81,6 +82,9 @@ def open_trained(run: Result, name: str | Path, task: str | Path | Task, state: 
             raise ValueError(
                 f"model must be {run.meta.model}, the base of {run.reference}, got {name} with different weights"
             )
+        if (kind := run.meta.settings.get("quantize")) is not None:
+            require_bitsandbytes(kind)
+            quantize_blocks(base, kind, "cpu")
         cast(Run, run).restore(base, state)
         deltas = detach(base, join=False)  # its parts of fused weights are patched by name
     base.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Attention and gradient checkpointing of models of transformers."""
+"""Attention, gradient checkpointing and precision of the weights of models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,26 @@ from lorascope.files.printable import first_line
 from lorascope.inputs.models import quiet
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def set_dtype(model: nn.Module, name: str | None) -> None:
+    """Convert the weights of a model to a dtype by its name in torch; None leaves them as they are.
+
+    Weights that transformers keeps in float32, and buffers that no checkpoint contains, are not converted.
+    """
+    if name is None:
+        return
+    dtype = getattr(torch, name)
+    wide: list[str] = []
+    if hasattr(model, "_get_dtype_plan"):
+        wide += model._get_dtype_plan(dtype)
+    persistent = model.state_dict(keep_vars=True)
+    # Frequencies of rotary embeddings are such buffers: rounded ones would move the positions of later tokens.
+    buffers = {key: buffer for key, buffer in model.named_buffers() if key in persistent}
+    for key, tensor in (*model.named_parameters(), *buffers.items()):
+        if tensor.is_floating_point() and not set(wide).intersection(key.split(".")):
+            tensor.data = tensor.data.to(dtype)
 
 
 def set_attention(model: nn.Module, name: str | None, precision: str) -> None:

@@ -44,8 +44,9 @@ def load(
     task: Task | None = None,
     blocks: int | None = None,
     options: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
 ) -> nn.Module:
-    """Load a model with a head, in float32 and evaluation mode.
+    """Load a model with a head, in evaluation mode.
 
     Encoders are loaded as sequence classifiers, decoders as causal LMs, encoder-decoders as seq2seq LMs, and vision
     transformers as image classifiers. A checkpoint of a classifier is always loaded as a classifier.
@@ -61,6 +62,8 @@ def load(
         Number of transformer blocks to load, from the first, in each stack; all by default.
     options : mapping, optional
         Fields of the configuration that replace those of the checkpoint, such as ``{"hidden_dropout_prob": 0.0}``.
+    dtype : {"float32", "bfloat16", "float16"}
+        Dtype of the weights, regardless of the checkpoint.
 
     Returns
     -------
@@ -84,7 +87,7 @@ def load(
         # Draw new weights from a fixed seed, without changing the caller's generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": is_relabeled}
+            options = {"config": config, "dtype": getattr(torch, dtype), "ignore_mismatched_sizes": is_relabeled}
             options |= _revision(commit)
             model, report = _load_quietly(head, source, name, output_loading_info=True, **options)
         if commit is not None:

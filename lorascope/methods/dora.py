@@ -30,7 +30,7 @@ Departs:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,8 @@ class DoRA(LoRA, name="dora"):
     rank, alpha, dropout, targets, rslora, init_seed
         See ``LoRA``.
     """
+
+    decomposes_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

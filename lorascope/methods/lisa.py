@@ -31,6 +31,7 @@ Departs:
 - By default the optimizer's state of a block is dropped when the block is frozen ("reset"), as the authors intended.
   Their code keeps the state of every block that ever trained ("keep"). The paper's runs dropped all state, because
   every interval was a separate process ("reset_all").
+- On 16-bit weights the state includes a float32 copy of each weight that trains, which is dropped with the rest.
 - The draws use a separate generator; the authors' code uses NumPy's global one.
 - ``weights`` is an option that the paper motivates but never uses. Blocks are drawn one after the other, so the
   probability of a block is not gamma times its weight; ``marginals`` computes it.

@@ -152,6 +152,8 @@ class AdapterMethod(Method):
     targets: Any
     splits_fused: bool = True
     """Whether the roles q, k and v select parts of a fused weight; False for runs of earlier versions."""
+    decomposes_base: ClassVar[bool] = False
+    """Whether the update depends on W_0, which therefore must not be quantized."""
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -186,6 +188,15 @@ def target_parts(method: Method, model: nn.Module) -> tuple[str, ...]:
     if not isinstance(method, AdapterMethod):
         return ()
     return part_roles(method.find_targets(model))
+
+
+def require_quantizable(method: Method) -> None:
+    """Raise a ValueError if a method trains or decomposes the base weights, which quantized ones do not allow."""
+    name = type(method).__name__
+    if not isinstance(method, AdapterMethod):
+        raise ValueError(f"cannot quantize the base of {name}: it trains the weights")
+    if method.decomposes_base:
+        raise ValueError(f"cannot quantize the base of {name}: it decomposes W_0")
 
 
 def copy_method(method: Any, **changes: Any) -> Any:

@@ -30,6 +30,7 @@ Departs:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,8 @@ class PiSSA(LoRA, name="pissa"):
     rank, alpha, dropout, targets, rslora
         See ``LoRA``.
     """
+
+    decomposes_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

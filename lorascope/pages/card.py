@@ -149,6 +149,10 @@ def _subject(label: str, inspection: Inspection) -> dict[str, Any]:
     """Return what a card says about one adapter or run, except for its tables and figures."""
     case = Case(inspection.run)
     (_, kind), *facts = inspection.facts
+    meta = inspection.run.meta
+    if meta.peak_memory is not None:
+        holder = "process" if meta.device == "cpu" else str(meta.device)
+        facts.append(("memory", f"{meta.peak_memory / 2**30:.2f} GiB at the peak of the {holder}"))
     # The doctor and the inspection share some findings.
     distinct = {(finding.cause, finding.message): finding for finding in (*find_faults(case), *inspection.details)}
     findings = sorted(distinct.values(), key=lambda finding: _SEVERITIES.index(finding.severity))

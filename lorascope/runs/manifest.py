@@ -169,6 +169,9 @@ class Manifest:
     weight_parts : dict or None
         Rows of the adapted parts of fused weights by name, such as ``transformer.h.0.attn.c_attn[q]``: number of equal
         groups of rows, and first and last row (exclusive) in each group. None if only whole weights are adapted.
+    peak_memory : int or None
+        Peak memory of the training in bytes: what torch allocated on a GPU, or on a CPU the resident memory of the
+        process that finished it. None for older runs, and where it is not known.
     facts : dict
         What readers need to know about the method, by ``Method.describe``.
     source : str or None
@@ -219,6 +222,7 @@ class Manifest:
     started: int | None = None
     seconds: Finite = 0.0
     total_seconds: Finite = 0.0
+    peak_memory: Count | None = None
 
     @property
     def tested_state(self) -> str:

@@ -16,12 +16,15 @@ from lorascope.adapters.peft_layers import (
     unwrap_peft_model,
     unwrapped_parameters,
 )
+from lorascope.adapters.quantization import quantize_blocks
 from lorascope.files.memory_errors import is_out_of_memory
 from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
+from lorascope.inputs.computation import set_dtype
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method
 from lorascope.observe.trainable import trained_ids
 from lorascope.schema import module_table
+from lorascope.training.master_weights import train_in_float32
 from lorascope.training.settings import Settings
 
 _MARKER = "_lorascope_trained"
@@ -65,27 +68,57 @@ class Base(Mapping[str, Tensor]):
 
 
 class TrainingMarker(NamedTuple):
-    """Marker that ``train`` leaves on a model: the id of the recipe that it ran, and the base weights W_0."""
+    """Marker that ``train`` leaves on a model: id of the recipe that it ran, base weights W_0, quantization."""
 
     recipe: str
     w0_hash: str
     base: Base
+    quantize: str | None = None
 
     def attach(self, model: nn.Module, recipe: str) -> None:
         """Attach the marker to a model, for this recipe."""
         setattr(model, _MARKER, self._replace(recipe=recipe))
 
 
-def prepare_model(model: nn.Module, task: Task, seed: int) -> TrainingMarker:
-    """Prepare a model and its base weights for a first training, or return the marker of an earlier one."""
+def convert_weights(model: nn.Module, dtype: str | None, quantize: str | None, device: str) -> None:
+    """Convert the weights of a fresh model to a dtype and move it to a device.
+
+    Those of a model that was trained before stay as they are. A model to be quantized is not moved, because
+    ``prepare_model`` moves its quantized layers one after the other, so that the device never has all wide weights.
+    """
+    if hasattr(model, _MARKER):
+        model.to(device)
+        return
+    set_dtype(model, dtype)
+    if quantize is None:
+        model.to(device)
+
+
+def prepare_model(
+    model: nn.Module, task: Task, seed: int, quantize: str | None = None, device: str = "cpu"
+) -> TrainingMarker:
+    """Prepare a model and its base weights for a first training, or return the marker of an earlier one.
+
+    The hash of the base weights is that before they are quantized, because devices differ in rounding.
+    """
     marker = getattr(model, _MARKER, None)
+    if marker is not None and marker.quantize != quantize:
+        raise ValueError(f"quantize must be {marker.quantize!r}, as this model is, got {quantize!r}; load a fresh one")
     if marker is not None:
         return marker
     reject_adapted(model)
     # A fitted head is new, so its weights are drawn after it has the right size, and the hash leaves them out.
     fit_head(model, task.head_labels)
     draw_new_weights(model, seed)
-    return TrainingMarker("", weights_hash(model), Base(model))
+    w0_hash = weights_hash(model)
+    if quantize is not None:
+        quantize_blocks(model, quantize, device)
+        model.to(device)
+        marker = TrainingMarker("", w0_hash, Base(model), quantize)
+        # Also if the training does not begin, because the model is quantized now.
+        marker.attach(model, "")
+        return marker
+    return TrainingMarker("", w0_hash, Base(model))
 
 
 def begin_training(
@@ -97,6 +130,7 @@ def begin_training(
     modules = module_table.describe(model)
     optimizer = method.optimizer(model, settings.lr, settings.head_lr, settings.weight_decay)
     settings.set_adam(optimizer, type(method).__name__)
+    train_in_float32(optimizer)
     base.capture(optimizer)
     return optimizer, modules
 

@@ -32,7 +32,7 @@ from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.schema.fused_parts import part_roles
 from lorascope.schema.suggestions import unknown_name
-from lorascope.training.base_weights import TrainingMarker, begin_training, prepare_model
+from lorascope.training.base_weights import TrainingMarker, begin_training, convert_weights, prepare_model
 from lorascope.training.checkpoints import Checkpoint, Checkpoints
 from lorascope.training.loop import fit, reset_model, usable_device
 from lorascope.training.output_folder import finished_run, prepare_folder
@@ -113,8 +113,9 @@ def fork(
     opened_task = _open_task(run, task)
     model = _open_model(run, model, opened_task)
     task = opened_task.fit(model)
-    model.to(device)
-    marker = prepare_model(model, task, run.seed)
+    quantize = run.meta.settings.get("quantize")
+    convert_weights(model, run.meta.settings.get("dtype"), quantize, device)
+    marker = prepare_model(model, task, run.seed, quantize, device)
     trunk = _rebuild_spec(run, marker, task, method)
     trunk.settings.set_computation(model)
     spec = _change_spec(trunk, run, step, change, model)

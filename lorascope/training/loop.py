@@ -13,17 +13,18 @@ import torch
 from torch import nn
 
 from lorascope.adapters import delta
+from lorascope.adapters.quantization import has_packed_weights, require_bitsandbytes
 from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
 from lorascope.inputs.metrics import DEFAULTS, Metric, require_fit
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import default_if_none, is_integer
-from lorascope.methods.method import Method, Phase, from_config, target_parts
+from lorascope.methods.method import Method, Phase, from_config, require_quantizable, target_parts
 from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
 from lorascope.runs.folders import identify_folder, lock_run
 from lorascope.runs.run import Run
-from lorascope.training.base_weights import Base, prepare_model
+from lorascope.training.base_weights import Base, convert_weights, prepare_model
 from lorascope.training.generation import Generation, require_generation
 from lorascope.training.keyboard_interrupt import catch_interrupt
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
@@ -69,6 +70,8 @@ def train(
     attention: str | None = None,
     gradient_checkpointing: bool = False,
     generation: Generation | Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
     start: Run | str | Path | None = None,
     start_head: bool = False,
     observe: Sequence[Observer] | None = None,
@@ -158,6 +161,14 @@ def train(
         How a causal language model generates texts from prompts with open responses, for metrics such as BLEU. The run
         keeps those of the test split. Rows with the same prompt are one item with several references. The loss selects
         the best state unless ``every`` says that evaluations generate as well; then those that do select it.
+    dtype : {"float32", "bfloat16", "float16"}, optional
+        Dtype of the base weights, by default that of the model, which is float32 if it is loaded by name. Factors of
+        adapters are float32 on weights of 16 bits, and other trained weights have copies in float32, to which the
+        optimizer adds its steps.
+    quantize : {"nf4", "int8"}, optional
+        Quantization of the linear layers in the blocks by bitsandbytes, for methods that train adapters only: 4-bit
+        NormalFloat, or LLM.int8(). Requires ``pip install lorascope[quantized]``. DoRA and PiSSA, which decompose W_0,
+        are rejected.
     start : Run or path, optional
         Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI;
         or, for ``LoRA``, a folder of PEFT with the same ranks, scales and modules. Figures subtract the initial update,
@@ -225,15 +236,18 @@ def train(
     if not isinstance(model, nn.Module | str | Path):
         raise ValueError(f"model must be a PyTorch model, a name or a folder, got {model!r}")
     method.prepare()  # before anything is changed
-    if not isinstance(data, Task):
-        data = tasks.load(str(data))
-    if isinstance(model, str | Path):
-        model = models.load(str(model), data, options=model_options)
-    elif model_options is not None:
-        raise ValueError("model_options requires the name of a model: set fields of model.config before you train it")
     values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
     settings = Settings(**values | _rates(method, lr, head_lr))
     processes.require_rows(settings.batch_size, settings.accumulate)
+    if settings.quantize is not None:
+        require_quantizable(method)
+        require_bitsandbytes(settings.quantize)
+    if not isinstance(data, Task):
+        data = tasks.load(str(data))
+    if isinstance(model, str | Path):
+        model = models.load(str(model), data, options=model_options, dtype=default_if_none(settings.dtype, "float32"))
+    elif model_options is not None:
+        raise ValueError("model_options requires the name of a model: set fields of model.config before you train it")
     reject_sharded_weights(model, fix="each process needs all weights; pass the model without fully_shard")
     task = data.fit(model)
     if task.kind in DEFAULTS and not settings.metrics:
@@ -242,9 +256,11 @@ def train(
         require_generation(model, task)
     require_fit(settings.metrics, task, settings.generation is not None)
     require_smoothing(settings.label_smoothing, task)
-    model.to(device)
+    if has_packed_weights(model):
+        require_quantizable(method)
+    convert_weights(model, settings.dtype, settings.quantize, device)
     settings.set_computation(model)
-    marker = prepare_model(model, task, seed)
+    marker = prepare_model(model, task, seed, settings.quantize, device)
     resolved = settings.resolve(phase_rows(task, Phase(method), model, max_length))
     _require_steps(keep_checkpoints, resolved.steps)
     plan = RunSpec(method, Phase(method), task, resolved, seed, marker.w0_hash, tuple(observers))
@@ -416,7 +432,8 @@ def reset_model(model: nn.Module, base: Base) -> None:
     """Remove adapters, restore W_0 and make all parameters trainable, as at the start of every phase."""
     delta.detach(model)
     base.restore()
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # quantized weights have no gradients
 
 
 def _run_phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:

@@ -23,6 +23,7 @@ from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Item, Record
 from lorascope.training.base_weights import Base
 from lorascope.training.curve_report import CurveReport
+from lorascope.training.peak_memory import peak_memory
 from lorascope.training.state import save_state, save_tree
 
 
@@ -154,6 +155,8 @@ class Recording:
         meta = self.writer.meta
         meta.seconds = self.seconds
         meta.total_seconds += meta.seconds  # until now those of the earlier phases
+        if meta.device is not None:
+            meta.peak_memory = peak_memory(meta.device)
         run = self.writer.finish(status)
         if self.report is not None:
             self.report.close(run)

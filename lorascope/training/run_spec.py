@@ -14,7 +14,7 @@ from torch import nn
 
 from lorascope import __version__
 from lorascope.adapters.delta import adapters
-from lorascope.adapters.host_weights import host_kind
+from lorascope.adapters.host_weights import entry_count, host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
 from lorascope.adapters.weight_parts import part_rows
 from lorascope.inputs import models, tasks
@@ -120,11 +120,12 @@ def reload_task(run: Result, name: str) -> Task:
 
 
 def reload_model(run: Result, name: str | Path, task: Task | None = None, blocks: int | None = None) -> nn.Module:
-    """Load the base of a run by its name or from a folder, with the options that the run had."""
-    options = None
+    """Load the base of a run by its name or from a folder, with the options and the dtype that the run had."""
+    settings: dict[str, Any] = {}
     if isinstance(run, Run):
-        options = run.meta.settings.get("model_options")
-    return models.load(name, task, blocks, options)
+        settings = run.meta.settings
+    dtype = settings.get("dtype", "float32")
+    return models.load(name, task, blocks, settings.get("model_options"), dtype)
 
 
 def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parameter], device: str) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
         "processor": processor_name() or None,
         "status": "running",
         "parameters": Parameters(
-            total=sum(p.numel() for p in model.parameters()),
+            total=sum(map(entry_count, model.parameters())),
             trained=trained_count,
             head=sum(p.numel() for p in trained if id(p) in head),
         ),

@@ -35,6 +35,7 @@ from lorascope.training.base_weights import Base, begin_training
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
 from lorascope.training.evaluation import Score, evaluate, to_device
 from lorascope.training.generation import generate_texts, group_references
+from lorascope.training.peak_memory import reset_peak
 from lorascope.training.processes import SINGLE_PROCESS, Processes, SilentWriter, count_rows
 from lorascope.training.recording import Recording
 from lorascope.training.run_spec import RunSpec
@@ -268,6 +269,7 @@ class Session(Recording):
     def begin(self) -> int:
         """Start, or resume from the newest intact checkpoint; return the 0-based step to run next."""
         self.model.train()
+        reset_peak(self.device)
         newest = self.checkpoints.newest()
         if newest is None:
             return self.start()

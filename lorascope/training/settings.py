@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorascope.inputs.computation import ATTENTIONS, enable_checkpointing, set_attention
+from lorascope.adapters.quantization import QUANTIZATIONS
+from lorascope.inputs.computation import ATTENTIONS, DTYPES, enable_checkpointing, set_attention
 from lorascope.inputs.metrics import Metric, resolve
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
@@ -35,6 +36,8 @@ _ADDED_LATER = {
     "attention": None,
     "gradient_checkpointing": False,
     "generation": None,
+    "dtype": None,
+    "quantize": None,
 }
 _NUMBERS = ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs", "label_smoothing", "eps")
 
@@ -76,6 +79,8 @@ class Settings:
     attention: str | None = None
     gradient_checkpointing: bool = False
     generation: Generation | Mapping[str, Any] | None = None
+    dtype: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "test_size", "max_length")
@@ -110,6 +115,10 @@ class Settings:
         require(self, "attention", allowed, self.attention in (*ATTENTIONS, None))
         checkpointing = self.gradient_checkpointing
         require(self, "gradient_checkpointing", "True or False", isinstance(checkpointing, bool))
+        if self.dtype is not None:
+            require_choice(self, "dtype", DTYPES)
+        if self.quantize is not None:
+            require_choice(self, "quantize", QUANTIZATIONS)
         _ = self.metrics  # an unknown one raises
         if self.text_generation is not None and self.text_generation.every and not self.metrics:
             raise ValueError("every of generation requires a metric of texts, such as metric='bleu'")

@@ -241,3 +241,19 @@ def test_a_model_or_task_that_cannot_generate_raises_one_line(reviews):
         model = tiny(family)
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             require_generation(model, task.fit(model))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_prompt_that_ends_with_the_end_of_text_token_is_continued(tokenizer, beams):
+    # As in E2E, where this token is between a meaning and its text.
+    model = tiny("gpt2", vocab_size=len(tokenizer), n_positions=64)
+    prompts = [f"{prompt}[EOS]" for prompt in MEANINGS]
+    rows = pd.DataFrame({"prompt": prompts, "response": list(MEANINGS.values())})
+    encoded = encode_pairs(tokenizer, rows, (), 64, seq2seq=False)
+    assert encoded.tokens["input_ids"][0].count(tokenizer.eos_token_id) == 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        model(**encoded.batch(range(len(rows)))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert write_texts(model, tokenizer, prompts, num_beams=beams) == list(MEANINGS.values())

@@ -97,10 +97,8 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
             table = memory_estimate.compare_methods(memory_estimate.LLAMA2[size], rank, active, width=2)
         rows = table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
         # The LISA paper claims that the 7B model trains on a 24 GB GPU.
-        card = [Rule(x=_CARD)] if size == "7B" else []
+        card = [Rule(x=_CARD, label="24 GB")] if size == "7B" else []
         label, title = f"memory of {model} ({unit})", f"{model}, computed"
-        if card:
-            title += " (line: 24 GB)"
         panels.append(
             stacked_bars(rows, list(rows["recipe"].unique()), label, _COLORS, *card, title=title, caption=caption)
         )
@@ -121,7 +119,7 @@ def _least_memory(models: Sequence[pd.DataFrame], first: str) -> str:
         return ""
     ((label, percentages),) = shares.items()
     ends = dict.fromkeys((f"{min(percentages):.0f}", f"{max(percentages):.0f}"))
-    return f": least with {label}, {' to '.join(ends)}% of {first}"
+    return f", measured: least with {label}, {' to '.join(ends)}% of {first}"
 
 
 def _model_name(model: str) -> str:
@@ -189,9 +187,13 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
     rows = cohort.label(step_time.median_times(cohort.table))
     cells = rows.groupby(["recipe", "part"], sort=False)["value"].mean().mul(1e3).reset_index()
     spread = step_time.relative_spread(cohort.table)
+    devices = dict.fromkeys(run.meta.device or "an unnamed device" for run in cohort.runs)
+    reference = ""
+    if len(cohort.labels) > 1:
+        reference = f" Line and percentages: {cohort.labels[0]}."
     caption = cohort.caption(
-        f"Medians over the steps after step {step_time.WARM}: {'; '.join(_batch_phrase(cohort))}. Rest: mostly the "
-        "optimizer.",
+        f"{'; '.join(_batch_phrase(cohort))}, on {', '.join(devices)}. Medians over the steps after step "
+        f"{step_time.WARM}. Rest: mostly the optimizer.{reference}",
         f"Half the interquartile range of the steps: at most {spread:.0%} of their median.",
         interval=_COUNTS,
         pair=_COUNTS,
@@ -206,6 +208,8 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
     totals["words"] = (100 * totals["value"] / first).map("{:.0f}%".format)
     totals["margin"] = (1 + _MARGIN) * longest
     marks = [*bars.marks, Rule(x=first), Text("margin", "recipe", "words", data=totals)]
-    title = f"Time per step; line and percentages: {cohort.labels[0]}"
+    shares = totals.set_index("recipe")["value"].drop(cohort.labels[0]) / first
+    ends = {str(label): f"{label} {shares[label]:.0%}" for label in (shares.idxmin(), shares.idxmax())}
+    title = f"Time per step: {', '.join(ends.values())} of {cohort.labels[0]}"
     x = replace(bars.x, limits=(0, (1 + 2 * _MARGIN) * longest))
     return cohort.complete(replace(bars, marks=marks, title=title, x=x))

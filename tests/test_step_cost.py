@@ -102,7 +102,7 @@ def test_memory_of_larger_models_is_computed(tmp_path):
     run = plant(tmp_path, "a", bytes_of(8, 8, 16, 40))
     (measured,), (seven,), (seventy,) = plots.memory(run).rows()
     assert [chart.title for chart in (seven, seventy)] == [
-        "LLaMA-2 7B, computed",
+        "LLaMA-2 7B, computed (line: 24 GB)",
         "LLaMA-2 70B, computed",
     ]
     held = memory_estimate.lisa(memory_estimate.LLAMA2["70B"], 4, width=2)

@@ -97,8 +97,10 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
             table = memory_estimate.compare_methods(memory_estimate.LLAMA2[size], rank, active, width=2)
         rows = table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
         # The LISA paper claims that the 7B model trains on a 24 GB GPU.
-        card = [Rule(x=_CARD, label="24 GB")] if size == "7B" else []
+        card = [Rule(x=_CARD)] if size == "7B" else []
         label, title = f"memory of {model} ({unit})", f"{model}, computed"
+        if card:
+            title += " (line: 24 GB)"
         panels.append(
             stacked_bars(rows, list(rows["recipe"].unique()), label, _COLORS, *card, title=title, caption=caption)
         )

@@ -12,7 +12,7 @@ from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Rule, Text
 from lorascope.plots.builders import stacked_bars
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import Cohort, Runs, require_choices
+from lorascope.plots.run_groups import Cohort, Runs, require_choices, shown_model
 
 _QUANTITIES = {
     "parameter_bytes": "parameters",
@@ -22,7 +22,6 @@ _QUANTITIES = {
 _ACTIVATIONS = "rest (mostly activations)"
 _COLORS = (*memory_estimate.COMPONENTS, _ACTIVATIONS)
 _PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in the LISA paper
-_MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2"}
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 _CARD = 24e9 / 2**30  # memory of a 24 GB GPU in GiB
 _MARGIN = 0.12  # position of percentages to the right of the longest bar, over its length: they fit into a column
@@ -86,7 +85,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     panels = []
     for model, rows in cells.items():
         # Models of different size have separate axes.
-        name = _model_name(model)
+        name = shown_model(model)
         label, title = f"memory of {name} (MiB)", f"{name}, measured"
         panels.append(stacked_bars(rows, models[model].labels, label, _COLORS, title=title, caption=caption))
     for size in computed:
@@ -124,12 +123,6 @@ def _least_memory(models: Sequence[pd.DataFrame], first: str) -> str:
     return f", measured: least with {label}, {' to '.join(ends)}% of {first}"
 
 
-def _model_name(model: str) -> str:
-    """Return the name of a model in titles, without its folder."""
-    name, comma, blocks = model.rpartition("/")[2].partition(",")
-    return _MODELS.get(name, name) + comma + blocks
-
-
 def _runs_of_model(cohort: Cohort, model: str) -> Cohort:
     groups = []
     for group in cohort.groups:
@@ -156,7 +149,7 @@ def _measured_memory(cohort: Cohort) -> pd.DataFrame:
 def _batch_phrase(cohort: Cohort) -> list[str]:
     """Return the models with their batch sizes as text."""
     batches = (
-        f"{_model_name(run.meta.model)}, batch size {run.meta.settings.get('batch_size')}" for run in cohort.runs
+        f"{shown_model(run.meta.model)}, batch size {run.meta.settings.get('batch_size')}" for run in cohort.runs
     )
     return list(dict.fromkeys(batches))
 

@@ -212,7 +212,9 @@ register(
     ),
     update_norm=Quantity("‖W − W₀‖", pool="norm", definition="Frobenius norm of the update W − W₀"),
     learned_norm=Quantity(
-        "‖ΔW − ΔW₀‖", pool="norm", definition="Frobenius norm of the learned update, with ΔW = W − W₀"
+        "‖ΔW − ΔW₀‖",
+        pool="norm",
+        definition="Frobenius norm of the learned update, with ΔW = W − W₀ and ΔW₀ its value at step 0",
     ),
     relative_update=Quantity("‖W − W₀‖ / ‖W₀‖", pool="mean", definition="norm of W − W₀ over that of W₀"),
     step_norm=Quantity("‖Wₜ − Wₜ₋₁‖", pool="norm", definition="Frobenius norm of the change in one step"),

@@ -66,7 +66,7 @@ def draw_norms(runs: Mapping[str, list[Run]]) -> Drawable:
         label = "log₂(update / mean)"
         heat = ls.Heat("place", "role", "log", label, "+.1f", "diverging", limits=(-2, 2), words="sign")
         largest = matrices.loc[log.idxmax()]
-        times = 2 ** largest["log"]
+        times = 2 ** log.max()
         largest_updates.append(f"{times:.1f} times the mean in {chart.title}")
         title = f"{chart.title}: largest at {largest['role']} of block {largest['place']}"
         # Norm layers are not adapted by LoRA.

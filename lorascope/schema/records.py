@@ -228,7 +228,7 @@ register(
 register(
     "train adapters with observe=[ls.observe.norms()]",
     stable_rank=Quantity("stable rank", definition="‖W − W₀‖² / σ₁²"),
-    effective_rank=Quantity("effective rank", definition="exp of the entropy of sigma / sum(sigma)"),
+    effective_rank=Quantity("effective rank", definition="exp of the entropy of σ / Σσ"),
     rank=Quantity("rank", pool="sum", definition="number of components of the update in use"),
 )
 register(

@@ -34,6 +34,7 @@ METHODS = {
     FULL: ls.Full(lr=1e-5, head_lr=1e-5),
     LORA: ls.LoRA(rank=RANK, alpha=16.0, targets=("all-linear", "embed", "lm_head"), lr=1e-3, head_lr=1e-3),
 }
+GROUND = f"SmolLM2 on sentiment, {STEPS} steps."
 LEADING = 4  # directions per update that are compared between seeds
 SIGNED = np.log2(1.5)  # cells that differ from the mean by this factor have a sign
 
@@ -56,7 +57,7 @@ def draw(runs: Mapping[str, list[Run]]) -> dict[str, Drawable]:
 
 def draw_norms(runs: Mapping[str, list[Run]]) -> Drawable:
     """Draw the relative update of every matrix over the mean of its method, whose learning rates differ."""
-    charts = []
+    charts, largest_updates = [], []
     for chart in ls.plots.update_norm_heat(runs, quantity="relative_update").panels:
         matrices = chart.data[chart.data["role"] != "norm"]
         log = np.log2(matrices["value"] / matrices["value"].mean())
@@ -65,17 +66,22 @@ def draw_norms(runs: Mapping[str, list[Run]]) -> Drawable:
         label = "log₂(update / mean)"
         heat = ls.Heat("place", "role", "log", label, "+.1f", "diverging", limits=(-2, 2), words="sign")
         largest = matrices.loc[log.idxmax()]
+        times = 2 ** log.max()
+        largest_updates.append(f"{times:.1f} times the mean in {chart.title}")
         title = f"{chart.title}: largest at {largest['role']} of block {largest['place']}"
         # Norm layers are not adapted by LoRA.
         y = replace(chart.y, order=[role for role in chart.y.order or () if role != "norm"])
         caption = (
-            "‖W − W₀‖ / ‖W₀‖ of every matrix over the mean of its method, in powers of two. Cells with + and − are at "
+            f"{GROUND} ‖W − W₀‖ / ‖W₀‖ of every matrix, divided by the mean over the matrices of its method, in powers "
+            "of two. Cells with + and − are at "
             "least 1.5 times above or below the mean. "
             f"Mean of {len(SEEDS)} seeds, after step {STEPS}."
         )
         matrices = matrices.assign(log=log, sign=sign)
         charts.append(replace(chart, data=matrices, marks=[heat], title=title, y=y, caption=caption))
-    return replace(ls.set_side_by_side(*charts), title="Relative update by block and role, over its mean")
+    return replace(
+        ls.set_side_by_side(*charts), title=f"Largest relative update of a matrix: {', '.join(largest_updates)}"
+    )
 
 
 def draw_ranks(runs: list[Run]) -> Drawable:
@@ -86,7 +92,12 @@ def draw_ranks(runs: list[Run]) -> Drawable:
     shapes = {update.shape for name, update in runs[0].updates().items() if name in set(matrices)}
     ranks = sorted(random_effective_rank(shape, RANK) for shape in shapes)
     caption = f"{panel.caption} Random factors of the same shapes: {ranks[0]:.1f} to {ranks[-1]:.1f}."
-    return replace(panel, caption=caption)
+    blocks = panel.data.groupby("place", sort=False, observed=True)["value"].mean()
+    title = (
+        f"Effective rank of LoRA's updates of rank {RANK}: {blocks.iloc[0]:.0f} in block {blocks.index[0]}, "
+        f"{blocks.iloc[-1]:.0f} in block {blocks.index[-1]} (mean over roles)"
+    )
+    return replace(panel, caption=caption, title=title)
 
 
 def random_effective_rank(shape: tuple[int, int], rank: int) -> float:
@@ -114,18 +125,23 @@ def draw_directions(runs: list[Run]) -> Drawable:
             rows.append((side, str(module["layer"]), module["role"], np.mean(overlaps)))
     table = pd.DataFrame(rows, columns=["side", "layer", "role", "overlap"])
     caption = (
-        f"Overlap ‖U₁ᵀU₂‖² / {LEADING} of the {LEADING} leading singular vectors of an update between two seeds, "
+        f"{GROUND} {LORA}. Overlap ‖U₁ᵀU₂‖² / {LEADING} of the {LEADING} leading singular vectors of an update "
+        "between two seeds, "
         f"minus that of random directions; mean over the pairs of {len(runs)} seeds with separate initial A's."
     )
     x = ls.Axis(label="block", order=list(dict.fromkeys(table["layer"])))
     y = ls.Axis(order=[role for role in ROLES if role in set(table["role"])])
-    charts = []
+    charts, means = [], []
     for side, title in zip(Directions._fields, ("outputs (from B)", "inputs (from A)"), strict=True):
         of_side = table[table["side"] == side]
+        means.append(f"{title} {of_side['overlap'].mean():.2f}")
         title += f": mean {of_side['overlap'].mean():.2f}"
         heat = ls.Heat("layer", "role", "overlap", "overlap − chance", limits=(0, None))
         charts.append(Chart(of_side, [heat], title=title, x=x, y=y, caption=caption))
-    return replace(ls.set_side_by_side(*charts), title="Directions of the update that seeds share")
+    return replace(
+        ls.set_side_by_side(*charts),
+        title=f"Overlap of the update's directions between seeds, above chance: {', '.join(means)}",
+    )
 
 
 def _excess_overlap(first: np.ndarray, second: np.ndarray) -> float:

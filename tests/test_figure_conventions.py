@@ -221,6 +221,7 @@ def test_panels_have_the_title_of_their_quantity_above_those_of_recipes(write: A
     # The sums over blocks are 10.5 and 15.
     assert panels.title == "Update by block and role: largest with two, 1.4 times that with one"
     assert [chart.title for chart in panels.panels] == ["one", "two"]
+    assert panels.panels[0].caption.startswith("m on t")
     drawn = panels.mpl()
     assert drawn.get_suptitle() == panels.title
     assert [ax.get_title("left") for ax in drawn.axes[:2]] == ["one", "two"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import msgspec
@@ -109,9 +110,16 @@ def test_authors_lists_are_compared_with_random_ranks() -> None:
     gain = published_numbers.autolora(FOLDER.parents[1] / "published")
     mean = [random["expected_sd_of_24"] + number for number in (gain.mean, gain.low, gain.high)]
     assert rows.loc["mean", ["value", "low", "high"]].tolist() == pytest.approx(mean)
-    assert chart.title.endswith(f": deviation {mean[0]:.2f}, at random {random['expected_sd_of_24']:.2f}")
+    assert chart.title.endswith(f": standard deviation {mean[0]:.2f}, random {random['expected_sd_of_24']:.2f}")
     inside = int(lists["sd"].between(random["low_2_5"], random["high_97_5"]).sum())
     assert spread.title == f"Deviation of ranks: {inside} of {len(lists)} lists are in the random range"
+
+
+def overlaps_of_seeds() -> list[float]:
+    """Return the fraction of neurons that each pair of seeds of NeFT, 9%, shares."""
+    selected = pd.read_parquet(FOLDER.parent / "selected.parquet")
+    neurons = {seed: set(zip(rows["module"], rows["neuron"], strict=True)) for seed, rows in selected.groupby("seed")}
+    return [len(neurons[a] & neurons[b]) / len(neurons[a]) for a, b in combinations(neurons, 2)]
 
 
 def contains_zero(table: pd.DataFrame) -> bool:
@@ -123,6 +131,15 @@ def rows_of(panel: Chart, column: str, name: object) -> pd.DataFrame:
     return panel.data[panel.data[column] == name]
 
 
+def points(value: float, digits: int = 1) -> str:
+    """Return a difference in accuracy as titles print it, in points."""
+    return f"{100 * value:+.{digits}f}".replace("-", "−")
+
+
+def nats(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
 def test_titles_say_what_the_differences_say() -> None:
     """Findings in titles are not computed when a stored figure is drawn."""
     figures = stored_figures(FOLDER)
@@ -132,10 +149,29 @@ def test_titles_say_what_the_differences_say() -> None:
         return figures[name].chart.panels[1].data
 
     assert contains_zero(differences("accuracy-adalora", ": no difference is seen"))
-    assert contains_zero(differences("basis-ablation", ": no difference is seen, unlike in the paper"))
-    assert contains_zero(differences("bias-curve", ": no difference from a uniform draw is seen"))
-    assert contains_zero(differences("budgets", ": no difference is seen; AdaLoRA is printed above LoRA"))
-    assert (figures["budgets"].chart.panels[3].data["value"] > 0).all()
+    bases = differences("basis-ablation", " an orthogonal one: no difference is seen; printed −3.5 to −6.4")
+    assert contains_zero(bases)
+    by_basis = bases.set_index("basis")["value"]
+    assert f"{points(by_basis['random'])} point with" in figures["basis-ablation"].chart.title
+    assert f"{points(by_basis['orthogonal'])} with" in figures["basis-ablation"].chart.title
+    losses = []
+    for panel in figures["basis-ablation"].chart.panels[2:]:
+        printed = panel.data.set_index("basis")["value"]
+        losses += list(printed.drop("Fourier") - printed["Fourier"])
+    assert (points(max(losses)), points(min(losses))) == ("−3.5", "−6.4")
+    bands = differences("bias-curve", " points below a uniform draw, no difference is seen")
+    assert contains_zero(bands)
+    assert f": at most {-100 * bands['value'].min():.1f} points" in figures["bias-curve"].chart.title
+    assert (
+        f"at most ±{50 * (bands['high'] - bands['low']).max():.1f} points"
+        in figures["bias-curve"].chart.panels[0].caption
+    )
+    printed_gains = figures["budgets"].chart.panels[3].data["value"]
+    ends = [points(end, 2) for end in (printed_gains.min(), printed_gains.max())]
+    of_budgets = differences("budgets", f" points, no difference is seen; printed {' to '.join(ends)}")
+    assert contains_zero(of_budgets)
+    ends = [points(end) for end in (of_budgets["value"].min(), of_budgets["value"].max())]
+    assert f": {' to '.join(ends)} points" in figures["budgets"].chart.title
     below = differences("accuracy-lora", ": LoRA is below full fine-tuning; at rank 4, no difference is seen")
     assert contains_zero(rows_of(figures["accuracy-lora"].chart.panels[1], "recipe", "LoRA, rank 4"))
     assert (below.loc[below["recipe"] != "LoRA, rank 4", "high"] < 0).all()
@@ -148,17 +184,33 @@ def test_titles_say_what_the_differences_say() -> None:
         "accuracy of LoRA minus that of full fine-tuning with the same seed"
         in figures["accuracy-lora"].chart.panels[0].caption
     )
-    assert (differences("quality", ": FourierFT is below LoRA of equal size")["high"] < 0).all()
-    by_size = differences("low-data", ": LoRA is lower with all; with 1,000 or 100, no difference is seen")
+    of_size = differences("quality", " points below LoRA of equal size in test accuracy")
+    assert (of_size["high"] < 0).all()
+    (few, many) = -100 * of_size["value"]
+    assert figures["quality"].chart.title.startswith(f"FourierFT is {few:.1f} and {many:.1f} points")
+    by_size = differences("low-data", ", where no difference is seen")
+    levels = by_size.set_index("examples")["value"].map(points)
+    phrase = f"{levels['all']} points with all examples, {levels['1,000']} with 1,000 and {levels['100']} with 100"
+    assert phrase in figures["low-data"].chart.title
     assert list(by_size.loc[by_size["high"] < 0, "examples"]) == ["all"]
     assert contains_zero(by_size[by_size["examples"].isin(["1,000", "100"])])
-    of_loss = differences("training-curves-optimizers", ": Adafactor ends lowest, Adapprox above AdamW")
-    of_loss = of_loss.set_index("recipe")
+    of_loss = figures["training-curves-optimizers"].chart.panels[1].data.set_index("recipe")
+    changes = of_loss["value"].map(nats)
+    assert figures["training-curves-optimizers"].chart.title.endswith(
+        f": Adafactor {changes['Adafactor']} nats, Adapprox {changes['Adapprox']}, CAME {changes['CAME']}"
+    )
     assert of_loss["value"].idxmin() == "Adafactor"
     assert of_loss["high"]["Adafactor"] < 0 < of_loss["low"]["Adapprox"]
-    neurons = differences("training-curves-neft", ": selected neurons are not better than random ones")
-    neurons = neurons.set_index("recipe")["value"]
+    neurons = figures["training-curves-neft"].chart.panels[1].data.set_index("recipe")["value"]
+    assert figures["training-curves-neft"].chart.title.endswith(
+        f": NeFT, 9%, {neurons['NeFT, 9%']:+.3f} nats, random neurons {neurons['random neurons, 9%']:+.3f}, "
+        f"LoRA {neurons['LoRA, rank 8']:+.3f}"
+    )
     assert neurons["NeFT, 9%"] > neurons["random neurons, 9%"]
+    lisa = differences("training-curves-lisa", ", no difference is seen").set_index("recipe").loc["LISA"]
+    assert lisa["low"] < 0 < lisa["high"]
+    interval = f"{nats(lisa['value'])} nats [{nats(lisa['low'])}, {nats(lisa['high'])}]"
+    assert interval in figures["training-curves-lisa"].chart.title
 
 
 def test_titles_say_what_the_levels_say() -> None:
@@ -179,35 +231,62 @@ def test_titles_say_what_the_levels_say() -> None:
         for step in steps.data["step"].unique():
             grows_now = bool(by_step["low"][step, "5"] > by_step["high"][step, "0"])
             assert grows_now == grows or step < 80
-    by_rank = panels("ranks-lora", ": lowest at ranks 1 and 2, whose learning rate is not tuned")[0].data.sort_values(
-        "value"
-    )
+    by_rank = panels("ranks-lora", "; ranks 1 and 2 have no tuned learning rate")[0].data.sort_values("value")
     assert set(by_rank["rank"][:2]) == {1, 2}
-    left_out = panels("left-out-adalora", ": two of three seeds need the penalty")[0]
+    accuracy = (100 * by_rank.set_index("rank")["value"]).map("{:.1f}%".format)
+    levels = f": {accuracy[1]} at rank 1, {accuracy[4]} at rank 4, {accuracy[64]} at 64;"
+    assert levels in figures["ranks-lora"].chart.title
+    assert by_rank["rank"].iloc[-1] == 4
+    left_out = panels("left-out-adalora", " without its penalty with 2 of 3 seeds, without the uncertainty with none")[
+        0
+    ]
     majority = left_out.marks[0].x
     assert (rows_of(left_out, "recipe", "no penalty")["value"] <= majority).sum() == 2
-    found, random = panels("rank-allocation", ": AdaLoRA gives the lowest layers more")
+    assert (rows_of(left_out, "recipe", "sensitivity only")["value"] > majority).all()
+    found, random = panels("rank-allocation", "")
+    low = found.data[found.data["place"].isin(["0", "1"])]
+    is_narrow = low["role"].isin(["q", "k"])
+    ends = []
+    for ranks in (low.loc[~is_narrow, "value"], low.loc[is_narrow, "value"], random.data["value"]):
+        ends.append(f"{ranks.min():.1f} to {ranks.max():.1f}")
+    assert figures["rank-allocation"].chart.title == (
+        f"AdaLoRA gives v, o and ffn of layers 0 and 1 ranks of {ends[0]}, q and k {ends[1]}; random {ends[2]}"
+    )
     assert found.data.groupby("place")["value"].mean().idxmax() == "0"
     assert random.data.groupby("place")["value"].mean().between(7, 9).all()
     assert found.data.groupby("place")["value"].mean()["0"] > found.data.groupby("place")["value"].mean()["5"] + 2
-    *_, difference = panels("rank-domains", ": 3 of 36 modules differ for all seeds")
+    *_, difference = panels("rank-domains", ": 3 of 36 modules differ for all seeds, ffn_out of layer 5 by 7.8")
+    farthest = difference.data.loc[difference.data["value"].abs().idxmax()]
+    assert (farthest["role"], farthest["place"], f"{farthest['value']:.1f}") == ("ffn_out", "5", "7.8")
+    of_alora, of_random = panels("rank-alora", " (by chance: below 0.07)")
+    for panel in (of_alora, of_random):
+        (agreement,) = re.findall(r"τ of seeds ([\d.]+)", panel.title)
+        assert f" at {agreement}".replace("at 0.35", "at τ 0.35") in figures["rank-alora"].chart.title
     assert difference.data["words"].str.endswith("*").sum() == 3
     assert len(difference.data) == 36
     outside, total = 0, 0
-    for panel in panels("fourier-spectrum", ": like that of shuffled coefficients")[3:]:
+    for panel in panels("fourier-spectrum", ": 43 of 44 rings are in the 95% range of shuffled ones")[3:]:
         outside += int((~panel.data["value"].between(panel.data["low"], panel.data["high"])).sum())
         total += len(panel.data)
     assert outside <= 0.05 * total
-    (overlap,) = panels("neuron-overlap", ": 0.61 to 0.71, at random 0.29")
-    shared = overlap.data["overlap"]
-    assert (
-        f"{shared.min():.2f} to {shared.max():.2f}, at random {overlap.marks[0].x:.2f}"
-        == "0.61 to 0.71, at random 0.29"
+    assert (total - outside, total) == (43, 44)
+    (overlap,) = panels("neuron-overlap", "")
+    seeds, texts = (rows_of(overlap, "series", name)["overlap"] for name in ("same text", "two texts"))
+    assert figures["neuron-overlap"].chart.title.endswith(
+        f": {seeds.min():.2f} to {seeds.max():.2f} between seeds, {texts.min():.2f} to {texts.max():.2f} between "
+        f"texts, at random {overlap.marks[0].x:.2f}"
     )
-    (planted,) = panels("planted", ": AdaLoRA 1.0 and 2.7, AutoLoRA 1.5 and 1.7, ALoRA 1.4 and 2.5")
+    pairs = overlaps_of_seeds()
+    assert np.mean(pairs) == pytest.approx(overlap.data.set_index("pair")["overlap"]["all texts, two seeds"], rel=1e-9)
+    for name in ("neuron-overlap", "overlap-by-size"):
+        assert f": {min(pairs):.2f} to {max(pairs):.2f}" in figures[name].chart.panels[0].caption
+    (planted,) = panels("planted", " (truth: 4)")
     ends = planted.data.pivot(index="recipe", columns="planted", values="value")
-    for name in ("AdaLoRA", "AutoLoRA", "ALoRA"):
-        assert f"{name} {ends[0][name]:.1f} and {ends[4][name]:.1f}" in planted.title
+    spreads = ends[4] - ends[0]
+    assert planted.title.startswith(
+        f"Modules of planted rank 4 end {spreads['AdaLoRA']:.1f} ranks above those of 0 in AdaLoRA, "
+        f"{spreads['ALoRA']:.1f} in ALoRA, {spreads['AutoLoRA']:.1f} in AutoLoRA"
+    )
     assert f"{ends.loc['AutoLoRA'].mean():.1f} ranks per module" in planted.caption
     fitting, best = panels("toy-task", ": FourierFT and a random basis fit, LoRA in 1 of 48 runs")
     fitted = best.data.set_index("recipe")["value"] == 1
@@ -215,51 +294,120 @@ def test_titles_say_what_the_levels_say() -> None:
     at_end = fitting.data.groupby("name")["value"].max()
     of_lora = at_end[at_end.index.str.startswith("LoRA")]
     assert (24 * of_lora.sum(), 24 * len(of_lora)) == (pytest.approx(1), 48)
-    (scores,) = panels("importance-alora", ": retained and dropped ones overlap")
+    (scores,) = panels("importance-alora", " nats apart in the last round")
+    last = scores.data[scores.data["step"] == scores.data["step"].max()].set_index("fate")["value"]
+    assert f": medians {last['retained'] - last['dropped']:.3f} nats" in scores.title
     bands = scores.data.pivot(index="step", columns="fate", values=["low", "high"])
     assert (bands["low"]["retained"] < bands["high"]["dropped"]).all()
-    neurons, *_ = panels("neurons", ": mostly of ffn_out, unlike random ones and probes")
+    percentages = []
+    for panel in panels("neurons", ""):
+        totals = panel.data.groupby("role")["value"].sum()
+        percentages.append(f"{100 * totals['ffn_out'] / totals.sum():.0f}%")
+    nefts, _, randoms, probes = percentages
+    assert figures["neurons"].chart.title == (
+        f"NeFT, 9%, selects {nefts} of its neurons in ffn_out; a random selection {randoms}, linear probes {probes}"
+    )
+    selected = panels("neuron-cosine", "")[1].data.groupby("role")["value"].mean().map("{:.0f}%".format)
+    assert figures["neuron-cosine"].chart.title == (
+        f"NeFT, 9%, selects {selected['ffn_out']} of the neurons of ffn_out and {selected['ffn_in']} of those of ffn_in"
+    )
+    neurons = figures["neurons"].chart.panels[0]
     counts = neurons.data.groupby("role")["value"].sum()
     assert counts["ffn_out"] > 2 * counts["ffn_in"]
     for panel in figures["neurons"].chart.panels[2:]:
         totals = panel.data.groupby("role")["value"].sum()
         assert totals.max() < 1.1 * totals.min()
-    shift, printed = panels("use-shift", ": larger for the largest rotation, unlike in the paper")
+    shift, printed = panels("use-shift", "; the paper prints 0.06 and 0.11")
+    largest, mixed = shift.data["value"]
+    assert (
+        f": {largest:.2f} of the ranks for the largest rotation, {mixed:.2f} reversed"
+        in figures["use-shift"].chart.title
+    )
+    assert printed.data["value"].map("{:.2f}".format).tolist() == ["0.06", "0.11"]
     assert shift.data.set_index("recipe")["value"].idxmax() == "NeFT, 9%"
     assert printed.data.set_index("recipe")["value"].idxmin() == "NeFT, 9%"
-    (scores,) = panels("against-truth", ": correlations are at most 0.31")
-    assert f"{rows_of(scores, 'kind', 'score')['value'].max():.2f}" == "0.31"
+    (scores,) = panels("against-truth", ": correlations 0.18 to 0.31, of 0.84 possible")
+    correlations = rows_of(scores, "kind", "score")["value"]
+    assert f"{correlations.min():.2f} to {correlations.max():.2f}" == "0.18 to 0.31"
+    (halves,) = rows_of(scores, "kind", "agreement of the two halves")["value"]
+    # Spearman and Brown: the reliability of both halves together is 2 r / (1 + r), and its root bounds correlations.
+    ceiling = np.sqrt(2 * halves / (1 + halves))
+    assert scores.marks[0].x == pytest.approx(ceiling, rel=1e-12)
+    assert f"{ceiling:.2f}" == "0.84"
     (agreement,) = panels("agreement", ": with the loss increase at most 0.30")
     increases = agreement.data[agreement.data["first"].str.startswith("loss increase")]
     assert f"{increases.loc[~increases['second'].isin(['1', '2']), 'value'].max():.2f}" == "0.30"
-    for overlap in panels("overlap-by-size", ": far above chance at every size"):
+    sizes = panels("overlap-by-size", "")
+    ends = sizes[0].data.groupby("recipe")["value"].agg(["min", "max"]).map("{:.2f}".format).agg(" to ".join, axis=1)
+    assert figures["overlap-by-size"].chart.title.endswith(
+        f": overlap {ends['two seeds or samples']} by size of the selection, at chance {ends['chance']}"
+    )
+    for overlap in sizes:
         by_size = overlap.data.pivot(index="fraction", columns="recipe", values="value")
         assert (by_size["two seeds or samples"] > 2 * by_size["chance"]).all()
-    (replay,) = panels("rank-replay-alora", ", 144 in all: the last two layers gain, the first two lose")
+    (replay,) = panels("rank-replay-alora", ", 144 in all: layers 4 and 5 gain 13, layers 0 and 1 lose 6 (seed 100)")
     totals = replay.data.groupby(["step", "place"])["value"].sum().unstack()
     assert set(totals.sum(axis=1)) == {144}
-    gains = totals.loc[300] - totals.loc[0]
-    assert (gains[["4", "5"]] > 0).all()
-    assert (gains[["0", "1"]] < 0).all()
+    gains = totals.iloc[-1] - totals.loc[0]
+    assert (gains[["4", "5"]].sum(), gains[["0", "1"]].sum()) == (13, -6)
+    over_steps = panels("rank-replay", ": 12 in every module at first, 2 to 12 at the end (seed 100)")[0].data
+    first, last = (over_steps.loc[over_steps["step"] == step, "value"] for step in (0, over_steps["step"].max()))
+    assert set(first) == {12}
+    assert (last.min(), last.max()) == (2, 12)
     (spectrum,) = panels("spectrum", ": effective rank 3.5 of 8, and 17.3 of 64")
-    for recipe in ("LoRA, rank 8 (effective rank 3.5)", "LoRA, rank 64 (effective rank 17.3)"):
-        rank, effective = map(float, re.findall(r"rank ([\d.]+)", recipe))
-        assert f"{effective} of {rank:.0f}" in spectrum.title
+    for recipe, effective in (("LoRA, rank 8", 3.5), ("LoRA, rank 64", 17.3)):
+        assert f"{effective} of {recipe.rpartition(' ')[2]}" in spectrum.title
+        assert f"{recipe}: {effective} [" in spectrum.caption
         values = rows_of(spectrum, "recipe", recipe)["value"]
         # The effective rank of the mean spectrum is near the mean of effective ranks.
         weights = values / values.sum()
         assert np.exp(-(weights * np.log(weights)).sum()) == pytest.approx(effective, rel=0.1)
     energy = []
-    for image in panels("update-image", ": LoRA's are rows and columns, FourierFT's are not"):
+    for image in panels("update-image", ""):
         sigma = np.linalg.svd(image.data.pivot(index="row", columns="column", values="value"), compute_uv=False)
         energy.append((sigma[:2] ** 2).sum() / (sigma**2).sum())
     assert energy[0] < 0.2 < 0.99 < energy[1]
+    assert (
+        f"{100 * energy[1]:.0f}% of this corner of ΔW with LoRA, {100 * energy[0]:.0f}%"
+        in figures["update-image"].chart.title
+    )
+    growth = []
+    for panel in panels("update-norm-heat", " with full fine-tuning"):
+        squares = (panel.data["value"] ** 2).groupby(panel.data["place"]).sum()
+        growth.append(f"{np.sqrt(squares['5'] / squares['0']):.1f}")
+    assert f": {growth[1]} with LoRA, {growth[0]} with full" in figures["update-norm-heat"].chart.title
+    for name in ("subspace-seeds", "subspace-similarity"):
+        overlap, excess = figures[name].chart.panels
+        first = overlap.data["phi"].iloc[0]
+        phrase = f"overlap φ(1, 1) = {first:.2f}, random {first - excess.data['excess'].iloc[0]:.2f}"
+        assert phrase in figures[name].chart.title
+    by_kind = panels("adapter-pairs", "")[0].data.groupby("kind")["cosine"].mean()
+    assert figures["adapter-pairs"].chart.title.endswith(
+        f"cosine {by_kind['other method, same seed']:.2f}; by one method with two seeds "
+        f"{by_kind['same method, other seed']:.2f}, if both differ {by_kind['other method and seed']:.2f}"
+    )
+    fitted_points, *_ = panels("toy-points", "")
+    ends = fitted_points.data[fitted_points.data["epoch"] == fitted_points.data["epoch"].max()].set_index("recipe")[
+        "value"
+    ]
+    fits = (100 * ends).map("{:.0f}%".format)
+    assert figures["toy-points"].chart.title.endswith(
+        f"fit {fits['FourierFT']} of the points, LoRA {fits['LoRA, lr 0.1']} and {fits['LoRA, lr 0.01']}"
+    )
+    assert fits["FourierFT"] == fits["random basis"]
+    errors, numbers = panels("number-of-clusters", "")
+    chosen = numbers.data.sort_values("samples").groupby("algorithm").tail(1).set_index("algorithm")
+    elbow, dbscan = chosen.loc["elbow of k-means"], chosen.loc["DBSCAN"]
+    assert figures["number-of-clusters"].chart.title.endswith(
+        f": {elbow['K']} by k-means in {elbow['samples']} of {dbscan['samples']} samples, {dbscan['K']} by DBSCAN in "
+        f"{dbscan['samples']}"
+    )
+    assert f"only {100 * (1 - errors.data['value'].min()):.0f}% lower at K = 10" in errors.title
     (importance,) = panels("importance", ": tenfold apart from step 49 on")
     medians = importance.data.pivot(index="step", columns="fate", values="value")
     apart = medians["retained"] >= 10 * medians["dropped"]
     assert apart[~apart].index.max() < apart[apart].index.min() == 49
-    _, chosen = panels("number-of-clusters", ": mostly 3 by k-means, 1 by DBSCAN")
-    samples = chosen.data.pivot_table(index="k", columns="algorithm", values="samples", fill_value=0)
+    samples = numbers.data.pivot_table(index="k", columns="algorithm", values="samples", fill_value=0)
     assert samples["DBSCAN"].to_dict()[1] == samples["DBSCAN"].sum()
     assert samples["elbow of k-means"].idxmax() == 3
     assert samples["elbow of k-means"].max() > samples["elbow of k-means"].sum() / 2

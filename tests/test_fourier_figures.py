@@ -313,7 +313,13 @@ def test_frequency_bias_of_anything_but_a_shape_is_rejected(shape: Any, value: s
 def test_frequency_bias_by_distance_has_the_values_of_the_paper() -> None:
     """The values are p of Eq. 5 at width 200, for centers 0, 100, 200 and distances 0, 50, 100, 200, 300."""
     chart = plots.frequency_bias((768, 768), (0, 100, 200), 200)
-    assert chart.title.endswith(": highest at the center of its band")
+    # Half of the highest probability: (d² - 100²) / 200 d = ±√ln 2, so d = √(100² + u²) ± u with u = 100 √ln 2.
+    half = 100 * math.sqrt(math.log(2))
+    ends = re.search(r"center 100: distances (\d+) to (\d+) have at least half", chart.title)
+    expected_ends = [math.hypot(100, half) - half, math.hypot(100, half) + half]
+    step = panels(chart)[0].data["distance"].diff().max()
+    assert ends is not None
+    assert [float(end) for end in ends.groups()] == pytest.approx(expected_ends, abs=step + 0.5)
     assert chart.mpl().legends[0].get_title().get_text() == "center"
     curves, *maps = panels(chart)
     table = {

@@ -348,6 +348,10 @@ def test_the_figure_of_norms_has_means_and_ranges_over_seeds() -> None:
     learned = updates.assign(reading=lisa.LEARNED, value=updates["value"] / np.where(updates["block"], 1, 2))
     title = lisa.factor_norms_figure(pd.concat([updates.assign(reading="factors"), learned])).title
     assert title == "LoRA's factors of SmolLM2's embedding: norm 3 times a block's, 1.5 without the start"
+    assert panels.title == (
+        "Norm of LoRA's update of the embedding over that of a block: "
+        "3 on SmolLM2, 3 on SmolLM2 with a small start, 3 on MiniLM"
+    )
     assert "range over seeds: SmolLM2 3, MiniLM 3." in panels.panels[0].caption
     fewer = table[(table["arm"] != lisa.DECODER_NORMS["LISA"]) | (table["seed"] < 6)]
     assert "range over seeds: SmolLM2 3 (LISA: 2), MiniLM 3." in lisa.norms_figure(fewer).panels[0].caption

@@ -87,7 +87,7 @@ def test_title_of_memory_has_the_method_with_the_lowest_peak(tmp_path):
         run = plant(tmp_path, f"{label}{peak}", bytes_of(20, 10, 20, peak), model=model)
         runs.setdefault(label, []).append(run)
     figure = plots.memory(runs, computed=())
-    assert figure.title == "Memory of a training step: least with LoRA, 40 to 60% of full"
+    assert figure.title == "Memory of a training step, measured: least with LoRA, 40 to 60% of full"
     assert [chart.title for chart in figure.panels] == ["MiniLM, measured", "SmolLM2, first 6 blocks, measured"]
     assert figure.panels[0].x.label == "memory of MiniLM (MiB)"
     assert "after the last step: MiniLM, batch size" in figure.panels[0].caption

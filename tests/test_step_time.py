@@ -34,7 +34,9 @@ def test_parts_are_medians_of_the_later_steps(tmp_path):
     assert chart.colors == ("forward", "backward", "rest")
     assert "at most 0% of their median" in chart.caption
     _, line, percentages = chart.marks
-    assert (chart.title, line.x) == ("Time per step; line and percentages: full", 36)
+    assert (chart.title, line.x) == ("Time per step: LISA 72% of full", 36)
+    assert "on an unnamed device. Medians over the steps after step 2." in chart.caption
+    assert "Line and percentages: full." in chart.caption
     assert dict(zip(percentages.data["recipe"], percentages.data["words"], strict=True)) == {
         "full": "100%", "LISA": "72%",
     }  # fmt: skip

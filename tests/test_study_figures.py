@@ -506,7 +506,7 @@ def test_allocations_average_modules_then_seeds() -> None:
     assert values[1] == pytest.approx(dict(zip((0, 4), equal, strict=True)))
     assert values[2] == pytest.approx({0: 100 * (1 / 2 + 1) / 2, 4: 100 * (1 + 1 / 2) / 2})
     assert figure.panels[0].caption.endswith("Not finished: ALoRA.")
-    assert figure.title == "Rank where 0 and 4 are planted: AdaLoRA 2.0 and 3.0"
+    assert figure.title == "Modules of planted rank 4 end 1.0 ranks above those of 0 in AdaLoRA (truth: 4)"
     assert "then over 2 seeds; bands" in figure.panels[0].caption
     figure.mpl()
     # An arm with fewer seeds than another one is still trained.

@@ -156,14 +156,21 @@ _SMALL_START = "Small start: the embedding's B begins with the gain of a linear 
 
 def norms_figure(table: pd.DataFrame) -> Panels:
     """Draw the norm of the update by layer from the kept table ``norms``: of embedding, blocks and head."""
-    panels = _norm_panels(
-        table, {"update": "{model}"}, "Norm of the update by layer: LoRA's large embedding comes from its start"
-    )
+    panels = _norm_panels(table, {"update": "{model}"}, "")
+    norms = []
+    for chart in panels.panels:
+        dots = chart.table(chart.marks_of(Point)[0]).set_index(["method", "place"])["value"]
+        for method in ("LoRA", "LoRA, small start"):
+            if (method, "embed") in dots.index:
+                norms.append(f"{dots[method, 'embed']:.2g} on {chart.title}")
+                if method != "LoRA":
+                    norms[-1] += " with a small start"
+    panels = replace(panels, title=f"Norm of LoRA's update of the embedding over that of a block: {', '.join(norms)}")
     return _with_caption(
         panels,
-        f"Norm over that of the median block. {_mean_and_range(table, ['update'])} {_SMALL_START}LISA trains random "
-        "blocks, so its embedding and head only are drawn, over the median block that it drew. The head of SmolLM2 is "
-        "tied to its embedding: only LoRA has a second norm there.",
+        f"Models trained on sentiment. Norm over that of the median block. {_mean_and_range(table, ['update'])} "
+        f"{_SMALL_START}LISA trains random blocks, so its embedding and head only are drawn, over the median block "
+        "that it drew. The head of SmolLM2 is tied to its embedding: only LoRA has a second norm there.",
     )
 
 

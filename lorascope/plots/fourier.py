@@ -12,6 +12,7 @@ from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update
 from lorascope.analysis.seed_intervals import seed_cells
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
+from lorascope.charts.geometry import MINUS
 from lorascope.charts.marks import Axis, Band, Heat, Line, Point
 from lorascope.plots.builders import curves
 from lorascope.plots.figure_registry import document_result, figure, gather_runs
@@ -201,19 +202,21 @@ def frequency_bias(
         value = shape if isinstance(shape, tuple) else type(shape).__name__
         raise ValueError(f"shape must be two integers >= 1 (outputs, inputs), got {value}: no run is read")
     caption = (
-        f"Probability of a draw relative to the most likely frequency, for bands of width {width:g}, in the spectrum "
-        f"of a {shape[0]} × {shape[1]} weight. Computed, not measured."
+        "Relative probability: that FourierFT draws a frequency, over that of the most likely one, for bands of width "
+        f"{width:g} in the spectrum of a {shape[0]} × {shape[1]} weight (FourierFT, equation 5). Maps: the same at "
+        "every pair of frequencies. Computed, not measured."
     )
     profiles, maps = [], []
     for center in centers:
         profiles.append(analysis.bias_by_distance(shape, center, width).assign(center=f"{center:g}"))
+        cells = analysis.bias_map(shape, center, width)
         maps.append(
             Chart(
-                analysis.bias_map(shape, center, width),
-                [Heat("column", "row", "probability", "probability", limits=(0, 1))],
+                cells,
+                [Heat("column", "row", "probability", "relative probability", limits=(0, 1))],
                 title=f"center {center:g}",
-                x=Axis(label="input frequency"),
-                y=Axis(label="output frequency"),
+                x=Axis(label="input frequency", ticks=_ends_and_zero(cells["column"])),
+                y=Axis(label="output frequency", ticks=_ends_and_zero(cells["row"])),
                 caption=caption,
                 color_label="center",
             )
@@ -223,12 +226,23 @@ def frequency_bias(
         [Line("distance", "probability", "center")],
         title="Profile by distance",
         x=Axis(label="distance from frequency zero"),
-        y=Axis(label="probability"),
+        y=Axis(label="relative probability"),
         caption=caption,
         color_label="center",
     )
-    title = "Probability of a drawn frequency: highest at the center of its band"
+    middle = profiles[len(profiles) // 2]
+    likely = middle.loc[middle["probability"] >= 0.5, "distance"]
+    title = (
+        f"FourierFT's frequency bias with center {middle['center'].iloc[0]}: distances {likely.min():.0f} to "
+        f"{likely.max():.0f} have at least half of the highest probability"
+    )
     return stack_vertically(top, set_side_by_side(*maps), title=title)
+
+
+def _ends_and_zero(frequencies: pd.Series) -> dict[int, str]:
+    """Return ticks at the lowest and the highest frequency and at zero."""
+    ends = sorted({int(frequencies.min()), 0, int(frequencies.max())})
+    return {frequency: f"{frequency}".replace("-", MINUS) for frequency in ends}
 
 
 def _frequency_plane(group: Group, updates: Mapping[str, Fourier], caption: str) -> Chart:

@@ -101,7 +101,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     cells = seed_cells(cohort.label(pooled), [*_CELL, "role"])
     largest = float(pd.Series(to_floats(cells["value"])).max())
     half: float = ((cells["high"] - cells["low"]) / 2 / cells["value"]).max()
-    sentences = f"{define(quantity)} {_step_phrase(pooled)}"
+    sentences = f"{cohort.setting()} {define(quantity)} {_step_phrase(pooled)}".lstrip()
     if math.isfinite(half):  # a cell of zeros has no relative width
         sentences += f" Widest interval of a cell: ±{half:.0%}."
     if len(cells) < math.prod(cells[[*_CELL, "role"]].nunique()):
@@ -109,7 +109,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     title = _title(quantity).replace("layer", "block and role")
     if quantity in _OF_UPDATES and (finding := _compare_recipes(cells)):
         title += f": {finding}"
-        sentences += " Title: mean of the cells that all have."
+        sentences += " Title: mean over the cells that all panels have."
     caption = cohort.caption(sentences, interval="95% t-intervals are in the data", pair=PAIR_IN_DATA)
     text: str | None = None
     limits: Any = None

@@ -34,6 +34,7 @@ MIXTURES, UNLEARNED, DIRECTIONS = "mixtures", "unlearned_mixtures", "directions"
 # Keys of ``Run.meta`` in which the seeds of one recipe agree.
 _SAME = ("model", "task", "recipe", "settings")
 _DRAW_SEED = "entry_seed"  # a seed as well: the arms of a study can draw entries from the seed of the run
+_MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2", "planted-base": "Small decoder"}
 _POOLS = {"norm": "root sum of squares", "sum": "sum", "mean": "mean"}
 
 
@@ -271,6 +272,22 @@ class Cohort:
         spreads = "; ".join(text for text, is_drawn in spread.items() if is_drawn)
         return " ".join([*sentences, f"{mean} {self.sample}; {spreads}."])
 
+    def setting(self) -> str:
+        """Return a sentence on the model, the task and the learning rates of the runs, "" if there are several."""
+        settings = {(shown_model(run.meta.model or ""), run.meta.task or "") for run in self.runs}
+        model, task = settings.pop()
+        if settings or not (model and task):
+            return ""
+        rates: dict[str, dict[str, None]] = {}
+        for group in self.groups:
+            for run in group.runs:
+                if (rate := run.meta.settings.get("lr")) is not None:
+                    rates.setdefault(group.label, {})[f"{rate:g}"] = None
+        sentence = f"{model} on {task}"
+        if rates:
+            sentence += "; learning rate: " + ", ".join(f"{label} {' and '.join(rates[label])}" for label in rates)
+        return f"{sentence}."
+
     def complete(self, drawable: AnyDrawable, caption: str | None = None) -> AnyDrawable:
         """Add the origin of the figure to its charts, and the gates of input-dependent updates to every caption.
 
@@ -382,6 +399,12 @@ def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
     for label, gates in mixtures.items():
         labels.setdefault(gates, []).append(label)
     return [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
+
+
+def shown_model(model: str) -> str:
+    """Return the name of a model in figures, without its folder."""
+    name, comma, blocks = model.rpartition("/")[2].partition(",")
+    return _MODELS.get(name, name) + comma + blocks
 
 
 def define(quantity: str) -> str:

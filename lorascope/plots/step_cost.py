@@ -12,7 +12,7 @@ from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Rule, Text
 from lorascope.plots.builders import stacked_bars
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import Cohort, Runs, require_choices
+from lorascope.plots.run_groups import Cohort, Runs, require_choices, shown_model
 
 _QUANTITIES = {
     "parameter_bytes": "parameters",
@@ -22,7 +22,6 @@ _QUANTITIES = {
 _ACTIVATIONS = "rest (mostly activations)"
 _COLORS = (*memory_estimate.COMPONENTS, _ACTIVATIONS)
 _PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in the LISA paper
-_MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2"}
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 _CARD = 24e9 / 2**30  # memory of a 24 GB GPU in GiB
 _MARGIN = 0.12  # position of percentages to the right of the longest bar, over its length: they fit into a column
@@ -86,7 +85,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     panels = []
     for model, rows in cells.items():
         # Models of different size have separate axes.
-        name = _model_name(model)
+        name = shown_model(model)
         label, title = f"memory of {name} (MiB)", f"{name}, measured"
         panels.append(stacked_bars(rows, models[model].labels, label, _COLORS, title=title, caption=caption))
     for size in computed:
@@ -121,13 +120,7 @@ def _least_memory(models: Sequence[pd.DataFrame], first: str) -> str:
         return ""
     ((label, percentages),) = shares.items()
     ends = dict.fromkeys((f"{min(percentages):.0f}", f"{max(percentages):.0f}"))
-    return f": least with {label}, {' to '.join(ends)}% of {first}"
-
-
-def _model_name(model: str) -> str:
-    """Return the name of a model in titles, without its folder."""
-    name, comma, blocks = model.rpartition("/")[2].partition(",")
-    return _MODELS.get(name, name) + comma + blocks
+    return f", measured: least with {label}, {' to '.join(ends)}% of {first}"
 
 
 def _runs_of_model(cohort: Cohort, model: str) -> Cohort:
@@ -156,7 +149,7 @@ def _measured_memory(cohort: Cohort) -> pd.DataFrame:
 def _batch_phrase(cohort: Cohort) -> list[str]:
     """Return the models with their batch sizes as text."""
     batches = (
-        f"{_model_name(run.meta.model)}, batch size {run.meta.settings.get('batch_size')}" for run in cohort.runs
+        f"{shown_model(run.meta.model)}, batch size {run.meta.settings.get('batch_size')}" for run in cohort.runs
     )
     return list(dict.fromkeys(batches))
 
@@ -189,9 +182,13 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
     rows = cohort.label(step_time.median_times(cohort.table))
     cells = rows.groupby(["recipe", "part"], sort=False)["value"].mean().mul(1e3).reset_index()
     spread = step_time.relative_spread(cohort.table)
+    devices = dict.fromkeys(run.meta.device or "an unnamed device" for run in cohort.runs)
+    reference = ""
+    if len(cohort.labels) > 1:
+        reference = f" Line and percentages: {cohort.labels[0]}."
     caption = cohort.caption(
-        f"Medians over the steps after step {step_time.WARM}: {'; '.join(_batch_phrase(cohort))}. Rest: mostly the "
-        "optimizer.",
+        f"{'; '.join(_batch_phrase(cohort))}, on {', '.join(devices)}. Medians over the steps after step "
+        f"{step_time.WARM}. Rest: mostly the optimizer.{reference}",
         f"Half the interquartile range of the steps: at most {spread:.0%} of their median.",
         interval=_COUNTS,
         pair=_COUNTS,
@@ -206,6 +203,8 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
     totals["words"] = (100 * totals["value"] / first).map("{:.0f}%".format)
     totals["margin"] = (1 + _MARGIN) * longest
     marks = [*bars.marks, Rule(x=first), Text("margin", "recipe", "words", data=totals)]
-    title = f"Time per step; line and percentages: {cohort.labels[0]}"
+    shares = totals.set_index("recipe")["value"].drop(cohort.labels[0]) / first
+    ends = {str(label): f"{label} {shares[label]:.0%}" for label in (shares.idxmin(), shares.idxmax())}
+    title = f"Time per step: {', '.join(ends.values())} of {cohort.labels[0]}"
     x = replace(bars.x, limits=(0, (1 + 2 * _MARGIN) * longest))
     return cohort.complete(replace(bars, marks=marks, title=title, x=x))

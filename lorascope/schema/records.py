@@ -212,7 +212,9 @@ register(
     ),
     update_norm=Quantity("‖W − W₀‖", pool="norm", definition="Frobenius norm of the update W − W₀"),
     learned_norm=Quantity(
-        "‖ΔW − ΔW₀‖", pool="norm", definition="Frobenius norm of the learned update, with ΔW = W − W₀"
+        "‖ΔW − ΔW₀‖",
+        pool="norm",
+        definition="Frobenius norm of the learned update, with ΔW = W − W₀ and ΔW₀ its value at step 0",
     ),
     relative_update=Quantity("‖W − W₀‖ / ‖W₀‖", pool="mean", definition="norm of W − W₀ over that of W₀"),
     step_norm=Quantity("‖Wₜ − Wₜ₋₁‖", pool="norm", definition="Frobenius norm of the change in one step"),
@@ -226,7 +228,7 @@ register(
 register(
     "train adapters with observe=[ls.observe.norms()]",
     stable_rank=Quantity("stable rank", definition="‖W − W₀‖² / σ₁²"),
-    effective_rank=Quantity("effective rank", definition="exp of the entropy of sigma / sum(sigma)"),
+    effective_rank=Quantity("effective rank", definition="exp of the entropy of σ / Σσ"),
     rank=Quantity("rank", pool="sum", definition="number of components of the update in use"),
 )
 register(

@@ -79,14 +79,18 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
         truth.assign(recipe=_TRUTH, value=truth["planted"]), truth.assign(recipe=_UNIFORM, value=uniform)
     ])  # fmt: skip
     caption = (
-        "Small decoders, trained on the text of planted teachers with known ranks. Left: final rank. Scores: "
-        "percentile of a component among those of the run, at the first and at the last selection. Means over the "
+        "Small decoders, trained on the text of planted teachers: every module of a teacher has an update of a planted "
+        "rank. Left: final rank. Scores, by which components are selected: percentile of a component among those of "
+        "the run, at the first and at the last selection. Means over the "
         f"modules with the same planted rank, then over {count_phrase(int(cells['n'].max()), 'seed')}; bands and "
         f"bars: {INTERVAL}."
     )
     # A sentence on an arm that is not drawn would raise a question.
     if "AutoLoRA" in set(cells["recipe"]):
-        caption += " AutoLoRA selects once, by weights that sum to one in every module and so cannot order modules."
+        caption += (
+            " AutoLoRA selects once, so it has last scores only: weights that sum to one in every module and so cannot "
+            "order modules."
+        )
     missing = [name for name in arms if name not in set(cells["recipe"])]
     if missing:
         caption += f" Not finished: {', '.join(missing)}."
@@ -99,8 +103,10 @@ def planted_allocations(ranks: pd.DataFrame, scores: pd.DataFrame, arms: Mapping
     for when, table in zip(("First scores", "Last scores"), score_tables(scores, ranks, arms), strict=True):
         y = Axis(label="score (percentile)")
         charts.append(curves(table, "planted", (x, y), Rule(y=50), title=f"{when} (random: 50)", **settings))
-    ends = [truth["planted"].min(), truth["planted"].max()]
-    ranks_at_ends = cells.pivot(index="recipe", columns="planted", values="value")[ends]
-    found_ranks = [f"{name} {ranks_at_ends.loc[name].map('{:.1f}'.format).str.cat(sep=' and ')}" for name in arms]
-    title = f"Rank where {ends[0]:.0f} and {ends[1]:.0f} are planted: {', '.join(found_ranks)}"
+    low, high = truth["planted"].min(), truth["planted"].max()
+    wide = cells.pivot(index="recipe", columns="planted", values="value")
+    spreads = (wide[high] - wide[low])[list(arms)].sort_values(ascending=False)
+    by_method = [f"{spread:.1f} in {name}" for name, spread in spreads.items()]
+    by_method[0] = by_method[0].replace(" in ", f" ranks above those of {low:.0f} in ", 1)
+    title = f"Modules of planted rank {high:.0f} end {', '.join(by_method)} (truth: {high - low:.0f})"
     return Panels((tuple(charts),), title=title)

@@ -109,7 +109,7 @@ def test_a_model_without_linear_layers_in_its_blocks_is_rejected() -> None:
 
 def test_a_sweep_rejects_them_before_any_run_starts() -> None:
     table = {"steps": 3, "quantize": "nf4"}
-    with pytest.raises(ValueError, match="^cannot quantize the base of Full: it trains the weights$"):
+    with pytest.raises(ValueError, match=r"^cannot quantize the base of Full: it trains the weights$"):
         read_settings(table, [Full()])
     with pytest.raises(ValueError, match=r"^dtype must be one of 'float32', 'bfloat16', 'float16', got 'fp8'$"):
         read_settings({"steps": 3, "dtype": "fp8"}, [Full()])

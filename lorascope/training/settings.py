@@ -130,7 +130,7 @@ class Settings:
         require(self, "eps", "a finite number > 0", is_number(eps) and 0 < eps < math.inf)
 
     def require_base_of(self, method: Method) -> None:
-        """Raise a ValueError if the base is to be quantized, but not for this method or without bitsandbytes."""
+        """Raise a ValueError if the settings quantize a base that this method needs, or without bitsandbytes."""
         if self.quantize is not None:
             require_quantizable(method)
             require_bitsandbytes(self.quantize)

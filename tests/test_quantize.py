@@ -23,8 +23,22 @@ import lorascope as ls
 from lorascope.adapters.delta import Delta, adapters, attached_deltas, detach, fold
 from lorascope.adapters.host_weights import host_weight, packed_bits
 from lorascope.adapters.quantization import quantize_blocks
+from lorascope.experiments.grid import read_settings
 from lorascope.experiments.trained_model import open_trained
-from lorascope.methods import AdaLoRA, Adapprox, ALoRA, AutoLoRA, DoRA, FourierFT, HydraLoRA, LoRA, NeFT, PiSSA, VeRA
+from lorascope.methods import (
+    AdaLoRA,
+    Adapprox,
+    ALoRA,
+    AutoLoRA,
+    DoRA,
+    FourierFT,
+    Full,
+    HydraLoRA,
+    LoRA,
+    NeFT,
+    PiSSA,
+    VeRA,
+)
 from lorascope.methods.method import Method
 
 OPTIONS: dict[str, Any] = {"steps": 4, "batch_size": 4, "progress": False, "test_size": 20, "eval_size": 20}
@@ -91,6 +105,14 @@ def test_a_missing_package_is_one_line(task: ls.Task, monkeypatch: pytest.Monkey
 def test_a_model_without_linear_layers_in_its_blocks_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"^cannot quantize GPT2LMHeadModel: its blocks have no nn.Linear$"):
         quantize_blocks(tiny("gpt2"), "nf4", "cpu")
+
+
+def test_a_sweep_rejects_them_before_any_run_starts() -> None:
+    table = {"steps": 3, "quantize": "nf4"}
+    with pytest.raises(ValueError, match=r"^cannot quantize the base of Full: it trains the weights$"):
+        read_settings(table, [Full()])
+    with pytest.raises(ValueError, match=r"^dtype must be one of 'float32', 'bfloat16', 'float16', got 'fp8'$"):
+        read_settings({"steps": 3, "dtype": "fp8"}, [Full()])
 
 
 # -- layers -------------------------------------------------------------------------------------------------------

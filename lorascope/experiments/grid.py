@@ -234,7 +234,7 @@ def read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]
             if training.get(name) is None:
                 training[name] = getattr(method, name)
         require_length(training.get("steps"), training.get("epochs"))
-        Settings(**{"steps": 0} | training)
+        Settings(**{"steps": 0} | training).require_base_of(method)
     return combinations
 
 

@@ -23,9 +23,10 @@ def set_dtype(model: nn.Module, name: str | None) -> None:
     if name is None:
         return
     dtype = getattr(torch, name)
+    living: Any = model
     wide: list[str] = []
     if hasattr(model, "_get_dtype_plan"):
-        wide += model._get_dtype_plan(dtype)
+        wide += living._get_dtype_plan(dtype)
     persistent = model.state_dict(keep_vars=True)
     # Frequencies of rotary embeddings are such buffers: rounded ones would move the positions of later tokens.
     buffers = {key: buffer for key, buffer in model.named_buffers() if key in persistent}

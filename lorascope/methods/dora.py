@@ -29,14 +29,17 @@ Departs:
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
+from lorascope.adapters.weight_parts import stored_weight
 from lorascope.array_types import Float
 from lorascope.methods.field_checks import require
 from lorascope.methods.lora import LoRA, LoRADelta
@@ -69,8 +72,17 @@ class DoRA(LoRA, name="dora"):
         return DoRADelta(host, *self.factor_options(name), self._generator)
 
 
+class CopiedBase(NamedTuple):
+    """Reference to a copy of W_0, and the address and version of the weight when it was copied."""
+
+    key: tuple[int, int]
+    array: weakref.ref[np.ndarray]
+
+
 class DoRADelta(LoRADelta):
     """DoRA's update ``m V / |V| - W_0`` of one module. Parameters: see ``LoRADelta``."""
+
+    _copied: CopiedBase | None = None
 
     def __init__(self, host: nn.Module, *arguments: Any, **options: Any) -> None:
         super().__init__(host, *arguments, **options)
@@ -113,5 +125,25 @@ class DoRADelta(LoRADelta):
     def update(self) -> WeightDecomposed:
         """Return a copy of the update, with W_0."""
         arrays = {name: to_array(factor) for name, factor in self.factors().items()}
-        W0 = to_array(host_weight(self.host))
-        return WeightDecomposed.from_factors(arrays | {"W0": W0}, self.scale)
+        return WeightDecomposed.from_factors(arrays | {"W0": self._copy_base()}, self.scale)
+
+    def _copy_base(self) -> Float[np.ndarray, "out in"]:
+        """Return a copy of W_0, or the copy of an earlier update that still exists if W_0 has not changed since.
+
+        Recordings hold several updates of a module at a time, and copies would take several times the memory of the
+        base.
+        """
+        weight = stored_weight(self.host)
+        if weight.requires_grad or weight.is_inference():  # inference tensors have no version
+            return to_array(host_weight(self.host))
+        key = weight.data_ptr(), weight._version
+        copied = self._copied
+        if copied is not None and copied.key == key and (array := copied.array()) is not None:
+            return array
+        array = to_array(host_weight(self.host))
+        self._copied = CopiedBase(key, weakref.ref(array))
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the reference to a copy of W_0, which cannot be pickled."""
+        return super().__getstate__() | {"_copied": None}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorascope.adapters import delta
-from lorascope.adapters.quantization import has_packed_weights, require_bitsandbytes
+from lorascope.adapters.quantization import has_packed_weights
 from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
 from lorascope.inputs.metrics import DEFAULTS, Metric, require_fit
@@ -239,9 +239,7 @@ def train(
     values = {field.name: arguments[field.name] for field in fields(Settings)} | {"steps": default_if_none(steps, 0)}
     settings = Settings(**values | _rates(method, lr, head_lr))
     processes.require_rows(settings.batch_size, settings.accumulate)
-    if settings.quantize is not None:
-        require_quantizable(method)
-        require_bitsandbytes(settings.quantize)
+    settings.require_base_of(method)
     if not isinstance(data, Task):
         data = tasks.load(str(data))
     if isinstance(model, str | Path):

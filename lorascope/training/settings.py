@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorascope.adapters.quantization import QUANTIZATIONS
+from lorascope.adapters.quantization import QUANTIZATIONS, require_bitsandbytes
 from lorascope.inputs.computation import ATTENTIONS, DTYPES, enable_checkpointing, set_attention
 from lorascope.inputs.metrics import Metric, resolve
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
-from lorascope.methods.method import python_number
+from lorascope.methods.method import Method, python_number, require_quantizable
 from lorascope.training.generation import Generation, read_generation
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -133,6 +133,12 @@ class Settings:
         require(self, "betas", "two numbers in [0, 1)", are_betas)
         # With 0, an entry whose gradient is zero, as all of A have in the first step, would become NaN.
         require(self, "eps", "a finite number > 0", is_number(eps) and 0 < eps < math.inf)
+
+    def require_base_of(self, method: Method) -> None:
+        """Raise a ValueError if the settings quantize a base that this method needs, or without bitsandbytes."""
+        if self.quantize is not None:
+            require_quantizable(method)
+            require_bitsandbytes(self.quantize)
 
     def set_computation(self, model: nn.Module) -> None:
         """Set how a model computes its attention and the gradients of its blocks, unless by default."""

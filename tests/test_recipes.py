@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -347,13 +348,19 @@ def test_generated_rows_have_the_splits_columns_and_classes_of_the_task():
     assert (ratings.table["text"].str.count("good") == 4 * ratings.table["label"]).all()
 
 
+OWN = ("adapprox-pretrain",)
+
+
 @pytest.mark.parametrize("name", recipe.recipe_names())
 def test_recipes_of_the_package_have_sources_and_printed_numbers(name):
     plan = recipe.read(name, smoke=True)
-    assert plan.paper.sources
+    text = recipe.find_recipe(name).read_text(encoding="utf-8")
+    if plan.paper is None:
+        assert name in OWN
+        return
     for source in plan.paper.sources:
         assert re.fullmatch(r"[\w-]+/[\w-]+: [\w./-]+", source)
-    text = recipe.find_recipe(name).read_text(encoding="utf-8")
+    assert plan.paper.sources or "no public code" in text
     assert "printed" in text
     assert len(text.splitlines()[0]) <= 120
 
@@ -470,3 +477,137 @@ def test_generated_prompts_have_two_responses_and_a_model_that_writes():
     assert type(model).__name__ == "GPT2LMHeadModel"
     settings = stand_in.settings({"epochs": 5, "generation": {"num_beams": 10, "no_repeat_ngram": 4}})
     assert settings["generation"] == {"num_beams": 2, "no_repeat_ngram": 4, "max_new_tokens": 10}
+
+
+# -- language models --------------------------------------------------------------------------------------------------
+
+PERPLEXITY = """
+settings = {epochs = 2, eval_every = "epoch"}
+model = "gpt2"
+seeds = 2
+
+[smoke]
+architecture = "gpt2"
+
+[[part]]
+column = "held-out"
+metric = "perplexity"
+task = {name = "rows.jsonl", splits = {train = "train", validation = "dev", test = "test"}}
+
+[[part.method]]
+row = "LoRA"
+name = "lora"
+
+[[part]]
+column = "dev"
+metric = "perplexity"
+task = {name = "rows.jsonl", splits = {train = "train", validation = "dev", test = "dev"}}
+
+[[part.method]]
+row = "LoRA"
+name = "lora"
+"""
+
+
+@pytest.fixture
+def texts_recipe(tmp_path, monkeypatch):
+    """Write plain texts, a model, and a recipe of them with columns of perplexity, and return its file."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"word{n} word{n % 5} word{n % 7}", "split": ("train", "dev", "test")[n % 3]} for n in range(24)]
+    pd.DataFrame(rows).to_json("rows.jsonl", orient="records", lines=True)
+    shutil.copytree(smoke.Smoke(architecture="gpt2").model("lm"), tmp_path / "gpt2")
+    file = tmp_path / "own.toml"
+    file.write_text(PERPLEXITY, encoding="utf-8")
+    return file
+
+
+def test_a_column_of_perplexity_is_the_metric_that_runs_record_by_default(texts_recipe):
+    assert main(["sweep", str(texts_recipe), "--no-progress", "--jobs", "1"]) == 0
+    cells = ls.recipes.table(texts_recipe).set_index(["column", "evaluation"])
+    runs = [ls.load(path.parent) for path in Path("runs/own").glob("*/run.json")]
+    assert len(runs) == 4
+    assert all("metric" not in run.meta.settings for run in runs)
+    plan = recipe.read(texts_recipe)
+    scores, losses, courses = [], [], []
+    for run in runs:
+        if run.meta.data_hash == plan.recipe_parts[0].grid.tasks[0].hash:
+            scores.append(run.score.metric)
+            losses.append(run.score.loss)
+        else:
+            table = run.table[(run.table["quantity"] == "eval_metric") & (run.table["step"] > 0)]
+            courses.append(table["value"].to_numpy())
+    assert scores == pytest.approx(np.exp(losses))
+    assert cells.loc[("held-out", "test"), "mean"] == pytest.approx(np.mean(scores))
+    # A low perplexity is the best one.
+    assert cells.loc[("dev", "best"), "mean"] == pytest.approx(np.mean([course.min() for course in courses]))
+    assert cells.loc[("dev", "last"), "mean"] == pytest.approx(np.mean([course[-1] for course in courses]))
+    frames = recipe_table.format_cells(plan, cells.reset_index())
+    assert re.match(r"\d+\.\d\d \[", frames["held-out, perplexity"].iloc[0]["test"])
+
+
+def test_perplexity_requires_texts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = write_recipe(tmp_path, RECIPE.replace('"matthews_correlation"', '"perplexity"'))
+    assert main(["sweep", str(file)]) == 2
+    assert "part CoLA: metric 'perplexity' requires plain text or open responses, and rows.csv has neither" in (
+        capsys.readouterr().err
+    )
+
+
+def outline_of(architecture: str, **sizes) -> torch.nn.Module:
+    """Return the modules of a causal language model without weights."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(architecture, **sizes), dtype=torch.float32
+        )
+
+
+LLAMA = {
+    "7b": {},  # the defaults of transformers
+    "13b": {"hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+TOTAL_7B, BLOCK_7B, LAYERS_7B = 6_738_415_616, 202_383_360, 32
+
+
+def test_memory_counts_dtype_quantization_and_blocks_that_train_at_a_time():
+    small = outline_of("llama", num_hidden_layers=4, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    total = sum(parameter.numel() for parameter in small.parameters())
+    linear = 4 * (4 * 64 * 64 + 3 * 64 * 128)
+    block = linear // 4 + 2 * 64
+
+    def measure(method, **settings):
+        with torch.device("meta"):
+            outline = transformers.AutoModelForCausalLM.from_config(small.config, dtype=torch.float32)
+        return recipe_check.measure_outline(outline, recipe_check.Job("llama", "rows", method, settings))
+
+    adapter = 4 * 2 * 4 * (64 + 64)
+    assert measure(ls.LoRA(rank=4)) == (adapter, 4 * total + 16 * adapter)
+    assert measure(ls.LoRA(rank=4), dtype="bfloat16") == (adapter, 2 * total + 16 * adapter)
+    rest = 4 * (total - linear)
+    assert measure(ls.LoRA(rank=4), quantize="nf4") == (adapter, rest + linear // 2 + 16 * adapter)
+    assert measure(ls.LoRA(rank=4), quantize="int8") == (adapter, rest + linear + 16 * adapter)
+    assert measure(ls.Full(), dtype="bfloat16") == (total, 16 * total)
+    assert measure(ls.LISA(n_active=1), dtype="bfloat16") == (total, 2 * 3 * block + 16 * (total - 3 * block))
+
+
+def counts_by_row(plan, column: str, outline) -> dict[str, int]:
+    """Return the number of trained parameters of each row of a column."""
+    counts = {}
+    for recipe_part in plan.recipe_parts:
+        if column in recipe_part.columns:
+            for job, row in zip(recipe_part.jobs()[:: len(recipe_part.grid.seeds)], recipe_part.rows, strict=True):
+                counts[row.name] = recipe_check.measure_outline(copy.deepcopy(outline), job)[0]
+    return counts
+
+
+def test_rows_of_fourierft_table_4_train_the_printed_numbers_of_parameters():
+    plan = recipe.read("fourierft-table4", smoke=True)
+    for column, sizes, coefficients, factors in (
+        ("LLaMA-2 7B", LLAMA["7b"], 64_000, 33_554_432),
+        ("LLaMA-2 13B", LLAMA["13b"], 80_000, 52_428_800),
+    ):
+        assert counts_by_row(plan, column, outline_of("llama", **sizes)) == {
+            "FourierFT, as in the scripts": coefficients,
+            "FourierFT, as printed": coefficients,
+            "LoRA, as printed": factors,
+        }

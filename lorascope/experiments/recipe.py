@@ -83,6 +83,13 @@ class PrintedScore(NamedTuple):
     n: float
 
 
+class Perplexity(NamedTuple):
+    """Metric of plain text and of open responses, which runs record if their settings name no metric."""
+
+    name: str = "perplexity"
+    higher_is_better: bool = False
+
+
 @dataclass(frozen=True)
 class TableRow:
     """Row of the table: its name, the method that is trained for it, and the printed numbers by column."""
@@ -100,7 +107,7 @@ class RecipePart:
     ``start`` with the same row and seed.
     """
 
-    columns: Mapping[str, Metric]
+    columns: Mapping[str, Metric | Perplexity]
     rows: tuple[TableRow, ...]
     grid: Grid
     test_columns: Mapping[str, str] = field(default_factory=dict)
@@ -315,9 +322,11 @@ def _read_mean(entry: Mapping[str, Any], recipe_parts: Iterable[RecipePart], pap
     return MeanColumn(name, tuple(columns), printed)
 
 
-def read_columns(entry: Mapping[str, Any], number: int) -> dict[str, Metric]:
+def read_columns(entry: Mapping[str, Any], number: int) -> dict[str, Metric | Perplexity]:
     """Return the metric of each column of part ``number``: of one column, or of several by metric."""
     column = entry.get("column")
+    if isinstance(column, str) and entry.get("metric") == Perplexity().name:
+        return {column: Perplexity()}
     if isinstance(column, str):
         if "metric" not in entry:
             raise ValueError(f'part {column}: missing key "metric", as in metric = "accuracy"')
@@ -333,7 +342,7 @@ def read_columns(entry: Mapping[str, Any], number: int) -> dict[str, Metric]:
 
 def _read_part(
     entry: Mapping[str, Any],
-    columns: Mapping[str, Metric],
+    columns: Mapping[str, Metric | Perplexity],
     table: Mapping[str, Any],
     paper: Paper | None,
     root: Path,
@@ -346,7 +355,7 @@ def _read_part(
     test_columns = entry.get("test_columns", {})
     grid.require_type("test_columns", test_columns, Mapping[str, str])
     merged, settings = merge_part(entry, table)
-    settings["metric"] = [metric.name for metric in columns.values()]
+    metrics = {name: metric for name, metric in columns.items() if isinstance(metric, Metric)}
     methods = merged.get("method")
     if not isinstance(methods, list) or not methods:
         raise ValueError("missing key 'method': a part requires at least one row, [[part.method]]")
@@ -363,17 +372,21 @@ def _read_part(
         task = smoke.task(merged.get("task"))
         merged |= {"model": smoke.model(task.kind), "task": task, "seeds": 1}
         settings = smoke.settings(settings)
-        replaced = resolve([smoke.metrics.get(name, name) for name in settings["metric"]])
-        columns = dict(zip(columns, replaced, strict=True))
-        settings["metric"] = [metric.name for metric in replaced]
-    # One run fills all columns of a part, so a list of metrics is one value.
-    settings["metric"] = [settings["metric"]]
+        for name, metric in metrics.items():
+            (metrics[name],) = resolve(smoke.metrics.get(metric.name, metric.name))
+        columns = {**columns, **metrics}
+    settings.pop("metric", None)
+    if metrics:
+        # One run fills all columns of a part, so a list of metrics is one value.
+        settings["metric"] = [[metric.name for metric in metrics.values()]]
     part_grid = grid.read({**merged, "method": [row.method for row in rows], "settings": settings, "root": root})
     for key, values in {"model": part_grid.models, "task": part_grid.tasks, "settings": part_grid.settings}.items():
         if len(values) > 1:
             raise ValueError(f"{key} must have one value in a part, got {len(values)}: add a part for each")
     task = part_grid.tasks[0]
     assert isinstance(task, Task)
+    if not metrics and (task.labels or task.kind not in ("prompt", "seq2seq", "lm")):
+        raise ValueError(f"metric 'perplexity' requires plain text or open responses, and {task.name} has neither")
     # The first test set is the split test, which the columns have.
     grid.require_known(test_columns, task.test_sets[1:], "test set")
     return RecipePart(columns, tuple(rows), part_grid, test_columns)
@@ -392,7 +405,11 @@ def merge_part(entry: Mapping[str, Any], table: Mapping[str, Any]) -> tuple[dict
 
 
 def _read_row(
-    fields: Any, columns: Mapping[str, Metric], cell_values: Mapping[str, Any], paper: Paper | None, smoke: Smoke | None
+    fields: Any,
+    columns: Mapping[str, Metric | Perplexity],
+    cell_values: Mapping[str, Any],
+    paper: Paper | None,
+    smoke: Smoke | None,
 ) -> TableRow:
     """Read a method of a part, with its name and the place of its printed numbers, of which the part has a half."""
     if not isinstance(fields, Mapping) or not isinstance(name := fields.get("row"), str):

@@ -56,7 +56,7 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def model(self, kind: str = "classification") -> str:
         """Return the folder of a model for a kind of task, with two blocks of width 32; the first call writes it."""
-        writes_texts = kind == "prompt"
+        writes_texts = kind in ("prompt", "choice", "lm")
 
         def write(folder: Path) -> None:
             words = (*_TOKENS, *_FILLERS, *_CLASSES)
@@ -87,7 +87,7 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return a task with the splits, columns and kind of a task of a recipe, whose rows are generated.
 
         A label can be learned: a text contains it, or as many words "good" as the number says. Each prompt has two
-        responses.
+        responses, or a choice of two, and only its response in train. The columns that the entry names define the kind.
         """
         table = entry if isinstance(entry, Mapping) else {"name": str(entry)}
         splits = table.get("splits")
@@ -99,6 +99,8 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         generator = np.random.default_rng(0)
         if "prompt_end" in table or "response" in table.get("columns", {}):
             return tasks.from_frame(_prompts(sources, generator), table["name"], splits=splits or "given")
+        if "choices" in table.get("columns", {}):
+            return tasks.from_frame(_questions(sources, generator), table["name"], splits=splits or "given")
         rows = []
         for source, number in itertools.product(sources, range(ROWS)):
             words = generator.choice(_FILLERS, _WORDS).tolist()
@@ -111,6 +113,9 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             row["text"] = " ".join(words)
             if "pair" in table.get("columns", {}):
                 row["pair"] = " ".join(generator.choice(_FILLERS, _WORDS))
+            # Plain text has no other column.
+            if table.get("columns", {}).keys() == {"text"}:
+                del row["label"]
             rows.append(row)
         return tasks.from_frame(pd.DataFrame(rows), table["name"], splits=splits or "given", kind=table.get("kind"))
 
@@ -122,7 +127,10 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if (generation := settings.get("generation")) is not None:
             beams = min(generation.get("num_beams", 1), _BEAMS)
             short["generation"] = {**generation, "num_beams": beams, "max_new_tokens": _NEW_TOKENS}
-        return {**settings, **short, "accumulate": min(settings.get("accumulate", 1), 2)}
+        shortened = {**settings, **short, "accumulate": min(settings.get("accumulate", 1), 2)}
+        # Quantization requires a package that a trial does not.
+        shortened.pop("quantize", None)
+        return shortened
 
 
 def _prompts(sources: Iterable[str], generator: np.random.Generator) -> pd.DataFrame:
@@ -132,6 +140,18 @@ def _prompts(sources: Iterable[str], generator: np.random.Generator) -> pd.DataF
         words = generator.choice(_FILLERS, _WORDS).tolist()
         for order in (words, words[::-1]):
             rows.append({"split": source, "prompt": " ".join(words), "response": f" {' '.join(order)}"})
+    return pd.DataFrame(rows)
+
+
+def _questions(sources: Iterable[str], generator: np.random.Generator) -> pd.DataFrame:
+    """Return rows of train with the words of their prompt as response, and others with two choices."""
+    rows = []
+    for source, number in itertools.product(sources, range(ROWS)):
+        prompt = " ".join(generator.choice(_FILLERS, _WORDS))
+        row: dict[str, Any] = {"split": source, "prompt": prompt, "choices": [prompt], "answer": 0}
+        if source != "train":
+            row |= {"choices": list(_CLASSES), "answer": number % 2}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -611,3 +611,33 @@ def test_rows_of_fourierft_table_4_train_the_printed_numbers_of_parameters():
             "FourierFT, as printed": coefficients,
             "LoRA, as printed": factors,
         }
+
+
+def test_rows_of_hydralora_table_2_train_the_parameters_of_the_printed_percentages_and_a_router():
+    plan = recipe.read("hydralora-table2", smoke=True)
+    counts = counts_by_row(plan, "Law", outline_of("llama", **LLAMA["7b"]))
+    routers = {"feed-forward": LAYERS_7B * 4 * (2 * 4096 + 11_008), "q, v": LAYERS_7B * 3 * 2 * 4096}
+    assert counts == {
+        "HydraLoRA, rank 4, 4 experts, feed-forward": 15_826_944 + routers["feed-forward"],
+        "LoRA, rank 8, feed-forward": 11_599_872,
+        "LoRA, rank 16, feed-forward": 23_199_744,
+        "LoRA, rank 32, feed-forward": 46_399_488,
+        "HydraLoRA, rank 8, 3 experts, q, v": 8_388_608 + routers["q, v"],
+        "LoRA, rank 8, q, v": 4_194_304,
+        "LoRA, rank 16, q, v": 8_388_608,
+        "LoRA, rank 32, q, v": 16_777_216,
+    }
+    # As printed, in percent and without the router.
+    assert round(100 * 8_388_608 / TOTAL_7B, 3) == 0.124
+
+
+def test_generated_questions_train_on_responses_and_test_choices():
+    entry = {"name": "mixed.jsonl", "columns": {"prompt": "prompt", "choices": "choices", "answer": "answer"}}
+    task = smoke.Smoke().task(entry)
+    assert task.kind == "choice"
+    assert set(task.split("train")["choices"].map(len)) == {1}
+    for split in ("validation", "test"):
+        assert set(task.split(split)["choices"].map(tuple)) == {("bad", "good")}
+        assert set(task.split(split)["answer"]) == {0, 1}
+    texts = smoke.Smoke().task({"name": "corpus", "columns": {"text": "text"}})
+    assert texts.kind == "lm"

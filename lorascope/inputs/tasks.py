@@ -280,9 +280,9 @@ def load(
         train.txt, valid.txt and test.txt, whose lines have ``||`` between prompt and response; or a dataset on the
         Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally
         pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and response, or
-        prompt, choices (a list of texts) and answer (the number of the right one, from 0), or question, context,
-        answers and answer_start (the list of answers in the context, empty without one, and that of their first
-        characters), or only text; also group or domain, cluster, and split, optionally.
+        prompt, choices (a list of texts; in train also a single one, a response) and answer (the number of the right
+        one, from 0), or question, context, answers and answer_start (the list of answers in the context, empty without
+        one, and that of their first characters), or only text; also group or domain, cluster, and split, optionally.
     splits : {"given", "hash"} or mapping, optional
         ``"given"`` takes the splits of the source: those of a dataset, or the column split, which has train,
         validation (or dev, valid) or test in each row. Rows of train are shuffled into a split without rows.
@@ -426,6 +426,7 @@ def from_frame(
     if "split" in table:
         assigned["split"] = split_rules.complete(table.pop("split"), assigned["split"])
     table = table.join(assigned)
+    task_columns.require_choices(table, name)
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")

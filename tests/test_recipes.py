@@ -641,3 +641,23 @@ def test_generated_questions_train_on_responses_and_test_choices():
         assert set(task.split(split)["answer"]) == {0, 1}
     texts = smoke.Smoke().task({"name": "corpus", "columns": {"text": "text"}})
     assert texts.kind == "lm"
+
+
+def test_rows_of_lisa_train_embedding_head_and_two_blocks_or_factors_of_all_linear_layers():
+    plan = recipe.read("lisa-mtbench", smoke=True)
+    recipe_part = plan.recipe_parts[1]
+    assert list(recipe_part.columns) == ["MMLU, LLaMA-2 7B"]
+    (method,) = recipe.grid.read_methods({"name": "lisa", "n_active": 2, "interval": 13})
+    job = recipe_check.Job("llama", "rows", method, {"dtype": "bfloat16"})
+    at_a_time = 666_914_816  # embedding, head, final norm and two blocks
+    assert at_a_time == TOTAL_7B - 30 * BLOCK_7B
+    outline = outline_of("llama")
+    expected = 16 * at_a_time + 2 * 30 * BLOCK_7B
+    assert recipe_check.measure_outline(copy.deepcopy(outline), job) == (TOTAL_7B, expected)
+    counts = counts_by_row(plan, "MMLU, LLaMA-2 7B", outline)
+    in_blocks = 128 * LAYERS_7B * (4 * 2 * 4096 + 3 * (4096 + 11_008))
+    assert counts["LoRA, rank 128, rate 5e-5"] == in_blocks + 2 * 128 * (32_000 + 4096)
+    assert counts["full fine-tuning"] == TOTAL_7B
+    # An epoch of the 52,000 rows has the printed number of steps.
+    table = recipe.grid.read_toml(recipe.find_recipe("lisa-mtbench"))
+    assert round(52_000 / table["settings"]["batch_size"]) == 122

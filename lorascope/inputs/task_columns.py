@@ -49,7 +49,7 @@ def end_prompts(rows: pd.DataFrame, ending: str, name: str) -> pd.DataFrame:
     return rows.assign(prompt=prompts)
 
 
-def require_choices(table: pd.DataFrame, name: str) -> None:
+def require_closed_choices(table: pd.DataFrame, name: str) -> None:
     """Raise a ValueError if a row outside train has a single choice, which would always be selected."""
     if "choices" not in table:
         return

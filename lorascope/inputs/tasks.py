@@ -426,7 +426,7 @@ def from_frame(
     if "split" in table:
         assigned["split"] = split_rules.complete(table.pop("split"), assigned["split"])
     table = table.join(assigned)
-    task_columns.require_choices(table, name)
+    task_columns.require_closed_choices(table, name)
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")

@@ -661,3 +661,14 @@ def test_rows_of_lisa_train_embedding_head_and_two_blocks_or_factors_of_all_line
     # An epoch of the 52,000 rows has the printed number of steps.
     table = recipe.grid.read_toml(recipe.find_recipe("lisa-mtbench"))
     assert round(52_000 / table["settings"]["batch_size"]) == 122
+
+
+def test_rows_of_neft_table_2_train_nine_percent_of_the_parameters():
+    table = recipe.grid.read_toml(recipe.find_recipe("neft-table2"))
+    neurons = {fields["num_neurons"] for part in table["part"] for fields in part["method"] if fields["name"] == "neft"}
+    assert neurons == {150_000}
+    assert round(100 * 150_000 * 4096 / TOTAL_7B) == 9
+    plan = recipe.read("neft-table2", smoke=True)
+    counts = counts_by_row(plan, "Fr-Zh 20k", outline_of("llama"))
+    assert counts["LoRA, rank 256"] == 639_631_360
+    assert [row.name for recipe_part in plan.recipe_parts[:2] for row in recipe_part.rows] == list(counts)

@@ -672,3 +672,11 @@ def test_rows_of_neft_table_2_train_nine_percent_of_the_parameters():
     counts = counts_by_row(plan, "Fr-Zh 20k", outline_of("llama"))
     assert counts["LoRA, rank 256"] == 639_631_360
     assert [row.name for recipe_part in plan.recipe_parts[:2] for row in recipe_part.rows] == list(counts)
+
+
+def test_all_weights_of_gpt2_are_pre_trained():
+    plan = recipe.read("adapprox-pretrain", smoke=True)
+    assert plan.paper is None
+    counts = counts_by_row(plan, "GPT-2 117M", outline_of("gpt2"))
+    assert len(counts) == 4 * 3
+    assert set(counts.values()) == {124_439_808}

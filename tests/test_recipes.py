@@ -169,6 +169,19 @@ def test_mean_column_is_the_mean_over_columns_of_each_seed(plan):
     assert ("mean", "AdaLoRA", "last") not in table.index
 
 
+def test_a_recipe_has_several_columns_of_means(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    second = '[[mean]]\ncolumn = "STS-B, both"\ncolumns = ["STS-B", "STS-B, ranks"]\n'
+    plan = recipe.read(write_recipe(tmp_path, RECIPE.replace("[mean]", f"{second}\n[[mean]]")))
+    runs, values = made_up_runs(plan)
+    table = recipe_table.tabulate(plan, runs).set_index(["column", "row", "evaluation"])
+    both = 50 * (values["pearson"][:, 2] + values["spearman"][:, 2])
+    assert table.loc[("STS-B, both", "FourierFT", "last"), "mean"] == pytest.approx(both.mean())
+    assert table.loc[("mean", "FourierFT", "last"), "printed"] == 85.0
+    assert np.isnan(table.loc[("STS-B, both", "FourierFT", "last"), "printed"])
+    assert [mean.printed for mean in recipe.read(tmp_path / "own.toml", smoke=True).means] == [{}, {}]
+
+
 def test_layout_compares_the_evaluation_that_the_paper_prints(plan):
     runs, _ = made_up_runs(plan)
     cells = recipe_table.tabulate(plan, runs)

@@ -144,12 +144,12 @@ class MeanColumn:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Recipe of a table: its paper, None for an own table, its columns, and the folder of its runs."""
+    """Recipe of a table: its paper, None for an own table, its columns, also of means, and the folder of its runs."""
 
     name: str
     paper: Paper | None
     recipe_parts: tuple[RecipePart, ...]
-    mean: MeanColumn | None
+    means: tuple[MeanColumn, ...]
     root: Path
     backend: Mapping[str, Any]
 
@@ -218,8 +218,12 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
         for key, allowed in {"statistic": _STATISTICS, "state": _STATES}.items():
             if (value := getattr(paper, key)) not in allowed:
                 raise ValueError(f"{key} of paper must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    for key in ("settings", "mean"):
-        grid.require_type(key, table.get(key, {}), Mapping[str, Any])
+    grid.require_type("settings", table.get("settings", {}), Mapping[str, Any])
+    # A table has several columns of means as a list, [[mean]].
+    mean_entries = table.get("mean", [])
+    grid.require_type("mean", mean_entries, Mapping[str, Any] | Sequence[Mapping[str, Any]])
+    if isinstance(mean_entries, Mapping):
+        mean_entries = [mean_entries]
     grid.require_type("part", table["part"], Sequence[Mapping[str, Any]])
     stand_in = to_typed(table.get("smoke", {}), Smoke, "smoke")
     root = Path(table.get("root", f"runs/{name}"))
@@ -238,13 +242,12 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
     _require_distinct_cells(recipe_parts)
     cells = to_typed(table.get("printed", []), list[PrintedCell], "printed")
     recipe_parts = _add_printed(recipe_parts, cells, smoke)
-    mean = None
-    if "mean" in table:
-        mean = _read_mean(table["mean"], recipe_parts, paper)
+    means: list[MeanColumn] = []
+    for entry in mean_entries:
+        mean = _read_mean(entry, recipe_parts, paper)
         # As in the other columns.
-        if smoke:
-            mean = replace(mean, printed={})
-    return Recipe(name, paper, tuple(recipe_parts), mean, root, table.get("backend", {}))
+        means.append(replace(mean, printed={}) if smoke else mean)
+    return Recipe(name, paper, tuple(recipe_parts), tuple(means), root, table.get("backend", {}))
 
 
 def _link_start(recipe_part: RecipePart, entry: Mapping[str, Any], by_id: dict[str, RecipePart]) -> RecipePart:

@@ -82,8 +82,8 @@ def tabulate(recipe: Recipe, runs: Mapping[str, Run]) -> pd.DataFrame:
                 cell = {"column": column, "metric": metric.name, "row": row.name, "evaluation": "test"}
                 summary = _summarize(scores.to_numpy(), row.printed.get(column), recipe)
                 rows.append(cell | {"n": len(scores), "seeds": count} | summary)
-    if recipe.mean is not None:
-        rows += _mean_cells(recipe, recipe.mean, by_seed)
+    for mean in recipe.means:
+        rows += _mean_cells(recipe, mean, by_seed)
     return pd.DataFrame(rows)
 
 

@@ -693,3 +693,59 @@ def test_all_weights_of_gpt2_are_pre_trained():
     counts = counts_by_row(plan, "GPT-2 117M", outline_of("gpt2"))
     assert len(counts) == 4 * 3
     assert set(counts.values()) == {124_439_808}
+
+
+def test_rows_of_alora_table_1_have_the_printed_parameters_and_intervals_of_an_epoch():
+    plan = recipe.read("alora-table1", smoke=True)
+    counts = counts_by_row(plan, "COPA", outline_of("llama"))
+    # 20.0M are printed.
+    assert counts == {"LoRA": 19_988_480, "ALoRA": 19_988_480}
+    train_rows = {"SST-2": 0.99 * 67_349, "RTE": 2490, "QNLI": 0.99 * 104_743, "BoolQ": 9427, "COPA": 400}
+    train_rows |= {"ReCoRD": 101_000, "SQuAD": 87_000}  # printed, without the validation rows
+    parts = recipe.grid.read_toml(recipe.find_recipe("alora-table1"))["part"]
+    for part, (name, rows) in zip(parts, train_rows.items(), strict=True):
+        assert name in str(part["column"])
+        (alora,) = [fields for fields in part["method"] if fields["name"] == "alora"]
+        epoch = rows * (1 - alora["search_share"]) / part["settings"]["batch_size"]
+        assert alora["warm_steps"] == pytest.approx(epoch, abs=1)
+        assert alora["round_steps"] == pytest.approx(epoch / 4, abs=0.6)
+        # The rows on which components are scored suffice.
+        assert rows * alora["search_share"] > alora["score_rows"]
+        assert part["settings"]["batch_size"] == (16 if rows < 10_000 else 128)
+
+
+PRINTED = {
+    "hydralora-table2": {
+        "HydraLoRA, rank 4, 4 experts, feed-forward": [47.22, 45.71, 42.18],
+        "HydraLoRA, rank 8, 3 experts, q, v": [47.22, 45.71, 42.18],
+        "LoRA, rank 8, q, v": [43.22, 41.59, 37.85],
+        "LoRA, rank 16, feed-forward": [45.45, 43.10, 39.64],
+        "LoRA, rank 32, q, v": [46.59, 44.32, 40.81],
+    },
+    "neft-table2": {"NeFT, 9%": [28.69, 30.48, 24.07, 25.61], "LoRA, rank 256": [27.13, 26.22, 22.84, 22.24]},
+    "alora-table1": {
+        "LoRA": [94.1, 83.3, 93.1, 87.3, 91.3, 90.8, 88.4],
+        "ALoRA": [95.0, 84.6, 93.7, 88.0, 92.1, 91.8, 89.2],
+    },
+    "lisa-mtbench": {},
+    "fourierft-table4": {},
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_recipes_of_language_models_have_the_printed_numbers(name, monkeypatch):
+    monkeypatch.setattr(metrics, "require_package", lambda metric: None)
+    monkeypatch.setattr(models, "locate_model", lambda name: None)
+    monkeypatch.setattr(recipe.grid, "load_task", smoke.Smoke().task)
+    plan = recipe.read(name)
+    numbers: dict[str, list[float]] = {}
+    for recipe_part in plan.recipe_parts:
+        for row in recipe_part.rows:
+            numbers.setdefault(row.name, []).extend(score.value for score in row.printed.values())
+    for mean in plan.means:
+        for row_name, score in mean.printed.items():
+            numbers[row_name].append(score.value)
+    for row_name, values in PRINTED[name].items():
+        assert numbers[row_name] == values
+    if not PRINTED[name]:
+        assert not any(numbers.values())

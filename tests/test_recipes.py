@@ -440,6 +440,14 @@ def without_rates(job) -> dict:
     return {key: value for key, value in job.settings.items() if key in Settings.__dataclass_fields__}
 
 
+def test_check_says_that_a_file_is_missing_without_asking_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe_check.huggingface_hub, "HfApi", None)
+    assert recipe_check.describe_source("dolly-mmlu.jsonl", "dataset") == "not on this machine"
+    Path("dolly-mmlu.jsonl").touch()
+    assert recipe_check.describe_source("dolly-mmlu.jsonl", "dataset") == "on this machine"
+
+
 def test_check_names_the_extra_of_a_metric(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)

@@ -125,7 +125,7 @@ def _check_part(
         (method,) = grid.read_methods(method_fields)
         job = Job(model_name, task or task_name, method, grid.read_settings(settings, [method])[0])
         runs = len(grid.parse_seeds(merged.get("seeds", 3)))
-        words = [f"{runs} runs"]
+        words = [count_phrase(runs, "run")]
         steps = job.settings.get("steps") or math.nan
         if isinstance(job.data, Task):
             steps = count_steps(job.data, job)
@@ -179,8 +179,8 @@ def describe_source(name: str, kind: str) -> str:
     # A folder or file comes before a name on the hub, as in training.
     if Path(name).exists():
         return "on this machine"
-    # The name of a repository has at most an owner before it.
-    if len(Path(name).parts) > 2:
+    # The name of a repository has at most an owner before it, and no suffix of a table.
+    if len(Path(name).parts) > 2 or Path(name).suffix in (".csv", ".jsonl", ".parquet"):
         return "not on this machine"
     try:
         with without_retries():

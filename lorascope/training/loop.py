@@ -172,8 +172,8 @@ def train(
         are rejected.
     augment : {"none", "crop-flip"}
         Crops of images: those of the model's image processor, or random crops, resized and flipped left to right in
-        half of the cases, in training, and the center of the resized image in evaluations. The distribution equals that of
-        RandomResizedCrop and RandomHorizontalFlip in torchvision.
+        half of the cases, in training, and the center of the resized image in evaluations. The distribution equals
+        that of RandomResizedCrop and RandomHorizontalFlip in torchvision.
     start : Run or path, optional
         Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI;
         or, for ``LoRA``, a folder of PEFT with the same ranks, scales and modules. Figures subtract the initial update,

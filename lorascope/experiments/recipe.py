@@ -350,10 +350,11 @@ def _read_part(
     methods = merged.get("method")
     if not isinstance(methods, list) or not methods:
         raise ValueError("missing key 'method': a part requires at least one row, [[part.method]]")
+    # Further test sets have the first metric.
+    metric_of_column = {**columns, **dict.fromkeys(test_columns.values(), next(iter(columns.values())))}
     rows = []
     for fields in methods:
-        names_of_columns = [*columns, *test_columns.values()]
-        rows.append(_read_row(fields, names_of_columns, entry.get("printed", {}), paper, smoke))
+        rows.append(_read_row(fields, metric_of_column, entry.get("printed", {}), paper, smoke))
     names = [row.name for row in rows]
     # Runs are found by the name of their row.
     if len(set(names)) < len(names):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 import transformers
 
-from lorascope.experiments import grid, recipe, recipe_check, smoke
+from lorascope.cli.main import main
+from lorascope.experiments import grid, recipe, recipe_check, recipe_measurement, smoke
 from lorascope.inputs import images, metrics, models, tasks
 from lorascope.training.settings import Settings
 
@@ -79,3 +82,75 @@ def test_generated_images_are_learned_and_read_by_their_model():
 def test_rows_of_one_method_may_be_tried_with_different_fields():
     plan = recipe.read("fourierft-table5", smoke=True)
     assert [row.method.coefficients for row in plan.recipe_parts[0].rows] == [8, 16]
+
+
+# -- spans ----------------------------------------------------------------------------------------------------------
+
+# Exact match and F1 by method and (mean) rank, as printed.
+SQUAD = {
+    "SQuAD 1.1": {
+        "AdaLoRA": {1: (87.2, 93.4), 2: (87.5, 93.6), 4: (87.5, 93.7), 8: (87.6, 93.7)},
+        "LoRA": {1: (86.4, 92.8), 2: (86.6, 92.9), 4: (86.7, 93.1), 8: (86.7, 93.1)},
+    },
+    "SQuAD 2.0": {
+        "AdaLoRA": {1: (85.6, 88.7), 2: (85.7, 88.8), 4: (85.5, 88.6), 8: (86.0, 88.9)},
+        "LoRA": {1: (84.7, 87.5), 2: (83.6, 86.7), 4: (84.5, 87.4), 8: (85.0, 88.0)},
+    },
+}
+
+
+def test_the_recipe_of_squad_has_the_printed_scores_ranks_and_schedules(monkeypatch):
+    plan = read_offline("adalora-table2", monkeypatch)
+    with torch.device("meta"):
+        sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+        outline = transformers.DebertaV2ForQuestionAnswering(transformers.DebertaV2Config(**sizes))
+    ranks = {1: 2, 2: 4, 4: 6, 8: 12}
+    # Four matrices of attention and two of the feed-forward network in each block, by rank, and the head.
+    per_rank, head = 12 * (4 * (768 + 768) + 2 * (768 + 3072)), 2 * 769
+    for (data, printed), recipe_part in zip(SQUAD.items(), plan.recipe_parts, strict=True):
+        assert [metric.name for metric in recipe_part.columns.values()] == ["exact_match", "f1_words"]
+        cells = {}
+        for row, job in zip(recipe_part.rows, recipe_part.jobs()[::5], strict=True):
+            name, _, rank = row.name.partition(", rank ")
+            cells.setdefault(name, {})[int(rank)] = tuple(score.value for score in row.printed.values())
+            trained, _ = recipe_check.measure_outline(copy.deepcopy(outline), job)
+            if name == "LoRA":
+                assert trained == per_rank * int(rank) + head
+            else:
+                assert (job.method.target_rank, job.method.init_rank) == (int(rank), ranks[int(rank)])
+                # Each component has a factor lambda.
+                assert trained == (per_rank + 72) * job.method.init_rank + head
+                assert job.method.gamma == 0.1
+                rows, budget_steps = (87_599, 30_000) if data == "SQuAD 1.1" else (130_319, 55_000)
+                assert job.method.initial_steps + job.method.final_steps == budget_steps
+                assert budget_steps < settings_of(job).resolve(rows).steps
+        assert cells == printed
+        assert recipe_part.grid.tasks[0].kind == "span"
+
+
+def test_generated_questions_have_answers_in_their_contexts_or_none():
+    stand_in = smoke.Smoke(architecture="deberta-v2")
+    columns = {"question": "question", "context": "context", "answers": "answers"}
+    task = stand_in.task({"name": "squad", "columns": columns, "splits": "given"})
+    rows = task.split("train")
+    for row in rows.itertuples():
+        assert bool(row.answers) == (row.question in row.context.split())
+        if row.answers:
+            before, _, after = row.context.partition(f"{row.question} ")
+            assert row.answer_start == [len(before) + len(row.question) + 1]
+            assert row.answers == [after.split()[0]]
+    assert rows["answers"].map(len).sum() == 16
+    model = models.load(stand_in.model("span"), task)
+    assert len(task.encode(models.processor(model), rows, 32)) > 2 * len(rows)
+    # A measurement has windows of the full length.
+    long_rows = recipe_measurement._lengthen(task, 100)
+    windows = long_rows.encode(models.processor(model), long_rows.split("train"), 100)
+    assert (windows.lengths == 100).sum() >= len(rows)
+
+
+def test_the_steps_of_contexts_are_a_lower_bound(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grid, "load_task", smoke.Smoke().task)
+    assert main(["sweep", "adalora-table2", "--check"]) == 1  # the model is missing
+    # Twenty rows in batches of 16 for ten epochs.
+    assert "AdaLoRA, rank 1: 5 runs, at least 20 steps a phase" in capsys.readouterr().out

@@ -94,7 +94,7 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return a task with the splits, columns and kind of a task of a recipe, whose rows are generated.
 
         A label can be learned: a text contains it, or as many words "good" as the number says, or an image is brighter.
-        Each prompt has two responses.
+        Each prompt has two responses, and most questions have an answer.
         """
         table = entry if isinstance(entry, Mapping) else {"name": str(entry)}
         splits = table.get("splits")
@@ -106,6 +106,8 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         generator = np.random.default_rng(0)
         if "image" in table.get("columns", {}):
             return tasks.from_frame(_images(sources, generator), table["name"], splits=splits or "given")
+        if "context" in table.get("columns", {}):
+            return tasks.from_frame(_questions(sources, generator), table["name"], splits=splits or "given")
         if "prompt_end" in table or "response" in table.get("columns", {}):
             return tasks.from_frame(_prompts(sources, generator), table["name"], splits=splits or "given")
         rows = []
@@ -140,6 +142,23 @@ def _images(sources: Iterable[str], generator: np.random.Generator) -> pd.DataFr
     for source, number in itertools.product(sources, range(ROWS)):
         pixels = generator.integers(0, 128, (_EDGE, 2 * _EDGE, 3)) + 127 * (number % 2)
         rows.append({"split": source, "image": pixels.astype(np.uint8), "label": _CLASSES[number % 2]})
+    return pd.DataFrame(rows)
+
+
+def _questions(sources: Iterable[str], generator: np.random.Generator) -> pd.DataFrame:
+    """Return questions about contexts of several windows, whose answer follows the word of the question.
+
+    Every fifth question has no answer, because its word is not in the context.
+    """
+    rows = []
+    for source, number in itertools.product(sources, range(ROWS)):
+        words = generator.choice(_FILLERS[1:], 2 * _LENGTH).tolist()
+        row: dict[str, Any] = {"split": source, "question": _FILLERS[0], "answers": [], "answer_start": []}
+        if number % 5:
+            position = int(generator.integers(len(words) - 1))
+            words[position] = _FILLERS[0]
+            row["answers"], row["answer_start"] = [words[position + 1]], [len(" ".join(words[: position + 1])) + 1]
+        rows.append({**row, "context": " ".join(words)})
     return pd.DataFrame(rows)
 
 

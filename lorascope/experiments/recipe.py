@@ -421,7 +421,9 @@ def _read_row(
     del own_fields["row"]
     row_values = own_fields.pop("printed", None)
     if smoke is not None:
-        own_fields |= smoke.methods.get(str(own_fields.get("name")), {})
+        # Rows of one method may differ in a field that all of them replace.
+        for key in (str(own_fields.get("name")), name):
+            own_fields |= smoke.methods.get(key, {})
     methods = grid.read_methods(own_fields)
     if len(methods) > 1:
         raise ValueError(f"row {name!r} must be one method, got {len(methods)}: add a row for each")

@@ -129,7 +129,9 @@ def _check_part(
         steps = job.settings.get("steps") or math.nan
         if isinstance(job.data, Task):
             steps = count_steps(job.data, job)
-            words.append(f"{steps:,} steps a phase")
+            # Without a tokenizer, the windows of long contexts are not counted.
+            bound = "at least " if job.data.kind == "span" else ""
+            words.append(f"{bound}{steps:,} steps a phase")
         if outline is not None:
             # A method changes the model that it is attached to.
             trained, bytes_needed = measure_outline(copy.deepcopy(outline), job)

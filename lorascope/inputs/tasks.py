@@ -74,6 +74,8 @@ class Task:
         Whether validation and test are the same rows, so that the best state is selected on the reported split.
     test_sets : tuple of str
         Names of several test sets, of which the first is the split test, and another one the split ``"test:NAME"``.
+    augment : {"none", "crop-flip"}
+        How the images of a batch are cropped; see ``train``, which sets it. The hash does not depend on it.
     hashed : HashedTable, optional
         Table that ``hash`` is of. ``dataclasses.replace`` with another table, but no other hash, derives a hash from
         it. None: ``hash`` is of ``table``.
@@ -87,6 +89,7 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
     selected_on_test: bool = False
     test_sets: tuple[str, ...] = ()
+    augment: str = "none"
     hashed: HashedTable | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -234,7 +237,7 @@ class Task:
             truncated at the beginning, so that the same words precede the response as in the data.
         """
         if self.kind == "image":
-            return images.encode_images(processor, rows, self.labels)
+            return images.encode_images(processor, rows, self.labels, self.augment)
         if self.kind == "classification":
             return encode_classes(processor, rows, self.labels, max_length)
         if self.kind == "regression":

@@ -70,6 +70,10 @@ class EncodedRows(ABC):
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
         """Return model inputs and labels of these rows."""
 
+    def training_batch(self, indices: Iterable[Any], generator: np.random.Generator) -> dict[str, Tensor]:
+        """Return the batch of these rows for a training step; ``generator`` draws what is random in them."""
+        return self.batch(indices)
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens(EncodedRows):

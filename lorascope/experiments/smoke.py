@@ -126,7 +126,7 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if "pair" in table.get("columns", {}):
                 row["pair"] = " ".join(generator.choice(_FILLERS, _WORDS))
             # Plain text has no other column.
-            if table.get("columns", {}).keys() == {"text"}:
+            if set(table.get("columns", {})) == {"text"}:
                 del row["label"]
             rows.append(row)
         return tasks.from_frame(pd.DataFrame(rows), table["name"], splits=splits or "given", kind=table.get("kind"))

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import lorascope as ls
 from lorascope.inputs import models, tasks
 from lorascope.inputs.metrics import stack_choices
+from lorascope.inputs.tokenization import encode_pairs
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import prepare_model
 from lorascope.training.evaluation import evaluate
@@ -96,10 +97,10 @@ def test_files_with_lists_are_read_with_columns_of_other_names(suffix, tmp_path)
         ("answer", 1.5, "answer in row 3 of x.csv must be from 0 to 3, got 1.5"),
         ("answer", "C", "answer in row 3 of x.csv must be from 0 to 3, got 'C'"),
         ("answer", True, "answer in row 3 of x.csv must be from 0 to 3, got True"),
-        ("choices", ["a"], "choices in row 3 of x.csv must be a list of at least 2 non-empty strings, got ['a']"),
-        ("choices", "a, b", "choices in row 3 of x.csv must be a list of at least 2 non-empty strings, got 'a, b'"),
-        ("choices", ["a", " "], "choices in row 3 of x.csv must be a list of at least 2 non-empty strings, got "),
-        ("choices", ["a", 5], "choices in row 3 of x.csv must be a list of at least 2 non-empty strings, got ['a', 5]"),
+        ("choices", [], "choices in row 3 of x.csv must be a list of non-empty strings, got []"),
+        ("choices", "a, b", "choices in row 3 of x.csv must be a list of non-empty strings, got 'a, b'"),
+        ("choices", ["a", " "], "choices in row 3 of x.csv must be a list of non-empty strings, got "),
+        ("choices", ["a", 5], "choices in row 3 of x.csv must be a list of non-empty strings, got ['a', 5]"),
         ("prompt", "", "prompt in row 3 of x.csv must be a non-empty string, got ''"),
     ],
 )
@@ -109,6 +110,33 @@ def test_invalid_cells_raise_one_line(column, value, expected):
     rows.at[2, column] = value
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}[^\n]*$"):
         tasks.from_frame(rows, "x.csv")
+
+
+def test_a_single_choice_is_a_response_to_train_on(byte_gpt2):
+    rows = table().assign(split=["train", "validation", "test"] * (ROWS // 3))
+    responses = [f"{choices[0]} {'and ' * number}more" for number, choices in enumerate(rows["choices"])]
+    is_train = rows["split"] == "train"
+    open_rows = rows[is_train].assign(choices=[[text] for text in np.array(responses)[is_train]], answer=0)
+    mixed = pd.concat([open_rows, rows[~is_train]])
+    task = tasks.from_frame(mixed, "mixed")
+    processor = models.tokenizer(models.load(byte_gpt2))
+    # Shorter than some responses.
+    train = task.encode(processor, task.split("train"), 40)
+    pairs = task.split("train").assign(response=[f" {choices[0]}" for choices in task.split("train")["choices"]])
+    oracle = encode_pairs(processor, pairs, (), 40, seq2seq=False)
+    assert train.tokens == oracle.tokens
+    assert max(train.lengths) == 40 > min(train.lengths)
+    ends = [labels[-1] == processor.eos_token_id for labels in train.tokens["labels"]]
+    assert any(ends)
+    assert not all(ends)
+    # The others are as without open responses.
+    closed = tasks.from_frame(rows, "quiz")
+    texts = task.encode(processor, task.split("test"), 128).tokens
+    assert texts == closed.encode(processor, closed.split("test"), 128).tokens
+    mixed.loc[mixed["split"] == "test", "choices"] = pd.Series([["sole"]] * ROWS, rows.index)
+    expected = "choices in the test split of mixed must be at least 2, got ['sole']: a row with a "
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}response only must be in train$"):
+        tasks.from_frame(mixed.assign(answer=0), "mixed")
 
 
 def test_other_heads_cannot_choose(bert, llama):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -168,6 +169,19 @@ def test_mean_column_is_the_mean_over_columns_of_each_seed(plan):
     assert ("mean", "AdaLoRA", "last") not in table.index
 
 
+def test_a_recipe_has_several_columns_of_means(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    second = '[[mean]]\ncolumn = "STS-B, both"\ncolumns = ["STS-B", "STS-B, ranks"]\n'
+    plan = recipe.read(write_recipe(tmp_path, RECIPE.replace("[mean]", f"{second}\n[[mean]]")))
+    runs, values = made_up_runs(plan)
+    table = recipe_table.tabulate(plan, runs).set_index(["column", "row", "evaluation"])
+    both = 50 * (values["pearson"][:, 2] + values["spearman"][:, 2])
+    assert table.loc[("STS-B, both", "FourierFT", "last"), "mean"] == pytest.approx(both.mean())
+    assert table.loc[("mean", "FourierFT", "last"), "printed"] == 85.0
+    assert np.isnan(table.loc[("STS-B, both", "FourierFT", "last"), "printed"])
+    assert [mean.printed for mean in recipe.read(tmp_path / "own.toml", smoke=True).means] == [{}, {}]
+
+
 def test_layout_compares_the_evaluation_that_the_paper_prints(plan):
     runs, _ = made_up_runs(plan)
     cells = recipe_table.tabulate(plan, runs)
@@ -227,8 +241,8 @@ def test_a_wrong_recipe_is_one_line_that_names_the_part(tmp_path, monkeypatch, c
 
 
 def test_an_unknown_recipe_names_the_known_ones(capsys):
-    assert main(["sweep", "adalora-table2"]) == 2
-    assert "did you mean 'adalora-table1'" in capsys.readouterr().err
+    assert main(["sweep", "adalora-table9"]) == 2
+    assert "did you mean 'adalora-table" in capsys.readouterr().err
 
 
 def test_smoke_and_table_require_a_recipe(tmp_path, capsys):
@@ -347,13 +361,19 @@ def test_generated_rows_have_the_splits_columns_and_classes_of_the_task():
     assert (ratings.table["text"].str.count("good") == 4 * ratings.table["label"]).all()
 
 
+OWN = ("adapprox-pretrain",)
+
+
 @pytest.mark.parametrize("name", recipe.recipe_names())
 def test_recipes_of_the_package_have_sources_and_printed_numbers(name):
     plan = recipe.read(name, smoke=True)
-    assert plan.paper.sources
+    text = recipe.find_recipe(name).read_text(encoding="utf-8")
+    if plan.paper is None:
+        assert name in OWN
+        return
     for source in plan.paper.sources:
         assert re.fullmatch(r"[\w-]+/[\w-]+: [\w./-]+", source)
-    text = recipe.find_recipe(name).read_text(encoding="utf-8")
+    assert plan.paper.sources or "no public code" in text
     assert "printed" in text
     assert len(text.splitlines()[0]) <= 120
 
@@ -420,6 +440,14 @@ def without_rates(job) -> dict:
     return {key: value for key, value in job.settings.items() if key in Settings.__dataclass_fields__}
 
 
+def test_check_says_that_a_file_is_missing_without_asking_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe_check.huggingface_hub, "HfApi", None)
+    assert recipe_check.describe_source("dolly-mmlu.jsonl", "dataset") == "not on this machine"
+    Path("dolly-mmlu.jsonl").touch()
+    assert recipe_check.describe_source("dolly-mmlu.jsonl", "dataset") == "on this machine"
+
+
 def test_check_names_the_extra_of_a_metric(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
@@ -470,3 +498,262 @@ def test_generated_prompts_have_two_responses_and_a_model_that_writes():
     assert type(model).__name__ == "GPT2LMHeadModel"
     settings = stand_in.settings({"epochs": 5, "generation": {"num_beams": 10, "no_repeat_ngram": 4}})
     assert settings["generation"] == {"num_beams": 2, "no_repeat_ngram": 4, "max_new_tokens": 10}
+
+
+# -- language models --------------------------------------------------------------------------------------------------
+
+PERPLEXITY = """
+settings = {epochs = 2, eval_every = "epoch"}
+model = "gpt2"
+seeds = 2
+
+[smoke]
+architecture = "gpt2"
+
+[[part]]
+column = "held-out"
+metric = "perplexity"
+task = {name = "rows.jsonl", splits = {train = "train", validation = "dev", test = "test"}}
+
+[[part.method]]
+row = "LoRA"
+name = "lora"
+
+[[part]]
+column = "dev"
+metric = "perplexity"
+task = {name = "rows.jsonl", splits = {train = "train", validation = "dev", test = "dev"}}
+
+[[part.method]]
+row = "LoRA"
+name = "lora"
+"""
+
+
+@pytest.fixture
+def texts_recipe(tmp_path, monkeypatch):
+    """Write plain texts, a model, and a recipe of them with columns of perplexity, and return its file."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"word{n} word{n % 5} word{n % 7}", "split": ("train", "dev", "test")[n % 3]} for n in range(24)]
+    pd.DataFrame(rows).to_json("rows.jsonl", orient="records", lines=True)
+    shutil.copytree(smoke.Smoke(architecture="gpt2").model("lm"), tmp_path / "gpt2")
+    file = tmp_path / "own.toml"
+    file.write_text(PERPLEXITY, encoding="utf-8")
+    return file
+
+
+def test_a_column_of_perplexity_is_the_metric_that_runs_record_by_default(texts_recipe):
+    assert main(["sweep", str(texts_recipe), "--no-progress", "--jobs", "1"]) == 0
+    cells = ls.recipes.table(texts_recipe).set_index(["column", "evaluation"])
+    runs = [ls.load(path.parent) for path in Path("runs/own").glob("*/run.json")]
+    assert len(runs) == 4
+    assert all("metric" not in run.meta.settings for run in runs)
+    plan = recipe.read(texts_recipe)
+    scores, losses, courses = [], [], []
+    for run in runs:
+        if run.meta.data_hash == plan.recipe_parts[0].grid.tasks[0].hash:
+            scores.append(run.score.metric)
+            losses.append(run.score.loss)
+        else:
+            table = run.table[(run.table["quantity"] == "eval_metric") & (run.table["step"] > 0)]
+            courses.append(table["value"].to_numpy())
+    assert scores == pytest.approx(np.exp(losses))
+    assert cells.loc[("held-out", "test"), "mean"] == pytest.approx(np.mean(scores))
+    # A low perplexity is the best one.
+    assert cells.loc[("dev", "best"), "mean"] == pytest.approx(np.mean([course.min() for course in courses]))
+    assert cells.loc[("dev", "last"), "mean"] == pytest.approx(np.mean([course[-1] for course in courses]))
+    frames = recipe_table.format_cells(plan, cells.reset_index())
+    assert re.match(r"\d+\.\d\d \[", frames["held-out, perplexity"].iloc[0]["test"])
+
+
+def test_perplexity_requires_texts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = write_recipe(tmp_path, RECIPE.replace('"matthews_correlation"', '"perplexity"'))
+    assert main(["sweep", str(file)]) == 2
+    assert "part CoLA: metric 'perplexity' requires plain text or open responses, and rows.csv has neither" in (
+        capsys.readouterr().err
+    )
+
+
+def outline_of(architecture: str, **sizes) -> torch.nn.Module:
+    """Return the modules of a causal language model without weights."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(architecture, **sizes), dtype=torch.float32
+        )
+
+
+LLAMA = {
+    "7b": {},  # the defaults of transformers
+    "13b": {"hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+TOTAL_7B, BLOCK_7B, LAYERS_7B = 6_738_415_616, 202_383_360, 32
+
+
+def test_memory_counts_dtype_quantization_and_blocks_that_train_at_a_time():
+    small = outline_of("llama", num_hidden_layers=4, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    total = sum(parameter.numel() for parameter in small.parameters())
+    linear = 4 * (4 * 64 * 64 + 3 * 64 * 128)
+    block = linear // 4 + 2 * 64
+
+    def measure(method, **settings):
+        with torch.device("meta"):
+            outline = transformers.AutoModelForCausalLM.from_config(small.config, dtype=torch.float32)
+        return recipe_check.measure_outline(outline, recipe_check.Job("llama", "rows", method, settings))
+
+    adapter = 4 * 2 * 4 * (64 + 64)
+    assert measure(ls.LoRA(rank=4)) == (adapter, 4 * total + 16 * adapter)
+    assert measure(ls.LoRA(rank=4), dtype="bfloat16") == (adapter, 2 * total + 16 * adapter)
+    rest = 4 * (total - linear)
+    assert measure(ls.LoRA(rank=4), quantize="nf4") == (adapter, rest + linear // 2 + 16 * adapter)
+    assert measure(ls.LoRA(rank=4), quantize="int8") == (adapter, rest + linear + 16 * adapter)
+    assert measure(ls.Full(), dtype="bfloat16") == (total, 16 * total)
+    assert measure(ls.LISA(n_active=1), dtype="bfloat16") == (total, 2 * 3 * block + 16 * (total - 3 * block))
+
+
+def counts_by_row(plan, column: str, outline) -> dict[str, int]:
+    """Return the number of trained parameters of each row of a column."""
+    counts = {}
+    for recipe_part in plan.recipe_parts:
+        if column in recipe_part.columns:
+            for job, row in zip(recipe_part.jobs()[:: len(recipe_part.grid.seeds)], recipe_part.rows, strict=True):
+                counts[row.name] = recipe_check.measure_outline(copy.deepcopy(outline), job)[0]
+    return counts
+
+
+def test_rows_of_fourierft_table_4_train_the_printed_numbers_of_parameters():
+    plan = recipe.read("fourierft-table4", smoke=True)
+    for column, sizes, coefficients, factors in (
+        ("LLaMA-2 7B", LLAMA["7b"], 64_000, 33_554_432),
+        ("LLaMA-2 13B", LLAMA["13b"], 80_000, 52_428_800),
+    ):
+        assert counts_by_row(plan, column, outline_of("llama", **sizes)) == {
+            "FourierFT, as in the scripts": coefficients,
+            "FourierFT, as printed": coefficients,
+            "LoRA, as printed": factors,
+        }
+
+
+def test_rows_of_hydralora_table_2_train_the_parameters_of_the_printed_percentages_and_a_router():
+    plan = recipe.read("hydralora-table2", smoke=True)
+    counts = counts_by_row(plan, "Law", outline_of("llama", **LLAMA["7b"]))
+    routers = {"feed-forward": LAYERS_7B * 4 * (2 * 4096 + 11_008), "q, v": LAYERS_7B * 3 * 2 * 4096}
+    assert counts == {
+        "HydraLoRA, rank 4, 4 experts, feed-forward": 15_826_944 + routers["feed-forward"],
+        "LoRA, rank 8, feed-forward": 11_599_872,
+        "LoRA, rank 16, feed-forward": 23_199_744,
+        "LoRA, rank 32, feed-forward": 46_399_488,
+        "HydraLoRA, rank 8, 3 experts, q, v": 8_388_608 + routers["q, v"],
+        "LoRA, rank 8, q, v": 4_194_304,
+        "LoRA, rank 16, q, v": 8_388_608,
+        "LoRA, rank 32, q, v": 16_777_216,
+    }
+    # As printed, in percent and without the router.
+    assert round(100 * 8_388_608 / TOTAL_7B, 3) == 0.124
+
+
+def test_generated_questions_train_on_responses_and_test_choices():
+    entry = {"name": "mixed.jsonl", "columns": {"prompt": "prompt", "choices": "choices", "answer": "answer"}}
+    task = smoke.Smoke().task(entry)
+    assert task.kind == "choice"
+    assert set(task.split("train")["choices"].map(len)) == {1}
+    for split in ("validation", "test"):
+        assert set(task.split(split)["choices"].map(tuple)) == {("bad", "good")}
+        assert set(task.split(split)["answer"]) == {0, 1}
+    texts = smoke.Smoke().task({"name": "corpus", "columns": {"text": "text"}})
+    assert texts.kind == "lm"
+
+
+def test_rows_of_lisa_train_embedding_head_and_two_blocks_or_factors_of_all_linear_layers():
+    plan = recipe.read("lisa-mtbench", smoke=True)
+    recipe_part = plan.recipe_parts[1]
+    assert list(recipe_part.columns) == ["MMLU, LLaMA-2 7B"]
+    (method,) = recipe.grid.read_methods({"name": "lisa", "n_active": 2, "interval": 13})
+    job = recipe_check.Job("llama", "rows", method, {"dtype": "bfloat16"})
+    at_a_time = 666_914_816  # embedding, head, final norm and two blocks
+    assert at_a_time == TOTAL_7B - 30 * BLOCK_7B
+    outline = outline_of("llama")
+    expected = 16 * at_a_time + 2 * 30 * BLOCK_7B
+    assert recipe_check.measure_outline(copy.deepcopy(outline), job) == (TOTAL_7B, expected)
+    counts = counts_by_row(plan, "MMLU, LLaMA-2 7B", outline)
+    in_blocks = 128 * LAYERS_7B * (4 * 2 * 4096 + 3 * (4096 + 11_008))
+    assert counts["LoRA, rank 128, rate 5e-5"] == in_blocks + 2 * 128 * (32_000 + 4096)
+    assert counts["full fine-tuning"] == TOTAL_7B
+    # An epoch of the 52,000 rows has the printed number of steps.
+    table = recipe.grid.read_toml(recipe.find_recipe("lisa-mtbench"))
+    assert round(52_000 / table["settings"]["batch_size"]) == 122
+
+
+def test_rows_of_neft_table_2_train_nine_percent_of_the_parameters():
+    table = recipe.grid.read_toml(recipe.find_recipe("neft-table2"))
+    neurons = {fields["num_neurons"] for part in table["part"] for fields in part["method"] if fields["name"] == "neft"}
+    assert neurons == {150_000}
+    assert round(100 * 150_000 * 4096 / TOTAL_7B) == 9
+    plan = recipe.read("neft-table2", smoke=True)
+    counts = counts_by_row(plan, "Fr-Zh 20k", outline_of("llama"))
+    assert counts["LoRA, rank 256"] == 639_631_360
+    assert [row.name for recipe_part in plan.recipe_parts[:2] for row in recipe_part.rows] == list(counts)
+
+
+def test_all_weights_of_gpt2_are_pre_trained():
+    plan = recipe.read("adapprox-pretrain", smoke=True)
+    assert plan.paper is None
+    counts = counts_by_row(plan, "GPT-2 117M", outline_of("gpt2"))
+    assert len(counts) == 4 * 3
+    assert set(counts.values()) == {124_439_808}
+
+
+def test_rows_of_alora_table_1_have_the_printed_parameters_and_intervals_of_an_epoch():
+    plan = recipe.read("alora-table1", smoke=True)
+    counts = counts_by_row(plan, "COPA", outline_of("llama"))
+    # 20.0M are printed.
+    assert counts == {"LoRA": 19_988_480, "ALoRA": 19_988_480}
+    train_rows = {"SST-2": 0.99 * 67_349, "RTE": 2490, "QNLI": 0.99 * 104_743, "BoolQ": 9427, "COPA": 400}
+    train_rows |= {"ReCoRD": 101_000, "SQuAD": 87_000}  # printed, without the validation rows
+    parts = recipe.grid.read_toml(recipe.find_recipe("alora-table1"))["part"]
+    for part, (name, rows) in zip(parts, train_rows.items(), strict=True):
+        assert name in str(part["column"])
+        (alora,) = [fields for fields in part["method"] if fields["name"] == "alora"]
+        epoch = rows * (1 - alora["search_share"]) / part["settings"]["batch_size"]
+        assert alora["warm_steps"] == pytest.approx(epoch, abs=1)
+        assert alora["round_steps"] == pytest.approx(epoch / 4, abs=0.6)
+        # The rows on which components are scored suffice.
+        assert rows * alora["search_share"] > alora["score_rows"]
+        assert part["settings"]["batch_size"] == (16 if rows < 10_000 else 128)
+
+
+PRINTED = {
+    "hydralora-table2": {
+        "HydraLoRA, rank 4, 4 experts, feed-forward": [47.22, 45.71, 42.18],
+        "HydraLoRA, rank 8, 3 experts, q, v": [47.22, 45.71, 42.18],
+        "LoRA, rank 8, q, v": [43.22, 41.59, 37.85],
+        "LoRA, rank 16, feed-forward": [45.45, 43.10, 39.64],
+        "LoRA, rank 32, q, v": [46.59, 44.32, 40.81],
+    },
+    "neft-table2": {"NeFT, 9%": [28.69, 30.48, 24.07, 25.61], "LoRA, rank 256": [27.13, 26.22, 22.84, 22.24]},
+    "alora-table1": {
+        "LoRA": [94.1, 83.3, 93.1, 87.3, 91.3, 90.8, 88.4],
+        "ALoRA": [95.0, 84.6, 93.7, 88.0, 92.1, 91.8, 89.2],
+    },
+    "lisa-mtbench": {},
+    "fourierft-table4": {},
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_recipes_of_language_models_have_the_printed_numbers(name, monkeypatch):
+    monkeypatch.setattr(metrics, "require_package", lambda metric: None)
+    monkeypatch.setattr(models, "locate_model", lambda name: None)
+    monkeypatch.setattr(recipe.grid, "load_task", smoke.Smoke().task)
+    plan = recipe.read(name)
+    numbers: dict[str, list[float]] = {}
+    for recipe_part in plan.recipe_parts:
+        for row in recipe_part.rows:
+            numbers.setdefault(row.name, []).extend(score.value for score in row.printed.values())
+    for mean in plan.means:
+        for row_name, score in mean.printed.items():
+            numbers[row_name].append(score.value)
+    for row_name, values in PRINTED[name].items():
+        assert numbers[row_name] == values
+    if not PRINTED[name]:
+        assert not any(numbers.values())

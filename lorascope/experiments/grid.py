@@ -28,7 +28,7 @@ from lorascope.methods.method import Method, config, from_config
 from lorascope.observe import OBSERVERS, Observer
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
-from lorascope.training.settings import Settings, require_length, require_smoothing
+from lorascope.training.settings import Settings, require_images, require_length, require_smoothing
 from lorascope.training.trackers import tracker_names
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
@@ -178,6 +178,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
             if combination.get("metric") is not None:
                 require_fit(resolve(combination["metric"]), task, combination.get("generation") is not None)
             require_smoothing(combination.get("label_smoothing", 0), task)
+            require_images(combination.get("augment", "none"), task)
     for model in grid.models:
         if isinstance(model, str):
             models.locate_model(model)

@@ -83,6 +83,13 @@ class PrintedScore(NamedTuple):
     n: float
 
 
+class Perplexity(NamedTuple):
+    """Metric of plain text and of open responses, which runs record if their settings name no metric."""
+
+    name: str = "perplexity"
+    higher_is_better: bool = False
+
+
 @dataclass(frozen=True)
 class TableRow:
     """Row of the table: its name, the method that is trained for it, and the printed numbers by column."""
@@ -100,7 +107,7 @@ class RecipePart:
     ``start`` with the same row and seed.
     """
 
-    columns: Mapping[str, Metric]
+    columns: Mapping[str, Metric | Perplexity]
     rows: tuple[TableRow, ...]
     grid: Grid
     test_columns: Mapping[str, str] = field(default_factory=dict)
@@ -137,12 +144,12 @@ class MeanColumn:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Recipe of a table: its paper, None for an own table, its columns, and the folder of its runs."""
+    """Recipe of a table: its paper, None for an own table, its columns, also of means, and the folder of its runs."""
 
     name: str
     paper: Paper | None
     recipe_parts: tuple[RecipePart, ...]
-    mean: MeanColumn | None
+    means: tuple[MeanColumn, ...]
     root: Path
     backend: Mapping[str, Any]
 
@@ -211,8 +218,12 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
         for key, allowed in {"statistic": _STATISTICS, "state": _STATES}.items():
             if (value := getattr(paper, key)) not in allowed:
                 raise ValueError(f"{key} of paper must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    for key in ("settings", "mean"):
-        grid.require_type(key, table.get(key, {}), Mapping[str, Any])
+    grid.require_type("settings", table.get("settings", {}), Mapping[str, Any])
+    # A table has several columns of means as a list, [[mean]].
+    mean_entries = table.get("mean", [])
+    grid.require_type("mean", mean_entries, Mapping[str, Any] | Sequence[Mapping[str, Any]])
+    if isinstance(mean_entries, Mapping):
+        mean_entries = [mean_entries]
     grid.require_type("part", table["part"], Sequence[Mapping[str, Any]])
     stand_in = to_typed(table.get("smoke", {}), Smoke, "smoke")
     root = Path(table.get("root", f"runs/{name}"))
@@ -231,13 +242,12 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
     _require_distinct_cells(recipe_parts)
     cells = to_typed(table.get("printed", []), list[PrintedCell], "printed")
     recipe_parts = _add_printed(recipe_parts, cells, smoke)
-    mean = None
-    if "mean" in table:
-        mean = _read_mean(table["mean"], recipe_parts, paper)
+    means: list[MeanColumn] = []
+    for entry in mean_entries:
+        mean = _read_mean(entry, recipe_parts, paper)
         # As in the other columns.
-        if smoke:
-            mean = replace(mean, printed={})
-    return Recipe(name, paper, tuple(recipe_parts), mean, root, table.get("backend", {}))
+        means.append(replace(mean, printed={}) if smoke else mean)
+    return Recipe(name, paper, tuple(recipe_parts), tuple(means), root, table.get("backend", {}))
 
 
 def _link_start(recipe_part: RecipePart, entry: Mapping[str, Any], by_id: dict[str, RecipePart]) -> RecipePart:
@@ -315,9 +325,11 @@ def _read_mean(entry: Mapping[str, Any], recipe_parts: Iterable[RecipePart], pap
     return MeanColumn(name, tuple(columns), printed)
 
 
-def read_columns(entry: Mapping[str, Any], number: int) -> dict[str, Metric]:
+def read_columns(entry: Mapping[str, Any], number: int) -> dict[str, Metric | Perplexity]:
     """Return the metric of each column of part ``number``: of one column, or of several by metric."""
     column = entry.get("column")
+    if isinstance(column, str) and entry.get("metric") == Perplexity().name:
+        return {column: Perplexity()}
     if isinstance(column, str):
         if "metric" not in entry:
             raise ValueError(f'part {column}: missing key "metric", as in metric = "accuracy"')
@@ -333,7 +345,7 @@ def read_columns(entry: Mapping[str, Any], number: int) -> dict[str, Metric]:
 
 def _read_part(
     entry: Mapping[str, Any],
-    columns: Mapping[str, Metric],
+    columns: Mapping[str, Metric | Perplexity],
     table: Mapping[str, Any],
     paper: Paper | None,
     root: Path,
@@ -346,14 +358,15 @@ def _read_part(
     test_columns = entry.get("test_columns", {})
     grid.require_type("test_columns", test_columns, Mapping[str, str])
     merged, settings = merge_part(entry, table)
-    settings["metric"] = [metric.name for metric in columns.values()]
+    metrics = {name: metric for name, metric in columns.items() if isinstance(metric, Metric)}
     methods = merged.get("method")
     if not isinstance(methods, list) or not methods:
         raise ValueError("missing key 'method': a part requires at least one row, [[part.method]]")
+    # Further test sets have the first metric.
+    metric_of_column = {**columns, **dict.fromkeys(test_columns.values(), next(iter(columns.values())))}
     rows = []
     for fields in methods:
-        names_of_columns = [*columns, *test_columns.values()]
-        rows.append(_read_row(fields, names_of_columns, entry.get("printed", {}), paper, smoke))
+        rows.append(_read_row(fields, metric_of_column, entry.get("printed", {}), paper, smoke))
     names = [row.name for row in rows]
     # Runs are found by the name of their row.
     if len(set(names)) < len(names):
@@ -362,17 +375,21 @@ def _read_part(
         task = smoke.task(merged.get("task"))
         merged |= {"model": smoke.model(task.kind), "task": task, "seeds": 1}
         settings = smoke.settings(settings)
-        replaced = resolve([smoke.metrics.get(name, name) for name in settings["metric"]])
-        columns = dict(zip(columns, replaced, strict=True))
-        settings["metric"] = [metric.name for metric in replaced]
-    # One run fills all columns of a part, so a list of metrics is one value.
-    settings["metric"] = [settings["metric"]]
+        for name, metric in metrics.items():
+            (metrics[name],) = resolve(smoke.metrics.get(metric.name, metric.name))
+        columns = {**columns, **metrics}
+    settings.pop("metric", None)
+    if metrics:
+        # One run fills all columns of a part, so a list of metrics is one value.
+        settings["metric"] = [[metric.name for metric in metrics.values()]]
     part_grid = grid.read({**merged, "method": [row.method for row in rows], "settings": settings, "root": root})
     for key, values in {"model": part_grid.models, "task": part_grid.tasks, "settings": part_grid.settings}.items():
         if len(values) > 1:
             raise ValueError(f"{key} must have one value in a part, got {len(values)}: add a part for each")
     task = part_grid.tasks[0]
     assert isinstance(task, Task)
+    if not metrics and (task.labels or task.kind not in ("prompt", "seq2seq", "lm")):
+        raise ValueError(f"metric 'perplexity' requires plain text or open responses, and {task.name} has neither")
     # The first test set is the split test, which the columns have.
     grid.require_known(test_columns, task.test_sets[1:], "test set")
     return RecipePart(columns, tuple(rows), part_grid, test_columns)
@@ -391,7 +408,11 @@ def merge_part(entry: Mapping[str, Any], table: Mapping[str, Any]) -> tuple[dict
 
 
 def _read_row(
-    fields: Any, columns: Mapping[str, Metric], cell_values: Mapping[str, Any], paper: Paper | None, smoke: Smoke | None
+    fields: Any,
+    columns: Mapping[str, Metric | Perplexity],
+    cell_values: Mapping[str, Any],
+    paper: Paper | None,
+    smoke: Smoke | None,
 ) -> TableRow:
     """Read a method of a part, with its name and the place of its printed numbers, of which the part has a half."""
     if not isinstance(fields, Mapping) or not isinstance(name := fields.get("row"), str):
@@ -400,7 +421,9 @@ def _read_row(
     del own_fields["row"]
     row_values = own_fields.pop("printed", None)
     if smoke is not None:
-        own_fields |= smoke.methods.get(str(own_fields.get("name")), {})
+        # Rows of one method may differ in a field that all of them replace.
+        for key in (str(own_fields.get("name")), name):
+            own_fields |= smoke.methods.get(key, {})
     methods = grid.read_methods(own_fields)
     if len(methods) > 1:
         raise ValueError(f"row {name!r} must be one method, got {len(methods)}: add a row for each")

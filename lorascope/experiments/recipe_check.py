@@ -24,12 +24,17 @@ from lorascope.files.printable import count_phrase, first_line, printable
 from lorascope.inputs import models
 from lorascope.inputs.metrics import require_package
 from lorascope.inputs.tasks import SPLITS, Task
+from lorascope.methods.lisa import LISA
 from lorascope.methods.method import Method, Phase
+from lorascope.schema import module_table
 from lorascope.training.run_spec import phase_rows
 from lorascope.training.settings import Settings
 
-_BYTES = 4  # of a weight, a gradient, and a moment of AdamW, in float32
-_STATES_OF_TRAINED = 3  # gradient and two moments
+# A weight in float32, its gradient and two moments of AdamW have 4 bytes each. A weight of 16 bits has a gradient of 16
+# bits and a copy in float32, which is as much.
+_BYTES_OF_TRAINED = 16
+_BYTES_OF_FROZEN = {"bfloat16": 2, "float16": 2}  # others have 4
+_BYTES_OF_QUANTIZED = {"int8": 1.0, "nf4": 0.5}
 
 
 @dataclass
@@ -46,9 +51,10 @@ class Needs:
 def check(source: str | Path, measure: bool = False) -> list[Needs]:
     """Check what the parts of a recipe need; train nothing, and load no weights.
 
-    Rows are counted if the data are here or can be downloaded. Memory has weights, gradients and AdamW's moments in
-    float32, without activations. With ``measure``, 20 steps are run per distinct model, length and method, with random
-    weights of the real shape, and the last of the parts is the total of hours.
+    Rows are counted if the data are here or can be downloaded. Memory has weights, in their dtype or quantized, and
+    gradients and AdamW's moments of what trains at a time, without activations. With ``measure``, 20 steps are run per
+    distinct model, length and method, with random weights of the real shape, and the last of the parts is the total of
+    hours.
 
     Raises
     ------
@@ -69,6 +75,8 @@ def check(source: str | Path, measure: bool = False) -> list[Needs]:
         needs = _check_part(recipe_part, entry, table, sources, meter)
         # The metrics of the file, because those of a trial may be others.
         for metric in recipe.read_columns(entry, number).values():
+            if isinstance(metric, recipe.Perplexity):
+                continue
             try:
                 require_package(metric)
             except (FileNotFoundError, ModuleNotFoundError) as error:
@@ -117,11 +125,13 @@ def _check_part(
         (method,) = grid.read_methods(method_fields)
         job = Job(model_name, task or task_name, method, grid.read_settings(settings, [method])[0])
         runs = len(grid.parse_seeds(merged.get("seeds", 3)))
-        words = [f"{runs} runs"]
+        words = [count_phrase(runs, "run")]
         steps = job.settings.get("steps") or math.nan
         if isinstance(job.data, Task):
             steps = count_steps(job.data, job)
-            words.append(f"{steps:,} steps a phase")
+            # Without a tokenizer, the windows of long contexts are not counted.
+            bound = "at least " if job.data.kind == "span" else ""
+            words.append(f"{bound}{steps:,} steps a phase")
         if outline is not None:
             # A method changes the model that it is attached to.
             trained, bytes_needed = measure_outline(copy.deepcopy(outline), job)
@@ -171,8 +181,8 @@ def describe_source(name: str, kind: str) -> str:
     # A folder or file comes before a name on the hub, as in training.
     if Path(name).exists():
         return "on this machine"
-    # The name of a repository has at most an owner before it.
-    if len(Path(name).parts) > 2:
+    # The name of a repository has at most an owner before it, and no suffix of a table.
+    if len(Path(name).parts) > 2 or Path(name).suffix in (".csv", ".jsonl", ".parquet"):
         return "not on this machine"
     try:
         with without_retries():
@@ -200,13 +210,33 @@ def count_steps(task: Task, job: Job) -> int:
 
 def measure_outline(outline: nn.Module, job: Job) -> tuple[int, int]:
     """Return the number of trained parameters of a job, and its bytes: weights, gradients and AdamW's moments."""
+    weight_bytes: float = _BYTES_OF_FROZEN.get(job.settings.get("dtype") or "float32", 4)
+    description = module_table.describe(outline)
+    blocks = description["module"][description["role"] == "block"].tolist()
+    quantized, idle = set(), set()
+    if job.settings.get("quantize") is not None:
+        for block in blocks:
+            for layer in outline.get_submodule(block).modules():
+                if type(layer) is nn.Linear:
+                    quantized.add(id(layer.weight))
     # The factors of the method have shapes only, like the weights.
     with torch.device("meta"):
         job.method.attach(outline)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in outline.parameters()]
-    total = sum(size for size, _ in sizes)
-    trained = sum(size for size, is_trained in sizes if is_trained)
-    return trained, _BYTES * (total + _STATES_OF_TRAINED * trained)
+    if isinstance(job.method, LISA):
+        # Blocks that are not drawn have neither gradients nor moments.
+        for block in blocks[job.method.size :]:
+            idle.update(map(id, outline.get_submodule(block).parameters()))
+    trained, total_bytes = 0, 0.0
+    for parameter in outline.parameters():
+        size = parameter.numel()
+        trained += size * parameter.requires_grad
+        if parameter.requires_grad and id(parameter) not in idle:
+            total_bytes += _BYTES_OF_TRAINED * size
+        elif id(parameter) in quantized:
+            total_bytes += _BYTES_OF_QUANTIZED[job.settings["quantize"]] * size
+        else:
+            total_bytes += weight_bytes * size
+    return trained, round(total_bytes)
 
 
 def device_memory() -> int:

@@ -121,4 +121,8 @@ def _lengthen(task: Task, length: int) -> Task:
         if column in table:
             # A word has one token or more.
             table[column] = (table[column] + " ") * length
+    if "context" in table:
+        # The context has many words already, and more windows would be tokenized only.
+        words = int(table["context"].str.split().str.len().min())
+        table["context"] = (table["context"] + " ") * (length // words + 1)
     return replace(task, table=table)

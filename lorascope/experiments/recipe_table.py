@@ -14,7 +14,7 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import CONFIDENCE, Estimate, t_estimate
 from lorascope.array_types import Float
 from lorascope.experiments.grid import Job
-from lorascope.experiments.recipe import MeanColumn, PrintedScore, Recipe
+from lorascope.experiments.recipe import MeanColumn, Perplexity, PrintedScore, Recipe
 from lorascope.files.hub import model_name
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.typed_json import to_json_rows
@@ -31,7 +31,7 @@ _LEVEL = (1 - CONFIDENCE) / 2
 # Steps and epochs become numbers of steps, and a phase may set another rate.
 _RESOLVED = ("steps", "epochs", "eval_every", "lr", "head_lr")
 # Metrics without an upper bound, and those that their libraries compute in percent.
-_UNBOUNDED = ("mse", "nist", "cider")
+_UNBOUNDED = ("mse", "nist", "cider", "perplexity")
 _PERCENT = ("bleu", "bleu_lower", "bleu_zh", "chrf")
 _NUMBERS = (
     *("mean", "low", "high", "median", "minimum", "maximum"),
@@ -82,8 +82,8 @@ def tabulate(recipe: Recipe, runs: Mapping[str, Run]) -> pd.DataFrame:
                 cell = {"column": column, "metric": metric.name, "row": row.name, "evaluation": "test"}
                 summary = _summarize(scores.to_numpy(), row.printed.get(column), recipe)
                 rows.append(cell | {"n": len(scores), "seeds": count} | summary)
-    if recipe.mean is not None:
-        rows += _mean_cells(recipe, recipe.mean, by_seed)
+    for mean in recipe.means:
+        rows += _mean_cells(recipe, mean, by_seed)
     return pd.DataFrame(rows)
 
 
@@ -102,19 +102,22 @@ def _mean_cells(
         yield cell | {"n": len(scores), "seeds": len(recipe.recipe_parts[0].grid.seeds)} | summary
 
 
-def _scores(runs: Iterable[Run], metric: Metric, task: Any) -> dict[str, pd.Series]:
+def _scores(runs: Iterable[Run], metric: Metric | Perplexity, task: Any) -> dict[str, pd.Series]:
     """Return the scores by evaluation, each by seed."""
     scale = _scale(metric)
+    # Runs record the default metric without its name.
+    is_default = isinstance(metric, Perplexity)
+    quantity = "eval_metric" if is_default else f"eval_{metric.name}"
     selected_on_test = _is_selected_on_test(task)
     scores: dict[str, dict[int | None, float]] = {"best": {}, "last": {}} if selected_on_test else {"test": {}}
     for run in runs:
         if not selected_on_test:
-            values = run.score.values or {}
+            values = {metric.name: run.score.metric} if is_default else run.score.values or {}
             scores["test"][run.meta.seed] = scale * values[metric.name]
             continue
         table = run.table
         # Nothing was trained at step 0.
-        course = table.loc[(table["quantity"] == f"eval_{metric.name}") & (table["step"] > 0), "value"]
+        course = table.loc[(table["quantity"] == quantity) & (table["step"] > 0), "value"]
         best = course.max()
         if not metric.higher_is_better:
             best = course.min()
@@ -123,7 +126,7 @@ def _scores(runs: Iterable[Run], metric: Metric, task: Any) -> dict[str, pd.Seri
     return {evaluation: pd.Series(of_seeds, dtype="float64") for evaluation, of_seeds in scores.items()}
 
 
-def _scale(metric: Metric) -> float:
+def _scale(metric: Metric | Perplexity) -> float:
     """Return the factor of a metric: accuracies, F1 scores, correlations, METEOR and ROUGE are in percent."""
     if metric.name in (*_UNBOUNDED, *_PERCENT):
         return 1.0
@@ -257,7 +260,11 @@ def find_runs(recipe: Recipe, candidates: Iterable[Run] | None = None) -> dict[s
 def _is_of(run: Run, job: Job) -> bool:
     """Return whether a run is of a job: method, data, model, seed and settings are the same."""
     assert isinstance(job.data, Task)
-    ours = (config(job.method), job.settings["seed"], job.data.hash, model_name(str(job.model)))
+    source = str(job.model)
+    # A run stores the full path of a folder.
+    if (folder := Path(source).expanduser()).is_dir():
+        source = str(folder.resolve())
+    ours = (config(job.method), job.settings["seed"], job.data.hash, model_name(source))
     if ours != (run.meta.recipe, run.meta.seed, run.meta.data_hash, run.meta.model):
         return False
     overrides = {name: value for name, value in job.settings.items() if name in Settings.__dataclass_fields__}

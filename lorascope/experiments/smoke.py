@@ -25,6 +25,7 @@ STEPS, ROWS = 4, 20
 _WIDTH, _LENGTH, _WORDS = 32, 32, 8
 # The BLEU of texts with fewer than four words is zero.
 _BEAMS, _NEW_TOKENS = 2, 10
+_EDGE = 16  # pixels of an image
 _SIZES = {
     "hidden_size": _WIDTH,
     "num_hidden_layers": 2,
@@ -45,7 +46,7 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     architecture : str
         Type of the tiny model, by its name in transformers, such as "deberta-v2".
     methods : mapping
-        Fields to replace by name of a method, such as the numbers of steps of its schedule.
+        Fields to replace by name of a method or of a row, such as the numbers of steps of its schedule.
     metrics : mapping
         Metrics to compute instead of others, by their names, such as those that require Java.
     """
@@ -56,19 +57,21 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def model(self, kind: str = "classification") -> str:
         """Return the folder of a model for a kind of task, with two blocks of width 32; the first call writes it."""
-        writes_texts = kind == "prompt"
+        writes_texts, reads_images = kind in ("prompt", "choice", "lm"), kind == "image"
 
         def write(folder: Path) -> None:
             words = (*_TOKENS, *_FILLERS, *_CLASSES)
             default = transformers.AutoConfig.for_model(self.architecture)
             # Passed together, because other sizes follow from them, such as that of DeBERTa's pooler.
-            sizes = {key: size for key, size in _SIZES.items() if hasattr(default, key)}
+            sizes: dict[str, Any] = {key: size for key, size in _SIZES.items() if hasattr(default, key)}
             if writes_texts:
                 # The defaults are tokens of a larger vocabulary.
                 sizes |= dict.fromkeys(("bos_token_id", "eos_token_id"), words.index("[SEP]"))
-            config = transformers.AutoConfig.for_model(
-                self.architecture, vocab_size=len(words), pad_token_id=0, num_labels=2, **sizes
-            )
+            if reads_images:
+                sizes |= {"image_size": _EDGE, "patch_size": _EDGE // 2}
+            else:
+                sizes |= {"vocab_size": len(words), "pad_token_id": 0}
+            config = transformers.AutoConfig.for_model(self.architecture, num_labels=2, **sizes)
             with models.quiet(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 # Encoders have no head, as pretrained ones: all tasks have the same base weights then.
@@ -76,7 +79,11 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 if writes_texts:
                     head = transformers.AutoModelForCausalLM
                 head.from_config(config).save_pretrained(folder)
-            _tokenizer(words, writes_texts).save_pretrained(folder)
+            if reads_images:
+                square = {"height": _EDGE, "width": _EDGE}
+                transformers.ViTImageProcessor(size=square).save_pretrained(folder)
+            else:
+                _tokenizer(words, writes_texts).save_pretrained(folder)
 
         name = f"smoke-base-{self.architecture}"
         if writes_texts:
@@ -86,8 +93,9 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def task(self, entry: Any) -> Task:
         """Return a task with the splits, columns and kind of a task of a recipe, whose rows are generated.
 
-        A label can be learned: a text contains it, or as many words "good" as the number says. Each prompt has two
-        responses.
+        A label can be learned: a text contains it, or as many words "good" as the number says, or an image is brighter.
+        Each prompt has two responses, or a choice of two and only its response in train, and most questions have an
+        answer. The columns that the entry names define the kind.
         """
         table = entry if isinstance(entry, Mapping) else {"name": str(entry)}
         splits = table.get("splits")
@@ -97,8 +105,14 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             # A part such as "train[10%:]" is taken from the generated split later.
             sources = sorted({re.split(r"\W", source)[0] for source in sources_by_split(splits).values()})
         generator = np.random.default_rng(0)
+        if "image" in table.get("columns", {}):
+            return tasks.from_frame(_images(sources, generator), table["name"], splits=splits or "given")
+        if "context" in table.get("columns", {}):
+            return tasks.from_frame(_questions(sources, generator), table["name"], splits=splits or "given")
         if "prompt_end" in table or "response" in table.get("columns", {}):
             return tasks.from_frame(_prompts(sources, generator), table["name"], splits=splits or "given")
+        if "choices" in table.get("columns", {}):
+            return tasks.from_frame(_quiz(sources, generator), table["name"], splits=splits or "given")
         rows = []
         for source, number in itertools.product(sources, range(ROWS)):
             words = generator.choice(_FILLERS, _WORDS).tolist()
@@ -111,6 +125,9 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             row["text"] = " ".join(words)
             if "pair" in table.get("columns", {}):
                 row["pair"] = " ".join(generator.choice(_FILLERS, _WORDS))
+            # Plain text has no other column.
+            if set(table.get("columns", {})) == {"text"}:
+                del row["label"]
             rows.append(row)
         return tasks.from_frame(pd.DataFrame(rows), table["name"], splits=splits or "given", kind=table.get("kind"))
 
@@ -122,7 +139,36 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if (generation := settings.get("generation")) is not None:
             beams = min(generation.get("num_beams", 1), _BEAMS)
             short["generation"] = {**generation, "num_beams": beams, "max_new_tokens": _NEW_TOKENS}
-        return {**settings, **short, "accumulate": min(settings.get("accumulate", 1), 2)}
+        shortened = {**settings, **short, "accumulate": min(settings.get("accumulate", 1), 2)}
+        # Quantization requires a package that a trial does not.
+        shortened.pop("quantize", None)
+        return shortened
+
+
+def _images(sources: Iterable[str], generator: np.random.Generator) -> pd.DataFrame:
+    """Return images of noise that is brighter in one class; they are wider than high, so that a crop differs."""
+    rows = []
+    for source, number in itertools.product(sources, range(ROWS)):
+        pixels = generator.integers(0, 128, (_EDGE, 2 * _EDGE, 3)) + 127 * (number % 2)
+        rows.append({"split": source, "image": pixels.astype(np.uint8), "label": _CLASSES[number % 2]})
+    return pd.DataFrame(rows)
+
+
+def _questions(sources: Iterable[str], generator: np.random.Generator) -> pd.DataFrame:
+    """Return questions about contexts of several windows, whose answer follows the word of the question.
+
+    Every fifth question has no answer, because its word is not in the context.
+    """
+    rows = []
+    for source, number in itertools.product(sources, range(ROWS)):
+        words = generator.choice(_FILLERS[1:], 2 * _LENGTH).tolist()
+        row: dict[str, Any] = {"split": source, "question": _FILLERS[0], "answers": [], "answer_start": []}
+        if number % 5:
+            position = int(generator.integers(len(words) - 1))
+            words[position] = _FILLERS[0]
+            row["answers"], row["answer_start"] = [words[position + 1]], [len(" ".join(words[: position + 1])) + 1]
+        rows.append({**row, "context": " ".join(words)})
+    return pd.DataFrame(rows)
 
 
 def _prompts(sources: Iterable[str], generator: np.random.Generator) -> pd.DataFrame:
@@ -132,6 +178,18 @@ def _prompts(sources: Iterable[str], generator: np.random.Generator) -> pd.DataF
         words = generator.choice(_FILLERS, _WORDS).tolist()
         for order in (words, words[::-1]):
             rows.append({"split": source, "prompt": " ".join(words), "response": f" {' '.join(order)}"})
+    return pd.DataFrame(rows)
+
+
+def _quiz(sources: Iterable[str], generator: np.random.Generator) -> pd.DataFrame:
+    """Return rows of train with the words of their prompt as response, and others with two choices."""
+    rows = []
+    for source, number in itertools.product(sources, range(ROWS)):
+        prompt = " ".join(generator.choice(_FILLERS, _WORDS))
+        row: dict[str, Any] = {"split": source, "prompt": prompt, "choices": [prompt], "answer": 0}
+        if source != "train":
+            row |= {"choices": list(_CLASSES), "answer": number % 2}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

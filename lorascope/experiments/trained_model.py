@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -27,6 +28,7 @@ from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.schema.fused_parts import split_part_name
 from lorascope.training.run_spec import reload_model, reload_task
+from lorascope.training.settings import Settings
 from lorascope.training.state import load_tensors
 from lorascope.updates import Update
 
@@ -88,7 +90,9 @@ def open_trained(run: Result, name: str | Path, task: str | Path | Task, state: 
         cast(Run, run).restore(base, state)
         deltas = detach(base, join=False)  # its parts of fused weights are patched by name
     base.requires_grad_(False)
-    return TrainedModel(base, task.fit(base), deltas)
+    # Images are cropped as in the evaluations of the run.
+    task = replace(task.fit(base), augment=run.meta.settings.get("augment", Settings.augment))
+    return TrainedModel(base, task, deltas)
 
 
 def _check_hosts(run: Result, updates: Mapping[str, Update], base: nn.Module, name: str) -> None:

@@ -55,8 +55,8 @@ def read_choices(rows: pd.DataFrame, name: str) -> list[list[str]]:
     for number, cell in enumerate(rows["choices"].to_list(), start=1):
         # Parquet files have arrays.
         texts = list(cell) if isinstance(cell, list | tuple | np.ndarray) else []
-        if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
-            expected = "must be a list of at least 2 non-empty strings"
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            expected = "must be a list of non-empty strings"
             raise ValueError(f"choices in row {number} of {name} {expected}, got {reprlib.repr(cell)}")
         lists.append(texts)
     return lists

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 import pandas as pd
 
 from lorascope.inputs import labels as label_values
@@ -45,6 +47,19 @@ def end_prompts(rows: pd.DataFrame, ending: str, name: str) -> pd.DataFrame:
         if isinstance(prompt, str):
             prompts[number] = f"{prompt}{ending}"
     return rows.assign(prompt=prompts)
+
+
+def require_closed_choices(table: pd.DataFrame, name: str) -> None:
+    """Raise a ValueError if a row outside train has a single choice, which would always be selected."""
+    if "choices" not in table:
+        return
+    single = table[(table["split"] != "train") & (table["choices"].map(len) == 1)]
+    if not single.empty:
+        split, texts = single[["split", "choices"]].iloc[0]
+        raise ValueError(
+            f"choices in the {split} split of {name} must be at least 2, got {reprlib.repr(texts)}: a row with a "
+            f"response only must be in train"
+        )
 
 
 def require_known_labels(table: pd.DataFrame, name: str) -> None:

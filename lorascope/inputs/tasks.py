@@ -74,6 +74,8 @@ class Task:
         Whether validation and test are the same rows, so that the best state is selected on the reported split.
     test_sets : tuple of str
         Names of several test sets, of which the first is the split test, and another one the split ``"test:NAME"``.
+    augment : {"none", "crop-flip"}
+        How the images of a batch are cropped; see ``train``, which sets it. The hash does not depend on it.
     hashed : HashedTable, optional
         Table that ``hash`` is of. ``dataclasses.replace`` with another table, but no other hash, derives a hash from
         it. None: ``hash`` is of ``table``.
@@ -87,6 +89,7 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
     selected_on_test: bool = False
     test_sets: tuple[str, ...] = ()
+    augment: str = "none"
     hashed: HashedTable | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -234,7 +237,7 @@ class Task:
             truncated at the beginning, so that the same words precede the response as in the data.
         """
         if self.kind == "image":
-            return images.encode_images(processor, rows, self.labels)
+            return images.encode_images(processor, rows, self.labels, self.augment)
         if self.kind == "classification":
             return encode_classes(processor, rows, self.labels, max_length)
         if self.kind == "regression":
@@ -280,9 +283,9 @@ def load(
         train.txt, valid.txt and test.txt, whose lines have ``||`` between prompt and response; or a dataset on the
         Hugging Face Hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally
         pair, a second text), or image (a path relative to the file, or bytes) and label, or prompt and response, or
-        prompt, choices (a list of texts) and answer (the number of the right one, from 0), or question, context,
-        answers and answer_start (the list of answers in the context, empty without one, and that of their first
-        characters), or only text; also group or domain, cluster, and split, optionally.
+        prompt, choices (a list of texts; in train also a single one, a response) and answer (the number of the right
+        one, from 0), or question, context, answers and answer_start (the list of answers in the context, empty without
+        one, and that of their first characters), or only text; also group or domain, cluster, and split, optionally.
     splits : {"given", "hash"} or mapping, optional
         ``"given"`` takes the splits of the source: those of a dataset, or the column split, which has train,
         validation (or dev, valid) or test in each row. Rows of train are shuffled into a split without rows.
@@ -426,6 +429,7 @@ def from_frame(
     if "split" in table:
         assigned["split"] = split_rules.complete(table.pop("split"), assigned["split"])
     table = table.join(assigned)
+    task_columns.require_closed_choices(table, name)
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")

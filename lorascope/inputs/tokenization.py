@@ -70,6 +70,10 @@ class EncodedRows(ABC):
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
         """Return model inputs and labels of these rows."""
 
+    def training_batch(self, indices: Iterable[Any], generator: np.random.Generator) -> dict[str, Tensor]:
+        """Return the batch of these rows for a training step; ``generator`` draws what is random in them."""
+        return self.batch(indices)
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens(EncodedRows):
@@ -178,14 +182,14 @@ def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Token
 
     As in lm-eval, prompt and choice are tokenized together, and a choice has the tokens after as many as the prompt has
     without it. Spaces at the end of a prompt belong to the choice. No end-of-text token follows, because the choices
-    are a closed set.
+    are a closed set. A single choice is an open response, which ends and is truncated as in :func:`encode_pairs`.
 
     Raises
     ------
     ValueError
         A choice has ``max_length`` tokens or more, or none.
     """
-    start, texts = _start_ids(tokenizer), rows["choices"].to_list()
+    start, end, texts = _start_ids(tokenizer), _end_ids(tokenizer), rows["choices"].to_list()
     row_numbers = np.repeat(np.arange(len(rows)), list(map(len, texts)))
     prompts = rows["prompt"].to_list()
     context_ids = _token_ids(tokenizer, rows["prompt"].str.rstrip().to_list())
@@ -199,6 +203,8 @@ def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Token
         choice = ids[len(context_ids[row]) :]
         if not choice:
             raise ValueError(f"choices must have at least one token, got none for {texts[row][number]!r}")
+        if len(texts[row]) == 1:
+            choice = [*choice, *end][: max_length - 1]
         longest = max(longest, len(choice))
         room, prompt = max(0, max_length - len(choice) - len(start)), ids[: len(context_ids[row])]
         context = [*start, *prompt[max(0, len(prompt) - room) :]]

@@ -32,7 +32,7 @@ from lorascope.training.processes import join
 from lorascope.training.progress import progress_bar
 from lorascope.training.run_spec import RunSpec, phase_rows
 from lorascope.training.session import Session, clip_gradients, nonfinite_reason
-from lorascope.training.settings import Settings, require_length, require_smoothing
+from lorascope.training.settings import Settings, require_images, require_length, require_smoothing
 from lorascope.training.sharded_weights import reject_sharded_weights
 from lorascope.training.start_adapter import open_start
 from lorascope.training.state import seed_generators
@@ -72,6 +72,7 @@ def train(
     generation: Generation | Mapping[str, Any] | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    augment: str = "none",
     start: Run | str | Path | None = None,
     start_head: bool = False,
     observe: Sequence[Observer] | None = None,
@@ -169,6 +170,10 @@ def train(
         Quantization of the linear layers in the blocks by bitsandbytes, for methods that train adapters only: 4-bit
         NormalFloat, or LLM.int8(). Requires ``pip install lorascope[quantized]``. DoRA and PiSSA, which decompose W_0,
         are rejected.
+    augment : {"none", "crop-flip"}
+        Crops of images: those of the model's image processor, or random crops, resized and flipped left to right in
+        half of the cases, in training, and the center of the resized image in evaluations. The distribution equals
+        that of RandomResizedCrop and RandomHorizontalFlip in torchvision.
     start : Run or path, optional
         Finished run of the same method and base, whose last factors replace the initial ones, such as a run on MNLI;
         or, for ``LoRA``, a folder of PEFT with the same ranks, scales and modules. Figures subtract the initial update,
@@ -254,6 +259,7 @@ def train(
         require_generation(model, task)
     require_fit(settings.metrics, task, settings.generation is not None)
     require_smoothing(settings.label_smoothing, task)
+    require_images(settings.augment, task)
     if has_packed_weights(model):
         require_quantizable(method)
     convert_weights(model, settings.dtype, settings.quantize, device)

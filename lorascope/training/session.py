@@ -75,20 +75,21 @@ class Session(Recording):
     ) -> None:
         self.processes = processes
         self.model, self.plan, self.device = model, plan, device
-        self.settings, self.task = plan.settings, plan.task
+        self.settings, self.task = plan.settings, replace(plan.task, augment=plan.settings.augment)
         register_metrics(self.settings.metrics)
         self.method = copy_method(plan.phase.method)
         self.optimizer, modules = begin_training(self.method, model, base, plan.settings)
         setattr(self.optimizer, SUMMED, True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, plan.settings.rate())
         self._reader = reader = processor(model)
-        self.train = self._encode(reader, plan.rows or plan.task, plan.phase.split)
-        self.search = self._encode(reader, plan.task, "search") if self.method.search_share else None
-        self.validation = self._encode(reader, plan.task, "validation", plan.settings.eval_size)
-        self.test = self._encode(reader, plan.task, "test", plan.settings.test_size)
+        train = replace(plan.rows or self.task, augment=plan.settings.augment)
+        self.train = self._encode(reader, train, plan.phase.split)
+        self.search = self._encode(reader, self.task, "search") if self.method.search_share else None
+        self.validation = self._encode(reader, self.task, "validation", plan.settings.eval_size)
+        self.test = self._encode(reader, self.task, "test", plan.settings.test_size)
         self.other_tests: dict[str, EncodedRows] = {}
         for name, split in plan.task.other_tests.items():
-            self.other_tests[name] = self._encode(reader, plan.task, split, plan.settings.test_size)
+            self.other_tests[name] = self._encode(reader, self.task, split, plan.settings.test_size)
         self._search_generator = torch.Generator().manual_seed(plan.seed)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.best: Best | None = None
@@ -96,7 +97,7 @@ class Session(Recording):
         self.checkpoints = Checkpoints(path)
         sources = self._batch_loss, self._draw_validation, self._held_out_batch
         step = Step(-1, plan.settings.steps, model, self.optimizer, base, modules, *sources)
-        step.task, step.max_length = plan.task, plan.settings.max_length
+        step.task, step.max_length = self.task, plan.settings.max_length
         step.local_rows, step.sum_processes = self._local_rows, processes.sum_tensors
         meta = plan.meta(step, self.method, parents, device)
         report = None
@@ -133,7 +134,9 @@ class Session(Recording):
             if self._permutation[0] != epoch:
                 self._permutation = (epoch, np.random.default_rng([self.plan.seed, epoch]).permutation(total))
             rows.append(int(self._permutation[1][row]))
-        return to_device(self.train.batch(rows), self.device)
+        # The step is in the seed for the same reason; the last number tells it from the seed of an epoch.
+        generator = np.random.default_rng([self.plan.seed, index, 1])
+        return to_device(self.train.training_batch(rows, generator), self.device)
 
     def _local_rows(self, batch: Batch) -> tuple[Batch, float]:
         """Return the rows of a batch that this process computes, and their fraction of the targets."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from lorascope.adapters.quantization import QUANTIZATIONS, require_bitsandbytes
 from lorascope.inputs.computation import ATTENTIONS, DTYPES, enable_checkpointing, set_attention
+from lorascope.inputs.images import AUGMENTATIONS
 from lorascope.inputs.metrics import Metric, resolve
 from lorascope.inputs.tasks import Task
 from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
@@ -38,6 +39,7 @@ _ADDED_LATER = {
     "generation": None,
     "dtype": None,
     "quantize": None,
+    "augment": "none",
 }
 _NUMBERS = ("lr", "head_lr", "warmup", "clip", "weight_decay", "epochs", "label_smoothing", "eps")
 
@@ -81,6 +83,7 @@ class Settings:
     generation: Generation | Mapping[str, Any] | None = None
     dtype: str | None = None
     quantize: str | None = None
+    augment: str = "none"
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "batch_size", "accumulate", "test_size", "max_length")
@@ -110,6 +113,7 @@ class Settings:
         require_choice(self, "precision", PRECISIONS)
         require_choice(self, "test_state", TEST_STATES)
         require_choice(self, "warmup_start", WARMUP_STARTS)
+        require_choice(self, "augment", AUGMENTATIONS)
         self._require_torch_values()
         allowed = f"one of {', '.join(map(repr, ATTENTIONS))} or None"
         require(self, "attention", allowed, self.attention in (*ATTENTIONS, None))
@@ -253,3 +257,9 @@ def require_smoothing(label_smoothing: float, task: Task) -> None:
     if label_smoothing and labels is not None:
         name = task.name
         raise ValueError(f"label_smoothing must be 0 for {name}, whose labels are {labels}, got {label_smoothing}")
+
+
+def require_images(augment: str, task: Task) -> None:
+    """Raise a ValueError if a task has no images to augment."""
+    if augment != "none" and task.kind != "image":
+        raise ValueError(f"augment must be 'none' for {task.name}, which has no images, got {augment!r}")

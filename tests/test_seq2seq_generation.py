@@ -152,7 +152,7 @@ def test_settings_of_the_checkpoint_change_no_text(writer, tokenizer):
         writer.generation_config.update(**stored)
 
 
-def test_forced_tokens_of_the_checkpoint_are_those_of_transformers(tokenizer):
+def test_forced_tokens_of_the_checkpoint_stay_as_in_transformers(tokenizer):
     # BART's summaries begin and end with tokens that its configuration forces.
     token = tokenizer("Chinese")["input_ids"][0]
     model = outline("bart", tokenizer)
@@ -167,7 +167,7 @@ def test_a_long_prompt_is_truncated_at_its_end_as_in_training(writer, tokenizer)
     first = tokenizer(prompt, truncation=True, max_length=4)["input_ids"]
     assert tokenizer.decode(first) == "name : Zizzi [EOS]"
     assert generate_texts(writer, tokenizer, [prompt], Generation(max_new_tokens=10), 4) == ["Zizzi is a pub"]
-    # The decoder has positions of its own, so that the tokens to generate take none of the prompt.
+    # The decoder has separate positions, so that the tokens to generate take none of the prompt.
     texts = generate_texts(writer, tokenizer, [prompt], Generation(max_new_tokens=10), 64)
     length = int(min(64, models.count_positions(writer)))
     ids = torch.tensor([tokenizer(prompt, truncation=True, max_length=length)["input_ids"]])

@@ -70,8 +70,9 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             words = (*_TOKENS, *_FILLERS, *_CLASSES)
             default = transformers.AutoConfig.for_model(self.architecture)
             # Passed together, because other sizes follow from them, such as that of DeBERTa's pooler.
-            known_sizes = _SEQ2SEQ_SIZES if default.is_encoder_decoder else _SIZES
-            sizes: dict[str, Any] = {key: size for key, size in known_sizes.items() if hasattr(default, key)}
+            sizes: dict[str, Any] = {key: size for key, size in _SIZES.items() if hasattr(default, key)}
+            if default.is_encoder_decoder:
+                sizes = dict(_SEQ2SEQ_SIZES)
             if writes_texts:
                 # The defaults are tokens of a larger vocabulary.
                 ends = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id")

@@ -202,7 +202,7 @@ def generate_texts(
         if generation.no_repeat_ngram:
             starts = np.full(len(rows), before)
             if generation.no_repeat_scope == "all":
-                starts = np.zeros_like(starts) if seq2seq else width - lengths[rows]
+                starts -= before if seq2seq else lengths[rows]
             processors.append(NoRepeats(generation.no_repeat_ngram, starts))
         with models.quiet():
             output = model.generate(  # type: ignore[operator]

@@ -171,7 +171,7 @@ def generate_texts(
     positions = models.count_positions(model)
     if length >= positions:
         raise ValueError(f"max_new_tokens must be below {positions}, the positions of the model, got {length}")
-    seq2seq = bool(model.config.is_encoder_decoder)
+    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
     room = positions
     if not seq2seq:
         room -= length

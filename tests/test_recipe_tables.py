@@ -154,3 +154,50 @@ def test_the_steps_of_contexts_are_a_lower_bound(tmp_path, monkeypatch, capsys):
     assert main(["sweep", "adalora-table2", "--check"]) == 1  # the model is missing
     # Twenty rows in batches of 16 for ten epochs.
     assert "AdaLoRA, rank 1: 5 runs, at least 20 steps a phase" in capsys.readouterr().out
+
+
+# -- summaries ------------------------------------------------------------------------------------------------------
+
+# ROUGE-1, -2 and -L by method and (mean) rank, as printed.
+SUMMARIES = {
+    "XSum": {
+        "AdaLoRA": {1: (43.29, 19.95, 35.04), 2: (43.55, 20.17, 35.2), 8: (44.35, 21.13, 36.13),
+                    16: (44.72, 21.46, 36.46)},
+        "LoRA": {1: (42.81, 19.68, 34.73), 2: (43.18, 19.89, 34.92), 8: (43.4, 20.2, 35.2), 16: (43.95, 20.72, 35.68)},
+    },
+    "CNN/DM": {
+        "AdaLoRA": {1: (43.94, 20.83, 40.96), 2: (44.39, 21.28, 41.5), 8: (44.96, 21.77, 42.09),
+                    16: (45.0, 21.89, 42.16)},
+        "LoRA": {1: (43.68, 20.63, 40.71), 2: (43.95, 20.91, 40.98), 8: (44.72, 21.58, 41.84),
+                 16: (45.03, 21.84, 42.15)},
+    },
+}  # fmt: skip
+
+
+def test_the_recipe_of_summaries_has_the_printed_scores_ranks_and_parameters(monkeypatch):
+    plan = read_offline("adalora-table3", monkeypatch)
+    sizes = {"d_model": 1024, "encoder_layers": 12, "decoder_layers": 12}
+    with torch.device("meta"):
+        outline = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+    ranks = {1: 2, 2: 4, 8: 12, 16: 24}
+    # Square matrices of attention, 4 in a block of the encoder and 8 in one of the decoder, and 2 of each feed-forward.
+    per_rank, modules = 12 * (12 * (1024 + 1024) + 4 * (1024 + 4096)), 12 * 16
+    assert per_rank == 540_672
+    for (data, printed), recipe_part in zip(SUMMARIES.items(), plan.recipe_parts, strict=True):
+        assert all(column.startswith(data) for column in recipe_part.columns)
+        cells = {}
+        for row, job in zip(recipe_part.rows, recipe_part.jobs()[::5], strict=True):
+            name, _, rank = row.name.partition(", rank ")
+            cells.setdefault(name, {})[int(rank)] = tuple(score.value for score in row.printed.values())
+            trained, _ = recipe_check.measure_outline(copy.deepcopy(outline), job)
+            if name == "LoRA":
+                assert trained == per_rank * int(rank)
+            else:
+                assert job.method.init_rank == ranks[int(rank)]
+                assert trained == (per_rank + modules) * job.method.init_rank
+        assert cells == printed
+        settings = settings_of(recipe_part.jobs()[0])
+        beams = (settings.text_generation.num_beams, settings.text_generation.max_new_tokens)
+        assert beams == {"XSum": (8, 64), "CNN/DM": (4, 160)}[data]
+        # Batches of 8 and of 4, eight per step.
+        assert settings.batch_size == {"XSum": 64, "CNN/DM": 32}[data]

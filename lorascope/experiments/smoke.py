@@ -33,6 +33,13 @@ _SIZES = {
     "intermediate_size": 2 * _WIDTH,
     "max_position_embeddings": 2 * _LENGTH,
 }
+_SEQ2SEQ_SIZES = {
+    "d_model": _WIDTH,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 2 * _WIDTH),
+    "max_position_embeddings": 2 * _LENGTH,
+}
 _TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 _FILLERS = tuple(f"word{number}" for number in range(24))
 _CLASSES = ("bad", "good")
@@ -64,9 +71,12 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             default = transformers.AutoConfig.for_model(self.architecture)
             # Passed together, because other sizes follow from them, such as that of DeBERTa's pooler.
             sizes: dict[str, Any] = {key: size for key, size in _SIZES.items() if hasattr(default, key)}
+            if default.is_encoder_decoder:
+                sizes = dict(_SEQ2SEQ_SIZES)
             if writes_texts:
                 # The defaults are tokens of a larger vocabulary.
-                sizes |= dict.fromkeys(("bos_token_id", "eos_token_id"), words.index("[SEP]"))
+                ends = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id")
+                sizes |= dict.fromkeys([key for key in ends if hasattr(default, key)], words.index("[SEP]"))
             if reads_images:
                 sizes |= {"image_size": _EDGE, "patch_size": _EDGE // 2}
             else:
@@ -78,12 +88,20 @@ class Smoke(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 head: Any = transformers.AutoModel
                 if writes_texts:
                     head = transformers.AutoModelForCausalLM
+                    if default.is_encoder_decoder:
+                        head = transformers.AutoModelForSeq2SeqLM
                 head.from_config(config).save_pretrained(folder)
             if reads_images:
                 square = {"height": _EDGE, "width": _EDGE}
                 transformers.ViTImageProcessor(size=square).save_pretrained(folder)
             else:
-                _tokenizer(words, writes_texts).save_pretrained(folder)
+                tokenizer = _tokenizer(words, writes_texts)
+                if writes_texts and default.is_encoder_decoder:
+                    # As BART's, it ends each text, so that the model learns where to stop.
+                    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                        single="$A [SEP]", special_tokens=[("[SEP]", words.index("[SEP]"))]
+                    )
+                tokenizer.save_pretrained(folder)
 
         name = f"smoke-base-{self.architecture}"
         if writes_texts:

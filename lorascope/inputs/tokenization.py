@@ -154,7 +154,7 @@ def encode_pairs(
     learns where to stop.
     """
     if seq2seq:
-        inputs = tokenizer(rows["prompt"].to_list(), truncation=True, max_length=max_length)["input_ids"]
+        inputs = prompt_ids(tokenizer, rows["prompt"].to_list(), max_length, seq2seq=True)
         targets = tokenizer(text_target=rows["response"].str.strip().to_list(), truncation=True, max_length=max_length)
         responses = targets["input_ids"]
     else:
@@ -224,8 +224,13 @@ def encode_choices(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Token
     return Tokens(right_tokens, padding, continuations=continuations, groups=groups_of(rows), shifted=True)
 
 
-def prompt_ids(tokenizer: Any, prompts: list[str], max_length: int) -> list[list[int]]:
-    """Tokenize prompts for a causal LM to continue; longer ones are truncated at the beginning."""
+def prompt_ids(tokenizer: Any, prompts: list[str], max_length: int, *, seq2seq: bool) -> list[list[int]]:
+    """Tokenize prompts for an encoder, where longer ones are truncated at the end, or for a causal LM to continue.
+
+    A causal LM reads the end of longer ones, which precedes the response.
+    """
+    if seq2seq:
+        return tokenizer(prompts, truncation=True, max_length=max_length)["input_ids"]
     start = _start_ids(tokenizer)
     inputs = []
     for ids in _token_ids(tokenizer, prompts):

@@ -1,4 +1,4 @@
-"""Generation of texts from prompts by a causal language model, in batches padded on the left."""
+"""Generation of texts from prompts by a language model, in batches padded where the generated tokens do not follow."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Generation:
         Size of the n-grams of tokens that a text has at most once; 0 for no rule.
     no_repeat_scope : {"generated", "all"}
         Tokens whose n-grams are not repeated: generated ones only, or those of the prompt as well, as in transformers.
+        The prompt of an encoder-decoder is not counted in either case.
     stop : tuple of str
         A text ends before the first of these strings. One that is a single token also ends a beam, as the end-of-text
         token does.
@@ -131,11 +132,9 @@ class NoRepeats(transformers.LogitsProcessor):
 def require_generation(model: nn.Module, task: Task) -> None:
     """Raise a ValueError unless a model generates open responses to the prompts of a task that fits its head."""
     cannot = f"cannot generate with {type(model).__name__}"
-    if task.kind == "seq2seq":
-        raise ValueError(f"{cannot}: it is an encoder-decoder, not a causal language model")
     if task.kind == "choice":
         raise ValueError(f"cannot generate for {task.name}: its answers are choices; omit generation")
-    if task.kind not in ("prompt", "lm"):
+    if task.kind not in ("prompt", "seq2seq", "lm"):
         raise ValueError(f"{cannot}: it has no language model head")
     if task.kind == "lm":
         raise ValueError(f"cannot generate for {task.name}: it needs the columns prompt and response")
@@ -159,8 +158,9 @@ def generate_texts(
 ) -> list[str]:
     """Generate a text for each prompt without dropout, and restore the train or eval mode of the model.
 
-    Prompts are tokenized as in training. Longer ones than ``max_length`` tokens, or than the positions that the
-    generated tokens leave, are truncated at the beginning.
+    Prompts are tokenized as in training. For a causal language model, those that are longer than ``max_length`` tokens,
+    or than the positions that the generated tokens leave, are truncated at the beginning. For an encoder-decoder, they
+    are truncated at the end.
 
     Raises
     ------
@@ -171,11 +171,15 @@ def generate_texts(
     positions = models.count_positions(model)
     if length >= positions:
         raise ValueError(f"max_new_tokens must be below {positions}, the positions of the model, got {length}")
-    encoded = prompt_ids(tokenizer, list(prompts), int(min(max_length, positions - length)))
+    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+    room = positions
+    if not seq2seq:
+        room -= length
+    encoded = prompt_ids(tokenizer, list(prompts), int(min(max_length, room)), seq2seq=seq2seq)
     lengths = np.array(list(map(len, encoded)))
     # Stable, and by length, so that there is little padding.
     order = np.argsort(lengths, kind="stable")
-    config = _generation_config(tokenizer, generation)
+    config = _generation_config(model, tokenizer, generation)
     texts = [""] * len(encoded)
     training = model.training
     model.eval()
@@ -185,12 +189,20 @@ def generate_texts(
         ids = torch.full((len(rows), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for line, row in enumerate(rows):
-            # On the left, because the generated tokens follow the last one.
-            ids[line, width - lengths[row] :] = torch.tensor(encoded[row])
-            mask[line, width - lengths[row] :] = 1
+            first = 0
+            if not seq2seq:
+                # Padding is on the left, because the generated tokens follow the last one.
+                first = width - lengths[row]
+            ids[line, first : first + lengths[row]] = torch.tensor(encoded[row])
+            mask[line, first : first + lengths[row]] = 1
+        before = width
+        if seq2seq:
+            before = 1  # the first token of the decoder
         processors = transformers.LogitsProcessorList()
         if generation.no_repeat_ngram:
-            starts = np.full(len(rows), width) if generation.no_repeat_scope == "generated" else width - lengths[rows]
+            starts = np.full(len(rows), before)
+            if generation.no_repeat_scope == "all":
+                starts -= before if seq2seq else lengths[rows]
             processors.append(NoRepeats(generation.no_repeat_ngram, starts))
         with models.quiet():
             output = model.generate(  # type: ignore[operator]
@@ -199,14 +211,14 @@ def generate_texts(
                 generation_config=config,
                 logits_processor=processors,
             )
-        for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
+        for row, tokens in zip(rows, output[:, before:].tolist(), strict=True):
             texts[row] = _decode(tokenizer, tokens, generation.stop)
     model.train(training)
     return texts
 
 
-def _generation_config(tokenizer: Any, generation: Generation) -> transformers.GenerationConfig:
-    """Return the settings of transformers, with a value for each that the checkpoint of a chat model may set."""
+def _generation_config(model: Any, tokenizer: Any, generation: Generation) -> transformers.GenerationConfig:
+    """Return the settings of transformers, with a value for each that a checkpoint may set, except forced tokens."""
     ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for text in generation.stop:
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -220,6 +232,8 @@ def _generation_config(tokenizer: Any, generation: Generation) -> transformers.G
         do_sample=False,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
+        encoder_no_repeat_ngram_size=0,
+        encoder_repetition_penalty=1.0,
         min_new_tokens=0,
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,

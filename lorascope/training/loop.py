@@ -159,9 +159,9 @@ def train(
     gradient_checkpointing : bool
         Compute the activations of each block again in the backward pass, to save memory. The gradients are the same.
     generation : Generation or mapping, optional
-        How a causal language model generates texts from prompts with open responses, for metrics such as BLEU. The run
-        keeps those of the test split. Rows with the same prompt are one item with several references. The loss selects
-        the best state unless ``every`` says that evaluations generate as well; then those that do select it.
+        How a language model generates texts from prompts with open responses, for metrics such as BLEU. The run keeps
+        those of the test split. Rows with the same prompt are one item with several references. The loss selects the
+        best state unless ``every`` says that evaluations generate as well; then those that do select it.
     dtype : {"float32", "bfloat16", "float16"}, optional
         Dtype of the base weights, by default that of the model, which is float32 if it is loaded by name. Factors of
         adapters are float32 on weights of 16 bits, and other trained weights have copies in float32, to which the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from itertools import combinations, permutations, product
 from typing import Any
@@ -256,17 +257,13 @@ def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: 
     assert paired.data.set_index("number")["value"].to_dict() == pytest.approx(
         dict(zip((1, 2, 4, 8), gaps, strict=True))
     )
-    words = []
+    title = drawn("budgets-alora", evidence).title
     for row in paired.data.itertuples():
         low, high = sorted((np.sign(row.value) * row.low, np.sign(row.value) * row.high))
-        words.append(
-            f"{abs(row.value):.1f} [{low:.1f}, {high:.1f}] points {'more' if row.value > 0 else 'less'}".replace(
-                "-", "−"
-            )
-        )
-    assert drawn("budgets-alora", evidence).title == (
-        "ALoRA closes {} than LoRA at budget 1, {} at 2, {} at 4, {} at 8".format(*words)
-    )
+        word = f"{abs(row.value):.1f} [{low:.1f}, {high:.1f}] points {'more' if row.value > 0 else 'less'}"
+        # Only differences whose interval excludes 0 are in the title as differences.
+        assert (f"{word} at budget {row.number}".replace("-", "−") in title) == (low > 0)
+        assert bool(re.search(rf"no difference is seen at .*\b{row.number}\b", title)) == (low < 0)
     cells = chart.data.set_index(["recipe", "number"])["value"]
     assert cells["ALoRA", 2] == pytest.approx(closed(f"ALoRA, rank 2, {UNEVEN}", 201))
     assert cells["LoRA", 8] == pytest.approx(closed(f"LoRA, rank 8, {UNEVEN}", 201))
@@ -465,10 +462,14 @@ def test_titles_of_validation_losses_have_paired_differences(evidence: StudyEvid
     labels = "NeFT, 36 neurons and 72 more", "full fine-tuning, evaluated", "LoRA, rank 3, feed-forward"
     neft, full, lora = (f"{label}, {FEW}" for label in labels)
     of_full, of_lora = (loss_words(evidence, "validation", (neft, arm), 1) for arm in (full, lora))
-    assert drawn("validation-neft", evidence).title == (
-        f"Validation loss of NeFT ends {of_full} full fine-tuning, and {of_lora} LoRA of equal size"
-    )
     paired = drawn("validation-neft", evidence).panels[-1].data.set_index("name")
+    if paired["low"].iloc[0] < 0 < paired["high"].iloc[0]:
+        finding = f"no difference from full fine-tuning is seen ({of_full})"
+    else:
+        finding = f"{of_full} full fine-tuning"
+    assert drawn("validation-neft", evidence).title == (
+        f"With 108 neurons, validation loss of NeFT ends {of_lora} LoRA of equal size; {finding}"
+    )
     last = [evidence.table("validation", arm, 201)["loss"].iloc[-1] for arm in (neft, full)]
     assert paired["n"].to_dict() == dict.fromkeys(paired.index, 3)
     assert paired["low"].iloc[0] < last[0] - last[1] < paired["high"].iloc[0]

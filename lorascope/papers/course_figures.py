@@ -237,12 +237,17 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
     if paired is None:
         return None
     of_full, of_large, _ = describe_losses(paired).values()
+    first = paired.data.iloc[0]
+    if first["low"] < 0 < first["high"]:
+        of_full = f"no difference from full fine-tuning is seen ({of_full})"
+    else:
+        of_full = f"{of_full} full fine-tuning"
     arms = {"full fine-tuning": full, "NeFT, 108": more, "LoRA, rank 3": large}
     return in_row(
         loss_course(evidence, "validation", arms, "108 neurons (9%)", caption),
         loss_course(evidence, "validation", {"NeFT, 36": fewer, "LoRA, rank 1": small}, "36 neurons (3%)", caption),
         replace(paired, x=Axis(label="difference (nats)")),
-        title=f"Validation loss of NeFT ends {of_full} full fine-tuning, and {of_large} LoRA of equal size",
+        title=f"With 108 neurons, validation loss of NeFT ends {of_large} LoRA of equal size; {of_full}",
     )
 
 

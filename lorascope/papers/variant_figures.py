@@ -24,6 +24,7 @@ from lorascope.papers.figures.variant_gaps import (
     beside_printed,
     common_seeds,
     describe_differences,
+    describe_seen,
     gaps_by_number,
     gaps_by_variant,
     number_above,
@@ -83,24 +84,11 @@ def draw_budgets(evidence: StudyEvidence) -> Drawable | None:
     paired = paired_gaps(
         evidence, {n: (arm, series["LoRA"][n]) for n, arm in series["ALoRA"].items()}, ("ALoRA", "LoRA")
     )
-    words = describe_differences(paired, "number")
-    seen, unseen = [], []
-    for number, low, high in paired.data[["number", "low", "high"]].itertuples(index=False):
-        if low < 0 < high:
-            unseen.append(str(number))
-        else:
-            seen.append(f"{words[number]} at budget {number}")
-    findings = []
-    if seen:
-        findings.append(f"ALoRA closes, against LoRA, {' and '.join(seen)}")
-    if unseen:
-        findings.append(f"no difference is seen at {' and '.join(unseen)}")
+    caption = f"{chart.caption}; here its mean is at {above}."
     return set_side_by_side(
-        replace(
-            chart, title="By budget (dashed: planted ranks)", caption=f"{chart.caption}; here its mean is at {above}."
-        ),
+        replace(chart, title="By budget (dashed: planted ranks)", caption=caption),
         replace(paired, x=chart.x),
-        title=f"{'; '.join(findings)} (paper: more at every budget)",
+        title=f"ALoRA closes, against LoRA, {describe_seen(paired, 'budget')} (paper: more at every budget)",
     )
 
 

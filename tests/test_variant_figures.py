@@ -609,15 +609,23 @@ def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvid
     assert not affected.marks_of(Bar)
     assert set(affected.data["kind"]) == {"strong", "suppressed", "indirect"}
     strong = affected.data[affected.data["kind"] == "strong"].set_index("name")["value"]
-    is_reversed = strong.index.str.contains("reversed")
+    is_reversed = strong.index.str.contains("last")
     largest = [strong[~is_reversed].max(), strong[is_reversed].max()]
-    assert set(strong.index) == {"6%", "9%", "12%", "3% reversed", "6% reversed", "9% reversed"}
+    assert set(strong.index) == {
+        *(f"first {percent}%" for percent in (6, 9, 12)),
+        *(f"first 3%, last {percent}%" for percent in (3, 6, 9)),
+    }
+    assert (affected.data["low"] <= affected.data["value"]).all()
+    assert (affected.data["value"] <= affected.data["high"]).all()
     shift = chart.data.set_index(["recipe", "number"])["value"]
     assert drawn("shift-by-neurons", evidence).title == (
         f"With 9% reversed neurons, utilization ranks shift by {shift['reversed', 108]:.1f}%, with the next ones by "
         f"{shift['next', 108]:.1f}% (printed: 11.3%, 7.4%)"
     )
-    title = "Up to {:.1f}% shift strongly with the next neurons, {:.1f}% with reversed ones (printed: {}%, {}%)"
+    title = (
+        "Use of up to {:.1f}% of neurons shifts strongly if more of those that rotate most train, of {:.1f}% if those "
+        "that rotate least do (printed: {}%, {}%)"
+    )
     printed = pd.read_csv(DATA / "published" / "neft_figures.csv").query("table == 'Figure 5'")
     printed = printed[printed["metric"].str.startswith("strong")]
     by_kind = printed.groupby(printed["method"].str.contains("reversed"))["value"].max() / (2 * 352_256)

@@ -156,33 +156,38 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     updates = numbers["method"].str.extract(r"norm of the update, (?P<rank>rank \d+)").assign(value=numbers["value"])
     along = printed[printed["name"] == "the update's"].set_index("rank")["value"]
     printed_factors = (updates.dropna().set_index("rank")["value"] / along).rename("factor")
+    by_seed = queries.groupby(["rank", "seed"])["factor"].mean().groupby("rank").agg(["min", "max", "count"])
+    ranges = []
+    for rank, low, high, count in by_seed.itertuples():
+        ranges.append(f"{low:.2f} to {high:.2f} at {rank} ({count} seeds)")
     caption = (
-        "MiniLM, sentiment. Norm of W of q between the left and right directions of the update, as many of W's, and "
-        "random ones; dots are layers, means over seeds. Amplification: norm of the update over that of W along it. "
-        "Printed numbers are of layer 48 of GPT-3."
+        "MiniLM, sentiment; W of q. Norm of W along directions: ‖UᵀWV‖, where U and V are the left and right singular "
+        "vectors of the update ΔW, as many of W, or random ones. Amplification: ‖ΔW‖ / ‖UᵀWV‖ with those of ΔW. Dots "
+        f"are layers, means over seeds. Range over seeds, mean of the layers: {', '.join(ranges)}. Printed numbers are "
+        "of layer 48 of GPT-3."
     )
     y = Axis(order=kinds.values(), compact=True)
-    x = Axis(label="norm of W along directions", log=True)
+    x = Axis(label="‖UᵀWV‖", log=True)
     left = Chart(measured, [Point("value", "name", "rank")], title="Norm of W", x=x, y=y, caption=caption)
     marks = [Point("value", "name", "rank", hollow=True)]
-    right = replace(left, data=printed, marks=marks, title="Norm of W, printed", x=replace(x, label="printed norm"))
+    right = replace(left, data=printed, marks=marks, title="Norm of W, printed", x=replace(x, label="printed ‖UᵀWV‖"))
     y = Axis(order=[*factors.index, *printed_factors.index], compact=True)
     # Rank 64 occurs in both.
-    measured_factors = factors_by_layer.mean().reset_index()
+    measured_factors = factors_by_layer.mean().reset_index().eval("row = rank")  # a rank has the same dots below
     above = replace(
         left,
         data=measured_factors,
-        marks=[Point("factor", "rank", "rank")],
+        marks=[Point("factor", "row", "rank")],
         title="Amplification",
-        x=replace(x, label="norm of update / norm of W along it"),
+        x=replace(x, label="‖ΔW‖ / ‖UᵀWV‖"),
         y=y,
     )
     above_right = replace(
         above,
-        data=printed_factors.reset_index(),
-        marks=[Point("factor", "rank", "rank", hollow=True)],
+        data=printed_factors.reset_index().eval("row = rank"),
+        marks=[Point("factor", "row", "rank", hollow=True)],
         title="Amplification, printed",
-        x=replace(x, label="printed ratio"),
+        x=replace(x, label="printed ‖ΔW‖ / ‖UᵀWV‖"),
     )
     title = (
         f"The update amplifies its directions of W {factors['rank 8']:.1f} times at rank 8, {factors['rank 64']:.1f} "

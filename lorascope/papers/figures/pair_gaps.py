@@ -144,7 +144,8 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
     seeds = f"; {ends} seeds" if ends else ""
     caption = (
         f"Small decoders, trained on the text of planted teachers, whose changes (truths) are known{seeds}."
-        f"{name_quadratics(claims)} Titles name the truth that favors the method. Effect: {_EFFECT} Panels have different scales. {GAP}"
+        f"{name_quadratics(claims)} Titles name the truth that favors the method. Effect: {_EFFECT} Panels have "
+        f"different scales. {GAP}"
         f"{_explain_words(registration, results)}"
     )
     if not all(claim.control_arms for claim in claims):

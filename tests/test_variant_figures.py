@@ -507,7 +507,7 @@ def test_titles_of_moments_and_factors_have_the_planted_numbers(evidence: StudyE
         runs.loc[runs["arm"] == variants.guided(truth), "loss"] *= ratio
     # Ranks end at 0.1 + 1 + 1 of feed-forward and at 0.1 + 1 + 3 of q.
     assert drawn("factor-course", StudyEvidence(runs, evidence.tables)).title == (
-        "Adapprox needs rank 2 to 4 after 100 steps; guidance multiplies losses by 0.50 to 1.25"
+        "Adapprox needs rank 2 to 4 of 384 after 100 steps; guidance multiplies losses by 0.50 to 1.25"
     )
 
 
@@ -653,6 +653,9 @@ def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
     assert q.title == "Ranks 8 and 64: q, layer 2"
     factors, printed, norms, _ = drawn("amplification-factor", evidence).panels
     assert factors.data.groupby("rank")["factor"].unique().to_dict() == {"rank 64": [2.4], "rank 8": [4.0]}
+    for rank, arm in (("rank 8", variants.LOW), ("rank 64", variants.HIGH)):
+        ratio = factors.data.set_index("rank")["factor"][rank].iloc[0]
+        assert f"{ratio:.2f} to {ratio:.2f} at {rank} ({len(evidence.seeds(arm))} seeds)" in factors.caption
     # The paper prints the norms, and 21.5 for the first ratio.
     assert printed.data.set_index("rank")["factor"].to_dict() == pytest.approx(
         {"rank 4": 21.6, "rank 64": 1.9}, abs=0.1

@@ -275,6 +275,12 @@ def describe_differences(
     return described
 
 
+def range_by_step(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return means by ``column`` and step, with the range over seeds of their means."""
+    by_seed = table.groupby([column, "step", "seed"])["value"].mean().groupby([column, "step"])
+    return by_seed.agg(value="mean", low="min", high="max").reset_index()
+
+
 def describe_seen(paired: Chart, name: str) -> str:
     """Return the differences whose interval excludes 0 by number, and the numbers at which none is seen.
 

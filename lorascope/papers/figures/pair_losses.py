@@ -125,9 +125,9 @@ def _describe_arms(claims: Sequence[StudyClaim]) -> str:
         names = [*truths(claim).values()]
         for arm in claim.control_arms[:1]:
             names.append(short_method(split_label(arm)[0]))
-        pairs.setdefault(", ".join(names), []).append(compared_methods(claim))
+        pairs.setdefault(" | ".join(names), []).append(compared_methods(claim))
     rows = [f"{' and '.join(names)}: {arms}" for arms, names in pairs.items()]
-    return f"Truth that favors the method, other truth, and positive control of {'; '.join(rows)}."
+    return f"Truth that favors the method | other truth | positive control of {'; '.join(rows)}."
 
 
 def _ends_of_rounds(claim: StudyClaim, evidence: StudyEvidence) -> list[int]:

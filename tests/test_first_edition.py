@@ -237,11 +237,13 @@ def test_titles_say_what_the_levels_say() -> None:
     levels = f": {accuracy[1]} at rank 1, {accuracy[4]} at rank 4, {accuracy[64]} at 64;"
     assert levels in figures["ranks-lora"].chart.title
     assert by_rank["rank"].iloc[-1] == 4
-    left_out = panels("left-out-adalora", " without its penalty with 2 of 3 seeds, without the uncertainty with none")[
-        0
-    ]
+    left_out = panels(
+        "left-out-adalora", "2 of 3 seeds if it has no penalty, with none if its importance is sensitivity only"
+    )[0]
     majority = left_out.marks[0].x
-    assert (rows_of(left_out, "recipe", "no penalty")["value"] <= majority).sum() == 2
+    fallen = rows_of(left_out, "recipe", "no penalty")["value"].nsmallest(2)
+    # A model that predicts a single class has the frequency of that class as accuracy.
+    assert fallen.tolist() == pytest.approx([1 - majority, majority], rel=1e-9)
     assert (rows_of(left_out, "recipe", "sensitivity only")["value"] > majority).all()
     found, random = panels("rank-allocation", "")
     low = found.data[found.data["place"].isin(["0", "1"])]
@@ -345,15 +347,21 @@ def test_titles_say_what_the_levels_say() -> None:
     for overlap in sizes:
         by_size = overlap.data.pivot(index="fraction", columns="recipe", values="value")
         assert (by_size["two seeds or samples"] > 2 * by_size["chance"]).all()
-    (replay,) = panels("rank-replay-alora", ", 144 in all: layers 4 and 5 gain 13, layers 0 and 1 lose 6 (seed 100)")
+    (replay,) = panels("rank-replay-alora", ": layers 4 and 5 gain 13, layers 0 and 1 lose 6 (seed 100)")
     totals = replay.data.groupby(["step", "place"])["value"].sum().unstack()
     assert set(totals.sum(axis=1)) == {144}
-    gains = totals.iloc[-1] - totals.loc[0]
+    assert set(np.diff(totals.index)) == {8}  # no decision is missing
+    gains = totals.iloc[-1] - 4 * 6  # all six modules of a layer begin with rank 4
     assert (gains[["4", "5"]].sum(), gains[["0", "1"]].sum()) == (13, -6)
-    over_steps = panels("rank-replay", ": 12 in every module at first, 2 to 12 at the end (seed 100)")[0].data
-    first, last = (over_steps.loc[over_steps["step"] == step, "value"] for step in (0, over_steps["step"].max()))
-    assert set(first) == {12}
-    assert (last.min(), last.max()) == (2, 12)
+    over_steps = panels("rank-replay", " (seed 100)")[0].data
+    by_layer = over_steps.groupby(["step", "place"])["value"].sum().unstack()
+    assert set(by_layer.loc[0]) == {72}
+    *lower, fourth, fifth = by_layer.loc[300].map("{:.0f}".format)
+    assert fourth == fifth
+    assert figures["rank-replay"].chart.title == (
+        f"AdaLoRA's layers 4 and 5 retain {fifth} of 72 ranks each, "
+        f"layers 0 to 3 {min(lower)} to {max(lower)} (seed 100)"
+    )
     (spectrum,) = panels("spectrum", ": effective rank 3.5 of 8, and 17.3 of 64")
     for recipe, effective in (("LoRA, rank 8", 3.5), ("LoRA, rank 64", 17.3)):
         assert f"{effective} of {recipe.rpartition(' ')[2]}" in spectrum.title
@@ -373,8 +381,12 @@ def test_titles_say_what_the_levels_say() -> None:
     )
     growth = []
     for panel in panels("update-norm-heat", " with full fine-tuning"):
+        (recipe,) = set(panel.data["recipe"])
+        of_blocks = rows_of(norms, "recipe", recipe).set_index("place")["value"]
+        growth.append(f"{of_blocks['5'] / of_blocks['0']:.1f}")
+        # The mean over seeds of a pooled norm is at least the pooled mean, up to rounding of stored numbers.
         squares = (panel.data["value"] ** 2).groupby(panel.data["place"]).sum()
-        growth.append(f"{np.sqrt(squares['5'] / squares['0']):.1f}")
+        assert (np.sqrt(squares) <= of_blocks[squares.index] * (1 + 1e-6)).all()
     assert f": {growth[1]} with LoRA, {growth[0]} with full" in figures["update-norm-heat"].chart.title
     for name in ("subspace-seeds", "subspace-similarity"):
         overlap, excess = figures[name].chart.panels

@@ -266,7 +266,9 @@ def test_effects_of_pairs_have_a_panel_per_pair() -> None:
     claims = registered_study.read(DATA / "registered-2.toml").claims
     judged = {id: claims[id] for id in ("pair.adalora", "pair.basis", "pair.adapprox")}
     figure = pair_effects(replace(REGISTERED, claims=judged), results)
-    assert [chart.x.label for chart in figure.panels] == ["points of the gap"] * 2 + ["100 ln(control / own loss)"]
+    assert [chart.x.label for chart in figure.panels] == ["points of the gap"] * 2 + ["change of the loss (%)"]
+    for position, text in figure.panels[-1].x.ticks.items():
+        assert 100 * np.expm1(-position / 100) == pytest.approx(float(text.replace("−", "-")), abs=1e-9)
     expected = results.set_index("claim")["effect"]
     for id, chart in zip(judged, figure.panels, strict=True):
         assert chart.data.set_index("side").loc[FAVORABLE, "effect"] == expected[id]
@@ -317,6 +319,9 @@ def test_titles_of_pairs_have_the_effects_of_the_results() -> None:
     figure = pair_effects(named("hydralora", "adapprox", "factored"), results)
     assert figure.title == "3 pairs of planted truths: 2 as claimed, 1 failed even where favored"
     assert "Adapprox vs AdamW and Adapprox vs Adafactor: a quadratic with planted" in figure.panels[0].caption
+    only = pair_gaps(named("adapprox", "factored"), EMPTY, results).panels[0].caption
+    assert only.startswith("Quadratics without a network")
+    assert "decoders" not in only
     assert "quadratic" not in pair_effects(named("hydralora"), results).panels[0].caption
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from itertools import combinations, permutations, product
 from typing import Any
@@ -256,17 +257,13 @@ def test_budgets_have_a_line_per_method_and_the_oracle_as_a_reference(evidence: 
     assert paired.data.set_index("number")["value"].to_dict() == pytest.approx(
         dict(zip((1, 2, 4, 8), gaps, strict=True))
     )
-    words = []
+    title = drawn("budgets-alora", evidence).title
     for row in paired.data.itertuples():
         low, high = sorted((np.sign(row.value) * row.low, np.sign(row.value) * row.high))
-        words.append(
-            f"{abs(row.value):.1f} [{low:.1f}, {high:.1f}] points {'more' if row.value > 0 else 'less'}".replace(
-                "-", "−"
-            )
-        )
-    assert drawn("budgets-alora", evidence).title == (
-        "ALoRA closes {} than LoRA at budget 1, {} at 2, {} at 4, {} at 8".format(*words)
-    )
+        word = f"{abs(row.value):.1f} [{low:.1f}, {high:.1f}] points {'more' if row.value > 0 else 'less'}"
+        # Only differences whose interval excludes 0 are in the title as differences.
+        assert (f"{word} at budget {row.number}".replace("-", "−") in title) == (low > 0)
+        assert bool(re.search(rf"no difference is seen at .*\b{row.number}\b", title)) == (low < 0)
     cells = chart.data.set_index(["recipe", "number"])["value"]
     assert cells["ALoRA", 2] == pytest.approx(closed(f"ALoRA, rank 2, {UNEVEN}", 201))
     assert cells["LoRA", 8] == pytest.approx(closed(f"LoRA, rank 8, {UNEVEN}", 201))
@@ -465,10 +462,14 @@ def test_titles_of_validation_losses_have_paired_differences(evidence: StudyEvid
     labels = "NeFT, 36 neurons and 72 more", "full fine-tuning, evaluated", "LoRA, rank 3, feed-forward"
     neft, full, lora = (f"{label}, {FEW}" for label in labels)
     of_full, of_lora = (loss_words(evidence, "validation", (neft, arm), 1) for arm in (full, lora))
-    assert drawn("validation-neft", evidence).title == (
-        f"Validation loss of NeFT ends {of_full} full fine-tuning, and {of_lora} LoRA of equal size"
-    )
     paired = drawn("validation-neft", evidence).panels[-1].data.set_index("name")
+    if paired["low"].iloc[0] < 0 < paired["high"].iloc[0]:
+        finding = f"no difference from full fine-tuning is seen ({of_full})"
+    else:
+        finding = f"{of_full} full fine-tuning"
+    assert drawn("validation-neft", evidence).title == (
+        f"With 108 neurons, validation loss of NeFT ends {of_lora} LoRA of equal size; {finding}"
+    )
     last = [evidence.table("validation", arm, 201)["loss"].iloc[-1] for arm in (neft, full)]
     assert paired["n"].to_dict() == dict.fromkeys(paired.index, 3)
     assert paired["low"].iloc[0] < last[0] - last[1] < paired["high"].iloc[0]
@@ -506,7 +507,7 @@ def test_titles_of_moments_and_factors_have_the_planted_numbers(evidence: StudyE
         runs.loc[runs["arm"] == variants.guided(truth), "loss"] *= ratio
     # Ranks end at 0.1 + 1 + 1 of feed-forward and at 0.1 + 1 + 3 of q.
     assert drawn("factor-course", StudyEvidence(runs, evidence.tables)).title == (
-        "Adapprox needs rank 2 to 4 after 100 steps; guidance multiplies losses by 0.50 to 1.25"
+        "Adapprox needs rank 2 to 4 of 384 after 100 steps; guidance multiplies losses by 0.50 to 1.25"
     )
 
 
@@ -608,15 +609,23 @@ def test_shift_is_the_mean_difference_of_ranks_within_a_role(evidence: StudyEvid
     assert not affected.marks_of(Bar)
     assert set(affected.data["kind"]) == {"strong", "suppressed", "indirect"}
     strong = affected.data[affected.data["kind"] == "strong"].set_index("name")["value"]
-    is_reversed = strong.index.str.contains("reversed")
+    is_reversed = strong.index.str.contains("last")
     largest = [strong[~is_reversed].max(), strong[is_reversed].max()]
-    assert set(strong.index) == {"6%", "9%", "12%", "3% reversed", "6% reversed", "9% reversed"}
+    assert set(strong.index) == {
+        *(f"first {percent}%" for percent in (6, 9, 12)),
+        *(f"first 3%, last {percent}%" for percent in (3, 6, 9)),
+    }
+    assert (affected.data["low"] <= affected.data["value"]).all()
+    assert (affected.data["value"] <= affected.data["high"]).all()
     shift = chart.data.set_index(["recipe", "number"])["value"]
     assert drawn("shift-by-neurons", evidence).title == (
         f"With 9% reversed neurons, utilization ranks shift by {shift['reversed', 108]:.1f}%, with the next ones by "
         f"{shift['next', 108]:.1f}% (printed: 11.3%, 7.4%)"
     )
-    title = "Up to {:.1f}% shift strongly with the next neurons, {:.1f}% with reversed ones (printed: {}%, {}%)"
+    title = (
+        "Use of up to {:.1f}% of neurons shifts strongly if more of those that rotate most train, of {:.1f}% if those "
+        "that rotate least do (printed: {}%, {}%)"
+    )
     printed = pd.read_csv(DATA / "published" / "neft_figures.csv").query("table == 'Figure 5'")
     printed = printed[printed["metric"].str.startswith("strong")]
     by_kind = printed.groupby(printed["method"].str.contains("reversed"))["value"].max() / (2 * 352_256)
@@ -644,6 +653,9 @@ def test_directions_are_minus_random_ones(evidence: StudyEvidence) -> None:
     assert q.title == "Ranks 8 and 64: q, layer 2"
     factors, printed, norms, _ = drawn("amplification-factor", evidence).panels
     assert factors.data.groupby("rank")["factor"].unique().to_dict() == {"rank 64": [2.4], "rank 8": [4.0]}
+    for rank, arm in (("rank 8", variants.LOW), ("rank 64", variants.HIGH)):
+        ratio = factors.data.set_index("rank")["factor"][rank].iloc[0]
+        assert f"{ratio:.2f} to {ratio:.2f} at {rank} ({len(evidence.seeds(arm))} seeds)" in factors.caption
     # The paper prints the norms, and 21.5 for the first ratio.
     assert printed.data.set_index("rank")["factor"].to_dict() == pytest.approx(
         {"rank 4": 21.6, "rank 64": 1.9}, abs=0.1

@@ -237,12 +237,17 @@ def draw_neft_validation(evidence: StudyEvidence) -> Drawable | None:
     if paired is None:
         return None
     of_full, of_large, _ = describe_losses(paired).values()
+    first = paired.data.iloc[0]
+    if first["low"] < 0 < first["high"]:
+        of_full = f"no difference from full fine-tuning is seen ({of_full})"
+    else:
+        of_full = f"{of_full} full fine-tuning"
     arms = {"full fine-tuning": full, "NeFT, 108": more, "LoRA, rank 3": large}
     return in_row(
         loss_course(evidence, "validation", arms, "108 neurons (9%)", caption),
         loss_course(evidence, "validation", {"NeFT, 36": fewer, "LoRA, rank 1": small}, "36 neurons (3%)", caption),
         replace(paired, x=Axis(label="difference (nats)")),
-        title=f"Validation loss of NeFT ends {of_full} full fine-tuning, and {of_large} LoRA of equal size",
+        title=f"With 108 neurons, validation loss of NeFT ends {of_large} LoRA of equal size; {of_full}",
     )
 
 
@@ -381,7 +386,7 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         for number, arm in zip(variants.MORE_NEURONS, of_kind, strict=True):
             # As the paper names them: all neurons that train, or the reversed ones next to the first 3%.
             count = number if kind == "reversed" else number + variants.NEURONS
-            arms[f"{100 * count / _NEURONS:.0f}% {kind.removeprefix('next')}".strip()] = arm
+            arms[_trained_neurons(f"{100 * count / _NEURONS:.0f}%", kind == "reversed")] = arm
     seeds = common_seeds(evidence, of_truth(FEW, *variants.NEXT, *variants.REVERSED).values(), "utilization")
     if not seeds:
         return None
@@ -396,8 +401,9 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
     caption = (
         f"{_UTILIZATION} Above: mean shift of utilization ranks of NeFT with 6% of the neurons from 3%, by percentile "
         "of utilization, and as read off the paper's figure. Below: neurons, in percent, whose rank shifts by at "
-        f"least 28% from NeFT with 3%, if more of the next neurons train, or also reversed ones; mean of {len(seeds)} "
-        "seeds. Suppressed ones are used less, indirect ones do not train."
+        "least 28% (strong) from NeFT with the first 3%. First: neurons that rotate most in full fine-tuning, last: "
+        f"those that rotate least (reversed). Mean and range of {len(seeds)} seeds. Suppressed ones are used less, "
+        "indirect ones do not train."
     )
     moved = pd.concat(shifts).assign(source="measured")
     middle = (moved["low"] + moved["high"]) / 2
@@ -413,19 +419,20 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
     left = Chart(by_bucket, [Line("x", "y"), Point("x", "y")], title="Shift by use", caption=caption, **axes)
     outlines, printed_y = [Line("x", "y"), Point("x", "y", hollow=True)], Axis(label="printed shift (% of ranks)")
     left_printed = replace(left, data=paper, marks=outlines, title="Shift by use, printed", y=printed_y)
-    table = (
-        pd.DataFrame(counts, columns=["name", "kind", "value"]).groupby(["name", "kind"], sort=False)["value"].mean()
-    )
+    by_seed = pd.DataFrame(counts, columns=["name", "kind", "value"]).groupby(["name", "kind"], sort=False)["value"]
+    table = by_seed.agg(value="mean", low="min", high="max").reset_index()
     panel = replace(
         left,
-        data=table.reset_index(),
-        marks=[Point("value", "name", "kind")],
+        data=table,
+        marks=[Point("value", "name", "kind", low="low", high="high")],
         title="Affected neurons",
         x=Axis(label="neurons (%)"),
         y=Axis(label="", order=arms),
     )
     printed_counts = published("NeFT", "Figure 5")
-    names = printed_counts["method"].str.replace("NeFT, ", "").str.replace("3 % and ", "").str.replace(" %", "%")
+    percent = printed_counts["method"].str.extract(r"(\d+) %(?: reversed)?$")[0] + "%"
+    is_reversed = printed_counts["method"].str.contains("reversed")
+    names = pd.Series([*map(_trained_neurons, percent, is_reversed)], printed_counts.index)
     paper = pd.DataFrame({
         "name": names, "kind": printed_counts["metric"].str.partition(":")[0],
         "value": 100 * printed_counts["value"] / (2 * _MODEL_RANKS),
@@ -435,17 +442,25 @@ def draw_shift(evidence: StudyEvidence) -> Drawable | None:
         x=Axis(label="printed neurons (%)"), y=Axis(label="", order=dict.fromkeys(names)),
     )  # fmt: skip
     strong = (
-        "Up to {:.1f}% shift strongly with the next neurons, {:.1f}% with reversed ones (printed: {:.1f}%, {:.1f}%)"
+        "Use of up to {:.1f}% of neurons shifts strongly if more of those that rotate most train, of {:.1f}% if those "
+        "that rotate least do (printed: {:.1f}%, {:.1f}%)"
     )
-    title = strong.format(*_most_strong(table.reset_index()), *_most_strong(paper))
+    title = strong.format(*_most_strong(table), *_most_strong(paper))
     return stack_vertically(set_side_by_side(left, left_printed), set_side_by_side(panel, right), title=title)
+
+
+def _trained_neurons(percent: str, is_reversed: bool) -> str:
+    """Return the name of a row: percentages of neurons that train, in the order of their rotation."""
+    if is_reversed:
+        return f"first 3%, last {percent}"
+    return f"first {percent}"
 
 
 def _most_strong(counts: pd.DataFrame) -> tuple[float, float]:
     """Return the largest percentage of strongly shifted neurons, with the next and with reversed neurons."""
     # The paper adds other numbers of neurons, so only the largest percentages are comparable.
     strong = counts[counts["kind"] == "strong"]
-    is_reversed = strong["name"].str.contains("reversed")
+    is_reversed = strong["name"].str.contains("last")
     return strong.loc[~is_reversed, "value"].max(), strong.loc[is_reversed, "value"].max()
 
 

@@ -18,7 +18,7 @@ from lorascope.charts.geometry import drawn_number
 from lorascope.charts.marks import Axis, Heat, Line, Point, Rule, Text
 from lorascope.papers import adapprox, hydralora_factors, variants
 from lorascope.papers.course_figures import in_row
-from lorascope.papers.figures.variant_gaps import common_seeds, published
+from lorascope.papers.figures.variant_gaps import common_seeds, published, range_by_step
 from lorascope.papers.judging import truth_names
 from lorascope.papers.judging.kept_study import StudyEvidence
 from lorascope.papers.variant_figures import VariantFigure
@@ -156,33 +156,38 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     updates = numbers["method"].str.extract(r"norm of the update, (?P<rank>rank \d+)").assign(value=numbers["value"])
     along = printed[printed["name"] == "the update's"].set_index("rank")["value"]
     printed_factors = (updates.dropna().set_index("rank")["value"] / along).rename("factor")
+    by_seed = queries.groupby(["rank", "seed"])["factor"].mean().groupby("rank").agg(["min", "max", "count"])
+    ranges = []
+    for rank, low, high, count in by_seed.itertuples():
+        ranges.append(f"{low:.2f} to {high:.2f} at {rank} ({count} seeds)")
     caption = (
-        "MiniLM, sentiment. Norm of W of q between the left and right directions of the update, as many of W's, and "
-        "random ones; dots are layers, means over seeds. Amplification: norm of the update over that of W along it. "
-        "Printed numbers are of layer 48 of GPT-3."
+        "MiniLM, sentiment; W of q. Norm of W along directions: ‖UᵀWV‖, where U and V are the left and right singular "
+        "vectors of the update ΔW, as many of W, or random ones. Amplification: ‖ΔW‖ / ‖UᵀWV‖ with those of ΔW. Dots "
+        f"are layers, means over seeds. Range over seeds, mean of the layers: {', '.join(ranges)}. Printed numbers are "
+        "of layer 48 of GPT-3."
     )
     y = Axis(order=kinds.values(), compact=True)
-    x = Axis(label="norm of W along directions", log=True)
+    x = Axis(label="‖UᵀWV‖", log=True)
     left = Chart(measured, [Point("value", "name", "rank")], title="Norm of W", x=x, y=y, caption=caption)
     marks = [Point("value", "name", "rank", hollow=True)]
-    right = replace(left, data=printed, marks=marks, title="Norm of W, printed", x=replace(x, label="printed norm"))
+    right = replace(left, data=printed, marks=marks, title="Norm of W, printed", x=replace(x, label="printed ‖UᵀWV‖"))
     y = Axis(order=[*factors.index, *printed_factors.index], compact=True)
     # Rank 64 occurs in both.
-    measured_factors = factors_by_layer.mean().reset_index()
+    measured_factors = factors_by_layer.mean().reset_index().eval("row = rank")  # a rank has the same dots below
     above = replace(
         left,
         data=measured_factors,
-        marks=[Point("factor", "rank", "rank")],
+        marks=[Point("factor", "row", "rank")],
         title="Amplification",
-        x=replace(x, label="norm of update / norm of W along it"),
+        x=replace(x, label="‖ΔW‖ / ‖UᵀWV‖"),
         y=y,
     )
     above_right = replace(
         above,
-        data=printed_factors.reset_index(),
-        marks=[Point("factor", "rank", "rank", hollow=True)],
+        data=printed_factors.reset_index().eval("row = rank"),
+        marks=[Point("factor", "row", "rank", hollow=True)],
         title="Amplification, printed",
-        x=replace(x, label="printed ratio"),
+        x=replace(x, label="printed ‖ΔW‖ / ‖UᵀWV‖"),
     )
     title = (
         f"The update amplifies its directions of W {factors['rank 8']:.1f} times at rank 8, {factors['rank 64']:.1f} "
@@ -325,25 +330,24 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     if table.empty or not seeds:
         return None
     caption = (
-        "Left, center: 100 steps of MiniLM on sentiment, mean over matrices and "
-        f"{len(evidence.seeds(variants.FACTORED))} seeds; product of row and column sums as in Adafactor. Right: "
-        "quadratics whose second moments have rank 4 or no structure, at one rate, a dot per seed; guided: the average "
-        "step is divided by one minus its cosine with the last one. The paper prints no values."
+        f"Left, center: 100 steps of MiniLM on sentiment, mean over matrices, whose smaller side is {WIDTH}; bands: "
+        f"range over {len(evidence.seeds(variants.FACTORED))} seeds. Relative errors (Frobenius norm): this step's: of "
+        "the factors, from what they factorize; drift: of the factors, from the exact average of squared gradients; "
+        "best rank k: of its SVD; row-column product: of Adafactor's row and column sums. Right: quadratics whose "
+        "second moments have rank 4 or no structure, at one rate, a dot per seed; guided: the average step is divided "
+        "by one minus its cosine with the last one. The paper prints no values."
     )
-    by_step = table.groupby(["quantity", "role", "step"])["value"].mean().reset_index().assign(low=np.nan, high=np.nan)
     # Matrices of one group have one shape, and so one largest rank.
     groups = {**dict.fromkeys("qkvo", "attention"), "ffn_in": "feed-forward", "ffn_out": "feed-forward"}
-    ranks = by_step[by_step["quantity"] == "factor_rank"].assign(role=lambda rows: rows["role"].map(groups))
-    ranks = ranks.dropna(subset="role").groupby(["role", "step"])["value"].mean().reset_index()
-    ranks = ranks.assign(low=np.nan, high=np.nan)
+    ranks = table[table["quantity"] == "factor_rank"].assign(role=table["role"].map(groups)).dropna(subset="role")
+    ranks = range_by_step(ranks, "role")
     names = {
-        "factor_error": "error of the step's factors",
+        "factor_error": "this step's error",
         "factor_drift": "drift from the exact average",
         "factor_drift_least": "best rank k of the exact average",
         "factor_drift_rank_one": "row-column product",
     }
-    errors = table[table["quantity"].isin(list(names))].groupby(["quantity", "step"])["value"].mean().reset_index()
-    errors = errors.assign(recipe=errors["quantity"].map(names), low=np.nan, high=np.nan)
+    errors = range_by_step(table.assign(recipe=table["quantity"].map(names)).dropna(subset="recipe"), "recipe")
     rows = []
     for name, arm in guided.items():
         for seed in seeds:
@@ -366,8 +370,8 @@ def draw_factors(evidence: StudyEvidence) -> Drawable | None:
     by_arm = losses.groupby("name", sort=False)["value"].mean()
     ratios = by_arm[[f"{name}, guided" for name in by_arm.index[::2]]].to_numpy() / by_arm.iloc[::2].to_numpy()
     title = (
-        f"Adapprox needs rank {at_end.min():.0f} to {at_end.max():.0f} after 100 steps; guidance multiplies losses by "
-        f"{ratios.min():.2f} to {ratios.max():.2f}"
+        f"Adapprox needs rank {at_end.min():.0f} to {at_end.max():.0f} of {WIDTH} after 100 steps; guidance multiplies "
+        f"losses by {ratios.min():.2f} to {ratios.max():.2f}"
     )
     return in_row(left, center, Chart(losses, [Point("value", "name")], title="Guidance", **axes), title=title)
 

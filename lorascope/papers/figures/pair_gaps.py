@@ -39,7 +39,9 @@ from lorascope.papers.judging.registered_study import StudyClaim, StudyRegistrat
 from lorascope.papers.judging.words import NO_HEADROOM, NOT_LEARNED
 
 CLOSED, LOSS = "gap closed (points)", "final loss (% of first)"
-_POINTS, _PERCENT = "points of the gap", "100 ln(control / own loss)"
+_POINTS, _PERCENT = "points of the gap", "change of the loss (%)"
+_CHANGES = (200, 100, 60, 30, -20, -40, -60)
+"""Ticks of an axis of losses, in percent of change; right is better, so they fall to the right."""
 DIFFERENCE, _MEAN = "difference between truths", "mean"
 _COLORS = (*SIDES, _MEAN, BOUND, DIFFERENCE)
 _PAIRS = "pairs of planted truths"
@@ -90,16 +92,23 @@ def pair_gaps(registration: StudyRegistration, evidence: StudyEvidence, results:
     panel of effects.
     """
     judged = set(results["claim"]) if "claim" in results else set()
+    pairs = [claim for claim in registration.claims.values() if claim.id.startswith("pair.")]
+    quadratics = name_quadratics(pairs)
     caption = (
         "Small decoders, trained on the text of planted teachers, whose changes (truths) are known and begin the names "
         "of the rows; each hollow symbol is one seed, or a task of a seed."
     )
-    pairs = [claim for claim in registration.claims.values() if claim.id.startswith("pair.")]
     if _POINTS in map(_unit_of, pairs):
         caption += f" {GAP}"
+    elif pairs:
+        caption = (
+            "Quadratics without a network, whose planted second moments (truths) begin the names of the rows; each "
+            "hollow symbol is one seed. Axes of the right panels fall, so above 0 the loss is lower than the control's."
+        )
+        quadratics = ""
     if judged:
         caption += f" Right: {_EFFECT}{_explain_words(registration, results)}"
-    caption += name_quadratics(pairs)
+    caption += quadratics
     rows: list[tuple[Chart, ...]] = []
     for claim in pairs:
         row: tuple[Chart, ...] = (_draw_gaps(claim, gap_table(claim, evidence), caption),)
@@ -134,11 +143,11 @@ def pair_effects(registration: StudyRegistration, results: pd.DataFrame) -> Pane
     ends = " to ".join(map(str, sorted({*counts.agg(["min", "max"]).dropna()})))
     seeds = f"; {ends} seeds" if ends else ""
     caption = (
-        f"Small decoders, trained on the text of planted teachers, whose changes (truths) are known{seeds}. "
-        f"Titles name the truth that favors the method. Effect: {_EFFECT} Panels have different scales. {GAP}"
+        f"Small decoders, trained on the text of planted teachers, whose changes (truths) are known{seeds}."
+        f"{name_quadratics(claims)} Titles name the truth that favors the method. Effect: {_EFFECT} Panels have "
+        f"different scales. {GAP}"
         f"{_explain_words(registration, results)}"
     )
-    caption += name_quadratics(claims)
     if not all(claim.control_arms for claim in claims):
         caption += " A pair without a positive control has none."
     of_pairs = results[results["claim"].str.startswith("pair.")]
@@ -252,7 +261,10 @@ def _draw_effects(
         marks.insert(1, Point("effect", "row", "kind", symbol="line-ns-open", data=at_bound))
         # Separate limits, because an effect of a few points would be invisible next to one of fifty.
         ends = np.append(table[["effect", "low", "high"]].to_numpy().ravel(), [0.0, bound])
-        x = replace(x, limits=padded_limits(ends))
+        limits = padded_limits(ends)
+        x = replace(x, limits=limits)
+        if _unit_of(claim) == _PERCENT:
+            x = replace(x, ticks=_ticks_of_changes(*limits))
         title += f"\n{ground or count_phrase(int(result['n']), 'seed')}: {_phrase(shown_word(result))}"
         # A gain below the bound is judged by its interval, which the dot would seem to contradict.
         if result["pair"] == "as claimed" and result["effect"] < bound:
@@ -260,6 +272,16 @@ def _draw_effects(
     ticks = {side: names.get(side, side) for side in order} | {DIFFERENCE: "first minus second row"}
     table, y = table.assign(row=table["side"], kind=table["side"]), Axis(order=order, ticks=ticks, compact=True)
     return Chart(table, marks, title=title, x=x, y=y, colors=_COLORS)
+
+
+def _ticks_of_changes(low: float, high: float) -> dict[float, str]:
+    """Return ticks at changes of a loss in percent, by their effect 100 ln(control's / own loss), within limits."""
+    ticks = {0.0: "0"}
+    for change in _CHANGES:
+        position = -100 * math.log1p(change / 100)
+        if low <= position <= high:
+            ticks[position] = drawn_number(change, "+.0f")
+    return ticks
 
 
 def name_quadratics(claims: Sequence[StudyClaim]) -> str:

@@ -22,7 +22,9 @@ from lorascope.papers.figures.study_marks import (
     SIDES,
     arrange,
     compared_methods,
+    short_method,
     split_label,
+    truths,
     write_word,
 )
 from lorascope.papers.judging.kept_study import StudyEvidence
@@ -116,6 +118,18 @@ def pair_losses(registration: StudyRegistration, evidence: StudyEvidence) -> Pan
     return arrange(charts, title=title)
 
 
+def _describe_arms(claims: Sequence[StudyClaim]) -> str:
+    """Return a sentence with the truths and the positive control of every pair, in the order of the legend."""
+    pairs: dict[str, list[str]] = {}  # with the same truths and control
+    for claim in claims:
+        names = [*truths(claim).values()]
+        for arm in claim.control_arms[:1]:
+            names.append(short_method(split_label(arm)[0]))
+        pairs.setdefault(" | ".join(names), []).append(compared_methods(claim))
+    rows = [f"{' and '.join(names)}: {arms}" for arms, names in pairs.items()]
+    return f"Truth that favors the method | other truth | positive control of {'; '.join(rows)}."
+
+
 def _ends_of_rounds(claim: StudyClaim, evidence: StudyEvidence) -> list[int]:
     """Return the steps of the first and last round of a pair of ALoRA, which scores components in every round."""
     scores = evidence.tables.get("scores")
@@ -128,7 +142,7 @@ def _ends_of_rounds(claim: StudyClaim, evidence: StudyEvidence) -> list[int]:
 
 def _caption(claims: Sequence[StudyClaim]) -> str:
     """Return the caption, which names the positive controls that are worse methods."""
-    sentences = [_CAPTION]
+    sentences = [_CAPTION, _describe_arms(claims)]
     worse = []
     for claim in claims:
         # A pair that claims a small cost needs a method whose cost is visible.

@@ -275,6 +275,29 @@ def describe_differences(
     return described
 
 
+def range_by_step(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return means by ``column`` and step, with the range over seeds of their means."""
+    by_seed = table.groupby([column, "step", "seed"])["value"].mean().groupby([column, "step"])
+    return by_seed.agg(value="mean", low="min", high="max").reset_index()
+
+
+def describe_seen(paired: Chart, name: str) -> str:
+    """Return the differences whose interval excludes 0 by number, and the numbers at which none is seen.
+
+    ``name`` is what the numbers are of: ``1.5 [0.6, 2.3] points more at budget 2; no difference is seen at 1``.
+    """
+    words, seen, unseen = describe_differences(paired, "number"), list[str](), list[str]()
+    for number, low, high in paired.data[["number", "low", "high"]].itertuples(index=False):
+        if low < 0 < high:
+            unseen.append(str(number))
+        else:
+            seen.append(f"{words[number]} at {name} {number}")
+    findings = " and ".join(seen)
+    if unseen:
+        findings += f"; no difference is seen at {' and '.join(unseen)}"
+    return findings.removeprefix("; ")
+
+
 def beside_printed(
     evidence: StudyEvidence,
     arms: Mapping[str, str],

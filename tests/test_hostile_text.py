@@ -29,7 +29,7 @@ from lorascope.charts.marks import Axis, Heat, Line, Rule, Text
 from lorascope.charts.math_text import MATH
 from lorascope.cli import sweep
 from lorascope.cli.main import main
-from lorascope.experiments.sweep_table import SweepTable, table
+from lorascope.experiments.sweep_table import SweepTable, arrange_rows
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.safetensors_io import write_tensors
 from lorascope.files.whole_files import file_hash, write_json
@@ -413,7 +413,7 @@ def test_sweep_table_is_printable() -> None:
     board._redraw()
     assert untreated(stream.getvalue()) == set()
     assert SHOWN in stream.getvalue()
-    assert untreated("\n".join(table(board.rows(), 80, 24))) == set()
+    assert untreated("\n".join(arrange_rows(board.rows(), 80, 24))) == set()
 
 
 def test_progress_bar_is_printable(capsys: pytest.CaptureFixture[str]) -> None:

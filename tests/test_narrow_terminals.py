@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorascope.cli.main import COMMANDS, main
-from lorascope.experiments.sweep_table import Row, SweepTable, table
+from lorascope.experiments.sweep_table import Row, SweepTable, arrange_rows
 from lorascope.files.text_layout import elide
 from lorascope.training.progress import progress_bar
 
@@ -54,7 +54,7 @@ def test_help_on_a_narrow_terminal_is_complete(
 @pytest.mark.parametrize("columns", range(1, 60))
 def test_sweep_table_is_narrower_than_its_terminal(columns: int) -> None:
     for lines in (1, 2, 24):
-        assert all(len(line) < columns for line in table(ROWS, columns, lines))
+        assert all(len(line) < columns for line in arrange_rows(ROWS, columns, lines))
 
 
 @pytest.mark.usefixtures("limited")

@@ -27,7 +27,9 @@ from lorascope.analysis.dial import KEEP, TASK, WHOLE, MeasuredRows, RowValues, 
 from lorascope.analysis.forgetting_course import forgetting_course
 from lorascope.analysis.rank_prices import RUNS, CutPrice, tabulate_prices
 from lorascope.cli.main import main
-from lorascope.inputs.tasks import Task
+from lorascope.inputs import models
+from lorascope.inputs.tasks import Task, from_frame
+from lorascope.inputs.text_rows import encode_rows
 from lorascope.insight.advise import Adviser, Plan, _Costs
 from lorascope.insight.instrument_costs import MeasurementCost
 from lorascope.insight.repeated_advice import repeat
@@ -100,6 +102,53 @@ def test_a_scale_that_needs_far_more_rows_is_a_question_and_a_costly_one_is_neit
     assert not list(advice_rules.questions_of_dial(costly, SUBJECT))
 
 
+def test_an_update_that_is_not_shown_to_learn_is_a_question_with_the_rows_that_decide() -> None:
+    # Loss without the update minus loss with it: mean 0.1, standard error 1 / sqrt(199), so the interval contains 0.
+    rows = {
+        TASK: MeasuredRows("nats", np.ones(ROWS), np.arange(ROWS)),
+        KEEP: MeasuredRows("nats", np.ones(ROWS), np.arange(ROWS)),
+    }
+    measured = []
+    for scale, loss, noise, distance in ((0.0, 1.1, NOISE, 0.0), (1.0, 1.0, 0, 1.0)):
+        measured.append(RowValues(WHOLE, scale, TASK, np.full(ROWS, loss) + noise))
+        measured.append(RowValues(WHOLE, scale, KEEP, np.full(ROWS, distance)))
+    shown = made_dial(0.0, 0.0)
+    columns = [*shown.parts.columns.intersection(["part", "module", "layer", "role", "component", "energy", "control"])]
+    shares = dict.fromkeys(["learn_share", "forget_share", "learn_slope", "forget_slope"], np.nan)
+    dial = dial_of_rows("runs/lora", measured, rows, shown.parts[columns].assign(**shares), None, shown.receipt)
+    assert advice_rules.is_learning_shown(shown)
+    assert not advice_rules.is_learning_shown(dial)
+    question = next(advice_rules.questions_of_dial(dial, SUBJECT))
+    assert question.question.startswith("cannot tell whether the update learns: +0.100 nats [")
+    whole = dial.parts.iloc[0]
+    assert question.rows_needed == math.ceil(ROWS * ((whole["learn"] - whole["learn_low"]) / whole["learn"]) ** 2)
+    assert f"--rows {question.rows_needed}" in question.command
+    # At that many rows with this spread, the interval would end at 0.
+    assert (whole["learn"] - whole["learn_low"]) * math.sqrt(ROWS / question.rows_needed) <= whole["learn"]
+
+
+def test_no_rank_follows_from_an_update_that_does_not_learn() -> None:
+    run = ls.example("adapter")
+    base, other = planted_teacher.base(), planted_teacher.task(1)
+    # The adapter was trained on another teacher's text, so it raises the loss here.
+    told = ls.advise(run, base, other, planted_teacher.task(0), budget=1000, progress=False)
+    assert "half the rank" not in {fact.name for fact in told.facts}
+    assert [item.name for item in told.skipped if "not shown to learn" in item.reason] == ["price"]
+    assert not [action for action in told.actions if "rank" in action.change or "cut" in action.change]
+
+
+def test_rows_with_the_tokenizer_of_another_model_are_one_line(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
+    model = models.load(bert, task=task)
+    vocabulary = models.tokenizer(model).get_vocab()
+    word = max(vocabulary, key=vocabulary.__getitem__)
+    size = vocabulary[word]
+    model.resize_token_embeddings(size)
+    rows = pd.DataFrame({"text": [f"{word} {number}" for number in range(600)], "label": ["a", "b"] * 300})
+    other = from_frame(rows, "other")
+    with pytest.raises(ValueError, match=f"it has a token {size}, but the model has embeddings of {size} tokens"):
+        encode_rows(model, other, "validation", 40, 16)
+
+
 def test_actions_are_ordered_by_effect_over_margin_and_three_remain() -> None:
     weights = (1.0, 5.0, 0.5, math.inf)
     actions = [Action(MEASURED, str(weight), 0.0, 0.0, 0.0, "nats", "", weight) for weight in weights]
@@ -149,6 +198,13 @@ def keep(task: Task) -> Task:  # noqa: F811
     return ls.tasks.from_frame(pd.DataFrame({"text": rows, "label": labels, "split": splits}), "other text")
 
 
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the few steps of a tiny model as learning, so that the rank is priced."""
+    monkeypatch.setattr(advice_rules, "is_learning_shown", lambda dial: True)
+
+
+@pytest.mark.usefixtures("learned")
 def test_numbers_equal_those_of_dial_and_price(bert: str, task: Task, keep: Task, tmp_path: Path) -> None:  # noqa: F811
     run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=12)[1]
     told = ls.advise(run, bert, task, keep, budget=1000, progress=False)
@@ -239,6 +295,7 @@ def test_an_advice_on_a_series_is_verified_on_its_last_checkpoint(
     assert f"the receipt is of run {ls.load(last).id}, got" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("learned")
 def test_retraining_gives_a_configuration_only_if_it_is_as_good(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
     run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=12)[1]
     told = ls.advise(run, bert, task, budget=1000, retrain=3, progress=False)
@@ -416,6 +473,7 @@ def test_a_run_that_cannot_be_scaled_says_why(method: Any, bert: str, task: Task
     assert told.skipped[0].name == "dial, price"
 
 
+@pytest.mark.usefixtures("learned")
 def test_an_adapter_that_cannot_be_retrained_keeps_its_cuts(bert: str, task: Task, tmp_path: Path) -> None:  # noqa: F811
     run = trained(bert, task, METHODS["lora"], tmp_path / "run", steps=2)[1]
     adapter = ls.load(ls.export.to_peft(run, tmp_path / "adapter"))

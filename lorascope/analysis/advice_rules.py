@@ -120,8 +120,21 @@ def actions_of_dial(dial: Dial, subject: Subject) -> Iterator[Action]:
         yield Action(verdict, change, *scale.loss[:3], "nats", command, weight)
 
 
+def is_learning_shown(dial: Dial) -> bool:
+    """Return whether the interval of what the whole update learns is above 0."""
+    return _interval_of(dial.parts.iloc[0], "learn").low > 0
+
+
 def questions_of_dial(dial: Dial, subject: Subject) -> Iterator[OpenQuestion]:
-    """Yield the scales and the parts that these rows do not decide."""
+    """Yield whether the update learns, and the scales and the parts, if these rows do not decide them."""
+    learn = _interval_of(dial.parts.iloc[0], "learn")
+    if learn.low <= 0 < learn.high:
+        rows = math.inf
+        if learn.mean:
+            rows = math.ceil(_count_rows(dial) * ((learn.mean - learn.low) / learn.mean) ** 2)
+        question = f"cannot tell whether the update learns: {_format_interval(learn, 'nats')}"
+        command = subject.command_with_rows("dial", rows, "--by", WHOLE)
+        yield OpenQuestion(question + subject.describe_split(rows), rows, command=command)
     for scale in _scales_below_1(dial):
         rows = scale.rows_needed(dial)
         if rows > _most_rows(dial, subject):

@@ -372,8 +372,8 @@ def _read_part(
     if len(set(names)) < len(names):
         raise ValueError(f"rows must have distinct names, got {', '.join(names)}")
     if smoke is not None:
-        task = smoke.task(merged.get("task"))
-        merged |= {"model": smoke.model(task.kind), "task": task, "seeds": 1}
+        stand_in = smoke.task(merged.get("task"))
+        merged |= {"model": smoke.model(stand_in.kind), "task": stand_in, "seeds": 1}
         settings = smoke.settings(settings)
         for name, metric in metrics.items():
             (metrics[name],) = resolve(smoke.metrics.get(metric.name, metric.name))

@@ -213,7 +213,8 @@ def measure_outline(outline: nn.Module, job: Job) -> tuple[int, int]:
     weight_bytes: float = _BYTES_OF_FROZEN.get(job.settings.get("dtype") or "float32", 4)
     description = module_table.describe(outline)
     blocks = description["module"][description["role"] == "block"].tolist()
-    quantized, idle = set(), set()
+    quantized: set[int] = set()
+    idle: set[int] = set()
     if job.settings.get("quantize") is not None:
         for block in blocks:
             for layer in outline.get_submodule(block).modules():

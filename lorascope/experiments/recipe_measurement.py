@@ -123,6 +123,6 @@ def _lengthen(task: Task, length: int) -> Task:
             table[column] = (table[column] + " ") * length
     if "context" in table:
         # The context has many words already, and more windows would be tokenized only.
-        words = int(table["context"].str.split().str.len().min())
+        words = min(len(context.split()) for context in table["context"])
         table["context"] = (table["context"] + " ") * (length // words + 1)
     return replace(task, table=table)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from torch import nn
 
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
-from lorascope.inputs.tokenization import EncodedRows
+from lorascope.inputs.tokenization import EncodedRows, Tokens
 
 FEWEST_ROWS = 32
 _BUNDLED = "sentiment"
@@ -30,7 +31,7 @@ def encode_rows(model: nn.Module, task: Task, split: str, rows: int, max_length:
     Raises
     ------
     ValueError
-        There are fewer than 32 rows.
+        There are fewer than 32 rows, or the tokenizer is that of a model with a larger vocabulary.
     """
     table = task.split(split).head(rows)
     if len(table) < FEWEST_ROWS:
@@ -40,7 +41,22 @@ def encode_rows(model: nn.Module, task: Task, split: str, rows: int, max_length:
         )
     # Text that the training did not read may be longer than the positions of the model.
     length = int(min(max_length, models.count_positions(model)))
-    return TextRows(task.encode(models.processor(model), table, length), table)
+    encoded = task.encode(models.processor(model), table, length)
+    if isinstance(encoded, Tokens):
+        _require_vocabulary(model, encoded)
+    return TextRows(encoded, table)
+
+
+def _require_vocabulary(model: nn.Module, encoded: Tokens) -> None:
+    """Raise a ValueError if a token is not in the model's embedding, which is an index error in the forward pass."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    size = len(embedding.weight)
+    largest = max(itertools.chain.from_iterable(encoded.tokens["input_ids"]), default=0)
+    if largest >= size:
+        raise ValueError(
+            f"cannot read the rows with the tokenizer of {type(model).__name__}: it has a token {largest}, but the "
+            f"model has embeddings of {size} tokens. Save the model with its own tokenizer"
+        )
 
 
 def load_keep(keep: str | Path | Task | None, task: Task, model: nn.Module) -> Task:

@@ -173,6 +173,7 @@ class Adviser:
         self.subject = Subject(str(run.path or run.id), str(model or "NAME"), names[0] or "NAME", names[1])
         self.subject = self.subject._replace(state=state)
         self.plan = Plan()
+        self.learns = True  # until the dial says otherwise
         self.facts: list[Fact] = []
         self.actions: list[Action] = []
         self.questions: list[OpenQuestion] = []
@@ -357,7 +358,10 @@ class Adviser:
             print(f"advise: {plan.describe()}", file=sys.stderr)
         if plan.by:
             self._turn_dial(plan.by)
-        if plan.price_rows:
+        if plan.price_rows and not self.learns:
+            # Cuts of an update that learns nothing cost nothing, at any rank.
+            self.skip("price", "the update is not shown to learn, so no rank follows", self.subject.command("price"))
+        elif plan.price_rows:
             self._price(plan.price_rows, retrain)
         elif retrain:
             self.skip("retraining", "follows the price of the rank, which was not measured")
@@ -381,6 +385,7 @@ class Adviser:
         except ValueError as error:  # the model fits, so its texts do not
             self.skip("dial", str(error))
             return
+        self.learns = advice_rules.is_learning_shown(dialed)
         self._note(advice_rules.facts_of_dial(dialed), dialed.receipt.command)
         self.actions += advice_rules.actions_of_dial(dialed, self.subject)
         self.questions += advice_rules.questions_of_dial(dialed, self.subject)

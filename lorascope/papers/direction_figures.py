@@ -173,7 +173,9 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     right = replace(left, data=printed, marks=marks, title="Norm of W, printed", x=replace(x, label="printed ‖UᵀWV‖"))
     y = Axis(order=[*factors.index, *printed_factors.index], compact=True)
     # Rank 64 occurs in both.
-    measured_factors = factors_by_layer.mean().reset_index().eval("row = rank")  # a rank has the same dots below
+    measured_factors = (
+        factors_by_layer.mean().reset_index().assign(row=lambda table: table["rank"])
+    )  # a rank has the same dots below
     above = replace(
         left,
         data=measured_factors,
@@ -184,7 +186,7 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
     )
     above_right = replace(
         above,
-        data=printed_factors.reset_index().eval("row = rank"),
+        data=printed_factors.reset_index().assign(row=lambda table: table["rank"]),
         marks=[Point("factor", "row", "rank", hollow=True)],
         title="Amplification, printed",
         x=replace(x, label="printed ‖ΔW‖ / ‖UᵀWV‖"),

@@ -34,10 +34,11 @@ SIZES = {"base": (768, 12, 12), "large": (1024, 24, 16)}
 
 def test_the_recipe_of_image_sets_has_the_printed_means_and_parameters(monkeypatch):
     plan = read_offline("fourierft-table5", monkeypatch)
+    (mean,) = plan.means
     names = ["Pets", "Cars", "CIFAR10", "DTD", "EuroSAT", "FGVC", "RESISC45", "CIFAR100"]
-    assert list(plan.mean.columns) == names
+    assert list(mean.columns) == names
     assert [name for recipe_part in plan.recipe_parts for name in recipe_part.columns] == 2 * names
-    printed = {row: (score.value, score.n) for row, score in plan.mean.printed.items()}
+    printed = {row: (score.value, score.n) for row, score in mean.printed.items()}
     assert printed == {
         "FourierFT, base, 3000": (77.75, 5),
         "FourierFT, base, 10000": (80.29, 5),

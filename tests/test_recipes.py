@@ -742,6 +742,8 @@ PRINTED = {
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_recipes_of_language_models_have_the_printed_numbers(name, monkeypatch):
+    # Reading a recipe requires the package of its quantized bases.
+    monkeypatch.setattr("lorascope.training.settings.require_bitsandbytes", lambda kind: None)
     monkeypatch.setattr(metrics, "require_package", lambda metric: None)
     monkeypatch.setattr(models, "locate_model", lambda name: None)
     monkeypatch.setattr(recipe.grid, "load_task", smoke.Smoke().task)

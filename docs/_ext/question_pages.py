@@ -21,7 +21,8 @@ def question_blocks(root: Path) -> dict[str, str]:
     for claim in registration.claims.values():
         result, rule = results[claim.id], claim.rule
         effects = [format_with_interval(result, rule.unit, prefix) for prefix in ("", "positive_")]
-        finished = min(len(evidence.seeds(arm)) for arm in claim.for_arms)
+        # An arm may have more seeds, for another question.
+        finished = min(rule.seeds, *(len(evidence.seeds(arm)) for arm in claim.for_arms))
         place = f"[{claim.paper.place}]({claim.paper.place}.md)"
         rows.append((f"`{claim.id}` {claim.sentence}", place, f"{rule.kind} {rule.bound:g} {rule.unit}", *effects,
                      shown_word(result), f"{finished} of {rule.seeds}"))  # fmt: skip

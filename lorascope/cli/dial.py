@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import File, Folder, Name, SavedState, command
 from lorascope.cli.opened_runs import open_measured
-from lorascope.files.printable import printable
+from lorascope.files.printable import printable, printable_lines
 from lorascope.files.text_layout import format_frame
 
 
@@ -95,7 +95,7 @@ def main(
         print(dumps(measured.to_json(), indent=1))
         return 0
     columns = ["part", "learn", "forget", "learn_share", "forget_share", "verdict", "best_scale", "rows_needed"]
-    print(printable(repr(measured)), format_frame(measured.summary()[columns]), sep="\n\n")
+    print(printable_lines(repr(measured)), format_frame(measured.summary()[columns]), sep="\n\n")
     return 0
 
 

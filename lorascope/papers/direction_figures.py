@@ -162,7 +162,7 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
         ranges.append(f"{low:.2f} to {high:.2f} at {rank} ({count} seeds)")
     caption = (
         "MiniLM, sentiment; W of q. Norm of W along directions: ‖UᵀWV‖, where U and V are the left and right singular "
-        "vectors of the update ΔW, as many of W, or random ones. Amplification: ‖ΔW‖ / ‖UᵀWV‖ with those of ΔW. Dots "
+        "vectors of the update D, as many of W, or random ones. Amplification: ‖D‖ / ‖UᵀWV‖ with those of D. Dots "
         f"are layers, means over seeds. Range over seeds, mean of the layers: {', '.join(ranges)}. Printed numbers are "
         "of layer 48 of GPT-3."
     )
@@ -181,7 +181,7 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
         data=measured_factors,
         marks=[Point("factor", "row", "rank")],
         title="Amplification",
-        x=replace(x, label="‖ΔW‖ / ‖UᵀWV‖"),
+        x=replace(x, label="‖D‖ / ‖UᵀWV‖"),
         y=y,
     )
     above_right = replace(
@@ -189,7 +189,7 @@ def draw_amplification(evidence: StudyEvidence) -> Drawable | None:
         data=printed_factors.reset_index().assign(row=lambda table: table["rank"]),
         marks=[Point("factor", "row", "rank", hollow=True)],
         title="Amplification, printed",
-        x=replace(x, label="printed ‖ΔW‖ / ‖UᵀWV‖"),
+        x=replace(x, label="printed ‖D‖ / ‖UᵀWV‖"),
     )
     title = (
         f"The update amplifies its directions of W {factors['rank 8']:.1f} times at rank 8, {factors['rank 64']:.1f} "

@@ -311,6 +311,7 @@ def test_retraining_gives_a_configuration_only_if_it_is_as_good(bert: str, task:
         assert told.config == {}
 
 
+@pytest.mark.usefixtures("learned")
 @pytest.mark.slow
 def test_what_is_printed_can_be_pasted(
     bert: str,
@@ -331,6 +332,7 @@ def test_what_is_printed_can_be_pasted(
         assert main(shlex.split(command)[1:]) == 0, command
 
 
+@pytest.mark.usefixtures("learned")
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["last", "best"])
 def test_every_number_is_measured_again_by_its_command(

@@ -294,7 +294,9 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float, fixed_h
         _stack_foot(drawn_figure, fixed_height or sum(heights) + head + turned + below, foot, depths)
         for cell, ax, panel in panels:
             ax.apply_aspect()  # a square panel is narrower than its cell
-            room = 1.1 * size_in_points(ax)[0]
+            # A title may be wider than its panel, but must not leave the figure.
+            to_edge = 72 * width * (1 - ax.get_position().x0)
+            room = min(1.1 * size_in_points(ax)[0], to_edge)
             ax.set_title(keep_math(wrap_text(_panel_title(settled, panel, cell.frame), room, size)))
         names = [0.0] * len(heights)
         for cell, ax, panel in panels:

@@ -208,6 +208,25 @@ def test_square_panels_are_as_high_as_wide(reader) -> None:
             assert height == pytest.approx(width, rel=0.01)
 
 
+@both
+def test_panels_have_the_widths_of_their_spans(reader) -> None:
+    data = table("x y", (0, 0), (1, 1))
+    wide, narrow = (Chart(data, [Point("x", "y")], span=span) for span in (3, 1))
+    (wide_width, _), (narrow_width, _), *_ = sizes = reader(Panels(((wide, narrow), (wide, narrow)))).sizes()
+    assert wide_width / narrow_width == pytest.approx(3, rel=0.01)
+    np.testing.assert_allclose(sizes[2:], sizes[:2], rtol=0.01)
+
+
+def test_panels_of_different_spans_stack_where_the_narrow_one_has_no_room() -> None:
+    data = table("x y", (0, 0), (1, 1))
+    row = Panels(((Chart(data, [Point("x", "y")], span=3), Chart(data, [Point("x", "y")])),))
+    starts = [ax.get_position().y0 for ax in row.mpl(width=6.75).axes]
+    assert starts[0] == pytest.approx(starts[1], abs=0.01)
+    top, bottom = (ax.get_position() for ax in row.mpl(width=3.25).axes)
+    assert top.y0 > bottom.y1
+    assert top.width == pytest.approx(bottom.width, rel=0.05)
+
+
 def test_plotly_rows_of_small_squares_are_low() -> None:
     plane = Chart(table("x y", (0, 0), (1, 1)), [Point("x", "y")], square=True)
     low, high = (Panels(((plane,) * count,)).plotly().layout.height for count in (4, 2))

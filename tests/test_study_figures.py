@@ -106,13 +106,16 @@ def test_forest_shows_the_numbers_of_the_results() -> None:
     assert row["effect"] == pytest.approx(8.0)
     assert row["against_effect"] == pytest.approx(-8.0)
     # All pairs with runs have rows, each with the truths by name.
-    truth = figure.panels[1]
+    _, truth, bounds_of_pairs = figure.panels
     assert truth.y.ticks == {
         "pair.lora": "LoRA vs full fine-tuning, update of rank 2", "pair.lora, other": "update of rank 24",
         "pair.adalora": "AdaLoRA vs LoRA, uneven ranks", "pair.adalora, other": "update of rank 2",
-        "pair.basis": "FourierFT vs random basis, FourierFT's entries", "pair.basis, other": "other entries",
+        "pair.basis": "FourierFT vs random basis, its entries", "pair.basis, other": "other entries",
     }  # fmt: skip
-    assert truth.title == f"{forest_plot.TRUTH} (16 seeds)"
+    assert truth.title == forest_plot.TRUTH
+    assert bounds_of_pairs.y == truth.y
+    texts = bounds_of_pairs.table(bounds_of_pairs.marks_of(Text)[0]).set_index("row")["text"].to_dict()
+    assert texts == {"pair.lora": "−2, n = 16", "pair.adalora": "+2, n = 16", "pair.basis": "+2, n = 16"}
     # This edition replaces the estimate of the first one, and a cost has its bound below 0.
     text = results.set_index("claim").loc["text.lora"]
     assert dots_of(figure, EDITION_2)["effect"].tolist() == [text["effect"]]
@@ -144,13 +147,15 @@ def test_forest_divides_effects_by_their_bounds() -> None:
     ticks = figure.panels[0].x.ticks or {}
     assert {"\N{MINUS SIGN}1", "0", "1", "3", "10"} <= set(ticks.values())
     assert {position: name for position, name in ticks.items() if name == "10"} == {1 + np.log(10): "10"}
-    assert [chart.x for chart in figure.panels] == [figure.panels[0].x] * 2
+    text, truth, _ = figure.panels
+    assert truth.x == text.x
 
 
 def test_forest_has_a_column_of_numbers_with_their_units() -> None:
     figure = forest(results_of(adalora=8.0, adapprox=-20.0), REGISTERED, EARLIER)
     numbers: dict[str, str] = {}
-    for chart in figure.panels:
+    on_text, truth, _ = figure.panels
+    for chart in (on_text, truth):
         for text in chart.marks_of(Text):
             table = chart.table(text)
             numbers |= dict(zip(table["row"], table["number"], strict=True))
@@ -158,11 +163,11 @@ def test_forest_has_a_column_of_numbers_with_their_units() -> None:
     assert numbers["NeFT"] == "−1.46 [−2.19, −0.73]"
     assert numbers["AdaLoRA"] == "no headroom"
     assert numbers["pair.adalora"].startswith("+8.0 [7.8, ")
-    assert set(numbers) == {row for chart in figure.panels for row in chart.y.order or ()}
+    assert set(numbers) == {*(on_text.y.order or ()), *(truth.y.order or ())}
     # No dot is in the column.
-    ends = [chart.data["position_high"].max() for chart in figure.panels]
-    (column,) = {position for chart in figure.panels for position in chart.table(chart.marks_of(Text)[0])["position"]}
-    assert max(ends) < column
+    for chart in (on_text, truth):
+        columns = chart.table(chart.marks_of(Text)[0])["position"]
+        assert chart.data["position_high"].max() < columns.min()
 
 
 def test_forest_has_words_instead_of_dots() -> None:
@@ -174,7 +179,7 @@ def test_forest_has_words_instead_of_dots() -> None:
         assert dots_of(figure, POSITIVE).empty
         assert gray_words(figure).count(word) == 1 + (word == "no headroom")  # AdaLoRA on text
         assert set(dots_of(figure, BOUND)["row"]) == {"LoRA", "NeFT", "LISA"}  # on text, by edition 1
-        assert figure.panels[1].y.order == ("pair.adalora",)
+        assert figure.panels[1].y.order == figure.panels[2].y.order == ("pair.adalora",)
     assert "AdaLoRA" not in set(dots_of(figure, EDITION_1)["row"])
 
 
@@ -191,7 +196,7 @@ def test_forest_without_runs_counts_the_pairs_that_wait_and_has_no_panel_of_them
     assert " 10 of 11 pairs are not finished: " in both.panels[0].caption
     assert "AdaLoRA vs LoRA" not in both.panels[0].caption
     # Without an estimate on text, only the pairs are drawn.
-    (truth,) = forest(results_of(adalora=8.0), REGISTERED, NO_ESTIMATE).panels
+    truth, _ = forest(results_of(adalora=8.0), REGISTERED, NO_ESTIMATE).panels
     assert truth.title.startswith(forest_plot.TRUTH)
     assert "Printed" not in truth.caption
     assert "headroom" not in truth.caption
@@ -204,17 +209,21 @@ def test_forest_has_printed_gains_in_the_unit_of_the_estimate_only() -> None:
     figure = forest(results_of(adalora=8.0), replace(REGISTERED, claims=claims), EARLIER)
     assert dots_of(figure, PRINTED)[["row", "effect"]].to_numpy().tolist() == [["NeFT", 2.1]]
     assert "Printed gains are from other models and tasks." in figure.panels[0].caption
-    (point,) = [
-        mark for mark in figure.panels[0].marks_of(Point) if PRINTED in set(figure.panels[0].table(mark)["mark"])
-    ]
+    # Gains of other models are on an axis of their own, which has its unit.
+    on_text, printed, *_ = figure.panels
+    assert printed.title == "Printed"
+    assert printed.y == on_text.y
+    assert printed.x.label == "gain (points)"
+    (point,) = printed.marks_of(Point)
+    assert point.x == "effect"
     assert (point.symbol, point.hollow, point.low) == ("diamond", True, None)
 
 
 def test_stacked_panels_of_the_forest_keep_the_names_of_their_rows() -> None:
-    """On a narrow screen as well, both panels have their ground and the names of their rows."""
+    """On a narrow screen as well, all panels have their ground and the names of their rows."""
     figure = forest(results_of(adalora=8.0, lisa=1.0, adapprox=-20.0), REGISTERED, EARLIER)
     layout = plotly_backend.narrow_layout(plan_figure(figure, theme("light")))
-    for axis, chart in zip((layout["yaxis"], layout["yaxis2"]), figure.panels, strict=True):
+    for axis, chart in zip((layout["yaxis"], layout["yaxis2"], layout["yaxis3"]), figure.panels, strict=True):
         names = (chart.y.ticks or {}).values()
         assert [text[-4:] for text in axis["ticktext"]] == [name[-4:] for name in names]  # long ones are elided
         assert axis.get("showticklabels", True)

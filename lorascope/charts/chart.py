@@ -214,6 +214,8 @@ class Chart(Drawable):
         Stored in every saved file: run ids and other JSON values.
     square : bool
         The panel is as high as wide, as for a plane whose axes have one unit. Default False.
+    span : int
+        Places that the panel takes in its row. Next to a panel of 3, one of 1 has a third of its width. Default 1.
 
     Raises
     ------
@@ -232,6 +234,7 @@ class Chart(Drawable):
     colors: Iterable[Any] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     square: bool = False
+    span: int = 1
 
     def __post_init__(self) -> None:
         # The class is frozen. With copy on write, later edits of the table do not change the chart.
@@ -342,7 +345,7 @@ class Chart(Drawable):
 class Panels(Drawable):
     """Charts in rows, with one legend, one slider and one caption, below a ``title``.
 
-    In print, a row has at least ``columns`` places of equal width, and fewer charts leave the last ones empty.
+    In print, a row has at least ``columns`` places of equal width; charts that span fewer leave the last ones empty.
     """
 
     grid: tuple[tuple[Chart, ...], ...]

@@ -187,7 +187,9 @@ def _lay_out_grid(settled: FigurePlan, width: float, draw_all: bool) -> list[_Gr
     """
     min_width = MULTIPLE if settled.frames else MIN_PANEL
     across = max(1, int(width / max([min_width, *map(_names_width, settled.panels)])))
-    rows: list[tuple[int, Iterable[tuple[int, Any]]]] = []  # number of equal columns, panels and frames in them
+    # Frames of a panel have equal widths.
+    spans = [1 if settled.frames else panel.chart.span for panel in settled.panels]
+    rows: list[tuple[int, Iterable[tuple[int, Any]]]] = []  # number of equal places, panels and frames in them
     if settled.frames:
         frames, max_frames = settled.frames, across
         if len(settled.panels) == 1:
@@ -205,15 +207,21 @@ def _lay_out_grid(settled: FigurePlan, width: float, draw_all: bool) -> list[_Gr
     else:
         for row in settled.rows:
             columns = _spread_evenly(max(len(row), settled.columns), across)
+            if len(row) < sum(spans[number] for number in row) > across:
+                columns = 1
             for start in range(0, len(row), columns):
-                rows.append((columns, product(row[start : start + columns], [None])))
+                line = row[start : start + columns]
+                places = sum(spans[number] for number in line)
+                rows.append((max(columns, places), product(line, [None])))
     # A common multiple lets rows with different numbers of panels share one grid.
     columns = math.lcm(*(count for count, _ in rows))
     cells = []
     for number, (count, members) in enumerate(rows):
-        width = columns // count
-        for index, (panel_number, frame) in enumerate(members):
-            cells.append(_GridPlace(panel_number, frame, number, index * width, (index + 1) * width))
+        place = 0
+        for panel_number, frame in members:
+            stop = place + spans[panel_number] * columns // count
+            cells.append(_GridPlace(panel_number, frame, number, place, stop))
+            place = stop
     return cells
 
 

@@ -126,14 +126,20 @@ def _measure(settled: FigurePlan, width: float) -> _Space:
     plot = width - left - right
     starts: list[float] = []
     widths: list[float] = []
+    places: list[float] = []
     for members in rows:
         lost = sum(after[view] + GAP for view in members[:-1]) + sum(before[view] for view in members[1:])
-        panel_width = (plot - lost) / len(members)
-        if len(members) < settled.columns:
-            panel_width = min([panel_width, *widths])  # as in the full rows
-        widths += [panel_width] * len(members)
-        steps = [panel_width + after[view] + GAP + before[neighbor] for view, neighbor in pairwise(members)]
-        starts += [sum(steps[:index]) for index in range(len(members))]
+        spans = [panels[view].chart.span for view in members]
+        place = (plot - lost) / sum(spans)
+        if sum(spans) < settled.columns:
+            place = min([place, *places])  # as in the full rows
+        places.append(place)
+        start = -before[members[0]]  # the names of the first panel are in the margin
+        for view, span in zip(members, spans, strict=True):
+            start += before[view]
+            starts.append(start)
+            widths.append(span * place)
+            start += widths[view] + after[view] + GAP
     below: list[Ticks | None] = []
     titles = [""] * len(panels)
     depths, heads, heights, tops = [0.0] * len(rows), [0.0] * len(rows), [0.0] * len(rows), []

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels
-from lorascope.charts.geometry import MINUS
+from lorascope.charts.geometry import MINUS, drawn_number
 from lorascope.charts.marks import Axis, Mark, Point, Rule, Text
 from lorascope.papers.figures.study_marks import (
     BOUND,
@@ -41,9 +41,11 @@ _EFFECTS = (FAVORABLE, OTHER, EDITION_1, EDITION_2)
 _COLORS = (*SIDES, EDITION_1, BOUND, PRINTED, EDITION_2)
 _PREFIXES = {FAVORABLE: "", OTHER: "against_", POSITIVE: "positive_"}
 _TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30, 100)
-_NUMBERS_SHARE = 0.36  # of the width of a panel, for the column of numbers
+_NUMBERS_SHARE = 0.42  # of the width of a panel, for the column of numbers
 # Short enough for one line in both renderers.
 _X_LABEL = "effect / bound (log beyond ±1)"
+_PRINTED_LABEL = "gain (points)"
+_WIDE = 4  # places of a panel of effects; the panel next to it has one
 _CAPTION = (
     "Effect of each method minus its control, with 95% intervals, divided by the bound of its claim: the smallest gain "
     f"that matters, m, or the largest acceptable cost, d. {SMALL} Numbers are in points unless they have a unit: of "
@@ -150,7 +152,9 @@ def _marks_on_text(
 def _marks_of_pair(claim: StudyClaim, result: Mapping[str, Any]) -> Iterator[ForestMark]:
     """Yield the effects of a pair at both truths and its positive control, or the word that replaces them."""
     bound, names = SIGNS[claim.rule.kind] * claim.rule.bound, truths(claim)
-    name = f"{compared_methods(claim)}, {names[FAVORABLE]}"
+    compared = compared_methods(claim)
+    own = names[FAVORABLE].replace(compared.partition(" vs ")[0] + "'s", "its")  # a name has little room
+    name = f"{compared}, {own}"
     row = ForestMark(TRUTH, claim.id, name, claim.rule.unit, bound, int(result["n"]), BOUND)
     if result["word"] == NOT_RUN:
         return
@@ -181,7 +185,7 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
     if waiting:
         unfinished = ", ".join(compared_methods(registration.claims[id]) for id in waiting)
         caption += f" {len(waiting)} of {len(pairs)} pairs are not finished: {unfinished}."
-    ends = table[["position", "position_low", "position_high"]].to_numpy().ravel()
+    ends = table.loc[table["mark"] != PRINTED, ["position", "position_low", "position_high"]].to_numpy().ravel()
     low, high = min(-1.0, np.nanmin(ends)), max(1.0, np.nanmax(ends))
     room = 0.04 * (high - low)
     low, high = low - room, high + room
@@ -198,8 +202,15 @@ def forest(results: pd.DataFrame, registration: StudyRegistration, earlier: pd.D
             rows = rows.sort_values("row", key=lambda methods: methods.isin(with_word), kind="stable")
         names = dict(zip(rows["row"], rows["name"], strict=True))
         marks = [Rule(x=0), *_marks(rows), *_numbers(rows, (high + right) / 2)]
-        y, title = Axis(order=names, ticks=names, compact=True), f"{ground}{_count_seeds(rows)}"
-        charts.append((Chart(rows, marks, title=title, x=x, y=y, colors=_COLORS, caption=caption),))
+        y, title, beside = Axis(order=names, ticks=names, compact=True), ground, []
+        if ground == TRUTH:
+            beside.append(_list_bounds(rows, y, caption))
+        else:
+            title += _count_seeds(rows)
+            if (rows["mark"] == PRINTED).any():
+                beside.append(_draw_printed(rows, y, caption))
+        effects = Chart(rows, marks, title=title, x=x, y=y, colors=_COLORS, caption=caption, span=_WIDE)
+        charts.append((effects, *beside))
     return Panels(tuple(charts), title=_title(table))
 
 
@@ -215,13 +226,30 @@ def _title(table: pd.DataFrame) -> str:
 
 
 def _marks(rows: pd.DataFrame) -> Iterator[Mark]:
-    """Yield the bounds, then controls and printed gains, and the effects with their intervals on top."""
+    """Yield the bounds, then controls, and the effects with their intervals on top."""
     yield Point("position", "row", "mark", symbol="line-ns-open", data=rows[rows["mark"] == BOUND])
     # Without a bar, a positive control does not hide the interval of the effect on its line.
     yield Point("position", "row", "mark", data=rows[rows["mark"] == POSITIVE])
-    yield Point("position", "row", "mark", symbol="diamond", hollow=True, data=rows[rows["mark"] == PRINTED])
     effects = rows[rows["mark"].isin(_EFFECTS) & (rows["word"] == "")]
     yield Point("position", "row", "mark", low="position_low", high="position_high", data=effects)
+
+
+def _draw_printed(rows: pd.DataFrame, y: Axis, caption: str) -> Chart:
+    """Draw the gains that papers print next to the effects: they are of other models and tasks."""
+    marks = [Rule(x=0), Point("effect", "row", "mark", symbol="diamond", hollow=True)]
+    printed, x = rows[rows["mark"] == PRINTED], Axis(label=_PRINTED_LABEL)
+    return Chart(printed, marks, title="Printed", x=x, y=y, colors=_COLORS, caption=caption)
+
+
+def _list_bounds(rows: pd.DataFrame, y: Axis, caption: str) -> Chart:
+    """Draw a column with the bound of every pair, negative for a cost, and its number of seeds."""
+    texts: list[tuple[float, str, str]] = []
+    pairs: list[dict[Any, Any]] = rows[rows["mark"] != OTHER].drop_duplicates("row").to_dict("records")
+    for pair in pairs:
+        unit = "%" if pair["unit"].startswith("percent") else ""
+        texts.append((0.0, pair["row"], f"{drawn_number(pair['bound'], '+g')}{unit}, n = {pair['seeds']}"))
+    bounds, x = pd.DataFrame(texts, columns=["x", "row", "text"]), Axis(limits=(-1, 1), ticks={})
+    return Chart(bounds, [Text("x", "row", "text")], title="Bound, seeds", x=x, y=y, colors=_COLORS, caption=caption)
 
 
 def _numbers(rows: pd.DataFrame, position: float) -> Iterator[Text]:

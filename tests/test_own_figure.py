@@ -173,6 +173,11 @@ def test_all_marks_are_public() -> None:
         (r"W - W_0", "<i>W</i>−<i>W</i><sub>0</sub>"),
         (r"s B A^\top", "<i>s</i><i>B</i><i>A</i><sup>⊤</sup>"),
         (r"\lambda_{i+1} \times 10^{-3}", "λ<sub><i>i</i>+1</sub>×10<sup>−3</sup>"),
+        (r"\frac{\alpha}{\sqrt{r}} B A", "α/(√<i>r</i>)<i>B</i><i>A</i>"),
+        (r"\sqrt{r_{k}+1}", "√(<i>r</i><sub><i>k</i></sub>+1)"),
+        (r"\frac{W_0}{10}", "<i>W</i><sub>0</sub>/10"),
+        (r"\mathcal{L} \in \mathbb{RA}", "ℒ∈ℝ<i>A</i>"),
+        (r"\left( x \right)", "(<i>x</i>)"),
         (r"\hat{W}_\mathrm{max} < \mathbf{x}", "<i>Ŵ</i><sub>max</sub>&lt;<b>x</b>".replace("Ŵ", "W\u0302")),
     ],
 )
@@ -223,7 +228,9 @@ def test_math_in_labels_is_drawn_and_texts_at_points_are_not_math() -> None:
         (r"\|W - W_0\|_F", "‖W−W₀‖_F"),
         (r"10^{-3} \times \sigma_{i+1}", "10⁻³×σᵢ₊₁"),
         (r"B A^\top < \hat{x}_\mathrm{max}", "BAᵀ<x\u0302ₘₐₓ"),
-        (r"\frac{a}{b}", r"$\frac{a}{b}$"),
+        (r"\frac{a}{b}", "a/b"),
+        (r"\sqrt[3]{a}", r"$\sqrt[3]{a}$"),
+        (r"\mathcal{D}", "D"),
     ],
 )
 def test_math_in_captions_is_unicode(math: str, plain: str) -> None:

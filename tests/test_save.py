@@ -152,10 +152,10 @@ def test_pdf_has_the_requested_width_and_embedded_truetype(chart, heat, tmp_path
     assert float(panels.mediabox.width) == pytest.approx(72 * 6.9, abs=0.5)
 
 
-@pytest.mark.parametrize("width", [3.25, "3.25", 3.03, "neurips", "icml", "acl", "acl-page", "nature", "nature-page"])
+@pytest.mark.parametrize("width", [3.25, "3.25", 3.03, "neurips", "ICML", "acl", "acl-page", "nature", "nature-page"])
 @pytest.mark.parametrize("dpi", [100, 300])
 def test_png_has_the_requested_size_to_a_pixel(chart, tmp_path, width, dpi) -> None:
-    inches = WIDTHS[width] if width in WIDTHS else float(width)
+    inches = WIDTHS.get(str(width).lower()) or float(width)
     with Image.open(chart.save(tmp_path / "norms.png", width=width, height=3.0, dpi=dpi)) as image:
         assert image.size == (pytest.approx(inches * dpi, abs=1), 3 * dpi)
         assert image.info["dpi"] == pytest.approx((dpi, dpi), abs=0.01)
@@ -353,6 +353,42 @@ def test_images_of_the_study_do_not_depend_on_settings(chart, tmp_path) -> None:
     plain = save_small(chart, tmp_path / "plain.png").read_bytes()
     with mpl.rc_context({"lines.linewidth": 9.0}), lorascope.set_style("dark", ["#111111"]):
         assert save_small(chart, tmp_path / "set.png").read_bytes() == plain
+
+
+def test_frame_grid_and_sizes_of_the_caller_are_found_in_the_artists(chart) -> None:
+    plain = chart.mpl().axes[0]
+    assert [plain.spines[side].get_visible() for side in ("left", "bottom", "top", "right")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    settings = {"axes.spines.left": False, "axes.titlesize": 13.0, "lines.markersize": 9.0}
+    settings |= {"grid.linestyle": ":", "grid.linewidth": 1.5, "grid.color": "#123456"}
+    dots = Chart(chart.data, [Point("step", "norm", "role")], title="norms")
+    with mpl.rc_context(settings):
+        ax = dots.mpl().axes[0]
+        own_axes = Figure().add_subplot()
+        dots.mpl(ax=own_axes)
+    assert not ax.spines["left"].get_visible()
+    assert {*ax.collections[0].get_sizes()} == {81.0}
+    line = ax.yaxis.get_gridlines()[0]
+    assert (line.get_linestyle(), line.get_linewidth(), line.get_color()) == (":", 1.5, "#123456")
+    # On the caller's axes, frame and title are theirs.
+    assert [own_axes.spines[side].get_visible() for side in ("left", "top")] == [False, True]
+    assert own_axes.title.get_fontsize() == 13.0
+
+
+def test_set_style_applies_at_once_and_is_reset_without_arguments(chart) -> None:
+    try:
+        lorascope.set_style("dark")
+        lorascope.set_style(palette={"q": "#123456"})
+        assert chart.plotly().layout.paper_bgcolor == "#16181d"
+        assert "#123456" in chart.plotly().to_json()
+    finally:
+        lorascope.set_style()
+    assert chart.plotly().layout.paper_bgcolor == "#ffffff"
+    assert "#123456" not in chart.plotly().to_json()
 
 
 def test_set_style_applies_in_its_block_to_both_renderers(chart, tmp_path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lorascope.charts.theme import Theme, channels, theme
 
@@ -22,11 +23,11 @@ class FigureStyle:
 _style = FigureStyle()
 
 
-@contextmanager
-def set_style(theme: str | None = None, palette: Palette | None = None) -> Iterator[None]:
-    """Set the style of the figures that are drawn in a ``with`` block.
+def set_style(theme: str | None = None, palette: Palette | None = None) -> AbstractContextManager[Any]:
+    """Set the style of the figures that are drawn next; in a ``with`` statement, only of those in its block.
 
-    Set fonts and line widths by ``matplotlib.rcParams`` or ``plt.style``, which figures respect.
+    What is left out remains as it is; ``set_style()`` resets both. Set fonts and line widths by ``matplotlib.rcParams``
+    or ``plt.style``, which figures respect.
 
     Parameters
     ----------
@@ -36,20 +37,33 @@ def set_style(theme: str | None = None, palette: Palette | None = None) -> Itera
         Colors ``#rrggbb`` of categories: in the order of the legend, or by label, such as ``{"LoRA": "#d55e00"}``.
         Labels that a mapping does not have keep their colors.
 
+    Returns
+    -------
+    context manager
+        It restores the previous style at its end.
+
     Examples
     --------
+    >>> lorascope.set_style("dark")  # doctest: +SKIP
     >>> with lorascope.set_style("paper", {"LoRA": "#d55e00", "full": "#000000"}):  # doctest: +SKIP
     ...     chart.save("norms.pdf", width="icml")
     """
     global _style
     previous = _style
-    new_style = FigureStyle(theme or previous.theme, previous.palette if palette is None else palette)
+    new_style = FigureStyle()
+    if theme is not None or palette is not None:
+        new_style = FigureStyle(theme or previous.theme, previous.palette if palette is None else palette)
     figure_theme(None, "light", new_style.palette, new_style)
     _style = new_style
-    try:
-        yield
-    finally:
-        _style = previous
+    block = ExitStack()
+    block.callback(_restore_style, previous)
+    return block
+
+
+def _restore_style(previous: FigureStyle) -> None:
+    """Set the style that was in use before a block."""
+    global _style
+    _style = previous
 
 
 def figure_theme(

@@ -25,8 +25,11 @@ _SYMBOLS = {
     **{name: name for name in ("log", "exp", "min", "max", "dim", "ln", "det", "tr")},
 }
 _FONTS = {"mathrm": "", "text": "", "operatorname": "", "mathbf": "b", "mathit": "i"}
+_ALPHABETS = {"mathcal": "SCRIPT", "mathbb": "DOUBLE-STRUCK"}
+_SIZES = ("left", "right")  # of the bracket that follows
 _ACCENTS = {"hat": "\u0302", "bar": "\u0304", "tilde": "\u0303"}
 _SCRIPTS = {"^": "sup", "_": "sub"}
+_ONE_SYMBOL = re.compile(r"[\d.]+|.[\u0300-\u036f]?")
 _TAGGED = re.compile(r"<(sub|sup)>([^<]*)</\1>")
 # Characters that Unicode has as scripts, and these scripts.
 _UNICODE = {
@@ -74,7 +77,7 @@ def tags_of_math(math: str) -> str:
     Raises
     ------
     ValueError
-        It contains a command that has no such form, such as a fraction, or braces that do not match.
+        It contains a command that has no such form, or braces that do not match.
     """
     tokens = _TOKEN.findall(math)[::-1]
     tagged = []
@@ -109,10 +112,34 @@ def _tag_next(tokens: list[str], tag: str = "i") -> str:
         return _SYMBOLS[name]
     if name in _FONTS:
         return _tag_next(tokens, _FONTS[name])
+    if name in _SIZES:
+        return ""
+    if name == "frac":
+        return f"{_in_brackets(_tag_next(tokens, tag))}/{_in_brackets(_tag_next(tokens, tag))}"
+    if name == "sqrt":
+        if tokens and tokens[-1] == "[":
+            raise ValueError("only square roots have a form without a typesetter")
+        return f"√{_in_brackets(_tag_next(tokens, tag))}"
+    if name in _ALPHABETS:
+        return "".join(_letter_of(character, _ALPHABETS[name]) for character in _tag_next(tokens, ""))
     if name in _ACCENTS:
         accented = _tag_next(tokens, "")
         return f"<i>{accented}{_ACCENTS[name]}</i>"
     return _greek_letter(name)
+
+
+def _in_brackets(tagged: str) -> str:
+    """Return a part of a fraction or of a root, in brackets unless it is one symbol, which may have scripts."""
+    symbols = unescape(re.sub("</?[bi]>", "", _TAGGED.sub("", tagged)))
+    return tagged if _ONE_SYMBOL.fullmatch(symbols) else f"({tagged})"
+
+
+def _letter_of(character: str, alphabet: str) -> str:
+    """Return a capital letter of an alphabet, or the italic one if Unicode has it only where few fonts do."""
+    try:
+        return unicodedata.lookup(f"{alphabet} CAPITAL {character}")
+    except KeyError:
+        return f"<i>{escape(character)}</i>"
 
 
 def _greek_letter(name: str) -> str:

@@ -34,7 +34,6 @@ from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Panel
 from lorascope.charts.matplotlib_labels import BETWEEN, break_lines, is_short, label_categories, size_in_points
 from lorascope.charts.matplotlib_shapes import (
     DASHES,
-    DOT,
     MARKERS,
     MOST_CELLS,
     SEAM,
@@ -366,9 +365,9 @@ def _handle(entry: Entry) -> Line2D | Patch:
     if entry.kind == "band":
         return Patch(label=label, color=entry.color, alpha=FAINT, linewidth=0)
     if entry.kind == "line":
-        marker: dict[str, Any] = {"marker": MARKERS.get(entry.marker), "markersize": DOT}
+        marker: dict[str, Any] = {"marker": MARKERS.get(entry.marker)}
         return Line2D([], [], color=entry.color, label=label, linestyle=DASHES[entry.style], **marker)
-    look: dict[str, Any] = {"marker": MARKERS.get(entry.style), "markersize": DOT, "linestyle": ""}
+    look: dict[str, Any] = {"marker": MARKERS.get(entry.style), "linestyle": ""}
     if entry.style.endswith("-open") and entry.style != "line-ns-open":
         look["fillstyle"] = "none"
     return Line2D([], [], color=entry.color, label=label, **look)
@@ -401,10 +400,9 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
         elif scale.categories is None and scale.is_integer:
             axis.set_major_locator(MaxNLocator("auto", integer=True))
         if scale.categories is None:
-            axis.grid(True, color=panel.theme.grid, linewidth=0.5)
+            axis.grid(True)
         ax.set(**{f"{axis.axis_name}lim": scale.limits})
     ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _write_cell_texts(ax: Axes, panel: Panel, frame: Any = None) -> None:

@@ -22,7 +22,6 @@ DASHES: dict[str, Any] = dict(zip(STYLES["dash"], _PATTERNS, strict=True))
 MARKERS = dict(zip(STYLES["shape"], "os^DvPX", strict=True))
 MARKERS |= {f"{shape}-open": marker for shape, marker in MARKERS.items()} | {"line-ns-open": "|"}
 THIN = 0.5  # width in points of a line between dots
-DOT = 4.0  # diameter of a dot in points
 LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a column
 # Vector cells can be edited and have no blur, but take 0.2 kB each; more of them are an image.
 MOST_CELLS = 1000
@@ -48,7 +47,7 @@ def draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> Any:
         case Dots():
             if shape.errors:
                 draw_shape(ax, shape.errors, panel, zorder)
-            areas: Any = DOT**2
+            areas: Any = matplotlib.rcParams["lines.markersize"] ** 2
             if shape.share is not None:
                 areas = LARGEST**2 * shape.share
             look = {"c": shape.colors, "edgecolors": panel.theme.background, "linewidths": 0.3}

@@ -59,7 +59,9 @@ def style(look: Theme) -> Any:
         **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 2.5),
         **dict.fromkeys(("xtick.minor.size", "ytick.minor.size"), 1.5),
         **{"axes.titlelocation": "left", "axes.titlepad": 4.0, "axes.labelpad": 2.5, "figure.titleweight": "bold"},
-        **{"lines.linewidth": 1.2, "hatch.linewidth": 0.5, "legend.frameon": False, "savefig.dpi": 300},
+        **{"axes.spines.top": False, "axes.spines.right": False, "grid.color": look.grid, "grid.linewidth": 0.5},
+        **{"lines.linewidth": 1.2, "lines.markersize": 4.0, "hatch.linewidth": 0.5},
+        **{"legend.frameon": False, "savefig.dpi": 300},
         # Embed TrueType fonts, since many journals reject type 3.
         "pdf.fonttype": 42,
         # Text that can be searched, and edited for a paper, instead of outlines.

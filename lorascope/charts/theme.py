@@ -108,7 +108,7 @@ def theme(name: str) -> Theme:
 def width_in_inches(width: str | float) -> float:
     """Return the width of a figure in inches from a number of inches or a name of `WIDTHS`."""
     try:
-        inches = float(WIDTHS.get(str(width), width))
+        inches = float(WIDTHS.get(str(width).lower(), width))
     except ValueError:
         inches = math.nan
     if not MIN_WIDTH <= inches <= MAX_WIDTH:

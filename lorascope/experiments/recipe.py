@@ -157,6 +157,15 @@ class Recipe:
         """Return the jobs of all columns."""
         return list(chain.from_iterable(recipe_part.jobs() for recipe_part in self.recipe_parts))
 
+    def without_printed(self) -> Recipe:
+        """Return the recipe without printed numbers."""
+        recipe_parts = []
+        for recipe_part in self.recipe_parts:
+            rows = tuple(replace(row, printed={}) for row in recipe_part.rows)
+            recipe_parts.append(replace(recipe_part, rows=rows))
+        means = tuple(replace(mean, printed={}) for mean in self.means)
+        return replace(self, recipe_parts=tuple(recipe_parts), means=means)
+
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes in the package."""
@@ -207,7 +216,36 @@ def read(source: str | Path, smoke: bool = False) -> Recipe:
     path = find_recipe(source)
     table = grid.read_toml(path)
     with grid.naming_file(path):
-        return _read_table(table, path.stem, smoke)
+        plan = _read_table(table, path.stem, smoke)
+    if smoke:
+        # Scores of a tiny model have nothing to do with the numbers, whose places are checked.
+        plan = plan.without_printed()
+    return plan
+
+
+def read_printed(source: str | Path) -> Recipe:
+    """Read a recipe with tiny models and generated data, as for a trial, but with its metrics and printed numbers.
+
+    Parameters
+    ----------
+    source : path or str
+        A TOML file, or the name of a recipe in the package.
+
+    Raises
+    ------
+    ValueError
+        A key, method, field or value is invalid.
+    FileNotFoundError
+        There is no such file or recipe.
+    """
+    path = find_recipe(source)
+    table = grid.read_toml(path)
+    with grid.naming_file(path):
+        plan = _read_table(table, path.stem, smoke=True)
+    recipe_parts = []
+    for number, (recipe_part, entry) in enumerate(zip(plan.recipe_parts, table["part"], strict=True), start=1):
+        recipe_parts.append(replace(recipe_part, columns=read_columns(entry, number)))
+    return replace(plan, recipe_parts=tuple(recipe_parts))
 
 
 def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
@@ -241,13 +279,9 @@ def _read_table(table: Mapping[str, Any], name: str, smoke: bool) -> Recipe:
         recipe_parts.append(recipe_part)
     _require_distinct_cells(recipe_parts)
     cells = to_typed(table.get("printed", []), list[PrintedCell], "printed")
-    recipe_parts = _add_printed(recipe_parts, cells, smoke)
-    means: list[MeanColumn] = []
-    for entry in mean_entries:
-        mean = _read_mean(entry, recipe_parts, paper)
-        # As in the other columns.
-        means.append(replace(mean, printed={}) if smoke else mean)
-    return Recipe(name, paper, tuple(recipe_parts), tuple(means), root, table.get("backend", {}))
+    recipe_parts = _add_printed(recipe_parts, cells)
+    means = tuple(_read_mean(entry, recipe_parts, paper) for entry in mean_entries)
+    return Recipe(name, paper, tuple(recipe_parts), means, root, table.get("backend", {}))
 
 
 def _link_start(recipe_part: RecipePart, entry: Mapping[str, Any], by_id: dict[str, RecipePart]) -> RecipePart:
@@ -286,7 +320,7 @@ def _require_distinct_cells(recipe_parts: Iterable[RecipePart]) -> None:
             filled.add((column, row.name))
 
 
-def _add_printed(recipe_parts: list[RecipePart], cells: Iterable[PrintedCell], smoke: bool) -> list[RecipePart]:
+def _add_printed(recipe_parts: list[RecipePart], cells: Iterable[PrintedCell]) -> list[RecipePart]:
     """Return parts whose rows have the printed numbers of the recipe itself."""
     numbers = {(cell.row, cell.column): PrintedScore(cell.value, cell.sd, cell.n) for cell in cells}
     unused, completed = set(numbers), []
@@ -298,8 +332,7 @@ def _add_printed(recipe_parts: list[RecipePart], cells: Iterable[PrintedCell], s
                 if (row.name, column) in numbers:
                     unused.remove((row.name, column))
                     printed[column] = numbers[row.name, column]
-            # Numbers of other papers are not compared with tiny models either.
-            rows.append(row if smoke else replace(row, printed=printed))
+            rows.append(replace(row, printed=printed))
         completed.append(replace(recipe_part, rows=tuple(rows)))
     if unused:
         name, column = min(unused)
@@ -440,9 +473,6 @@ def _read_row(
                     grid.require_known([metric.name], value, f"metric in {key} of printed")
                     values[key] = value[metric.name]
             printed[column] = _find_printed(values)
-    if smoke is not None:
-        # The places are checked, but scores of a tiny model have nothing to do with the numbers.
-        printed = {}
     return TableRow(name, methods[0], printed)
 
 

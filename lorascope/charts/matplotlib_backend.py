@@ -210,17 +210,17 @@ def _lay_out_grid(settled: FigurePlan, width: float, draw_all: bool) -> list[_Gr
                 columns = 1
             for start in range(0, len(row), columns):
                 line = row[start : start + columns]
-                places = sum(spans[number] for number in line)
-                rows.append((max(columns, places), product(line, [None])))
+                span = sum(spans[number] for number in line)
+                rows.append((max(columns, span), product(line, [None])))
     # A common multiple lets rows with different numbers of panels share one grid.
     columns = math.lcm(*(count for count, _ in rows))
     cells = []
     for number, (count, members) in enumerate(rows):
-        place = 0
+        start = 0
         for panel_number, frame in members:
-            stop = place + spans[panel_number] * columns // count
-            cells.append(_GridPlace(panel_number, frame, number, place, stop))
-            place = stop
+            stop = start + spans[panel_number] * columns // count
+            cells.append(_GridPlace(panel_number, frame, number, start, stop))
+            start = stop
     return cells
 
 

@@ -126,19 +126,19 @@ def _measure(settled: FigurePlan, width: float) -> _Space:
     plot = width - left - right
     starts: list[float] = []
     widths: list[float] = []
-    places: list[float] = []
+    units: list[float] = []
     for members in rows:
         lost = sum(after[view] + GAP for view in members[:-1]) + sum(before[view] for view in members[1:])
         spans = [panels[view].chart.span for view in members]
-        place = (plot - lost) / sum(spans)
+        unit = (plot - lost) / sum(spans)
         if sum(spans) < settled.columns:
-            place = min([place, *places])  # as in the full rows
-        places.append(place)
+            unit = min([unit, *units])  # as in the full rows
+        units.append(unit)
         start = -before[members[0]]  # the names of the first panel are in the margin
         for view, span in zip(members, spans, strict=True):
             start += before[view]
             starts.append(start)
-            widths.append(span * place)
+            widths.append(span * unit)
             start += widths[view] + after[view] + GAP
     below: list[Ticks | None] = []
     titles = [""] * len(panels)

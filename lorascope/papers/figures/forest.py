@@ -153,8 +153,8 @@ def _marks_of_pair(claim: StudyClaim, result: Mapping[str, Any]) -> Iterator[For
     """Yield the effects of a pair at both truths and its positive control, or the word that replaces them."""
     bound, names = SIGNS[claim.rule.kind] * claim.rule.bound, truths(claim)
     compared = compared_methods(claim)
-    own = names[FAVORABLE].replace(compared.partition(" vs ")[0] + "'s", "its")  # a name has little room
-    name = f"{compared}, {own}"
+    truth = names[FAVORABLE].replace(compared.partition(" vs ")[0] + "'s", "its")  # a name has little room
+    name = f"{compared}, {truth}"
     row = ForestMark(TRUTH, claim.id, name, claim.rule.unit, bound, int(result["n"]), BOUND)
     if result["word"] == NOT_RUN:
         return

@@ -87,7 +87,6 @@ _PUBLIC = {
 }
 _MODULES = {
     "analysis": "lorascope.analysis",
-    "api_types": "lorascope.api_types",
     "baseline_ranks": "lorascope.analysis.baseline_ranks",
     "component_importance": "lorascope.experiments.component_importance",
     "export": "lorascope.export",

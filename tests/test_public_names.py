@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import html
-import importlib
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,8 +13,7 @@ import lorascope as ls
 from lorascope import plots
 
 CONSTANTS = {"ROLES", "FORMS", "OBSERVERS", "FIGURES", "METRICS"}
-# Without packages of modules, and types that are not called.
-MODULES = [name for name in ls._MODULES if name not in ("analysis", "api_types", "papers")]
+MODULES = [name for name in ls._MODULES if name not in ("analysis", "papers")]  # packages of modules
 DRAWING = [
     name
     for name, value in vars(plots).items()
@@ -79,45 +75,3 @@ def test_signature_names_classes_as_users_import_them(name: str) -> None:
             rf"\b{cls.__name__}\b", str(signature.return_annotation)
         ):
             assert getattr(ls, cls.__name__, None) is cls
-
-
-def public_callables() -> Iterator[Any]:
-    """Yield the functions and classes of ``lorascope`` and its modules, and the methods of the classes."""
-    found = [getattr(ls, name) for name in ls._PUBLIC]
-    for name in MODULES:
-        found += [getattr(getattr(ls, name), public) for public in dir(getattr(ls, name))]
-    for value in found:
-        if inspect.isroutine(value) or inspect.isclass(value):
-            yield value
-        if inspect.isclass(value):
-            for name, member in vars(value).items():
-                if inspect.isfunction(member) and not name.startswith("_"):
-                    yield member
-
-
-def own_names(module: str) -> set[str]:
-    """Return the names that a module defines or imports from this package, also for type checkers alone."""
-    source = inspect.getsource(importlib.import_module(module))
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lorascope"):
-            if node.module != "lorascope.array_types":  # jaxtyping's
-                names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            names.add(ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target))
-    return names
-
-
-def test_types_of_all_signatures_can_be_imported() -> None:
-    named = set()
-    for function in public_callables():
-        signature = inspect.signature(function)
-        annotations = [parameter.annotation for parameter in signature.parameters.values()]
-        for annotation in [*annotations, signature.return_annotation]:
-            if isinstance(annotation, str):
-                words = re.findall(r"(?<![\w.])[A-Z]\w+", re.sub(r'"[^"]*"', "", annotation))  # not those of shapes
-                named |= set(words) & own_names(function.__module__)
-    assert named.difference(ls.__all__) == set(ls.api_types.__all__)
-    assert all(getattr(ls.api_types, name) for name in ls.api_types.__all__)

@@ -15,7 +15,7 @@ CHECKED := --jaxtyping-packages="lorascope,beartype.beartype(conf=beartype.Beart
 CONTRACTS := $(addprefix tests/contract/test_,exporters.py formats.py methods.py observers.py)
 NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
-.PHONY: reproduce full test test-all lint types tests slow complete ray numbers quantized docs notebooks gpu clean
+.PHONY: reproduce full test test-all lint types tests slow complete ray numbers docs notebooks gpu clean
 
 reproduce: .venv/installed
 	$(BIN)/lorascope reproduce -o $(OUT)
@@ -57,11 +57,6 @@ ray: .venv/installed
 # Elementwise operations without vector instructions, and products of matrices with those of AVX2.
 numbers: .venv/installed
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)
-
-# After everything else: once bitsandbytes is installed, PEFT imports it, which warns about a kernel that it cannot load.
-quantized: .venv/installed
-	$(BIN)/python -m pip install -q -e '.[quantized]'
-	$(BIN)/pytest -n 0 tests/test_quantize.py tests/test_quantized_bases.py
 
 # Runs the notebooks, the guides and the examples of the gallery; a warning is an error.
 docs: .venv/installed

@@ -76,7 +76,7 @@ gpu: .venv/installed
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lorascope needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
-	@echo "Creating .venv and installing lorascope with its dependencies (about 2 minutes, 3.0 GB)..."
+	@echo "Creating .venv and installing lorascope with its dependencies (about 2 minutes, 2.8 GB)..."
 	@$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch --index-url $(TORCH_INDEX))

@@ -24,16 +24,6 @@ from lorascope.charts.theme import contrast
 DPI = 150  # a point is about two pixels
 TEXT_CONTRAST, MARK_CONTRAST = 4.5, 3.0  # Web Content Accessibility Guidelines 2.2, criteria 1.4.3 and 1.4.11
 GRAY_STEP = 10.0  # difference of CIE lightness, 0 to 100
-COLOR_STEP = 8.0  # distance in CIE L*a*b*; 2.3 is just noticeable between large areas
-# What a dichromat sees of linear red, green and blue.
-# Source: Machado, Oliveira and Fernandes 2009 (10.1109/TVCG.2009.113), table of severity 1.0.
-COLOR_BLIND = {
-    "protanopes": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopes": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritanopes": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
-}
-# From linear sRGB to CIE XYZ relative to its white. Source: IEC 61966-2-1:1999.
-TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 GROUND = 0.15  # fraction of the box of a text that a color fills if the text is on it
 SLACK = 1.0  # pixels: positions are rounded
 
@@ -88,7 +78,7 @@ def figure_faults(figure: Any) -> Iterator[str]:
             yield from _missing_ticks(ax)
             yield from _cut_marks(ax)
     for legend in _legends(figure):
-        yield from _alike_categories(legend)
+        yield from _alike_in_gray(legend)
 
 
 def _faint_texts(texts: Sequence[DrawnText], pixels: np.ndarray) -> Iterator[str]:
@@ -265,8 +255,8 @@ def _boxes_at(ax: Any, points: np.ndarray, radii: np.ndarray | float = 0.0) -> n
     return np.concatenate([centers - radii, centers + radii], axis=1)
 
 
-def _alike_categories(legend: Any) -> Iterator[str]:
-    """Find categories with equal dash and marker or hatch that look alike in gray, or to color-blind readers."""
+def _alike_in_gray(legend: Any) -> Iterator[str]:
+    """Find categories of a legend whose lightness is about the same, and whose dash and marker or hatch are equal."""
     entries = []
     for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
         if isinstance(handle, Line2D):
@@ -275,33 +265,9 @@ def _alike_categories(legend: Any) -> Iterator[str]:
         else:
             entries.append((text.get_text(), to_hex(handle.get_facecolor()), handle.get_hatch()))
     for (name, color, style), (other_name, other_color, other_style) in combinations(entries, 2):
-        if style != other_style:
-            continue
         step = abs(lightness(color) - lightness(other_color))
-        if step < GRAY_STEP:
+        if style == other_style and step < GRAY_STEP:
             yield f"{name!r} and {other_name!r} differ in gray by {step:.0f} of 100"
-        for readers in COLOR_BLIND:
-            distance = distance_for(readers, color, other_color)
-            if distance < COLOR_STEP:
-                yield f"{name!r} and {other_name!r} differ by {distance:.0f} for {readers}"
-
-
-def distance_for(readers: str, color: str, other: str) -> float:
-    """Return the distance in CIE L*a*b* of two colors as color-blind readers see them."""
-    return float(np.linalg.norm(_lab_for(readers, color) - _lab_for(readers, other)))
-
-
-def _lab_for(readers: str, color: str) -> np.ndarray:
-    """Return the coordinates L*, a* and b* of a color as color-blind readers see it.
-
-    Source: IEC 61966-2-1:1999 (sRGB), CIE 015:2018 (L*a*b*).
-    """
-    encoded = np.array(to_rgb(color))
-    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-    visible = np.clip(np.array(COLOR_BLIND[readers]) @ linear, 0, 1)
-    xyz = TO_XYZ @ visible / TO_XYZ.sum(axis=1)
-    x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def lightness(color: str) -> float:

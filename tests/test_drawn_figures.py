@@ -10,16 +10,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 import pytest
-from drawn_figures import (
-    COLOR_BLIND,
-    COLOR_STEP,
-    GRAY_STEP,
-    MARK_CONTRAST,
-    distance_for,
-    faults,
-    figure_faults,
-    lightness,
-)
+from drawn_figures import GRAY_STEP, MARK_CONTRAST, faults, figure_faults, lightness
 
 import lorascope as ls
 from lorascope.charts.chart import Chart
@@ -60,11 +51,6 @@ PLANTED: dict[str, tuple[Chart, dict[str, Any], str]] = {
         chart(Bar("x", "y", "color"), data=BARS),
         {"palette": ["#009e73", "#d55e00"]},
         "'one' and 'two' differ in gray by 4 of 100",
-    ),
-    "alike to the color-blind": (
-        chart(Bar("x", "y", "color"), data=BARS),
-        {"palette": ["#d03800", "#48a000"]},
-        "'one' and 'two' differ by 6 for deuteranopes",
     ),
 }
 
@@ -128,19 +114,6 @@ def test_colors_are_distinct_in_gray_and_visible_on_the_background(name: str) ->
         assert contrast(color, theme.background) >= MARK_CONTRAST
     for color, other in combinations(theme.palette[:4], 2):
         assert abs(lightness(color) - lightness(other)) >= GRAY_STEP
-        for readers in COLOR_BLIND:
-            assert distance_for(readers, color, other) >= COLOR_STEP
-
-
-def test_color_blind_readers_see_white_and_gray_as_others_do() -> None:
-    """Rows of the matrices sum to one, so that only hues change; lightness is then that of gray prints."""
-    for readers in COLOR_BLIND:
-        for gray in ("#000000", "#808080", "#ffffff"):
-            expected = abs(lightness("#ffffff") - lightness(gray))
-            assert distance_for(readers, "#ffffff", gray) == pytest.approx(expected, abs=0.02)
-    # Orange and olive differ in the hue that one missing cone hides.
-    orange, olive = "#d05a00", "#8f8f00"
-    assert distance_for("deuteranopes", orange, olive) < 5 < 60 < distance_for("tritanopes", orange, olive)
 
 
 def test_words_next_to_numbers_are_turned_instead_of_hiding_them() -> None:

@@ -31,7 +31,7 @@ def caller_theme(look: Theme) -> Theme:
     """Return a theme with the colors and the font size that the caller has set in matplotlib."""
     changed = _caller_settings()
     fields: dict[str, Any] = {}
-    for field, setting in (("background", "axes.facecolor"), ("ink", "text.color"), ("grid", "grid.color")):
+    for field, setting in (("background", "axes.facecolor"), ("ink", "text.color")):
         if setting in changed:
             fields[field] = to_hex(changed[setting])
     if "font.size" in changed:
